@@ -1,0 +1,49 @@
+"""The text every Python installation carries: its documentation topics, its docstrings and its source."""
+
+import ast
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+KINDS = ("topics", "docstrings", "source")
+
+# Generated tables and tests read like noise beside prose and code; site-packages is not the standard library.
+_SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "pydoc_data", "encodings"}
+
+
+def read_python_text(kind: str) -> Iterator[str]:
+    """Yield documents of one of `KINDS`, in the same order on every machine with the same Python.
+
+    topics: a language-reference topic each; docstrings: those of one module, joined; source: one module without its
+    docstrings, so that no text is in two sources.
+    """
+    if kind == "topics":
+        from pydoc_data.topics import topics
+
+        yield from (topics[name] for name in sorted(topics))
+        return
+    for path in _modules():
+        text = path.read_text(encoding="utf-8")
+        docstrings, lines = _split_docstrings(text)
+        document = "\n\n".join(docstrings) if kind == "docstrings" else lines
+        if document.strip():
+            yield document
+
+
+def _modules() -> Iterator[Path]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        if not _SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
+            yield path
+
+
+def _split_docstrings(text: str) -> tuple[list[str], str]:
+    docstrings, dropped = [], set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                docstrings.append(f"{getattr(node, 'name', '')}\n{docstring}".strip())
+                dropped.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    lines = [line for number, line in enumerate(text.splitlines(), start=1) if number not in dropped]
+    return docstrings, "\n".join(lines)

@@ -1,0 +1,168 @@
+"""Sources to token streams: every document tokenised once, in order, into the corpus folder's staging files."""
+
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from data_scoring.config import SourceConfig
+from data_scoring.files import read_json, write_json, writing
+from data_scoring.indexed import token_dtype
+from data_scoring.progress import Progress
+from data_scoring.sources import read_documents
+from data_scoring.tokenizer import Tokenizer
+
+# One row a document. 64 bits of BLAKE2b tell documents apart: among a billion of them, the chance that any two
+# different ones collide is below 3 %.
+DOCUMENT = np.dtype([("digest", "<u8"), ("num_tokens", "<i4")])
+
+_BATCH_DOCUMENTS = 1024
+_BATCH_CHARACTERS = 4 << 20
+# Longer documents are tokenised in pieces cut at line ends: it bounds memory and keeps all cores busy.
+_PIECE_CHARACTERS = 1 << 20
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class StagedSource:
+    """A tokenised source: `tokens_path` holds its documents' tokens one after the other, `documents_path` their rows."""
+
+    name: str
+    tokens_path: Path
+    documents_path: Path
+    counts: dict[str, int]
+
+    def documents(self) -> np.ndarray:
+        """Return the documents' rows, [num_documents] of `DOCUMENT`, memory-mapped."""
+        if self.counts["documents"] == 0:
+            return np.empty(0, DOCUMENT)
+        return np.memmap(self.documents_path, DOCUMENT, mode="r")
+
+
+class Rejects:
+    """Bad records of one source: raises at the first, or lists them in a file and goes on."""
+
+    def __init__(self, path: Path, skip: bool) -> None:
+        self.count = 0
+        self._path, self._skip = path, skip
+        path.unlink(missing_ok=True)
+
+    def __call__(self, file: str, line: int, reason: str) -> None:
+        """Take one bad record. Raises ValueError unless records are to be skipped."""
+        if not self._skip:
+            raise ValueError(f"{file}:{line}: {reason}, or set corpus.on_bad_record: skip")
+        self.count += 1
+        with self._path.open("a", encoding="utf-8") as rejects:
+            rejects.write(json.dumps({"file": file, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
+
+
+def stage_source(
+    source: SourceConfig, tokenizer: Tokenizer, staging: Path, skip_bad: bool, fingerprint: str, progress: Progress
+) -> StagedSource:
+    """Return the tokenised `source`, skipping the work where a completed record with `fingerprint` is there."""
+    record_path = staging / f"{source.name}.json"
+    tokens_path, documents_path = staging / f"{source.name}.tokens", staging / f"{source.name}.documents"
+    record = read_json(record_path)
+    if record is None or record["fingerprint"] != fingerprint:
+        rejects = Rejects(staging / f"{source.name}.rejects.jsonl", skip_bad)
+        with writing(tokens_path) as tokens_file, writing(documents_path) as documents_file:
+            documents = _read_ahead(_batches(read_documents(source, rejects)))
+            counts = _tokenise(source.name, documents, tokenizer, tokens_file, documents_file, progress)
+        record = {"fingerprint": fingerprint, **counts, "rejected": rejects.count}
+        write_json(record_path, record)
+    counts = {key: value for key, value in record.items() if key != "fingerprint"}
+    return StagedSource(source.name, tokens_path, documents_path, counts)
+
+
+def _tokenise(
+    name: str,
+    batches: Iterable[list[str]],
+    tokenizer: Tokenizer,
+    tokens_path: Path,
+    documents_path: Path,
+    progress: Progress,
+) -> dict[str, int]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    counts = {"documents": 0, "empty": 0, "bytes": 0, "tokens": 0}
+    with tokens_path.open("wb") as tokens_file, documents_path.open("wb") as documents_file:
+        for batch in batches:
+            texts = [text for text in batch if text.strip()]
+            encoded = _encode(texts, tokenizer)
+            rows = np.empty(len(texts), DOCUMENT)
+            for row, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+                raw = text.encode()
+                digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+                rows[row] = (digest, len(ids))
+                counts["bytes"] += len(raw)
+                tokens_file.write(np.asarray(ids, dtype).tobytes())
+            documents_file.write(rows.tobytes())
+            counts["documents"] += len(texts)
+            counts["empty"] += len(batch) - len(texts)
+            counts["tokens"] += int(rows["num_tokens"].sum())
+            progress(f"tokenising {name} (documents)", counts["documents"], None)
+    return counts
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Return each text's ids with the end-of-document id appended."""
+    pieces: list[str] = []
+    owners: list[int] = []
+    for owner, text in enumerate(texts):
+        for piece in _pieces(text):
+            pieces.append(piece)
+            owners.append(owner)
+    encoded: list[list[int]] = [[] for _ in texts]
+    for owner, ids in zip(owners, tokenizer.encode_batch(pieces), strict=True):
+        encoded[owner].extend(ids)
+    for ids in encoded:
+        ids.append(tokenizer.end_of_document)
+    return encoded
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        cut = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1 or start + _PIECE_CHARACTERS
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _read_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Yield `items`, read by a thread that stays at most two ahead: reading overlaps with tokenising."""
+    waiting: queue.Queue[tuple[str, _Item | BaseException | None]] = queue.Queue(maxsize=2)
+
+    def read() -> None:
+        try:
+            for item in items:
+                waiting.put(("item", item))
+        except BaseException as error:  # raised again in the consumer
+            waiting.put(("error", error))
+        else:
+            waiting.put(("end", None))
+
+    threading.Thread(target=read, daemon=True).start()
+    while (entry := waiting.get())[0] == "item":
+        yield entry[1]  # type: ignore[misc]
+    if isinstance(entry[1], BaseException):
+        raise entry[1]

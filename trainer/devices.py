@@ -1,0 +1,112 @@
+"""Devices: the one place where CUDA, Ascend NPU and CPU differ.
+
+Megatron-Core spells its device `cuda` throughout. On CUDA that is the truth; on Ascend `torch_npu`'s
+`transfer_to_npu` and MindSpeed's adaptor redirect it; on CPU `_adapt_megatron_to_cpu` below does, so that all
+three run the same Megatron code. `initialise` must be called before anything of Megatron is imported.
+"""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that a rank runs on: its kind, its torch device and its collective backend."""
+
+    kind: str
+    torch_device: torch.device
+    backend: str
+
+    def synchronize(self) -> None:
+        """Wait for all work queued on the device (nothing to wait for on CPU)."""
+        if self.kind != "cpu":
+            getattr(torch, self.kind).synchronize()
+
+
+def resolve(requested: str) -> str:
+    """Return the device kind, `cuda`, `npu` or `cpu`, that `device: requested` means on this machine.
+
+    Raises ValueError where a device is requested by name and cannot be used here.
+    """
+    has_npu = importlib.util.find_spec("torch_npu") is not None
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "npu" if has_npu else "cpu"
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device: 'cuda' was requested but torch finds no CUDA device; "
+            "install a CUDA build of torch and its driver, or set device: auto"
+        )
+    if requested == "npu" and not has_npu:
+        raise ValueError(
+            "device: 'npu' was requested but torch_npu is not installed; "
+            "install torch_npu and MindSpeed for this torch, or set device: auto"
+        )
+    return requested
+
+
+def initialise(kind: str, local_rank: int) -> Device:
+    """Return this rank's device, made current, with Megatron adapted to it.
+
+    `kind` is what `resolve` returned; `local_rank` counts the ranks of this host.
+    """
+    if kind == "cpu":
+        # One thread a rank where ranks fill the cores: OpenMP's spinning threads slow each other down many-fold.
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        _adapt_megatron_to_cpu()
+        return Device("cpu", torch.device("cpu"), "gloo")
+    if kind == "npu":
+        import mindspeed.megatron_adaptor  # type: ignore[import-not-found]  # noqa: F401
+        import torch_npu  # type: ignore[import-not-found]  # noqa: F401
+        from torch_npu.contrib import transfer_to_npu  # type: ignore[import-not-found]  # noqa: F401
+
+        torch.npu.set_device(local_rank)  # type: ignore[attr-defined]
+        return Device("npu", torch.device("npu", local_rank), "hccl")
+    torch.cuda.set_device(local_rank)
+    return Device("cuda", torch.device("cuda", local_rank), "nccl")
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sends every tensor that is asked for on `cuda` to the CPU, and reports CPU tensors' types as Megatron expects."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = torch.device("cpu")
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], torch.device("cpu"), *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The gradient buffers are sorted by names such as torch.cuda.FloatTensor.
+            return str(func(*args)).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _adapt_megatron_to_cpu() -> None:
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.set_device = lambda device: None  # type: ignore[assignment]
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[assignment, method-assign]
+    _CudaMeansCpu().__enter__()
+
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
