@@ -1,0 +1,93 @@
+"""Checkpoints: Megatron's distributed format, which loads under any tensor, pipeline and data-parallel layout."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+
+from data_scoring.files import commit, read_json, write_json
+
+# How the optimizer's state is cut: per parameter, so that any layout can load it.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+_RECORD = "reprise.json"
+
+
+def save_checkpoint(folder: Path, step: int, state: "TrainingState", record: dict[str, Any], keep_last: int) -> None:
+    """Save `state` as `folder`/step-…, complete once it bears that name, and drop all but the last `keep_last`.
+
+    `record` is kept beside it as JSON. Every rank has to call this.
+    """
+    target = folder / f"step-{step:08d}"
+    temporary = folder / f".{target.name}.tmp"
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(state.sharded(is_loading=False), str(temporary), validate_access_integrity=False)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        write_json(temporary / _RECORD, {**record, "step": step})
+        # Training that went back to an older checkpoint reaches the same step again.
+        shutil.rmtree(target, ignore_errors=True)
+        commit(temporary, target)
+        for old in list_checkpoints(folder)[:-keep_last]:
+            shutil.rmtree(old)
+    torch.distributed.barrier()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / _RECORD).exists())
+
+
+def read_checkpoint_record(checkpoint: Path) -> dict[str, Any]:
+    """Return what was recorded with a checkpoint: its step and what the saver added."""
+    record: dict[str, Any] = read_json(checkpoint / _RECORD)
+    return record
+
+
+def load_checkpoint(checkpoint: Path, state: "TrainingState") -> None:
+    """Load a whole training state, saved under whatever layout, into `state`."""
+    loaded = _load(checkpoint, state.sharded(is_loading=True))
+    state.model.load_state_dict(loaded["model"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.load_state_dict(loaded["scheduler"])
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Load the weights alone of a checkpoint, saved under whatever layout, into `model`."""
+    model.load_state_dict(_load(checkpoint, {"model": sharded_weights(model)})["model"])
+
+
+def sharded_weights(model: Any) -> ShardedStateDict:
+    """Return Megatron's description of the weights that this rank holds."""
+    sharded: ShardedStateDict = model.sharded_state_dict(prefix="")
+    return sharded
+
+
+def _load(checkpoint: Path, sharded: ShardedStateDict) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(checkpoint), validate_access_integrity=False)
+    except (RuntimeError, KeyError, OSError, EOFError, dist_checkpointing.core.CheckpointingException) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{checkpoint}: cannot be loaded ({reason}); if it was damaged, delete it and the same command goes on "
+            "from the one before; if the model was changed, use a new run folder"
+        ) from error
+    return loaded
+
+
+class TrainingState:
+    """What a checkpoint holds of a run in training: model, optimizer and learning-rate schedule."""
+
+    def __init__(self, model: Any, optimizer: Any, scheduler: Any) -> None:
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+
+    def sharded(self, is_loading: bool) -> ShardedStateDict:
+        """Return Megatron's description of the parts of the state that this rank holds."""
+        weights = sharded_weights(self.model)
+        optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_SHARDING)
+        return {"model": weights, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}

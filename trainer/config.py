@@ -1,0 +1,122 @@
+"""What a user may set about the model, its training and its layout over devices."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from data_scoring.config import Config
+
+
+class ModelConfig(Config):
+    """The model: a pre-norm decoder with RMSNorm, SwiGLU, rotary positions, untied embeddings and no biases."""
+
+    num_layers: int = Field(default=4, ge=1, le=1024, description="Transformer layers (depth).")
+    hidden_size: int = Field(default=128, ge=8, le=65_536, description="Width of the residual stream.")
+    num_attention_heads: int = Field(default=4, ge=1, le=1024, description="Query heads; divides hidden_size.")
+    num_query_groups: int | None = Field(
+        default=None, ge=1, le=1024, description="Key-value heads, for grouped-query attention; null: one a query head."
+    )
+    ffn_hidden_size: int | None = Field(
+        default=None, ge=8, description="Width of the feed-forward layer; null: 8/3 of hidden_size, in steps of 64."
+    )
+    vocab_size: int | None = Field(
+        default=None, ge=2, description="Entries of the embedding; null: the tokenizer's. Padded to a multiple of 128."
+    )
+    rotary_base: int = Field(default=10_000, ge=1, description="Base of the rotary position embedding.")
+    norm_epsilon: float = Field(default=1e-5, gt=0, lt=1, description="Epsilon of RMSNorm.")
+    init_std: float = Field(default=0.02, gt=0, lt=10, description="Standard deviation of the initial weights.")
+
+    @property
+    def ffn_size(self) -> int:
+        """Return the feed-forward width in force."""
+        return self.ffn_hidden_size or max(64, round(self.hidden_size * 8 / 3 / 64) * 64)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "ModelConfig":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
+                "choose a divisor"
+            )
+        if self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} makes heads of "
+                f"{self.hidden_size // self.num_attention_heads} channels, and rotary positions need an even number; "
+                "choose another"
+            )
+        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_query_groups: {self.num_query_groups} does not divide num_attention_heads "
+                f"{self.num_attention_heads}; choose a divisor"
+            )
+        return self
+
+
+class TrainConfig(Config):
+    """How a round is trained: AdamW, linear warm-up and cosine decay over the round."""
+
+    global_batch_size: int = Field(default=32, ge=1, le=1_000_000, description="Samples an optimizer step.")
+    micro_batch_size: int = Field(default=4, ge=1, le=4096, description="Samples a forward pass takes at once.")
+    lr: float = Field(default=2e-3, gt=0, lt=10, description="Peak learning rate.")
+    min_lr: float = Field(default=2e-4, ge=0, lt=10, description="Learning rate at the end of a round.")
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of a round's steps that warm up.")
+    weight_decay: float = Field(default=0.1, ge=0, lt=10, description="AdamW's decoupled weight decay.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second-moment decay.")
+    clip_grad: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
+    validate_every_steps: int = Field(
+        default=100, ge=1, description="Steps between validations; one is always run at the end of a round."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Precision of the model's arithmetic; auto: bfloat16 on accelerators, else float32."
+    )
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> "TrainConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr: {self.min_lr} is above lr {self.lr}; lower it")
+        return self
+
+
+class ParallelConfig(Config):
+    """How many ways the model (tensor, pipeline) and the batch (data) are split; processes are their product."""
+
+    tensor: int = Field(default=1, ge=1, le=1024, description="Ranks that share each layer.")
+    pipeline: int = Field(default=1, ge=1, le=1024, description="Ranks among which the layers are divided.")
+    data: int = Field(default=1, ge=1, le=65_536, description="Copies of the model, each on its part of the batch.")
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of processes."""
+        return self.tensor * self.pipeline * self.data
+
+
+class CheckpointConfig(Config):
+    """When training saves its state."""
+
+    every_minutes: float = Field(default=10.0, gt=0, description="Minutes between checkpoints: the most a kill costs.")
+    every_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints, in addition.")
+    keep_last: int = Field(default=2, ge=1, le=1000, description="Checkpoints of the running round that are kept.")
+
+
+def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig) -> None:
+    """Raise ValueError where `parallel` does not divide the model's heads or layers, or the batch."""
+    groups = model.num_query_groups or model.num_attention_heads
+    for count, name in (
+        (model.num_attention_heads, "model.num_attention_heads"),
+        (groups, "model.num_query_groups"),
+        (model.ffn_size, "model.ffn_hidden_size"),
+        (128, "the vocabulary's padding"),
+    ):
+        if count % parallel.tensor:
+            raise ValueError(f"parallel.tensor: {parallel.tensor} does not divide {name} {count}; choose a divisor")
+    if model.num_layers % parallel.pipeline:
+        raise ValueError(
+            f"parallel.pipeline: {parallel.pipeline} does not divide model.num_layers {model.num_layers}; "
+            "choose a divisor"
+        )
+    if train.global_batch_size % (train.micro_batch_size * parallel.data):
+        raise ValueError(
+            f"train.global_batch_size: {train.global_batch_size} is no multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x parallel.data {parallel.data}; change one of them"
+        )

@@ -1,0 +1,47 @@
+"""What a worker is told to do: jobs, written as JSON by whoever launches it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from data_scoring.config import Config, ScoreConfig
+from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
+
+
+class Job(Config):
+    """What every job says: which corpus, which model, on which devices in which layout."""
+
+    corpus: Path = Field(description="Folder of the corpus.")
+    round_folder: Path = Field(description="Folder of the round, where results go.")
+    model: ModelConfig
+    parallel: ParallelConfig
+    device: Literal["cuda", "npu", "cpu"]
+    precision: Literal["auto", "float32", "bfloat16"]
+    seed: int
+    fingerprint: str = Field(description="Identifies the stage's inputs; results of another are not reused.")
+    progress: Path = Field(description="File that says how far the work is.")
+    errors: Path = Field(description="Folder where a failing rank leaves its error.")
+    launcher: int = Field(description="Process id whose end ends the job.")
+    lock: Path = Field(description="File that every rank holds a shared lock on while it lives.")
+
+
+class TrainJob(Job):
+    """Train one round over its mix, from the last checkpoint of the round, else from `start_from`, else from scratch."""
+
+    kind: Literal["train"] = "train"
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    score: ScoreConfig
+    start_from: Path | None = Field(description="Checkpoint whose weights the round starts from; null: random ones.")
+
+
+class ScoreJob(Job):
+    """Score every sample of every shard by its loss under the model of `checkpoint`."""
+
+    kind: Literal["score"] = "score"
+    score: ScoreConfig
+    weights: Path = Field(description="Checkpoint that is scored with.")
+
+
+AnyJob = Annotated[TrainJob | ScoreJob, Field(discriminator="kind")]

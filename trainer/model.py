@@ -1,0 +1,94 @@
+"""The model: Megatron-Core's GPTModel, configured as a LLaMA-like decoder."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from torch import Tensor
+
+from trainer.config import ModelConfig, ParallelConfig
+
+VOCABULARY_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Return the embedding's rows: `vocab_size` padded alike for every tensor-parallel size that divides 128."""
+    return math.ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Causal core attention through torch's `scaled_dot_product_attention`, which never holds the scores at once."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any) -> Tensor:
+        """Return the attention's output, [seq, batch, heads x channels], from [seq, batch, heads, channels] inputs."""
+        out_bhsd = F.scaled_dot_product_attention(
+            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return out_bhsd.permute(2, 0, 1, 3).flatten(start_dim=2)
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Return Megatron's configuration of `model` under `parallel`, computing in `dtype`."""
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        ffn_hidden_size=model.ffn_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        # Weights are drawn on the CPU, whole, and then cut, so that they do not depend on the tensor-parallel size.
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # The gradient is that of the mean over the batch's tokens, whatever the layout and however samples are padded.
+        calculate_per_token_loss=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def build_model(
+    model: ModelConfig, vocab_size: int, seq_length: int, parallel: ParallelConfig, device: torch.device, bf16: bool
+) -> MegatronModule:
+    """Return this rank's part of the model, freshly initialised, on `device`."""
+    config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductAttention)
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(vocab_size),
+        max_sequence_length=seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        share_embeddings_and_output_weights=False,
+    ).to(device)
+    return Float16Module(config, gpt) if bf16 else gpt

@@ -1,0 +1,235 @@
+"""One round of training: the mix in order, a checkpoint now and then, every loss on record."""
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from data_scoring.corpus import Corpus
+from data_scoring.mix import Mix
+from data_scoring.progress import ProgressFile
+from trainer.checkpoint import (
+    TrainingState,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    read_checkpoint_record,
+    save_checkpoint,
+)
+from trainer.config import TrainConfig
+from trainer.forward import run_schedule
+from trainer.jobs import TrainJob
+from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, remove_seen_after
+from trainer.score import block_size, is_writer, make_scorer, validate
+
+
+def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: bool) -> None:
+    """Train `model` over the round's mix, going on from the round's last checkpoint, exactly where it stopped.
+
+    Leaves in the round's folder: checkpoint/, steps.parquet, seen/, validation.parquet. Raises ValueError, leaving
+    the last checkpoint usable, where a loss or a gradient is not finite.
+    """
+    mix = Mix(job.round_folder / "mix.parquet")
+    num_steps = -(-len(mix) // job.train.global_batch_size)
+    checkpoints = job.round_folder / "checkpoint"
+    resume_from = _usable_checkpoint(checkpoints, job.fingerprint)
+    if resume_from is None and job.start_from is not None:
+        load_weights(job.start_from, model)
+    state = _make_state(job.train, model, num_steps, bf16)
+    step = 0
+    if resume_from is not None:
+        load_checkpoint(resume_from, state)
+        step = int(read_checkpoint_record(resume_from)["step"])
+    logs = _Logs(job, step)
+    run = _Round(job, corpus, mix, state, logs, num_steps)
+    while step < num_steps:
+        step = run.train_step(step)
+        if step % job.train.validate_every_steps == 0 or step == num_steps:
+            run.validate(step)
+        if run.is_checkpoint_due(step):
+            logs.flush()
+            record = {"fingerprint": job.fingerprint, "num_steps": num_steps}
+            save_checkpoint(checkpoints, step, state, record, job.checkpoint.keep_last)
+    if torch.distributed.get_rank() == 0:
+        # The round is over: only its result is of use to anyone.
+        for old in list_checkpoints(checkpoints)[:-1]:
+            shutil.rmtree(old)
+
+
+def _usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
+    """Return the round's last checkpoint, after removing those that other inputs led to and half-written ones."""
+    if torch.distributed.get_rank() == 0 and folder.exists():
+        for path in [*folder.glob("step-*"), *folder.glob(".step-*.tmp")]:
+            complete = path in list_checkpoints(folder)
+            if not complete or read_checkpoint_record(path)["fingerprint"] != fingerprint:
+                shutil.rmtree(path)
+    torch.distributed.barrier()
+    checkpoints = list_checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
+
+
+def _make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> TrainingState:
+    wrapped = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=bf16),
+        model,
+    )
+    model.config.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=train.lr,
+            min_lr=train.min_lr,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            clip_grad=train.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=True,
+        ),
+        [wrapped],
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=min(round(train.warmup_fraction * num_steps), num_steps - 1),
+        lr_decay_steps=num_steps,
+        lr_decay_style="cosine",
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return TrainingState(wrapped, optimizer, scheduler)
+
+
+class _Logs:
+    """The records of a round, each on the ranks that have something to put into it."""
+
+    def __init__(self, job: TrainJob, step: int) -> None:
+        folder = job.round_folder
+        if torch.distributed.get_rank() == 0:
+            remove_seen_after(folder / "seen", step)
+        torch.distributed.barrier()
+        self.steps = self.validation = self.seen = self.progress = None
+        if is_writer():
+            self.steps = RowLog(folder / "steps.parquet", STEPS, job.fingerprint, step)
+            self.validation = RowLog(folder / "validation.parquet", VALIDATION, job.fingerprint, step)
+            self.progress = ProgressFile(job.progress)
+        if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+            self.seen = SeenLog(folder / "seen", parallel_state.get_data_parallel_rank(), job.fingerprint)
+
+    def flush(self) -> None:
+        """Make everything up to now durable; a checkpoint that follows then has all that led to it."""
+        for log in (self.steps, self.validation, self.seen):
+            if log is not None:
+                log.flush()
+
+
+@dataclass
+class _Round:
+    job: TrainJob
+    corpus: Corpus
+    mix: Mix
+    state: TrainingState
+    logs: _Logs
+    num_steps: int
+    saved_at: float = field(default_factory=time.monotonic)
+    is_time_up: bool = False
+
+    def train_step(self, step: int) -> int:
+        """Do the step after `step` and return its number."""
+        started = time.monotonic()
+        size = self.job.train.global_batch_size
+        shards, samples = self.mix.read(step * size, min((step + 1) * size, len(self.mix)))
+        model, optimizer = self.state.model, self.state.optimizer
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        rows, sums, num_tokens = run_schedule(
+            model, self.corpus, shards, samples, self.job.train.micro_batch_size, forward_only=False
+        )
+        loss, total_tokens = self._reduce(sums, num_tokens)
+        step += 1
+        if not np.isfinite(loss):
+            raise ValueError(self._diverged(step, "the loss", loss))
+        self.state.scheduler.step(1)
+        _, grad_norm, _ = optimizer.step()
+        if not np.isfinite(grad_norm):
+            raise ValueError(self._diverged(step, "the gradient's norm", grad_norm))
+        if self.logs.seen is not None:
+            self.logs.seen.append(step, shards[rows], samples[rows], (sums / num_tokens).numpy())
+        if self.logs.steps is not None:
+            self._record(step, loss, float(grad_norm), len(samples), total_tokens, time.monotonic() - started)
+        return step
+
+    def _reduce(self, sums: torch.Tensor, num_tokens: torch.Tensor) -> tuple[float, int]:
+        """Return the batch's mean loss and its number of tokens, alike on all ranks; note whether a save is due."""
+        totals = torch.zeros(3, dtype=torch.float64)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            totals[0], totals[1] = sums.double().sum(), num_tokens.sum()
+        if torch.distributed.get_rank() == 0:
+            # One clock decides for all ranks.
+            totals[2] = time.monotonic() - self.saved_at > 60 * self.job.checkpoint.every_minutes
+        device = next(self.state.model.parameters()).device
+        totals = totals.to(device)
+        torch.distributed.all_reduce(totals)
+        loss_sum, tokens, is_time_up = totals.tolist()
+        self.is_time_up = bool(is_time_up)
+        return loss_sum / tokens, int(tokens)
+
+    def _record(
+        self, step: int, loss: float, grad_norm: float, num_samples: int, num_tokens: int, seconds: float
+    ) -> None:
+        assert self.logs.steps is not None and self.logs.progress is not None
+        speed = num_tokens / seconds
+        lr = self.state.optimizer.param_groups[0]["lr"]
+        self.logs.steps.append(
+            {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "num_samples": num_samples,
+                "num_tokens": num_tokens,
+                "tokens_per_second": speed,
+            }
+        )
+        self.logs.progress.details = {"loss": loss, "tokens_per_second": speed}
+        self.logs.progress("training (steps)", step, self.num_steps)
+
+    def _diverged(self, step: int, what: str, value: float) -> str:
+        kept = list_checkpoints(self.job.round_folder / "checkpoint")
+        return (
+            f"{self.job.round_folder}: {what} at step {step} is {value}; training stopped and "
+            f"{kept[-1].name if kept else 'no checkpoint'} was kept; lower train.lr or look at the data of this step"
+        )
+
+    def validate(self, step: int) -> None:
+        """Measure and record the validation loss of every source."""
+        self.state.model.eval()
+        size = self.job.score.micro_batch_size
+        rows = validate(make_scorer(self.state.model, self.corpus, size), self.corpus, block_size(size))
+        self.state.model.train()
+        if rows is not None:
+            assert self.logs.validation is not None
+            for row in rows:
+                self.logs.validation.append({"step": step, **row})
+
+    def is_checkpoint_due(self, step: int) -> bool:
+        """Return whether to save after `step`: at the end, on the clock, and every so many steps."""
+        every = self.job.checkpoint.every_steps
+        due = step == self.num_steps or self.is_time_up or (every is not None and step % every == 0)
+        if due:
+            self.saved_at = time.monotonic()
+        return due
