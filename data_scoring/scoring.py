@@ -15,7 +15,7 @@ from data_scoring.progress import Progress
 # Takes shard and sample numbers, [n] each; returns the samples' losses, [n] float32, on the process that keeps them.
 ScoreSamples = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32] | None]
 
-_FINGERPRINT = b"reprise.fingerprint"
+FINGERPRINT_KEY = b"reprise.fingerprint"
 _LOSSES = pa.schema([("sample", pa.int32()), ("num_tokens", pa.int32()), ("loss", pa.float32())])
 
 
@@ -29,12 +29,12 @@ def parquet_fingerprint(path: Path) -> str | None:
     if not path.exists():
         return None
     metadata = pq.read_schema(path).metadata or {}
-    return metadata.get(_FINGERPRINT, b"").decode()
+    return metadata.get(FINGERPRINT_KEY, b"").decode()
 
 
 def write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
     """Write `table` to `path` atomically, carrying `fingerprint`."""
-    metadata = {**(table.schema.metadata or {}), _FINGERPRINT: fingerprint.encode()}
+    metadata = {**(table.schema.metadata or {}), FINGERPRINT_KEY: fingerprint.encode()}
     with writing(path) as temporary:
         pq.write_table(table.replace_schema_metadata(metadata), temporary)
 

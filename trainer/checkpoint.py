@@ -8,11 +8,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
-from data_scoring.files import commit, read_json, write_json
+from data_scoring.files import commit, write_json
+from trainer.checkpoint_folder import RECORD, list_checkpoints
 
 # How the optimizer's state is cut: per parameter, so that any layout can load it.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-_RECORD = "reprise.json"
 
 
 def save_checkpoint(folder: Path, step: int, state: "TrainingState", record: dict[str, Any], keep_last: int) -> None:
@@ -29,24 +29,13 @@ def save_checkpoint(folder: Path, step: int, state: "TrainingState", record: dic
     dist_checkpointing.save(state.sharded(is_loading=False), str(temporary), validate_access_integrity=False)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
-        write_json(temporary / _RECORD, {**record, "step": step})
+        write_json(temporary / RECORD, {**record, "step": step})
         # Training that went back to an older checkpoint reaches the same step again.
         shutil.rmtree(target, ignore_errors=True)
         commit(temporary, target)
         for old in list_checkpoints(folder)[:-keep_last]:
             shutil.rmtree(old)
     torch.distributed.barrier()
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / _RECORD).exists())
-
-
-def read_checkpoint_record(checkpoint: Path) -> dict[str, Any]:
-    """Return what was recorded with a checkpoint: its step and what the saver added."""
-    record: dict[str, Any] = read_json(checkpoint / _RECORD)
-    return record
 
 
 def load_checkpoint(checkpoint: Path, state: "TrainingState") -> None:

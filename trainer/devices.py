@@ -5,6 +5,7 @@ Megatron-Core spells its device `cuda` throughout. On CUDA that is the truth; on
 three run the same Megatron code. `initialise` must be called before anything of Megatron is imported.
 """
 
+import functools
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
+@functools.cache
 def _adapt_megatron_to_cpu() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]

@@ -16,14 +16,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from data_scoring.corpus import Corpus
 from data_scoring.mix import Mix
 from data_scoring.progress import ProgressFile
-from trainer.checkpoint import (
-    TrainingState,
-    list_checkpoints,
-    load_checkpoint,
-    load_weights,
-    read_checkpoint_record,
-    save_checkpoint,
-)
+from trainer.checkpoint import TrainingState, load_checkpoint, load_weights, save_checkpoint
+from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig
 from trainer.forward import run_schedule
 from trainer.jobs import TrainJob

@@ -1,0 +1,205 @@
+"""The ledger: `ledger.duckdb`, which holds nothing but views over the run folder's Parquet files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+
+from data_scoring.files import writing
+from data_scoring.sql import literal
+
+
+@dataclass(frozen=True)
+class View:
+    """A view: what it is, its columns with type and meaning, and the SQL over the files that match `files`."""
+
+    comment: str
+    files: str
+    columns: dict[str, tuple[str, str]]
+    sql: Callable[[str], str]
+
+
+_ROUND = r"regexp_extract(filename, '.*rounds/(\d+)/', 1)::int as round"
+_SHARD = r"regexp_extract(filename, 'shard=(\d+)', 1)::int as shard"
+
+
+def _plain(columns: str, order: str = "") -> Callable[[str], str]:
+    return lambda files: f"select {columns} from read_parquet({files}, filename = true) {order}"
+
+
+_ROUND_COLUMN = {"round": ("integer", "Number of the round, from 1.")}
+_IDENTITY = {
+    "shard": ("integer", "Shard of the sample, from 0."),
+    "sample": ("integer", "Number of the sample in its shard, from 0."),
+}
+
+VIEWS = {
+    "samples": View(
+        "Every training sample of the corpus.",
+        "corpus/samples.parquet",
+        {
+            **_IDENTITY,
+            "source": ("varchar", "Source that the sample's text is from."),
+            "num_tokens": ("integer", "Tokens that the sample predicts: its length less one."),
+        },
+        _plain("shard, sample, source::varchar as source, num_tokens"),
+    ),
+    "losses": View(
+        "Losses of all samples under the model that a round ended with.",
+        "rounds/*/losses/shard=*.parquet",
+        {
+            **_ROUND_COLUMN,
+            **_IDENTITY,
+            "num_tokens": ("integer", "Tokens that the loss is the mean of."),
+            "loss": ("float", "Mean next-token negative log-likelihood, nats per token."),
+        },
+        _plain(f"{_ROUND}, {_SHARD}, sample, num_tokens, loss"),
+    ),
+    "seen": View(
+        "Losses of samples in the very step that trained on them.",
+        "rounds/*/seen/step=*.parquet",
+        {
+            **_ROUND_COLUMN,
+            "step": ("integer", "Optimizer step of the round, from 1."),
+            **_IDENTITY,
+            "loss": ("float", "Mean next-token negative log-likelihood before the step, nats per token."),
+        },
+        _plain(f"{_ROUND}, step, shard, sample, loss"),
+    ),
+    "selection": View(
+        "What was kept for a round and what was not, and why.",
+        "rounds/*/selection/shard=*.parquet",
+        {
+            **_ROUND_COLUMN,
+            **_IDENTITY,
+            "loss": ("float", "Loss that was decided by, nats per token."),
+            "kept": ("boolean", "Whether the sample is in the round's mix."),
+            "reason": ("varchar", "Why it is kept or not."),
+        },
+        _plain(f"{_ROUND}, {_SHARD}, sample, loss, kept, reason"),
+    ),
+    "mix": View(
+        "The samples that a round trains on.",
+        "rounds/*/mix.parquet",
+        {
+            **_ROUND_COLUMN,
+            "place": ("bigint", "Place in the training order, from 0."),
+            **_IDENTITY,
+        },
+        _plain(f"{_ROUND}, file_row_number as place, shard, sample"),
+    ),
+    "steps": View(
+        "The optimizer steps of each round.",
+        "rounds/*/steps.parquet",
+        {
+            **_ROUND_COLUMN,
+            "step": ("integer", "Optimizer step of the round, from 1."),
+            "loss": ("float", "Mean loss of the step's batch, nats per token."),
+            "lr": ("float", "Learning rate of the step."),
+            "grad_norm": ("float", "Norm of the gradient before clipping."),
+            "num_samples": ("integer", "Samples in the batch."),
+            "num_tokens": ("bigint", "Predicted tokens in the batch."),
+            "tokens_per_second": ("float", "Predicted tokens per second, all ranks together."),
+        },
+        _plain(f"{_ROUND}, step, loss, lr, grad_norm, num_samples, num_tokens, tokens_per_second"),
+    ),
+    "validation": View(
+        "Validation loss of each source during the rounds.",
+        "rounds/*/validation.parquet",
+        {
+            **_ROUND_COLUMN,
+            "step": ("integer", "Step of the round after which it was measured."),
+            "source": ("varchar", "Source of the text."),
+            "loss": ("double", "Mean loss over the source's validation tokens, nats per token."),
+            "num_tokens": ("bigint", "Validation tokens of the source."),
+        },
+        _plain(f"{_ROUND}, step, source, loss, num_tokens"),
+    ),
+}
+
+# Views over views: (comment, columns, SQL).
+DERIVED = {
+    "rounds": (
+        "One row a round that has trained, with its cost and its result.",
+        {
+            **_ROUND_COLUMN,
+            "num_steps": ("bigint", "Optimizer steps done."),
+            "num_samples": ("bigint", "Samples trained on."),
+            "num_tokens": ("bigint", "Predicted tokens trained on."),
+            "train_loss": ("double", "Mean loss of the last tenth of the steps, nats per token."),
+            "validation_loss": ("double", "Loss over all validation tokens after the last step, nats per token."),
+        },
+        """select s.round, s.num_steps, s.num_samples, s.num_tokens, s.train_loss, v.validation_loss
+        from (
+            select round, count(*) as num_steps, sum(num_samples)::bigint as num_samples,
+                sum(num_tokens)::bigint as num_tokens, avg(loss) filter (step > 0.9 * last) as train_loss
+            from (select *, max(step) over (partition by round) as last from steps) group by round
+        ) s left join (
+            select round, sum(loss * num_tokens) / sum(num_tokens) as validation_loss
+            from (select *, max(step) over (partition by round) as last from validation)
+            where step = last group by round
+        ) v using (round) order by s.round""",
+    ),
+    "forgetting": (
+        "Loss of each sample when it was trained on beside its loss when the round was over.",
+        {
+            **_ROUND_COLUMN,
+            "step": ("integer", "Step that trained on the sample."),
+            **_IDENTITY,
+            "seen_loss": ("float", "Loss in the step that trained on the sample, nats per token."),
+            "loss": ("float", "Loss under the model that the round ended with, nats per token."),
+            "forgotten": ("float", "loss less seen_loss: above 0 where the model got worse at it."),
+        },
+        """select round, step, shard, sample, seen.loss as seen_loss, losses.loss as loss,
+            losses.loss - seen.loss as forgotten
+        from seen join losses using (round, shard, sample)""",
+    ),
+}
+
+
+def refresh_ledger(run_folder: Path) -> Path:
+    """Write `ledger.duckdb` anew, its views covering the files that exist now and those that will match, and return it.
+
+    It is renamed into place, so whoever has the old one open reads on undisturbed.
+    """
+    run_folder = run_folder.resolve()
+    path = run_folder / "ledger.duckdb"
+    with writing(path) as temporary:
+        with duckdb.connect(str(temporary)) as connection:
+            for name, view in VIEWS.items():
+                _create(connection, name, view.comment, view.columns, _select(run_folder, view))
+            for name, (comment, columns, sql) in DERIVED.items():
+                _create(connection, name, comment, columns, sql)
+    return path
+
+
+def _select(run_folder: Path, view: View) -> str:
+    if any(run_folder.glob(view.files)):
+        return view.sql(literal(run_folder / view.files))
+    empty = ", ".join(f"null::{kind} as {name}" for name, (kind, _) in view.columns.items())
+    return f"select {empty} where false"
+
+
+def _create(
+    connection: duckdb.DuckDBPyConnection, name: str, comment: str, columns: dict[str, tuple[str, str]], sql: str
+) -> None:
+    connection.execute(f"create view {name} as {sql}")
+    connection.execute(f"comment on view {name} is {literal(comment)}")
+    for column, (kind, meaning) in columns.items():
+        connection.execute(f"comment on column {name}.{column} is {literal(f'{meaning} ({kind})')}")
+
+
+def query(run_folder: Path, sql: str) -> duckdb.DuckDBPyRelation:
+    """Return the rows that `sql` selects from the run's ledger, opened read-only.
+
+    Raises ValueError with DuckDB's message where the query is wrong.
+    """
+    connection = duckdb.connect(str(run_folder / "ledger.duckdb"), read_only=True)
+    try:
+        result = connection.sql(sql)
+    except duckdb.Error as error:
+        raise ValueError(f"sql: {error}; `reprise sql RUN \"show tables\"` lists the views") from None
+    if result is None:
+        raise ValueError("sql: the query returns no rows; write a select")
+    return result

@@ -1,0 +1,152 @@
+"""The `reprise` command."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.config import read_config
+from flows.run_folder import Run, locked, open_run, read_run
+
+if TYPE_CHECKING:
+    from flows.config import RunConfig
+
+_STAGES = {
+    "prepare": "make the corpus",
+    "train": "train a round",
+    "score": "score every sample under the model of a round",
+    "refine": "select what a round trains on and make its mix",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, or 1 after a line that says what is wrong."""
+    options = _parser().parse_args(arguments)
+    # Nothing is reported home; set either variable yourself to decide otherwise.
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    try:
+        options.command(options)
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "RanksFailed":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; {_remedy(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and run the same command again: what is complete is kept"
+    return "give yourself write access, or set output to another folder"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reprise", description="Train tiny language models in rounds: train, score, refine, train again."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="do the whole job; the same command resumes it")
+    _add_target(run)
+    run.set_defaults(command=_run)
+    for stage, text in _STAGES.items():
+        command = commands.add_parser(stage, help=text)
+        _add_target(command)
+        if stage != "prepare":
+            command.add_argument("--round", type=int, help="number of the round (default: the first that lacks it)")
+        command.set_defaults(command=_stage, stage=stage)
+    report = commands.add_parser("report", help="write the report over what is there")
+    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    report.set_defaults(command=_report)
+    sql = commands.add_parser("sql", help="ask the ledger, in DuckDB's SQL")
+    sql.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    sql.add_argument("query", metavar="QUERY", help='such as "select * from rounds"')
+    sql.set_defaults(command=_sql)
+    return parser
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument("target", type=Path, metavar="CONFIG_OR_RUN", help="YAML configuration, or a run folder")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
+    )
+
+
+def _config(options: argparse.Namespace) -> "RunConfig":
+    if not options.target.is_dir():
+        return read_config(options.target, options.set)
+    if options.set:
+        raise ValueError("--set: overrides go with a configuration file, not with a run folder; give the file")
+    config = read_run(options.target).config
+    # The folder may have been moved or renamed since it was made.
+    folder = options.target.absolute()
+    return config.model_copy(update={"output": str(folder.parent), "name": folder.name})
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = _config(options)
+    # Prefect says what a server would want to know; on a terminal the progress says it better.
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+    from flows.pipeline import multi_round
+
+    print(f"report: {multi_round(config)}")
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from flows import stages
+    from flows.progress import TerminalProgress
+
+    config = _config(options)
+    with locked(config.folder), TerminalProgress() as progress:
+        run = open_run(config)
+        if options.stage == "prepare":
+            stages.prepare(run, progress)
+            return
+        number = options.round or _first_without(run, options.stage)
+        if options.stage == "refine":
+            stages.refine(run, number, progress)
+            stages.mix(run, number, progress)
+        else:
+            if options.stage == "train" and number == 1:
+                stages.mix(run, number, progress)
+            work: Callable[..., None] = getattr(stages, options.stage)
+            work(run, number, progress)
+    print(f"{options.stage} of round {number} is complete")
+
+
+def _first_without(run: Run, stage: str) -> int:
+    run.corpus()
+    first = 2 if stage == "refine" else 1
+    for number in range(first, run.config.rounds.num_rounds + 1):
+        if not run.is_complete(stage, number):
+            return number
+    raise ValueError(f"{run.folder}: every round has completed {stage}; raise rounds.num_rounds to go on")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from flows import stages
+
+    print(f"report: {stages.report(read_run(options.run))}")
+
+
+def _sql(options: argparse.Namespace) -> None:
+    from data_scoring.ledger import query, refresh_ledger
+
+    read_run(options.run)
+    refresh_ledger(options.run)
+    query(options.run, options.query).show(max_rows=200, max_width=200)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

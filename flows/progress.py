@@ -1,0 +1,63 @@
+"""Progress on the terminal: a bar where there is one, else a line now and then."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class TerminalProgress:
+    """Shows the progress of one piece of work after the other on standard error; a context manager, and callable."""
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stderr)
+        self._bars: Progress | None = None
+        self._work = ""
+        self._task = None
+        self._started = self._printed = 0.0
+        self._first = 0
+
+    def __enter__(self) -> "TerminalProgress":
+        if self._console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        """Show that `done` of `total` units of `what` are done; details may follow its name after a dot."""
+        work = what.split(" · ")[0]
+        now = time.monotonic()
+        is_new = work != self._work
+        if is_new:
+            self._work, self._started, self._printed, self._first = work, now, now, done
+        if self._bars is not None:
+            if is_new or self._task is None:
+                self._task = self._bars.add_task(what, total=total)
+            self._bars.update(self._task, description=what, completed=done, total=total)
+        elif now - self._printed > _SECONDS_BETWEEN_LINES or (done == total and self._printed != 0.0):
+            self._printed = 0.0 if done == total else now
+            print(self._line(what, done, total, now - self._started), file=sys.stderr, flush=True)
+
+    def _line(self, what: str, done: int, total: int | None, seconds: float) -> str:
+        if total is None:
+            return f"{what}: {done:,}"
+        fresh = done - self._first
+        left = f", {seconds / fresh * (total - done):.0f} s left" if fresh and done < total else ""
+        return f"{what}: {done:,} of {total:,}{left}"

@@ -1,0 +1,129 @@
+"""The report: one self-contained HTML file, and its plots as PNG files beside it."""
+
+import base64
+import html
+from pathlib import Path
+
+import duckdb
+import yaml
+
+from data_scoring.files import writing
+from flows.plots import Plot, forgetting_curve, kept_by_source, loss_curves, render, selection_histograms
+from flows.run_folder import Run
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .lead { color: gray; margin-top: .2rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+img { width: 100%; background: white; border-radius: 4px; }
+pre { overflow-x: auto; background: #8881; padding: 1rem; border-radius: 4px; }
+figure { margin: 1rem 0; } figcaption { color: gray; font-size: 14px; }
+"""
+
+
+def write_report(run: Run) -> Path:
+    """Write `report.html` and `report/*.png` over what the run's ledger holds, and return the page's path."""
+    path = run.folder / "report.html"
+    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        body = "\n".join(_sections(run, ledger))
+    name = html.escape(run.config.name)
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Reprise: {name}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style><h1>{name}</h1>{body}</html>\n'
+    )
+    with writing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    config, manifest = run.config, run.corpus().manifest
+    sources = manifest["sources"]
+    tokens = sum(source["train_tokens"] for source in sources)
+    sections = [
+        f'<p class="lead">{tokens:,} training tokens from {len(sources)} sources in {config.corpus.num_shards} shards; '
+        f"{config.rounds.num_rounds} rounds, policy {config.refine.policy}, sampling rate "
+        f"{config.refine.sampling_rate:g}, temperature {config.refine.temperature:g}.</p>",
+        "<h2>Rounds</h2>",
+        _table(
+            ledger,
+            """select round as "Round", num_steps as "Steps", num_samples as "Samples", num_tokens as "Tokens",
+            train_loss as "Training loss (last tenth)", validation_loss as "Validation loss" from rounds""",
+        ),
+        _figure(run, "loss", loss_curves, ledger, "Training loss, smoothed and raw, and validation loss."),
+        "<h3>Validation loss by source, at the end of each round</h3>",
+        _table(
+            ledger,
+            """pivot (select source as "Source", round, loss from validation
+                qualify step = max(step) over (partition by round))
+            on 'Round ' || round using first(loss) order by "Source" """,
+        ),
+    ]
+    for number in range(1, config.rounds.num_rounds):
+        sections += _refinement(run, ledger, number)
+    sections += [
+        "<h2>Corpus</h2>",
+        _corpus_table(sources),
+        "<h2>Configuration</h2>",
+        f"<pre>{html.escape(yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False))}</pre>",
+    ]
+    return sections
+
+
+def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
+    selected = scored + 1
+    return [
+        f"<h2>What round {scored} left to learn</h2>",
+        _figure(
+            run, f"selection-{selected}", selection_histograms(selected), ledger,
+            f"Losses after round {scored}, shard by shard: what round {selected} trains on, and what was dropped.",
+        ),
+        _figure(
+            run, f"sources-{selected}", kept_by_source(selected), ledger, f"What round {selected} keeps of each source."
+        ),
+        _figure(
+            run, f"forgetting-{scored}", forgetting_curve(scored), ledger,
+            "The forgetting curve: where the blue line is above the orange one, the round has unlearned.",
+        ),
+    ]  # fmt: skip
+
+
+def _figure(run: Run, name: str, plot: Plot, ledger: duckdb.DuckDBPyConnection, caption: str) -> str:
+    png = render(plot, ledger)
+    if png is None:
+        return f"<p>{html.escape(caption)} Nothing of it is there yet.</p>"
+    with writing(run.folder / "report" / f"{name}.png") as temporary:
+        temporary.write_bytes(png)
+    data = base64.b64encode(png).decode()
+    escaped = html.escape(caption)
+    return (
+        f'<figure><img alt="{escaped}" src="data:image/png;base64,{data}"><figcaption>{escaped}</figcaption></figure>'
+    )
+
+
+def _table(ledger: duckdb.DuckDBPyConnection, sql: str) -> str:
+    relation = ledger.sql(sql)
+    return _rows(relation.columns, relation.fetchall())
+
+
+def _rows(columns: list[str], rows: list[tuple[object, ...]]) -> str:
+    head = "".join(f"<th>{html.escape(column)}" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(_text(value))}" for value in row) for row in rows)
+    return f"<table><tr>{head}{body}</table>"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+
+
+def _corpus_table(sources: list[dict[str, object]]) -> str:
+    columns = {
+        "name": "Source", "documents": "Documents", "duplicates": "Duplicates dropped", "rejected": "Rejected",
+        "validation_documents": "Held out", "bytes": "Bytes", "train_tokens": "Training tokens",
+    }  # fmt: skip
+    return _rows(list(columns.values()), [tuple(source.get(key) for key in columns) for source in sources])

@@ -1,0 +1,162 @@
+"""The run folder: where everything of a run lies, what of it is complete, and who may write to it."""
+
+import fcntl
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_scoring.corpus import Corpus
+from data_scoring.files import fingerprint, read_json, write_json, writing
+from flows.config import RunConfig, differences, parse_config
+
+_PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its configuration and its folder. What is done is read from the folder, never remembered."""
+
+    config: RunConfig
+    folder: Path
+
+    @property
+    def corpus_folder(self) -> Path:
+        """Return the folder of the corpus."""
+        return self.folder / "corpus"
+
+    def round_folder(self, round_number: int) -> Path:
+        """Return the folder of a round."""
+        return self.folder / "rounds" / str(round_number)
+
+    def corpus(self) -> Corpus:
+        """Return the prepared corpus, opened. Raises ValueError where it is not complete."""
+        return Corpus(self.corpus_folder)
+
+    def fingerprint(self, stage: str, round_number: int = 0) -> str:
+        """Return what identifies a stage's inputs: its configuration and the fingerprints of the stages before it."""
+        config = self.config
+        if stage == "prepare":
+            return fingerprint("prepare", config.corpus.model_dump(), config.tokenizer.model_dump(), config.seed)
+        if stage == "refine":
+            scored = self.fingerprint("score", round_number - 1)
+            return fingerprint("refine", scored, config.refine.model_dump(), config.seed, round_number)
+        if stage == "mix":
+            before = self.fingerprint("refine", round_number) if round_number > 1 else self.fingerprint("prepare")
+            return fingerprint("mix", before, self.corpus().fingerprint, config.seed, round_number)
+        if stage == "train":
+            train = config.train.model_dump(exclude={"micro_batch_size", "validate_every_steps"})
+            start = self.fingerprint("train", round_number - 1) if round_number > 1 else None
+            return fingerprint("train", self.fingerprint("mix", round_number), config.model.model_dump(), train, start)
+        assert stage == "score", stage
+        return fingerprint("score", self.fingerprint("train", round_number))
+
+    def is_complete(self, stage: str, round_number: int = 0) -> bool:
+        """Return whether a stage has completed with the inputs that it would have now."""
+        if stage == "prepare":
+            manifest = read_json(self.corpus_folder / "manifest.json")
+            return manifest is not None and manifest["stage_fingerprint"] == self.fingerprint("prepare")
+        record = read_json(self._record_path(stage, round_number))
+        return record is not None and record["fingerprint"] == self.fingerprint(stage, round_number)
+
+    def record(self, stage: str, round_number: int, started: float) -> None:
+        """Write the completion record of a stage that began at the time `started` (seconds since the epoch)."""
+        now = time.time()
+        content = {
+            "fingerprint": self.fingerprint(stage, round_number),
+            "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "seconds": round(now - started, 3),
+        }
+        write_json(self._record_path(stage, round_number), content)
+
+    def _record_path(self, stage: str, round_number: int) -> Path:
+        return self.round_folder(round_number) / f"{stage}.json"
+
+
+def open_run(config: RunConfig) -> Run:
+    """Return the run of `config`, its folder made or, where it is there, checked to be made by the same configuration.
+
+    Raises ValueError, naming the fields that differ, where the folder is another run's.
+    """
+    folder = config.folder.absolute()
+    path = folder / "run.yaml"
+    if path.exists():
+        different = differences(read_run(folder).config, config)
+        if different:
+            raise ValueError(
+                f"{path}: this folder was made by another configuration ({'; '.join(different)}); "
+                "set another name, or take the fields back, or delete the folder"
+            )
+    content = {"config": config.model_dump(mode="json"), "versions": _versions()}
+    with writing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return Run(config, folder)
+
+
+def read_run(folder: Path) -> Run:
+    """Return the run in `folder`. Raises ValueError where there is none."""
+    path = folder / "run.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder}: not a run folder (it has no run.yaml); start one with `reprise run CONFIG.yaml`")
+    values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return Run(parse_config(values["config"], str(path)), folder.absolute())
+
+
+def _versions() -> dict[str, str]:
+    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {"reprise": importlib.metadata.version("reprise"), "python": platform.python_version(), **versions}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes off the run in `folder`. The lock ends with the process that holds it, however that ends.
+
+    Raises ValueError, naming the process, where another one holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode()
+            raise ValueError(f"{folder}: in use by {holder}; wait for it to end or stop it") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def ranks_gone(folder: Path, seconds: float = 60.0) -> Iterator[Path]:
+    """Yield the path of the lock that ranks share, once no rank of an earlier launch holds it any more.
+
+    Ranks end within a second of their launcher; one that lives on is an error after `seconds`.
+    """
+    path = folder / ".ranks.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"{path}: ranks of an earlier launch are still running; find them with "
+                        "`pgrep -f trainer.worker` and stop them"
+                    ) from None
+                time.sleep(0.1)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        yield path
+    finally:
+        os.close(descriptor)

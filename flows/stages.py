@@ -1,0 +1,168 @@
+"""The stages of a run: plain functions over a run folder, each skipped where it is complete."""
+
+import os
+import time
+from pathlib import Path
+
+from data_scoring.ledger import refresh_ledger
+from data_scoring.prepare import prepare_corpus
+from data_scoring.progress import Progress
+from data_scoring.refine import mix_all, mix_selection
+from data_scoring.refine import refine as refine_shards
+from data_scoring.tokenizer import open_tokenizer
+from flows.config import RunConfig
+from flows.launch import launch
+from flows.report import write_report
+from flows.run_folder import Run
+from trainer.checkpoint_folder import list_checkpoints
+from trainer.devices import resolve
+from trainer.jobs import ScoreJob, TrainJob
+
+
+def prepare(run: Run, progress: Progress) -> None:
+    """Make the corpus: tokenise, hold out the validation set, cut shards."""
+    config = run.config
+    # A device that is not there is best known before hours of tokenising.
+    resolve(config.device)
+    _check_vocabulary(config)
+    if not run.is_complete("prepare"):
+        prepare_corpus(
+            config.corpus,
+            config.tokenizer,
+            config.seed,
+            run.corpus_folder,
+            run.fingerprint("prepare"),
+            progress,
+        )
+        refresh_ledger(run.folder)
+
+
+def _check_vocabulary(config: RunConfig) -> None:
+    if config.model.vocab_size is None:
+        return
+    vocab_size = config.tokenizer.vocab_size
+    if config.tokenizer.path is not None:
+        vocab_size = open_tokenizer(Path(config.tokenizer.path), config.tokenizer.end_of_document).vocab_size
+    if config.model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}; "
+            "raise it, or leave it out"
+        )
+
+
+def mix(run: Run, round_number: int, progress: Progress) -> None:
+    """Make the mix that a round trains on: everything in round 1, else what the round's selection keeps."""
+    if run.is_complete("mix", round_number):
+        return
+    started = time.time()
+    folder = run.round_folder(round_number)
+    if round_number == 1:
+        count = mix_all(folder / "mix.parquet", run.corpus().samples_path, run.config.seed, round_number)
+    else:
+        _require(run, "refine", round_number)
+        count = mix_selection(folder / "mix.parquet", folder, run.config.seed, round_number)
+    progress("mixing (samples)", count, count)
+    run.record("mix", round_number, started)
+    refresh_ledger(run.folder)
+
+
+def train(run: Run, round_number: int, progress: Progress) -> None:
+    """Train a round over its mix, from the weights that the round before ended with."""
+    if run.is_complete("train", round_number):
+        return
+    _require(run, "mix", round_number)
+    start_from = None
+    if round_number > 1:
+        _require(run, "train", round_number - 1)
+        start_from = final_checkpoint(run, round_number - 1)
+    started = time.time()
+    config = run.config
+    job = TrainJob(
+        **_job(run, "train", round_number),
+        train=config.train,
+        checkpoint=config.checkpoint,
+        score=config.score,
+        start_from=start_from,
+    )
+    launch(job, run.folder, f"train-{round_number}", progress)
+    run.record("train", round_number, started)
+    refresh_ledger(run.folder)
+
+
+def score(run: Run, round_number: int, progress: Progress) -> None:
+    """Score every sample of every shard under the model that a round ended with."""
+    if run.is_complete("score", round_number):
+        return
+    _require(run, "train", round_number)
+    started = time.time()
+    job = ScoreJob(
+        **_job(run, "score", round_number), score=run.config.score, weights=final_checkpoint(run, round_number)
+    )
+    launch(job, run.folder, f"score-{round_number}", progress)
+    run.record("score", round_number, started)
+    refresh_ledger(run.folder)
+
+
+def refine(run: Run, round_number: int, progress: Progress) -> None:
+    """Select what `round_number` trains on by the losses of the round before."""
+    if run.is_complete("refine", round_number):
+        return
+    _require(run, "score", round_number - 1)
+    started = time.time()
+    corpus = run.corpus()
+    refine_shards(
+        run.round_folder(round_number - 1),
+        run.round_folder(round_number),
+        run.config.refine,
+        run.config.seed,
+        round_number,
+        [corpus.num_samples(shard) for shard in range(corpus.num_shards)],
+        run.fingerprint("refine", round_number),
+        progress,
+    )
+    run.record("refine", round_number, started)
+    refresh_ledger(run.folder)
+
+
+def report(run: Run) -> Path:
+    """Write the report over what the run folder holds and return its path."""
+    refresh_ledger(run.folder)
+    return write_report(run)
+
+
+def final_checkpoint(run: Run, round_number: int) -> Path:
+    """Return the checkpoint that a round ended with. Raises ValueError where it is gone."""
+    folder = run.round_folder(round_number) / "checkpoint"
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise ValueError(
+            f"{folder}: the round's checkpoint is gone; restore it, or delete {folder.parent / 'train.json'} "
+            "to train the round again"
+        )
+    return checkpoints[-1]
+
+
+def _require(run: Run, stage: str, round_number: int) -> None:
+    if not run.is_complete(stage, round_number):
+        raise ValueError(
+            f"{run.folder}: {stage} of round {round_number} is not complete; "
+            f"run `reprise run {run.folder}`, which does all that is missing"
+        )
+
+
+def _job(run: Run, stage: str, round_number: int) -> dict[str, object]:
+    config = run.config
+    return {
+        "corpus": run.corpus_folder,
+        "round_folder": run.round_folder(round_number),
+        "model": config.model,
+        "parallel": config.parallel,
+        "device": resolve(config.device),
+        "precision": config.train.precision,
+        "seed": config.seed,
+        "fingerprint": run.fingerprint(stage, round_number),
+        "progress": run.folder / "logs" / "progress.json",
+        "errors": run.folder / "logs" / "errors",
+        "launcher": os.getpid(),
+        "lock": run.folder / ".ranks.lock",
+    }
