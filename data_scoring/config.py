@@ -54,7 +54,7 @@ class TokenizerConfig(Config):
     path: str | None = Field(
         default=None, description="tokenizer.json or SentencePiece .model; null trains a byte-level BPE on the corpus."
     )
-    vocab_size: int = Field(default=4096, ge=257, le=1_000_000, description="Entries of a trained tokenizer.")
+    vocab_size: int = Field(default=2048, ge=257, le=1_000_000, description="Entries of a trained tokenizer.")
     train_megabytes: float = Field(
         default=32.0, gt=0, le=4096, description="Text that a tokenizer is trained on, a random sample, in MB."
     )

@@ -1,7 +1,7 @@
 """An existing Megatron corpus used where it lies: shards are index files of our own over its `.bin` files."""
 
-import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,7 @@ def index_in_place(
     validation = _index_parts("validation", dealing.held_out, dealing, corpora, folder)
     shards = []
     for shard in range(dealing.num_shards):
-        entry = _index_parts(
-            f"shard-{shard:04d}", lambda shard=shard: dealing.samples(shard), dealing, corpora, folder
-        )
+        entry = _index_parts(f"shard-{shard:04d}", partial(dealing.samples, shard), dealing, corpora, folder)
         shards.append({"num_samples": entry["num_samples"], "parts": entry["parts"]})
     return validation, shards
 
@@ -67,7 +65,7 @@ def _index_parts(
         with writing(folder / f"{prefix}.idx") as temporary:
             write_index(temporary, corpus.tokens.dtype, count, chunks())
         with writing(folder / f"{prefix}.bin") as temporary:
-            os.symlink(Path(f"{corpus.prefix}.bin").resolve(), temporary)
+            temporary.symlink_to(Path(f"{corpus.prefix}.bin").resolve())
         # The index is ours to check; summing somebody's whole corpus would cost more than reading it.
         parts.append({"prefix": prefix, "checksums": {".idx": checksum(folder / f"{prefix}.idx")}})
         sources.append({"name": stream.name, "num_samples": count})

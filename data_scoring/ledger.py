@@ -165,12 +165,11 @@ def refresh_ledger(run_folder: Path) -> Path:
     """
     run_folder = run_folder.resolve()
     path = run_folder / "ledger.duckdb"
-    with writing(path) as temporary:
-        with duckdb.connect(str(temporary)) as connection:
-            for name, view in VIEWS.items():
-                _create(connection, name, view.comment, view.columns, _select(run_folder, view))
-            for name, (comment, columns, sql) in DERIVED.items():
-                _create(connection, name, comment, columns, sql)
+    with writing(path) as temporary, duckdb.connect(str(temporary)) as connection:
+        for name, view in VIEWS.items():
+            _create(connection, name, view.comment, view.columns, _select(run_folder, view))
+        for name, (comment, columns, sql) in DERIVED.items():
+            _create(connection, name, comment, columns, sql)
     return path
 
 
@@ -199,7 +198,7 @@ def query(run_folder: Path, sql: str) -> duckdb.DuckDBPyRelation:
     try:
         result = connection.sql(sql)
     except duckdb.Error as error:
-        raise ValueError(f"sql: {error}; `reprise sql RUN \"show tables\"` lists the views") from None
+        raise ValueError(f'sql: {error}; `reprise sql RUN "show tables"` lists the views') from None
     if result is None:
         raise ValueError("sql: the query returns no rows; write a select")
     return result

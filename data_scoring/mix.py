@@ -50,9 +50,7 @@ class Mix:
             group = int(np.searchsorted(self._starts, start, side="right")) - 1
             if group != self._group:
                 table = self._file.read_row_group(group)
-                self._shards, self._samples = (
-                    table[name].to_numpy().astype(np.int64) for name in ("shard", "sample")
-                )
+                self._shards, self._samples = (table[name].to_numpy().astype(np.int64) for name in ("shard", "sample"))
                 self._group = group
             offset = int(self._starts[group])
             end = min(stop, int(self._starts[group + 1]))

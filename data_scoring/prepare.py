@@ -31,7 +31,12 @@ _SAMPLES = pa.schema(
 
 
 def prepare_corpus(
-    corpus: CorpusConfig, tokenizer: TokenizerConfig, seed: int, folder: Path, stage_fingerprint: str, progress: Progress
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    seed: int,
+    folder: Path,
+    stage_fingerprint: str,
+    progress: Progress,
 ) -> None:
     """Write the corpus into `folder`; its `manifest.json`, written last, says that it is complete.
 

@@ -38,7 +38,8 @@ def _modules() -> Iterator[Path]:
 
 
 def _split_docstrings(text: str) -> tuple[list[str], str]:
-    docstrings, dropped = [], set()
+    docstrings: list[str] = []
+    dropped: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)

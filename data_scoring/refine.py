@@ -36,7 +36,9 @@ def num_kept(num_samples: int, config: RefineConfig) -> int:
     return max(1, int(num_samples * config.sampling_rate + 0.5))
 
 
-def selection_query(losses: str, num_samples: int, config: RefineConfig, seed: int, round_number: int, shard: int) -> str:
+def selection_query(
+    losses: str, num_samples: int, config: RefineConfig, seed: int, round_number: int, shard: int
+) -> str:
     """Return the SQL whose rows (sample, loss, kept, reason) are the selection for `round_number` from one shard.
 
     `losses` is a SQL relation with the columns sample and loss, `num_samples` its number of rows.
@@ -95,7 +97,7 @@ def _refine_shard(
     with duckdb.connect() as connection:
         relation = f"read_parquet({literal(losses)})"
         try:
-            counted = connection.sql(f"select count(*), count(loss) from {relation}").fetchone()
+            counted = connection.execute(f"select count(*), count(loss) from {relation}").fetchone()
         except duckdb.Error as error:
             raise ValueError(f"{losses}: cannot be read ({error}); delete it and score the round again") from None
         if counted != (expected, expected):

@@ -29,7 +29,7 @@ def parquet_fingerprint(path: Path) -> str | None:
     if not path.exists():
         return None
     metadata = pq.read_schema(path).metadata or {}
-    return metadata.get(FINGERPRINT_KEY, b"").decode()
+    return str(metadata.get(FINGERPRINT_KEY, b"").decode())
 
 
 def write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:

@@ -32,7 +32,7 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class StagedSource:
-    """A tokenised source: `tokens_path` holds its documents' tokens one after the other, `documents_path` their rows."""
+    """A tokenised source: its documents' tokens, one after the other, and a row for each document."""
 
     name: str
     tokens_path: Path
@@ -156,7 +156,7 @@ def _read_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
         try:
             for item in items:
                 waiting.put(("item", item))
-        except BaseException as error:  # raised again in the consumer
+        except BaseException as error:  # noqa: BLE001 (raised again in the consumer)
             waiting.put(("error", error))
         else:
             waiting.put(("end", None))

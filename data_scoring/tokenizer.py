@@ -2,8 +2,9 @@
 
 import heapq
 import os
+import random
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -40,7 +41,7 @@ class HuggingFaceTokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
+        except Exception as error:  # noqa: BLE001 (what the library raises)
             raise ValueError(f"{path}: not a tokenizer.json ({error}); give one of the tokenizers library") from None
         # A special token spelled out in the corpus is text like any other, not an instruction.
         self._tokenizer.encode_special_tokens = True
@@ -107,7 +108,10 @@ def open_tokenizer(path: Path, end_of_document: str | None) -> Tokenizer:
     """
     if not path.is_file():
         raise ValueError(f"tokenizer.path: {path}: no such file; give a tokenizer.json or a SentencePiece .model")
-    kinds = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
+    kinds: dict[str, Callable[[Path, str | None], Tokenizer]] = {
+        ".json": HuggingFaceTokenizer,
+        ".model": SentencePieceTokenizer,
+    }
     if path.suffix not in kinds:
         raise ValueError(f"tokenizer.path: {path}: ends in neither .json nor .model; give one of these")
     return kinds[path.suffix](path, end_of_document)
@@ -129,9 +133,7 @@ def install_tokenizer(config: TokenizerConfig, texts: Iterable[str], seed: int, 
 
 def _sample_texts(texts: Iterable[str], num_bytes: int, seed: int) -> Iterator[str]:
     """Yield a uniform random sample of `texts` of about `num_bytes`, holding no more than that in memory."""
-    import random
-
-    generator = random.Random(seed)
+    generator = random.Random(seed)  # noqa: S311
     heap: list[tuple[float, int, str]] = []
     total = 0
     for number, text in enumerate(texts):

@@ -1,0 +1,1 @@
+"""The flows: what the user runs, and what Prefect schedules."""

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.command(options)
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error).__name__ != "RanksFailed":
+        if isinstance(error, RuntimeError) and type(error).__name__ != "RanksFailedError":
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -122,7 +122,8 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [
         f"{name}: {before.get(name)!r} there, {after.get(name)!r} here"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not any(name == free or name.startswith(f"{free}.") for free in _FREE)
+        if before.get(name) != after.get(name)
+        and not any(name == free or name.startswith(f"{free}.") for free in _FREE)
     ]
 
 

@@ -13,15 +13,15 @@ from flows.run_folder import ranks_gone
 from trainer.jobs import Job
 
 
-class RanksFailed(RuntimeError):
+class RanksFailedError(RuntimeError):
     """Ranks ended without finishing their job."""
 
 
 def launch(job: Job, run_folder: Path, name: str, progress: Progress) -> None:
     """Run `job` on all its ranks and return when they are done; `name` names its log.
 
-    Raises ValueError with a rank's own message where the user can mend what is wrong, else `RanksFailed`; both name
-    the log.
+    Raises ValueError with a rank's own message where the user can mend what is wrong, else `RanksFailedError`;
+    both name the log.
     """
     log_path = run_folder / "logs" / f"{name}.log"
     log_path.parent.mkdir(exist_ok=True)
@@ -86,11 +86,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _raise_failure(job: Job, code: int, log_path: Path) -> None:
     errors = sorted((read_json(path) for path in job.errors.glob("rank-*.json")), key=lambda error: error["time"])
     if not errors:
-        raise RanksFailed(
+        raise RanksFailedError(
             f"the ranks ended with exit code {code} and left no error (killed, or out of memory?); "
             f"the log is {log_path}; the same command goes on from the last checkpoint"
         )
     first = errors[0]
     if first["is_users"]:
         raise ValueError(f"{first['message']} (log: {log_path})")
-    raise RanksFailed(f"rank {first['rank']}: {first['kind']}: {first['message']} (log: {log_path})")
+    raise RanksFailedError(f"rank {first['rank']}: {first['kind']}: {first['message']} (log: {log_path})")

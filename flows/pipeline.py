@@ -14,12 +14,12 @@ from flows.config import RunConfig
 from flows.progress import TerminalProgress
 from flows.run_folder import locked, open_run
 
-prepare = task(stages.prepare, name="prepare", cache_policy=NO_CACHE)
-mix = task(stages.mix, name="mix", task_run_name="mix-{round_number}", cache_policy=NO_CACHE)
-train = task(stages.train, name="train", task_run_name="train-{round_number}", cache_policy=NO_CACHE)
-score = task(stages.score, name="score", task_run_name="score-{round_number}", cache_policy=NO_CACHE)
-refine = task(stages.refine, name="refine", task_run_name="refine-{round_number}", cache_policy=NO_CACHE)
-report = task(stages.report, name="report", cache_policy=NO_CACHE)
+prepare = task(name="prepare", cache_policy=NO_CACHE)(stages.prepare)
+mix = task(name="mix", task_run_name="mix-{round_number}", cache_policy=NO_CACHE)(stages.mix)
+train = task(name="train", task_run_name="train-{round_number}", cache_policy=NO_CACHE)(stages.train)
+score = task(name="score", task_run_name="score-{round_number}", cache_policy=NO_CACHE)(stages.score)
+refine = task(name="refine", task_run_name="refine-{round_number}", cache_policy=NO_CACHE)(stages.refine)
+report = task(name="report", cache_policy=NO_CACHE)(stages.report)
 
 
 @flow(name="multi-round", flow_run_name="{config.name}")
@@ -34,4 +34,5 @@ def multi_round(config: RunConfig) -> Path:
                 refine(run, round_number, progress)
             mix(run, round_number, progress)
             train(run, round_number, progress)
-        return report(run)
+        path: Path = report(run)
+        return path

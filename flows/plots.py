@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Callable
+from typing import Any
 
 import duckdb
 import matplotlib
@@ -24,7 +25,7 @@ _LOSS = "loss (nats per token)"
 # Draws from the ledger; None where the ledger has nothing to draw.
 Plot = Callable[[duckdb.DuckDBPyConnection], Figure | None]
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -90,7 +91,7 @@ def selection_histograms(round_number: int) -> Plot:
     """Return the plot of each shard's losses with what was kept for `round_number` and what was dropped."""
 
     def plot(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
-        bounds = ledger.sql(
+        bounds = ledger.execute(
             f"""select quantile_cont(loss, 0.001), quantile_cont(loss, 0.999), max(shard) + 1
             from selection where round = {round_number}"""
         ).fetchone()

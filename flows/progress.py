@@ -5,7 +5,15 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -17,9 +25,10 @@ class TerminalProgress:
         self._console = Console(file=sys.stderr)
         self._bars: Progress | None = None
         self._work = ""
-        self._task = None
+        self._task: TaskID | None = None
         self._started = self._printed = 0.0
         self._first = 0
+        self._is_over = False
 
     def __enter__(self) -> "TerminalProgress":
         if self._console.is_terminal:
@@ -42,17 +51,19 @@ class TerminalProgress:
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         """Show that `done` of `total` units of `what` are done; details may follow its name after a dot."""
-        work = what.split(" · ")[0]
+        work = what.split(" · ", maxsplit=1)[0]
         now = time.monotonic()
         is_new = work != self._work
         if is_new:
             self._work, self._started, self._printed, self._first = work, now, now, done
+            self._is_over = False
         if self._bars is not None:
             if is_new or self._task is None:
                 self._task = self._bars.add_task(what, total=total)
             self._bars.update(self._task, description=what, completed=done, total=total)
-        elif now - self._printed > _SECONDS_BETWEEN_LINES or (done == total and self._printed != 0.0):
-            self._printed = 0.0 if done == total else now
+        elif now - self._printed > _SECONDS_BETWEEN_LINES or (done == total and not self._is_over):
+            self._printed = now
+            self._is_over = done == total
             print(self._line(what, done, total, now - self._started), file=sys.stderr, flush=True)
 
     def _line(self, what: str, done: int, total: int | None, seconds: float) -> str:

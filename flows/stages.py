@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from data_scoring.ledger import refresh_ledger
 from data_scoring.prepare import prepare_corpus
@@ -150,7 +151,7 @@ def _require(run: Run, stage: str, round_number: int) -> None:
         )
 
 
-def _job(run: Run, stage: str, round_number: int) -> dict[str, object]:
+def _job(run: Run, stage: str, round_number: int) -> dict[str, Any]:
     config = run.config
     return {
         "corpus": run.corpus_folder,

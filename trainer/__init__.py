@@ -1,0 +1,1 @@
+"""Megatron-Core: devices, model, training, scoring, checkpoints."""

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_scoring.files import commit, write_json
 from trainer.checkpoint_folder import RECORD, list_checkpoints
@@ -41,7 +43,7 @@ def save_checkpoint(folder: Path, step: int, state: "TrainingState", record: dic
 def load_checkpoint(checkpoint: Path, state: "TrainingState") -> None:
     """Load a whole training state, saved under whatever layout, into `state`."""
     loaded = _load(checkpoint, state.sharded(is_loading=True))
-    state.model.load_state_dict(loaded["model"])
+    state.model.module.load_state_dict(loaded["model"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
 
@@ -60,8 +62,8 @@ def sharded_weights(model: Any) -> ShardedStateDict:
 def _load(checkpoint: Path, sharded: ShardedStateDict) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(checkpoint), validate_access_integrity=False)
-    except (RuntimeError, KeyError, OSError, EOFError, dist_checkpointing.core.CheckpointingException) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (RuntimeError, KeyError, OSError, EOFError, CheckpointException, CheckpointingException) as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise ValueError(
             f"{checkpoint}: cannot be loaded ({reason}); if it was damaged, delete it and the same command goes on "
             "from the one before; if the model was changed, use a new run folder"
@@ -70,13 +72,13 @@ def _load(checkpoint: Path, sharded: ShardedStateDict) -> dict[str, Any]:
 
 
 class TrainingState:
-    """What a checkpoint holds of a run in training: model, optimizer and learning-rate schedule."""
+    """What a checkpoint holds of a run in training: model (wrapped for data parallelism), optimizer and schedule."""
 
     def __init__(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
 
     def sharded(self, is_loading: bool) -> ShardedStateDict:
         """Return Megatron's description of the parts of the state that this rank holds."""
-        weights = sharded_weights(self.model)
+        weights = sharded_weights(self.model.module)
         optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_SHARDING)
         return {"model": weights, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}

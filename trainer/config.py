@@ -55,8 +55,8 @@ class ModelConfig(Config):
 class TrainConfig(Config):
     """How a round is trained: AdamW, linear warm-up and cosine decay over the round."""
 
-    global_batch_size: int = Field(default=32, ge=1, le=1_000_000, description="Samples an optimizer step.")
-    micro_batch_size: int = Field(default=4, ge=1, le=4096, description="Samples a forward pass takes at once.")
+    global_batch_size: int = Field(default=16, ge=1, le=1_000_000, description="Samples an optimizer step.")
+    micro_batch_size: int = Field(default=2, ge=1, le=4096, description="Samples a forward pass takes at once.")
     lr: float = Field(default=2e-3, gt=0, lt=10, description="Peak learning rate.")
     min_lr: float = Field(default=2e-4, ge=0, lt=10, description="Learning rate at the end of a round.")
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of a round's steps that warm up.")

@@ -62,9 +62,9 @@ def initialise(kind: str, local_rank: int) -> Device:
         _adapt_megatron_to_cpu()
         return Device("cpu", torch.device("cpu"), "gloo")
     if kind == "npu":
-        import mindspeed.megatron_adaptor  # type: ignore[import-not-found]  # noqa: F401
-        import torch_npu  # type: ignore[import-not-found]  # noqa: F401
-        from torch_npu.contrib import transfer_to_npu  # type: ignore[import-not-found]  # noqa: F401
+        import mindspeed.megatron_adaptor  # noqa: F401
+        import torch_npu  # noqa: F401
+        from torch_npu.contrib import transfer_to_npu  # noqa: F401
 
         torch.npu.set_device(local_rank)  # type: ignore[attr-defined]
         return Device("npu", torch.device("npu", local_rank), "hccl")
@@ -99,14 +99,14 @@ def _is_cuda(device: Any) -> bool:
 def _adapt_megatron_to_cpu() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
-    torch.cuda.set_device = lambda device: None  # type: ignore[assignment]
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)  # type: ignore[assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[assignment, method-assign]
-    _CudaMeansCpu().__enter__()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
+    _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
 
     from megatron.core.tensor_parallel import random
 

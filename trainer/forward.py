@@ -34,7 +34,8 @@ def run_schedule(
     per_round = micro_batch_size * replicas
     num_microbatches = -(-len(samples) // per_round)
     first = parallel_state.get_data_parallel_rank() * micro_batch_size
-    rows = [np.arange(start, start + micro_batch_size) for start in range(first, num_microbatches * per_round, per_round)]
+    starts = range(first, num_microbatches * per_round, per_round)
+    rows = [np.arange(start, start + micro_batch_size) for start in starts]
     losses: list[dict[str, Tensor]] = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=_microbatches(corpus, shards, samples, rows, next(model.parameters()).device),

@@ -27,7 +27,7 @@ class Job(Config):
 
 
 class TrainJob(Job):
-    """Train one round over its mix, from the last checkpoint of the round, else from `start_from`, else from scratch."""
+    """Train one round over its mix: from its own last checkpoint, else from `start_from`, else from scratch."""
 
     kind: Literal["train"] = "train"
     train: TrainConfig

@@ -31,8 +31,11 @@ class ScaledDotProductAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any) -> Tensor:
         """Return the attention's output, [seq, batch, heads x channels], from [seq, batch, heads, channels] inputs."""
+        query_bhsd, key_bhsd, value_bhsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         out_bhsd = F.scaled_dot_product_attention(
-            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            query_bhsd,
+            key_bhsd,
+            value_bhsd,
             is_causal=True,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],

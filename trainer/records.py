@@ -72,8 +72,7 @@ class SeenLog:
         columns = [np.concatenate(parts) for parts in zip(*self._columns, strict=True)]
         first = int(columns[0][0])
         arrays = [
-            pa.array(column.astype(field.type.to_pandas_dtype()))
-            for column, field in zip(columns, _SEEN, strict=True)
+            pa.array(column.astype(field.type.to_pandas_dtype())) for column, field in zip(columns, _SEEN, strict=True)
         ]
         path = self._folder / f"step={first:08d}-replica={self._replica:04d}.parquet"
         write_parquet(path, pa.table(arrays, schema=_SEEN), self._fingerprint)

@@ -15,7 +15,7 @@ _MICROBATCHES_A_STAGE = 8
 
 def is_writer() -> bool:
     """Return whether this rank keeps results: the one of its layout that holds the losses and comes first."""
-    return (
+    return bool(
         parallel_state.is_pipeline_last_stage()
         and parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_data_parallel_rank() == 0
@@ -25,7 +25,7 @@ def is_writer() -> bool:
 def block_size(micro_batch_size: int) -> int:
     """Return how many samples are scored at a time."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    return micro_batch_size * parallel_state.get_data_parallel_world_size() * stages * _MICROBATCHES_A_STAGE
+    return micro_batch_size * int(parallel_state.get_data_parallel_world_size()) * int(stages) * _MICROBATCHES_A_STAGE
 
 
 def make_scorer(model: torch.nn.Module, corpus: Corpus, micro_batch_size: int) -> ScoreSamples:
@@ -36,9 +36,7 @@ def make_scorer(model: torch.nn.Module, corpus: Corpus, micro_batch_size: int) -
 
     def score(shards: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.float32] | None:
         with torch.no_grad():
-            rows, sums, num_tokens = run_schedule(
-                model, corpus, shards, samples, micro_batch_size, forward_only=True
-            )
+            rows, sums, num_tokens = run_schedule(model, corpus, shards, samples, micro_batch_size, forward_only=True)
         if not parallel_state.is_pipeline_last_stage():
             return None
         losses = torch.zeros(len(samples), dtype=torch.float32)

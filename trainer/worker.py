@@ -26,7 +26,7 @@ def main(job_path: Path) -> None:
     _end_with_launcher(job)
     try:
         _run(job)
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         _report(job, error)
         raise
 
@@ -101,7 +101,7 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _report(job: Job, error: Exception) -> None:
+def _report(job: Job, error: BaseException) -> None:
     """Leave the error where the launcher finds it, in a file of this rank's own."""
     rank = os.environ.get("RANK", "0")
     content = {
