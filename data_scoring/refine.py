@@ -97,7 +97,7 @@ def _refine_shard(
     with duckdb.connect() as connection:
         relation = f"read_parquet({literal(losses)})"
         try:
-            counted = connection.execute(f"select count(*), count(loss) from {relation}").fetchone()
+            [counted] = connection.sql(f"select count(*), count(loss) from {relation}").fetchall()
         except duckdb.Error as error:
             raise ValueError(f"{losses}: cannot be read ({error}); delete it and score the round again") from None
         if counted != (expected, expected):

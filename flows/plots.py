@@ -91,11 +91,11 @@ def selection_histograms(round_number: int) -> Plot:
     """Return the plot of each shard's losses with what was kept for `round_number` and what was dropped."""
 
     def plot(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
-        bounds = ledger.execute(
+        [bounds] = ledger.sql(
             f"""select quantile_cont(loss, 0.001), quantile_cont(loss, 0.999), max(shard) + 1
             from selection where round = {round_number}"""
-        ).fetchone()
-        if bounds is None or bounds[0] is None:
+        ).fetchall()
+        if bounds[0] is None:
             return None
         low, high, num_shards = float(bounds[0]), float(bounds[1]), int(bounds[2])
         width = max((high - low) / _BINS, 1e-6)
