@@ -1,0 +1,33 @@
+# Everything a fresh machine needs is Python 3.11, pip and make.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test check bench clean
+
+# The whole job on the text that Python carries: trains, scores, refines, trains again.
+demo: $(INSTALLED)
+	$(BIN)/reprise run configs/demo.yaml
+
+# Style, types, rooms and tests.
+test: check
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+# Prints each claim as a ratio to a named baseline and writes it to benchmarks/results/.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.run
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,135 @@
+"""What tests share: a tiny corpus, and jobs run on real ranks."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_scoring.config import CorpusConfig, ScoreConfig, SourceConfig, TokenizerConfig
+from data_scoring.corpus import Corpus
+from data_scoring.prepare import prepare_corpus
+from data_scoring.progress import silent
+from data_scoring.refine import mix_all
+from flows.launch import launch
+from trainer.checkpoint_folder import list_checkpoints
+from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
+from trainer.jobs import Job, ScoreJob, TrainJob
+
+TINY_MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64)
+TINY_TRAIN = TrainConfig(global_batch_size=8, micro_batch_size=2, lr=1e-2, min_lr=1e-3, validate_every_steps=1000)
+
+WORDS = "the a model learns what text says and where it goes on from there until loss falls under round two".split()
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    """Return `count` distinct documents of random words."""
+    generator = random.Random(seed)
+    return [f"{number}: " + " ".join(generator.choices(WORDS, k=generator.randint(20, 60))) for number in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """A corpus of two sources, 3 shards, samples of 32 tokens."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sources = []
+    for name, count, seed in (("one", 120, 1), ("two", 60, 2)):
+        (folder / name).mkdir()
+        for number, document in enumerate(make_documents(count, seed)):
+            (folder / name / f"{number:03d}.txt").write_text(document)
+        sources.append(SourceConfig(name=name, path=str(folder / name)))
+    corpus = CorpusConfig(sources=tuple(sources), seq_length=32, num_shards=3, validation_fraction=0.1)
+    prepare_corpus(corpus, TokenizerConfig(vocab_size=300), 0, folder / "corpus", "tiny", silent)
+    return Corpus(folder / "corpus")
+
+
+class Ranks:
+    """Runs jobs over the tiny corpus on real ranks under torchrun."""
+
+    def __init__(self, corpus: Corpus, folder: Path) -> None:
+        self.corpus, self.folder = corpus, folder
+
+    def _common(self, round_folder: Path, layout: tuple[int, int, int], model: ModelConfig) -> dict[str, Any]:
+        tensor, pipeline, data = layout
+        return {
+            "corpus": self.corpus.folder,
+            "round_folder": round_folder,
+            "model": model,
+            "parallel": ParallelConfig(tensor=tensor, pipeline=pipeline, data=data),
+            "device": "cpu",
+            "precision": "float32",
+            "seed": 1,
+            "fingerprint": "f",
+            "progress": self.folder / "progress.json",
+            "errors": self.folder / "errors",
+            "launcher": os.getpid(),
+            "lock": self.folder / ".ranks.lock",
+        }
+
+    def train(
+        self,
+        name: str,
+        layout: tuple[int, int, int] = (1, 1, 1),
+        start_from: Path | None = None,
+        make_mix: Callable[[Path], int] | None = None,
+        checkpoint: CheckpointConfig = CheckpointConfig(),
+        train: TrainConfig = TINY_TRAIN,
+        model: ModelConfig = TINY_MODEL,
+    ) -> Path:
+        """Train a round in the folder `name`, or go on with it, and return the folder."""
+        folder = self.folder / name
+        if not (folder / "mix.parquet").exists():
+            if make_mix is None:
+                mix_all(folder / "mix.parquet", self.corpus.samples_path, 0, 1)
+            else:
+                make_mix(folder / "mix.parquet")
+        common = self._common(folder, layout, model)
+        self.launch(
+            TrainJob(**common, train=train, checkpoint=checkpoint, score=ScoreConfig(), start_from=start_from), name
+        )
+        return folder
+
+    def score(
+        self,
+        name: str,
+        weights: Path,
+        layout: tuple[int, int, int] = (1, 1, 1),
+        model: ModelConfig = TINY_MODEL,
+    ) -> Path:
+        """Score all shards into the folder `name` and return it."""
+        folder = self.folder / name
+        job = ScoreJob(**self._common(folder, layout, model), score=ScoreConfig(micro_batch_size=4), weights=weights)
+        self.launch(job, f"score-{name}")
+        return folder
+
+    def launch(self, job: Job, name: str) -> None:
+        """Run `job` to its end."""
+        launch(job, self.folder, name, silent)
+
+
+@pytest.fixture(scope="session")
+def ranks(tiny_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Jobs over the tiny corpus."""
+    return Ranks(tiny_corpus, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="session")
+def trained(ranks: Ranks) -> Path:
+    """The folder of a round trained on one rank."""
+    return ranks.train("trained")
+
+
+@pytest.fixture(scope="session")
+def scored(ranks: Ranks, trained: Path) -> Path:
+    """The folder of the losses of all samples under the trained model, scored on one rank."""
+    return ranks.score("scored", list_checkpoints(trained / "checkpoint")[-1])
+
+
+def read_rows(pattern: Path, *columns: str) -> list[tuple[Any, ...]]:
+    """Return the rows of the Parquet files under `pattern` (a file or a folder), sorted."""
+    files = sorted(pattern.glob("*.parquet")) if pattern.is_dir() else [pattern]
+    rows = [tuple(row[column] for column in columns) for file in files for row in pq.read_table(file).to_pylist()]
+    return sorted(rows)

@@ -1,0 +1,48 @@
+"""The trainer's losses against an independent implementation of the same model in plain torch."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
+from tests.conftest import TINY_MODEL, Ranks, read_rows
+from trainer.checkpoint_folder import list_checkpoints
+
+
+def plain_losses(ranks: Ranks, checkpoint: Path, shard: int) -> list[float]:
+    tensors = read_checkpoint(checkpoint)
+    model = PlainModel(TINY_MODEL, len(tensors["output_layer.weight"])).eval()
+    load_megatron_weights(model, tensors)
+    count = ranks.corpus.num_samples(shard)
+    batch = ranks.corpus.read(np.full(count, shard), np.arange(count))
+    tokens = torch.from_numpy(batch.tokens)
+    with torch.no_grad():
+        losses = model(tokens[:, :-1], tokens[:, 1:])
+    return [
+        float(row[:length].double().mean())
+        for row, length in zip(losses, batch.num_tokens.tolist(), strict=True)
+    ]
+
+
+def test_scored_losses_equal_plain_torch(ranks: Ranks, trained: Path, scored: Path) -> None:
+    checkpoint = list_checkpoints(trained / "checkpoint")[-1]
+    lengths = set()
+    for shard in range(ranks.corpus.num_shards):
+        rows = read_rows(scored / "losses" / f"shard={shard:04d}.parquet", "sample", "num_tokens", "loss")
+        lengths |= {row[1] for row in rows}
+        np.testing.assert_allclose([row[2] for row in rows], plain_losses(ranks, checkpoint, shard), atol=1e-4)
+    assert len(lengths) > 1, "the corpus should have samples shorter than the others"
+
+
+def test_training_has_learned(trained: Path) -> None:
+    losses = [row[1] for row in read_rows(trained / "steps.parquet", "step", "loss")]
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_learning_rate_warms_up_linearly_and_decays_as_a_cosine(trained: Path) -> None:
+    rates = np.array([row[1] for row in read_rows(trained / "steps.parquet", "step", "lr")])
+    steps, warmup = len(rates), round(0.05 * len(rates))
+    step = np.arange(1, steps + 1)
+    cosine = 1e-3 + (1e-2 - 1e-3) * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup)))
+    np.testing.assert_allclose(rates, np.where(step < warmup, 1e-2 * step / max(warmup, 1), cosine), rtol=1e-5)
