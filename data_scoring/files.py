@@ -1,5 +1,6 @@
 """Files that are never half-written: temporary name, fsync, rename, then the completion record."""
 
+import errno
 import hashlib
 import json
 import os
@@ -70,6 +71,21 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def explain(error: OSError) -> str | None:
+    """Return one line with the remedy for an error that the user can mend (no space, no access), else None."""
+    remedies = {
+        errno.ENOSPC: "free some space and run the same command again: what is complete is kept",
+        errno.EDQUOT: "raise your quota or free some space, and run the same command again: what is complete is kept",
+        errno.EACCES: "give yourself access to it, or name another folder",
+        errno.EROFS: "name a folder that can be written to",
+    }
+    # Arrow's errors have the number in their text alone.
+    numbers = [error.errno] if error.errno else [number for number in remedies if f"[errno {number}]" in str(error)]
+    if not numbers or numbers[0] not in remedies:
+        return None
+    return f"{error.filename or 'the disk'}: {os.strerror(numbers[0])}; {remedies[numbers[0]]}"
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,15 +1,15 @@
 """The `reprise` command."""
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_scoring.files import explain
 from flows.config import read_config
-from flows.run_folder import Run, locked, open_run, read_run
+from flows.run_folder import RanksFailedError, Run, locked, open_run, read_run
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
@@ -30,26 +30,19 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     try:
         options.command(options)
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error).__name__ != "RanksFailedError":
-            raise
+    except (ValueError, RanksFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        explanation = explain(error)
+        if explanation is None:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; {_remedy(error)}", file=sys.stderr)
+        print(f"error: {explanation}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
-
-
-def _remedy(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space and run the same command again: what is complete is kept"
-    return "give yourself write access, or set output to another folder"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,11 +89,14 @@ def _config(options: argparse.Namespace) -> "RunConfig":
 
 def _run(options: argparse.Namespace) -> None:
     config = _config(options)
-    # Prefect says what a server would want to know; on a terminal the progress says it better.
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+    # On a terminal the progress says what is going on, and one line says what went wrong.
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     from flows.pipeline import multi_round
+    from flows.server import server
 
-    print(f"report: {multi_round(config)}")
+    with server():
+        report = multi_round(config)
+    print(f"report: {report}")
 
 
 def _stage(options: argparse.Namespace) -> None:

@@ -9,12 +9,8 @@ from pathlib import Path
 
 from data_scoring.files import read_json
 from data_scoring.progress import Progress
-from flows.run_folder import ranks_gone
+from flows.run_folder import RanksFailedError, ranks_gone
 from trainer.jobs import Job
-
-
-class RanksFailedError(RuntimeError):
-    """Ranks ended without finishing their job."""
 
 
 def launch(job: Job, run_folder: Path, name: str, progress: Progress) -> None:

@@ -20,6 +20,10 @@ from flows.config import RunConfig, differences, parse_config
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
 
 
+class RanksFailedError(RuntimeError):
+    """Ranks ended without finishing their job, through no fault of the user's that they could name."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run: its configuration and its folder. What is done is read from the folder, never remembered."""

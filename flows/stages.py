@@ -16,7 +16,7 @@ from flows.launch import launch
 from flows.report import write_report
 from flows.run_folder import Run
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.devices import resolve
+from trainer.devices import check_count, resolve
 from trainer.jobs import ScoreJob, TrainJob
 
 
@@ -24,7 +24,7 @@ def prepare(run: Run, progress: Progress) -> None:
     """Make the corpus: tokenise, hold out the validation set, cut shards."""
     config = run.config
     # A device that is not there is best known before hours of tokenising.
-    resolve(config.device)
+    check_count(resolve(config.device), config.parallel.world_size)
     _check_vocabulary(config)
     if not run.is_complete("prepare"):
         prepare_corpus(

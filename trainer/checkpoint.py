@@ -1,6 +1,8 @@
 """Checkpoints: Megatron's distributed format, which loads under any tensor, pipeline and data-parallel layout."""
 
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,8 @@ def save_checkpoint(folder: Path, step: int, state: "TrainingState", record: dic
 
 def load_checkpoint(checkpoint: Path, state: "TrainingState") -> None:
     """Load a whole training state, saved under whatever layout, into `state`."""
-    loaded = _load(checkpoint, state.sharded(is_loading=True))
-    state.model.module.load_state_dict(loaded["model"])
-    state.optimizer.load_state_dict(loaded["optimizer"])
-    state.scheduler.load_state_dict(loaded["scheduler"])
+    state.allocate()
+    state.load(_load(checkpoint, state.sharded(is_loading=True)))
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
@@ -77,8 +77,46 @@ class TrainingState:
     def __init__(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
 
+    def load(self, loaded: dict[str, Any]) -> None:
+        """Take over what `dist_checkpointing.load` returned for `sharded`."""
+        self.model.module.load_state_dict(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        self.scheduler.load_state_dict(loaded["scheduler"])
+        for _, inner in self._torch_optimizers():
+            for moments in inner.state.values():
+                # Megatron gives all parameters one and the same counter, which each of them would then advance.
+                moments["step"] = moments["step"].clone()
+
+    def allocate(self) -> None:
+        """Make a fresh optimizer ready to be loaded into.
+
+        Megatron describes the state that is there, and a torch optimizer has none before its first step. Its
+        step counters are then in the way: Megatron 0.16 keeps them elsewhere but asks for them with the moments.
+        """
+        for optimizer, inner in self._torch_optimizers():
+            for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+            optimizer._set_main_param_and_optimizer_states = partial(_set_moments, optimizer)
+
+    def _torch_optimizers(self) -> Iterator[tuple[Any, torch.optim.Optimizer]]:
+        """Yield Megatron's optimizers that wrap one of torch's; Transformer Engine's need no help."""
+        for optimizer in self.optimizer.chained_optimizers:
+            if isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                yield optimizer, optimizer.optimizer
+
     def sharded(self, is_loading: bool) -> ShardedStateDict:
         """Return Megatron's description of the parts of the state that this rank holds."""
         weights = sharded_weights(self.model.module)
         optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_SHARDING)
         return {"model": weights, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+
+
+def _set_moments(optimizer: Any, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    group, order = optimizer.model_param_group_index_map[parameter]
+    main_parameter = optimizer.optimizer.param_groups[group]["params"][order]
+    step = optimizer.optimizer.state[main_parameter]["step"]
+    type(optimizer)._set_main_param_and_optimizer_states(optimizer, parameter, {"step": step, **tensors})

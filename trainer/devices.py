@@ -50,6 +50,18 @@ def resolve(requested: str) -> str:
     return requested
 
 
+def check_count(kind: str, num_ranks: int) -> None:
+    """Raise ValueError where this host has fewer accelerators than `num_ranks`."""
+    if kind == "cpu":
+        return
+    available = getattr(torch, kind).device_count()
+    if num_ranks > available:
+        raise ValueError(
+            f"parallel: tensor x pipeline x data makes {num_ranks} processes, but this host has {available} "
+            f"{kind} devices; lower one of them"
+        )
+
+
 def initialise(kind: str, local_rank: int) -> Device:
     """Return this rank's device, made current, with Megatron adapted to it.
 

@@ -14,6 +14,7 @@ import torch
 from pydantic import TypeAdapter
 
 from data_scoring.corpus import Corpus
+from data_scoring.files import explain
 from data_scoring.progress import ProgressFile, silent
 from data_scoring.scoring import score_shards
 from trainer.devices import Device, initialise
@@ -104,12 +105,13 @@ def _is_alive(process: int) -> bool:
 def _report(job: Job, error: BaseException) -> None:
     """Leave the error where the launcher finds it, in a file of this rank's own."""
     rank = os.environ.get("RANK", "0")
+    explanation = explain(error) if isinstance(error, OSError) else None
     content = {
         "rank": int(rank),
         "time": time.time(),
         "kind": type(error).__name__,
-        "is_users": isinstance(error, ValueError),
-        "message": str(error),
+        "is_users": isinstance(error, ValueError) or explanation is not None,
+        "message": explanation or str(error),
         "traceback": traceback.format_exc(),
     }
     (job.errors / f"rank-{int(rank):05d}.json").write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,43 @@
+"""A Prefect server for runs that have none: served from a thread, so that it ends with its process, however that ends.
+
+The temporary server that Prefect starts by itself is a process of its own, which outlives a killed flow.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from prefect.server.api.server import create_app
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+_STARTUP_SECONDS = 60.0
+
+
+@contextmanager
+def server() -> Iterator[None]:
+    """Make sure that flows find a server: the one that is configured, else one of our own on the loopback interface."""
+    if get_current_settings().api.url is not None:
+        yield
+        return
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app(ephemeral=True, final=True)
+    served = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
+    thread = threading.Thread(target=served.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + _STARTUP_SECONDS
+    while not served.started:
+        if not thread.is_alive() or time.monotonic() > deadline:
+            raise ValueError(
+                "Prefect's server did not start; see PREFECT_HOME's disk and database, "
+                "or start one with `prefect server start` and set PREFECT_API_URL"
+            )
+        time.sleep(0.05)
+    try:
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{listener.getsockname()[1]}/api"}):
+            yield
+    finally:
+        served.should_exit = True
+        thread.join(timeout=10)

@@ -1,0 +1,166 @@
+"""The whole job through the command: killed at every stage, it finishes, repeats nothing, and equals an unbroken run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from data_scoring.python_text import read_python_text
+from tests.conftest import read_rows
+
+CONFIG = """
+name: run
+corpus:
+  sources:
+    - {name: prose, path: prose.txt, document: paragraph}
+    - {name: more, path: more.jsonl}
+  seq_length: 32
+  num_shards: 12
+tokenizer: {vocab_size: 300}
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2, ffn_hidden_size: 64}
+train: {global_batch_size: 4, micro_batch_size: 2, lr: 1.0e-2}
+score: {micro_batch_size: 1}
+checkpoint: {every_steps: 20}
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workplace")
+    topics, docstrings = (list(islice(read_python_text(kind), 40)) for kind in ("topics", "docstrings"))
+    (folder / "prose.txt").write_text("\n\n".join(topics)[:60_000])
+    lines = [json.dumps({"id": number, "text": text[:2000]}) for number, text in enumerate(docstrings)]
+    (folder / "more.jsonl").write_text("\n".join(lines))
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+def start(workplace: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PREFECT_HOME": str(workplace / "prefect")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "run", "config.yaml", *arguments],
+        cwd=workplace,
+        env={**environment, "PYTHONPATH": str(Path.cwd())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def kill_when(process: subprocess.Popen[str], is_time: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not is_time():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def unbroken(workplace: Path) -> Path:
+    out = finish(start(workplace, "--set", "name=unbroken"))
+    run = workplace / "runs" / "unbroken"
+    assert f"report: {run / 'report.html'}" in out
+    return run
+
+
+def test_the_ledger_holds_one_row_a_sample_and_round(unbroken: Path) -> None:
+    with duckdb.connect(str(unbroken / "ledger.duckdb"), read_only=True) as ledger:
+
+        def ask(sql: str) -> tuple[object, ...]:
+            [row] = ledger.sql(sql).fetchall()
+            return tuple(row)
+
+        total, shards = ask("select count(*), count(distinct shard) from samples")
+        assert shards == 12
+        assert ask("select count(*), count(distinct (shard, sample)) from losses where round = 1") == (total, total)
+        assert ask("select count(*), count(distinct (shard, sample)) from seen where round = 1") == (total, total)
+        kept = ask("select count(*) from selection where round = 2 and kept")
+        assert kept == ask("select sum((count + 1) // 2)::bigint from (select count(*) as count from samples group by shard)")
+        assert kept == ask("select count(*) from mix where round = 2") == ask("select count(*) from seen where round = 2")
+        assert ask("select count(*) from mix anti join selection using (round, shard, sample) where round = 2") == (0,)
+        assert ask("select count(*) from rounds") == (2,)
+        first, second = (row[0] for row in ledger.sql("select validation_loss from rounds order by round").fetchall())
+        assert second < first
+        assert ask("select count(*) from duckdb_columns() where not internal and comment is null") == (0,)
+        assert ask("select count(*) from forgetting where round = 1") == (total,)
+
+
+def test_the_report_is_one_file_with_its_pictures(unbroken: Path) -> None:
+    page = (unbroken / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page
+    assert {path.name for path in (unbroken / "report").iterdir()} == {
+        "loss.png", "selection-2.png", "sources-2.png", "forgetting-1.png"
+    }  # fmt: skip
+
+
+def test_killed_at_every_stage_it_finishes_and_repeats_nothing(workplace: Path, unbroken: Path) -> None:
+    run = workplace / "runs" / "run"
+    first, second = run / "rounds" / "1", run / "rounds" / "2"
+    stages: list[tuple[Callable[[], bool], list[Path]]] = [
+        (lambda: (first / "checkpoint" / "step-00000020" / "reprise.json").exists(), []),
+        (lambda: (first / "losses" / "shard=0002.parquet").exists(), [first / "steps.parquet", first / "train.json"]),
+        (lambda: (second / "selection" / "shard=0002.parquet").exists(), [first / "score.json"]),
+        (lambda: (second / "checkpoint" / "step-00000020" / "reprise.json").exists(), [second / "refine.json"]),
+    ]
+    complete: dict[Path, int] = {}
+    for is_time, completed in stages:
+        kill_when(start(workplace), is_time)
+        for path in [*completed, *first.glob("losses/*.parquet"), *second.glob("selection/*.parquet")]:
+            complete.setdefault(path, path.stat().st_mtime_ns)
+    assert 0 < sum(path.parent.name == "losses" for path in complete)
+    finish(start(workplace))
+    for path, written in complete.items():
+        assert path.stat().st_mtime_ns == written, f"{path} was made again"
+    assert_equal_runs(run, unbroken)
+
+
+def assert_equal_runs(run: Path, other: Path) -> None:
+    for number in ("1", "2"):
+        mix = Path("rounds") / number / "mix.parquet"
+        assert (run / mix).read_bytes() == (other / mix).read_bytes()
+        for file, columns in (
+            ("seen", ("step", "shard", "sample", "loss")),
+            ("steps.parquet", ("step", "loss", "lr", "grad_norm")),
+            ("validation.parquet", ("step", "source", "loss")),
+        ):
+            places = (folder / "rounds" / number / file for folder in (run, other))
+            mine, theirs = (read_rows(place, *columns) for place in places)
+            assert mine == theirs
+    places = (folder / "rounds" / "1" / "losses" for folder in (run, other))
+    mine, theirs = (read_rows(place, "sample", "num_tokens", "loss") for place in places)
+    assert mine == theirs
+    assert len(list((run / "rounds" / "2" / "checkpoint").iterdir())) == 1
+
+
+def test_the_same_command_on_a_finished_run_does_nothing(workplace: Path, unbroken: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (unbroken / "rounds").rglob("*") if path.is_file()}
+    finish(start(workplace, "--set", "name=unbroken"))
+    assert before == {path: path.stat().st_mtime_ns for path in (unbroken / "rounds").rglob("*") if path.is_file()}
+
+
+def test_a_second_process_is_kept_off_the_run(workplace: Path, unbroken: Path) -> None:
+    from flows.run_folder import locked
+
+    with locked(unbroken):
+        process = start(workplace, "--set", "name=unbroken")
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"in use by process {os.getpid()}" in err
+    assert len(err.strip().splitlines()) == 1
