@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_scoring.files import writing
-from data_scoring.sql import literal
+from data_scoring.sql import literal, random_bits
 
 # Small enough to decode in no time where training needs it, large enough to keep the file's footer small.
 _ROW_GROUP = 1 << 16
@@ -22,7 +22,7 @@ def write_mix(path: Path, samples: str, seed: int, round_number: int) -> int:
     with writing(path) as temporary, duckdb.connect() as connection:
         connection.execute(
             f"copy (select shard::int as shard, sample::int as sample from ({samples}) "
-            f"order by hash({seed}, {round_number}, shard::int, sample::int, 'order'), shard, sample) "
+            f"order by {random_bits(seed, round_number, 'shard::int', 'sample::int', literal('order'))}, shard, sample) "
             f"to {literal(temporary)} (format parquet, row_group_size {_ROW_GROUP})"
         )
     return int(pq.read_metadata(path).num_rows)

@@ -15,10 +15,10 @@ from data_scoring.files import remove_leftovers, writing
 from data_scoring.mix import write_mix
 from data_scoring.progress import Progress
 from data_scoring.scoring import FINGERPRINT_KEY, losses_path, parquet_fingerprint
-from data_scoring.sql import literal
+from data_scoring.sql import literal, random_bits
 
 # 53 random bits, moved off 0 and 1 so that both logarithms are finite.
-_UNIFORM = "((hash({seed}::bigint, {round_number}::int, {shard}::int, sample::int) >> 11) + 0.5) / 9007199254740992.0"
+_UNIFORM = "(({bits} >> 11) + 0.5) / 9007199254740992.0"
 
 # Each policy is the key by which the largest are kept, over the columns of a shard's losses.
 _KEYS = {
@@ -43,7 +43,7 @@ def selection_query(
 
     `losses` is a SQL relation with the columns sample and loss, `num_samples` its number of rows.
     """
-    uniform = _UNIFORM.format(seed=seed, round_number=round_number, shard=shard)
+    uniform = _UNIFORM.format(bits=random_bits(seed, round_number, shard, "sample::int"))
     key = _KEYS[config.policy].format(temperature=config.temperature, uniform=uniform)
     kept = num_kept(num_samples, config)
     return f"""
