@@ -66,7 +66,9 @@ class PlainModel(nn.Module):
         for layer in self.layers:
             x_bsh = layer(x_bsh, angles.cos(), angles.sin())
         logits_bsv = self.head(self.norm(x_bsh))
-        return F.cross_entropy(logits_bsv.flatten(0, 1).float(), labels_bs.flatten(), reduction="none").view_as(labels_bs)
+        return F.cross_entropy(logits_bsv.flatten(0, 1).float(), labels_bs.flatten(), reduction="none").view_as(
+            labels_bs
+        )
 
 
 def load_megatron_weights(model: PlainModel, tensors: dict[str, Tensor]) -> None:
@@ -91,9 +93,9 @@ def load_megatron_weights(model: PlainModel, tensors: dict[str, Tensor]) -> None
             f"{prefix}.key.weight": qkv[:, per_group].reshape(-1, config.hidden_size),
             f"{prefix}.value.weight": qkv[:, per_group + 1].reshape(-1, config.hidden_size),
             f"{prefix}.out.weight": tensors["decoder.layers.self_attention.linear_proj.weight"][layer],
-            f"{prefix}.attention_norm.weight": tensors[
-                "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
-            ][layer],
+            f"{prefix}.attention_norm.weight": tensors["decoder.layers.self_attention.linear_qkv.layer_norm_weight"][
+                layer
+            ],
             f"{prefix}.ffn_norm.weight": tensors["decoder.layers.mlp.linear_fc1.layer_norm_weight"][layer],
             f"{prefix}.gate.weight": gate,
             f"{prefix}.up.weight": up,

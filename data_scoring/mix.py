@@ -20,10 +20,10 @@ def write_mix(path: Path, samples: str, seed: int, round_number: int) -> int:
     Returns their number. The order depends on the seed, the round and the samples alone, not on the rows' order.
     """
     with writing(path) as temporary, duckdb.connect() as connection:
+        place = random_bits(seed, round_number, "shard::int", "sample::int", literal("order"))
         connection.execute(
             f"copy (select shard::int as shard, sample::int as sample from ({samples}) "
-            f"order by {random_bits(seed, round_number, 'shard::int', 'sample::int', literal('order'))}, shard, sample) "
-            f"to {literal(temporary)} (format parquet, row_group_size {_ROW_GROUP})"
+            f"order by {place}, shard, sample) to {literal(temporary)} (format parquet, row_group_size {_ROW_GROUP})"
         )
     return int(pq.read_metadata(path).num_rows)
 

@@ -14,10 +14,10 @@ from data_scoring.files import checksum, writing
 from data_scoring.indexed import write_index
 from data_scoring.permutation import Permutation, mix_bits
 from data_scoring.progress import Progress
-from data_scoring.tokenise import StagedSource
+from data_scoring.tokenise import DOCUMENT, StagedSource
 
 _TRAIN, _VALIDATION, _DUPLICATE = 0, 1, 2
-_CHUNK_DOCUMENTS = 1 << 14
+_CHUNK_DIGESTS = 1 << 16
 _CHUNK_TOKENS = 1 << 21
 _CHUNK_SAMPLES = 1 << 16
 
@@ -66,7 +66,8 @@ def assign_roles(sources: list[StagedSource], validation_fraction: float, seed: 
     for number, source in enumerate(sources):
         result = SourceRoles(source, source.documents_path.with_suffix(".roles"))
         with result.roles_path.open("wb") as file:
-            for start, rows in _chunks(source.documents()):
+            start = 0
+            for rows in source.documents():
                 roles = np.full(len(rows), _TRAIN, np.uint8)
                 keys = mix_bits(rows["digest"] ^ salt)
                 roles[keys < limit] = _VALIDATION
@@ -75,6 +76,7 @@ def assign_roles(sources: list[StagedSource], validation_fraction: float, seed: 
                 if len(kept):
                     best = kept[np.argmin(keys[kept])]
                     smallest = min(smallest, (int(keys[best]), number, start + int(best)))
+                start += len(rows)
                 file.write(roles.tobytes())
                 for role in (_TRAIN, _VALIDATION, _DUPLICATE):
                     result.documents[role] += int((roles == role).sum())
@@ -94,13 +96,13 @@ def _repeated_digests(sources: list[StagedSource]) -> NDArray[np.uint64]:
     digests = np.empty(sum(source.counts["documents"] for source in sources), np.uint64)
     filled = 0
     for source in sources:
-        for _, rows in _chunks(source.documents()):
+        for rows in source.documents():
             digests[filled : filled + len(rows)] = rows["digest"]
             filled += len(rows)
     digests.sort()
     repeated = [np.empty(0, np.uint64)]
-    for start in range(0, len(digests), _CHUNK_DOCUMENTS):
-        block = digests[start : start + _CHUNK_DOCUMENTS + 1]
+    for start in range(0, len(digests), _CHUNK_DIGESTS):
+        block = digests[start : start + _CHUNK_DIGESTS + 1]
         repeated.append(np.unique(block[1:][block[1:] == block[:-1]]))
     return np.unique(np.concatenate(repeated))
 
@@ -118,7 +120,8 @@ def _repeats(digests: NDArray[np.uint64], repeated: NDArray[np.uint64], seen: ND
 
 
 def _hold_out(result: SourceRoles, document: int) -> None:
-    num_tokens = int(result.source.documents()[document]["num_tokens"])
+    [row] = np.fromfile(result.source.documents_path, DOCUMENT, 1, offset=document * DOCUMENT.itemsize)
+    num_tokens = int(row["num_tokens"])
     with result.roles_path.open("r+b") as file:
         os.pwrite(file.fileno(), bytes([_VALIDATION]), document)
     for counts, amount in ((result.documents, 1), (result.tokens, num_tokens)):
@@ -126,16 +129,10 @@ def _hold_out(result: SourceRoles, document: int) -> None:
         counts[_VALIDATION] += amount
 
 
-def _chunks(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    for start in range(0, len(rows), _CHUNK_DOCUMENTS):
-        yield start, np.array(rows[start : start + _CHUNK_DOCUMENTS])
-
-
 def read_stream(result: SourceRoles, role: int, dtype: np.dtype) -> Iterator[NDArray[np.integer]]:
     """Yield the tokens of all documents of `role`, in order, in blocks of bounded size."""
-    rows = result.source.documents()
     with result.source.tokens_path.open("rb") as tokens_file, result.roles_path.open("rb") as roles_file:
-        for _, chunk in _chunks(rows):
+        for chunk in result.source.documents():
             roles = np.frombuffer(roles_file.read(len(chunk)), np.uint8)
             ends = np.cumsum(chunk["num_tokens"], dtype=np.int64)
             # Whole documents of about _CHUNK_TOKENS tokens at a time.

@@ -18,6 +18,9 @@ BadRecord = Callable[[str, int, str], None]
 # A text file read as one document has to fit in memory, several times over, while it is tokenised.
 LARGEST_DOCUMENT_BYTES = 256 << 20
 
+# Read at a time; it takes several times that in memory.
+_CHUNK_BYTES = 1 << 20
+
 _FORMAT_OF_ENDING = {
     ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
     ".txt": "text", ".text": "text", ".md": "text", ".rst": "text", ".bin": "megatron", ".idx": "megatron",
@@ -105,7 +108,13 @@ def _ending(name: str) -> str:
 def _raw_rows(files: list[str], sample_by: str) -> Iterator[bytes]:
     # Latin-1 maps every byte to one character and back, so a line that is not UTF-8 still arrives and can be named.
     rows = datasets.load_dataset(
-        "text", data_files=files, split="train", streaming=True, sample_by=sample_by, encoding="latin-1"
+        "text",
+        data_files=files,
+        split="train",
+        streaming=True,
+        sample_by=sample_by,
+        encoding="latin-1",
+        chunksize=_CHUNK_BYTES,
     )
     for batch in rows.iter(batch_size=1000):
         for text in batch["text"]:

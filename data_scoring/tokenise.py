@@ -22,6 +22,7 @@ from data_scoring.tokenizer import Tokenizer
 # different ones collide is below 3 %.
 DOCUMENT = np.dtype([("digest", "<u8"), ("num_tokens", "<i4")])
 
+_CHUNK_DOCUMENTS = 1 << 14
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 4 << 20
 # Longer documents are tokenised in pieces cut at line ends: it bounds memory and keeps all cores busy.
@@ -39,11 +40,11 @@ class StagedSource:
     documents_path: Path
     counts: dict[str, int]
 
-    def documents(self) -> np.ndarray:
-        """Return the documents' rows, [num_documents] of `DOCUMENT`, memory-mapped."""
-        if self.counts["documents"] == 0:
-            return np.empty(0, DOCUMENT)
-        return np.memmap(self.documents_path, DOCUMENT, mode="r")
+    def documents(self) -> Iterator[np.ndarray]:
+        """Yield the documents' rows, of `DOCUMENT`, a bounded number at a time."""
+        with self.documents_path.open("rb") as file:
+            while len(rows := np.fromfile(file, DOCUMENT, _CHUNK_DOCUMENTS)):
+                yield rows
 
 
 class Rejects:

@@ -22,7 +22,25 @@ from trainer.jobs import Job, ScoreJob, TrainJob
 TINY_MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64)
 TINY_TRAIN = TrainConfig(global_batch_size=8, micro_batch_size=2, lr=1e-2, min_lr=1e-3, validate_every_steps=1000)
 
-WORDS = "the a model learns what text says and where it goes on from there until loss falls under round two".split()
+TINY_CHECKPOINT = CheckpointConfig()
+
+WORDS = (
+    "the",
+    "a",
+    "model",
+    "learns",
+    "what",
+    "text",
+    "says",
+    "and",
+    "where",
+    "it",
+    "goes",
+    "on",
+    "until",
+    "loss",
+    "falls",
+)
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
@@ -75,7 +93,7 @@ class Ranks:
         layout: tuple[int, int, int] = (1, 1, 1),
         start_from: Path | None = None,
         make_mix: Callable[[Path], int] | None = None,
-        checkpoint: CheckpointConfig = CheckpointConfig(),
+        checkpoint: CheckpointConfig = TINY_CHECKPOINT,
         train: TrainConfig = TINY_TRAIN,
         model: ModelConfig = TINY_MODEL,
     ) -> Path:

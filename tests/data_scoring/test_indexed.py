@@ -13,7 +13,9 @@ def write(prefix: Path, sequences: list[list[int]], dtype: np.dtype) -> None:
     lengths = np.array([len(sequence) for sequence in sequences])
     pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * dtype.itemsize
     Path(f"{prefix}.bin").write_bytes(np.concatenate(sequences).astype(dtype).tobytes())
-    write_index(Path(f"{prefix}.idx"), dtype, len(sequences), [(lengths[:2], pointers[:2]), (lengths[2:], pointers[2:])])
+    write_index(
+        Path(f"{prefix}.idx"), dtype, len(sequences), [(lengths[:2], pointers[:2]), (lengths[2:], pointers[2:])]
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [300, 70_000])

@@ -81,7 +81,9 @@ def test_the_draw_does_not_depend_on_row_order_and_is_exact_in_number(tmp_path: 
         refine(tmp_path / name, tmp_path / name / "2", RefineConfig(), 7, 2, [1001, 1000, 1], "refined", silent)
     for shard, count in enumerate((501, 500, 1)):
         rows = [
-            read_rows(tmp_path / name / "2" / "selection" / f"shard={shard:04d}.parquet", "sample", "loss", "kept", "reason")
+            read_rows(
+                tmp_path / name / "2" / "selection" / f"shard={shard:04d}.parquet", "sample", "loss", "kept", "reason"
+            )
             for name in ("sorted", "shuffled")
         ]
         assert rows[0] == rows[1]

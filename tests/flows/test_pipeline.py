@@ -1,4 +1,4 @@
-"""The whole job through the command: killed at every stage, it finishes, repeats nothing, and equals an unbroken run."""
+"""The whole job through the command; killed at every stage it repeats nothing and equals an unbroken run."""
 
 import json
 import os
@@ -91,8 +91,12 @@ def test_the_ledger_holds_one_row_a_sample_and_round(unbroken: Path) -> None:
         assert ask("select count(*), count(distinct (shard, sample)) from losses where round = 1") == (total, total)
         assert ask("select count(*), count(distinct (shard, sample)) from seen where round = 1") == (total, total)
         kept = ask("select count(*) from selection where round = 2 and kept")
-        assert kept == ask("select sum((count + 1) // 2)::bigint from (select count(*) as count from samples group by shard)")
-        assert kept == ask("select count(*) from mix where round = 2") == ask("select count(*) from seen where round = 2")
+        assert kept == ask(
+            "select sum((count + 1) // 2)::bigint from (select count(*) as count from samples group by shard)"
+        )
+        assert (
+            kept == ask("select count(*) from mix where round = 2") == ask("select count(*) from seen where round = 2")
+        )
         assert ask("select count(*) from mix anti join selection using (round, shard, sample) where round = 2") == (0,)
         assert ask("select count(*) from rounds") == (2,)
         first, second = (row[0] for row in ledger.sql("select validation_loss from rounds order by round").fetchall())
@@ -114,17 +118,17 @@ def test_killed_at_every_stage_it_finishes_and_repeats_nothing(workplace: Path, 
     run = workplace / "runs" / "run"
     first, second = run / "rounds" / "1", run / "rounds" / "2"
     stages: list[tuple[Callable[[], bool], list[Path]]] = [
-        (lambda: (first / "checkpoint" / "step-00000020" / "reprise.json").exists(), []),
-        (lambda: (first / "losses" / "shard=0002.parquet").exists(), [first / "steps.parquet", first / "train.json"]),
-        (lambda: (second / "selection" / "shard=0002.parquet").exists(), [first / "score.json"]),
-        (lambda: (second / "checkpoint" / "step-00000020" / "reprise.json").exists(), [second / "refine.json"]),
+        ((first / "checkpoint" / "step-00000020" / "reprise.json").exists, []),
+        ((first / "losses" / "shard=0002.parquet").exists, [first / "steps.parquet", first / "train.json"]),
+        ((second / "selection" / "shard=0002.parquet").exists, [first / "score.json"]),
+        ((second / "checkpoint" / "step-00000020" / "reprise.json").exists, [second / "refine.json"]),
     ]
     complete: dict[Path, int] = {}
     for is_time, completed in stages:
         kill_when(start(workplace), is_time)
         for path in [*completed, *first.glob("losses/*.parquet"), *second.glob("selection/*.parquet")]:
             complete.setdefault(path, path.stat().st_mtime_ns)
-    assert 0 < sum(path.parent.name == "losses" for path in complete)
+    assert sum(path.parent.name == "losses" for path in complete) > 0
     finish(start(workplace))
     for path, written in complete.items():
         assert path.stat().st_mtime_ns == written, f"{path} was made again"

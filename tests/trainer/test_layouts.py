@@ -51,9 +51,7 @@ def test_one_rank_sees_every_sample_of_the_mix_once(reference: Path) -> None:
 
 
 def test_seen_losses_are_the_step_losses(ranks: Ranks, reference: Path) -> None:
-    tokens = {
-        row[:2]: row[2] for row in read_rows(ranks.corpus.samples_path, "shard", "sample", "num_tokens")
-    }
+    tokens = {row[:2]: row[2] for row in read_rows(ranks.corpus.samples_path, "shard", "sample", "num_tokens")}
     for step, loss, num_tokens in read_rows(reference / "steps.parquet", "step", "loss", "num_tokens"):
         rows = [row for row in read_rows(reference / "seen", "step", "shard", "sample", "loss") if row[0] == step]
         total = sum(row[3] * tokens[row[1:3]] for row in rows)
@@ -67,9 +65,7 @@ def test_training_and_scoring_agree_with_one_rank(
 ) -> None:
     name = "x".join(map(str, layout))
     weights = list_checkpoints(trained / "checkpoint")[-1]
-    folder = ranks.train(
-        f"train-{name}", layout, weights, lambda path: short_mix(path, ranks.corpus.samples_path)
-    )
+    folder = ranks.train(f"train-{name}", layout, weights, lambda path: short_mix(path, ranks.corpus.samples_path))
     assert_same_training(folder, reference)
     rescored = ranks.score(f"score-{name}", weights, layout)
     for shard in range(ranks.corpus.num_shards):

@@ -19,10 +19,7 @@ def plain_losses(ranks: Ranks, checkpoint: Path, shard: int) -> list[float]:
     tokens = torch.from_numpy(batch.tokens)
     with torch.no_grad():
         losses = model(tokens[:, :-1], tokens[:, 1:])
-    return [
-        float(row[:length].double().mean())
-        for row, length in zip(losses, batch.num_tokens.tolist(), strict=True)
-    ]
+    return [float(row[:length].double().mean()) for row, length in zip(losses, batch.num_tokens.tolist(), strict=True)]
 
 
 def test_scored_losses_equal_plain_torch(ranks: Ranks, trained: Path, scored: Path) -> None:

@@ -1,0 +1,132 @@
+"""The command on bad input: one line, exit status 1, nothing half-written."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+from flows.config import read_config
+from flows.run_folder import Run, open_run
+from tests.conftest import make_documents
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": document}) for document in make_documents(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "config.yaml").write_text(
+        "name: x\ncorpus: {sources: [{name: a, path: a.jsonl}], seq_length: 16, num_shards: 4}\n"
+        "tokenizer: {vocab_size: 280}\n"
+    )
+    return tmp_path / "config.yaml"
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_run_made_by_another_configuration_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(config)]) == 0
+    before = (config.parent / "runs" / "x" / "run.yaml").read_bytes()
+    assert main(["prepare", str(config), "--set", "seed=1"]) == 1
+    assert "this folder was made by another configuration (seed: 0 there, 1 here)" in one_line(capsys)
+    assert (config.parent / "runs" / "x" / "run.yaml").read_bytes() == before
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(config), "--set", "model.vocab_size=256"]) == 1
+    assert "model.vocab_size: 256 is smaller than the tokenizer's vocabulary of 280" in one_line(capsys)
+    assert not (config.parent / "runs" / "x" / "corpus").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(config), "--set", "device=npu"]) == 1
+    assert "device: 'npu' was requested but torch_npu is not installed; install" in one_line(capsys)
+
+
+def test_a_stage_out_of_turn_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", str(config)]) == 1
+    assert "holds no complete corpus; run `reprise prepare`" in one_line(capsys)
+    assert main(["prepare", str(config)]) == 0
+    assert main(["score", "runs/x"]) == 1
+    assert "train of round 1 is not complete" in one_line(capsys)
+
+
+def test_sql_prints_a_table_and_names_mistakes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(config)]) == 0
+    assert main(["sql", "runs/x", "select source, count(*) as samples from samples group by all"]) == 0
+    assert "samples" in capsys.readouterr().out
+    assert main(["sql", "runs/x", "select * from loses"]) == 1
+    assert "losses" in capsys.readouterr().err
+    assert main(["sql", "runs/x", "create table t (x int)"]) == 1
+    assert main(["sql", "nowhere", "select 1"]) == 1
+    assert "error: nowhere: not a run folder" in capsys.readouterr().err
+
+
+def test_a_moved_run_folder_is_still_a_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(config)]) == 0
+    (config.parent / "runs").rename(config.parent / "elsewhere")
+    assert main(["sql", "elsewhere/x", "select count(*) from samples"]) == 0
+    assert main(["prepare", "elsewhere/x"]) == 0
+    assert not (config.parent / "runs").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(
+    config: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = [json.dumps({"text": document}) for document in make_documents(2000)]
+    (config.parent / "a.jsonl").write_text("\n".join(large))
+    assert main(["prepare", str(config), "--set", f"output={small_disk}"]) == 1
+    assert "No space left on device; free some space and run the same command again" in one_line(capsys)
+    corpus = small_disk / "x" / "corpus"
+    assert not (corpus / "manifest.json").exists()
+    assert not list(corpus.glob("*.bin"))
+    assert not list(corpus.rglob(".*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    assert main(["prepare", str(config), "--set", f"output={small_disk}"]) == 0
+
+
+def test_fingerprints_follow_the_inputs(config: Path) -> None:
+    def run(*overrides: str) -> Run:
+        return open_run(read_config(config, ["name=y", *overrides]))
+
+    assert main(["prepare", str(config), "--set", "name=y"]) == 0
+    base = run()
+    other = base.__class__(
+        base.config.model_copy(update={"refine": base.config.refine.model_copy(update={"sampling_rate": 0.3})}),
+        base.folder,
+    )
+    assert base.fingerprint("score", 1) == other.fingerprint("score", 1)
+    assert base.fingerprint("refine", 2) != other.fingerprint("refine", 2)
+    assert base.fingerprint("train", 2) != other.fingerprint("train", 2)
+    assert base.fingerprint("train", 1) == run("device=cpu", "train.micro_batch_size=1").fingerprint("train", 1)
+
+
+def test_the_lock_of_a_dead_process_is_no_lock(tmp_path: Path) -> None:
+    from flows.run_folder import locked
+
+    child = os.fork()
+    if child == 0:
+        with locked(tmp_path):
+            os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    with locked(tmp_path):
+        pass

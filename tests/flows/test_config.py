@@ -1,0 +1,81 @@
+"""What a configuration refuses, and how it says so."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+from flows.config import RunConfig, differences, parse_config, read_config
+
+VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("refine: {sampling_rat: 0.3}", [], "refine.sampling_rat: unknown field; did you mean sampling_rate?"),
+        ("corpus: {sources: [{name: a, path: b, pth: c}]}", [], "corpus.sources.0.pth: unknown field; did you mean path?"),
+        ("", ["refine.sampling_rate=0"], "refine.sampling_rate: input should be greater than 0 (it is 0); correct it"),
+        ("", ["refine.sampling_rate=1.5"], "refine.sampling_rate: input should be less than or equal to 1 (it is 1.5)"),
+        ("", ["refine=2"], "refine: input should be a valid dictionary"),
+        ("", ["refine.policy=hardest"], "refine.policy: input should be 'loss', 'random' or 'all' (it is 'hardest')"),
+        ("", ["seed"], "--set seed: not FIELD=VALUE"),
+        ("", ["model.num_attention_heads=3"], "model.num_attention_heads: 3 does not divide hidden_size 128"),
+        ("", ["parallel.tensor=3"], "parallel.tensor: 3 does not divide model.num_attention_heads 4; choose a divisor"),
+        ("", ["parallel.pipeline=3"], "parallel.pipeline: 3 does not divide model.num_layers 4; choose a divisor"),
+        ("", ["parallel.data=3"], "train.global_batch_size: 16 is no multiple of train.micro_batch_size 2 x parallel.data 3"),
+        ("name: [", [], "not valid YAML"),
+        ("- a", [], "holds no configuration"),
+        ("name: ../up", [], "name: string should match pattern"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    path = tmp_path / "config.yaml"
+    body = text if text.startswith(("name", "-")) else f"name: x\n{text}\n"
+    if "corpus" not in body and not text.startswith(("name: [", "-")):
+        body += "\ncorpus: {sources: [{name: a, path: a.jsonl}]}\n"
+    path.write_text(body)
+    with pytest.raises(ValueError) as error:
+        read_config(path, overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tmp_path / "none.yaml")]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/none.yaml: no such file; give a run's YAML configuration, such as configs/demo.yaml\n"
+    )
+
+
+def test_only_what_changes_results_is_a_difference() -> None:
+    old = parse_config(VALUES, "x")
+    layout = {"device": "cpu", "parallel": {"tensor": 2}, "rounds": {"num_rounds": 5}, "train": {"micro_batch_size": 1}}
+    assert differences(old, parse_config({**VALUES, **layout}, "x")) == []
+    changed = parse_config({**VALUES, "seed": 3, "train": {"lr": 0.01}}, "x")
+    assert differences(old, changed) == ["seed: 0 there, 3 here", "train.lr: 0.002 there, 0.01 here"]
+
+
+def test_every_field_is_described() -> None:
+    def fields(schema: dict, prefix: str = "") -> list[str]:
+        missing = []
+        for name, field in schema["properties"].items():
+            if "description" not in field and "$ref" not in field:
+                missing.append(f"{prefix}{name}")
+        return missing
+
+    schema = RunConfig.model_json_schema()
+    missing = fields(schema)
+    for name, definition in schema["$defs"].items():
+        missing += fields(definition, f"{name}.")
+    assert missing == []
+
+
+def test_the_demo_is_the_default_path() -> None:
+    """The demo sets its corpus and its two processes; everything else it leaves at its default."""
+    demo = read_config(Path("configs/demo.yaml"), [])
+    default = RunConfig(name="demo", corpus=demo.corpus.model_copy())
+    assert demo.model_copy(update={"parallel": default.parallel}) == default
+    assert (demo.parallel.pipeline, demo.parallel.world_size) == (2, 2)
+    assert (demo.refine.policy, demo.refine.sampling_rate, demo.refine.temperature) == ("loss", 0.5, 1.0)
+    assert (demo.corpus.num_shards, demo.rounds.num_rounds) == (8, 2)

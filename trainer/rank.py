@@ -1,0 +1,116 @@
+"""A rank: one process of a job, from reading what to do to leaving its results or its error."""
+
+import fcntl
+import json
+import os
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from data_scoring.corpus import Corpus
+from data_scoring.files import explain
+from data_scoring.progress import ProgressFile, silent
+from data_scoring.scoring import score_shards
+from trainer.devices import Device, initialise
+from trainer.jobs import AnyJob, Job, ScoreJob, TrainJob
+
+
+def main(job_path: Path) -> None:
+    """Do the job that `job_path` describes, as one of its ranks."""
+    job: Job = TypeAdapter[Job](AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
+    _end_with_launcher(job)
+    try:
+        _run(job)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        _report(job, error)
+        raise
+
+
+def _run(job: Job) -> None:
+    device = initialise(job.device, int(os.environ["LOCAL_RANK"]))
+    # Nothing of Megatron may be imported before the device is initialised.
+    from trainer.checkpoint import load_weights
+    from trainer.model import build_model
+    from trainer.score import block_size, is_writer, make_scorer
+    from trainer.train import train_round
+
+    _initialise_parallel(job, device)
+    corpus = Corpus(job.corpus)
+    bf16 = job.precision == "bfloat16" or (job.precision == "auto" and device.kind != "cpu")
+    vocab_size = job.model.vocab_size or corpus.vocab_size
+    model = build_model(job.model, vocab_size, corpus.seq_length, job.parallel, device.torch_device, bf16)
+    if isinstance(job, TrainJob):
+        train_round(job, corpus, model, bf16)
+    elif isinstance(job, ScoreJob):
+        load_weights(job.weights, model)
+        model.eval()
+        size = job.score.micro_batch_size
+        score_shards(
+            corpus,
+            job.round_folder,
+            job.fingerprint,
+            make_scorer(model, corpus, size),
+            block_size(size),
+            is_first=torch.distributed.get_rank() == 0,
+            progress=ProgressFile(job.progress) if is_writer() else silent,
+        )
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _initialise_parallel(job: Job, device: Device) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group(device.backend, timeout=timedelta(minutes=30))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=job.parallel.tensor,
+        pipeline_model_parallel_size=job.parallel.pipeline,
+    )
+    torch.manual_seed(job.seed)
+    model_parallel_cuda_manual_seed(job.seed)
+
+
+def _end_with_launcher(job: Job) -> None:
+    """Hold the ranks' lock while this process lives, and end it when torchrun or the launcher ends.
+
+    Torchrun puts each rank in a session of its own, which no signal to the launcher's group reaches.
+    """
+    lock = os.open(job.lock, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent and _is_alive(job.launcher):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _report(job: Job, error: BaseException) -> None:
+    """Leave the error where the launcher finds it, in a file of this rank's own."""
+    rank = os.environ.get("RANK", "0")
+    explanation = explain(error) if isinstance(error, OSError) else None
+    content = {
+        "rank": int(rank),
+        "time": time.time(),
+        "kind": type(error).__name__,
+        "is_users": isinstance(error, ValueError) or explanation is not None,
+        "message": explanation or str(error),
+        "traceback": traceback.format_exc(),
+    }
+    (job.errors / f"rank-{int(rank):05d}.json").write_text(json.dumps(content), encoding="utf-8")
