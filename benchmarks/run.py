@@ -1,0 +1,179 @@
+"""`make bench`: each claim as a ratio to a named baseline, measured in turns, with its spread."""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.plain_model import PlainModel, load_megatron_weights
+from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
+from data_scoring.corpus import Corpus
+from data_scoring.files import read_json, write_json
+from data_scoring.prepare import prepare_corpus
+from data_scoring.progress import silent
+from flows.run_folder import _versions
+from trainer.config import ModelConfig, ParallelConfig, TrainConfig
+
+RESULTS = Path("benchmarks/results")
+TURNS = 7
+BATCH = 16
+SEQ_LENGTH = 256
+
+
+def measure_in_turns(contenders: dict[str, Callable[[], int]]) -> dict[str, list[float]]:
+    """Return the tokens per second of each contender in every turn; one turn of warm-up comes first."""
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(TURNS + 1):
+        for name, work in contenders.items():
+            started = time.perf_counter()
+            num_tokens = work()
+            if turn:
+                speeds[name].append(num_tokens / (time.perf_counter() - started))
+    return speeds
+
+
+def ratio(speeds: dict[str, list[float]], name: str, baseline: str) -> dict[str, Any]:
+    """Return the ratios of `name` to `baseline`, turn by turn: median, least and greatest."""
+    ratios = [a / b for a, b in zip(speeds[name], speeds[baseline], strict=True)]
+    return {
+        "claim": f"{name} / {baseline}",
+        "median": round(statistics.median(ratios), 3),
+        "min": round(min(ratios), 3),
+        "max": round(max(ratios), 3),
+    }
+
+
+def throughput(folder: Path) -> list[dict[str, Any]]:
+    """Return training against a plain torch loop, and scoring against training, of the demo's model on one rank."""
+    from trainer.devices import initialise
+
+    device = initialise("cpu", 0)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from trainer.forward import run_schedule
+    from trainer.model import build_model, padded_vocab_size
+    from trainer.score import make_scorer
+    from trainer.train import _make_state
+
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    source = SourceConfig(name="topics", format="python", path="topics")
+    config = CorpusConfig(sources=(source,), seq_length=SEQ_LENGTH, num_shards=1)
+    prepare_corpus(config, TokenizerConfig(), 0, folder / "corpus", "bench", silent)
+    corpus = Corpus(folder / "corpus")
+    model_config, train = ModelConfig(), TrainConfig()
+    gpt = build_model(model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, bf16=False)
+    plain = PlainModel(model_config, padded_vocab_size(corpus.vocab_size))
+    load_megatron_weights(plain, _stacked(gpt, model_config.num_layers))
+    state = _make_state(train, gpt, 10_000, bf16=False)
+    adam = torch.optim.AdamW(plain.parameters(), lr=train.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    generator = np.random.default_rng(0)
+    score = make_scorer(gpt, corpus, micro_batch_size=8)
+
+    def draw() -> np.ndarray:
+        return generator.integers(0, corpus.num_samples(0) - 1, BATCH)
+
+    def train_reprise() -> int:
+        samples = draw()
+        state.model.zero_grad_buffer()
+        state.optimizer.zero_grad()
+        run_schedule(state.model, corpus, np.zeros(BATCH, int), samples, train.micro_batch_size, forward_only=False)
+        state.scheduler.step(1)
+        state.optimizer.step()
+        return BATCH * SEQ_LENGTH
+
+    def train_plain() -> int:
+        samples = draw()
+        # The adapter's torch-function mode is ours to pay for, not the baseline's.
+        with torch._C.DisableTorchFunction():
+            adam.zero_grad()
+            for start in range(0, BATCH, train.micro_batch_size):
+                chosen = samples[start : start + train.micro_batch_size]
+                tokens = torch.from_numpy(corpus.read(np.zeros(len(chosen), int), chosen).tokens)
+                (plain(tokens[:, :-1], tokens[:, 1:]).sum() / (BATCH * SEQ_LENGTH)).backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), train.clip_grad)
+            adam.step()
+        return BATCH * SEQ_LENGTH
+
+    def score_reprise() -> int:
+        score(np.zeros(BATCH, int), draw())
+        return BATCH * SEQ_LENGTH
+
+    names = ("training", "plain torch loop with scaled_dot_product_attention", "scoring")
+    speeds = measure_in_turns(dict(zip(names, (train_reprise, train_plain, score_reprise), strict=True)))
+    torch.distributed.destroy_process_group()
+    for name, values in speeds.items():
+        print(f"{name}: {statistics.median(values):,.0f} tokens/s (one machine's number; the ratios are the claim)")
+    return [ratio(speeds, "training", names[1]), ratio(speeds, "scoring", "training")]
+
+
+def _stacked(gpt: torch.nn.Module, num_layers: int) -> dict[str, torch.Tensor]:
+    """Return the model's weights under the names, and in the layer-stacked shapes, of a distributed checkpoint."""
+    weights = gpt.state_dict()
+    parts = {
+        "self_attention.linear_qkv.weight": "self_attention.linear_qkv.weight",
+        "self_attention.linear_proj.weight": "self_attention.linear_proj.weight",
+        "mlp.linear_fc1.weight": "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight": "mlp.linear_fc2.weight",
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    }
+    stacked = {
+        f"decoder.layers.{name}": torch.stack(
+            [weights[f"decoder.layers.{layer}.{part}"] for layer in range(num_layers)]
+        )
+        for name, part in parts.items()
+    }
+    return {**weights, **stacked}
+
+
+def demo(folder: Path) -> dict[str, Any]:
+    """Return the seconds that the demo takes, and those outside its training and scoring stages."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "flows.cli", "run", "configs/demo.yaml", "--set", f"output={folder}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - started
+    rounds = folder / "demo" / "rounds"
+    stages = sum(read_json(path)["seconds"] for stage in ("train", "score") for path in rounds.glob(f"*/{stage}.json"))
+    return {
+        "claim": "demo: seconds outside training and scoring / seconds in all",
+        "seconds": round(seconds, 1),
+        "outside": round(seconds - stages, 1),
+        "median": round((seconds - stages) / seconds, 3),
+    }
+
+
+def main() -> None:
+    """Run the benchmarks named on the command line, or all, print them and write them down."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=["throughput", "demo"], help="throughput, demo")
+    names = parser.parse_args().names
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        if "throughput" in names:
+            rows += throughput(Path(folder))
+        if "demo" in names:
+            rows.append(demo(Path(folder)))
+    hardware = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+    for row in rows:
+        print("  ".join(f"{key}: {value}" for key, value in row.items()))
+    print(hardware)
+    write_json(RESULTS / "main.json", {"hardware": hardware, "versions": _versions(), "turns": TURNS, "results": rows})
+
+
+if __name__ == "__main__":
+    main()
