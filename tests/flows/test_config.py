@@ -14,7 +14,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
     ("text", "overrides", "message"),
     [
         ("refine: {sampling_rat: 0.3}", [], "refine.sampling_rat: unknown field; did you mean sampling_rate?"),
-        ("corpus: {sources: [{name: a, path: b, pth: c}]}", [], "corpus.sources.0.pth: unknown field; did you mean pat"),
+        ("corpus: {sources: [{name: a, path: b, pth: c}]}", [], "sources.0.pth: unknown field; did you mean path?"),
         ("", ["refine.sampling_rate=0"], "refine.sampling_rate: input should be greater than 0 (it is 0); correct it"),
         ("", ["refine.sampling_rate=1.5"], "refine.sampling_rate: input should be less than or equal to 1 (it is 1.5)"),
         ("", ["refine=2"], "refine: input should be a valid dictionary"),
