@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data_scoring.ledger import DERIVED, VIEWS, query, refresh_ledger
+from data_scoring.scoring import losses_path, write_parquet
+
+
+def test_an_empty_run_has_every_view_with_every_column_documented(tmp_path: Path) -> None:
+    refresh_ledger(tmp_path)
+    with duckdb.connect(str(tmp_path / "ledger.duckdb"), read_only=True) as ledger:
+        views = {row[0] for row in ledger.sql("select view_name from duckdb_views() where not internal").fetchall()}
+        assert views == VIEWS.keys() | DERIVED.keys()
+        for name, columns in [(name, view.columns) for name, view in VIEWS.items()] + [
+            (name, columns) for name, (_, columns, _) in DERIVED.items()
+        ]:
+            described = ledger.sql(f"describe {name}").fetchall()
+            assert [(row[0], row[1].lower()) for row in described] == [
+                (column, kind) for column, (kind, _) in columns.items()
+            ]
+
+
+def test_it_shows_files_that_come_later_and_survives_readers_and_quotes(tmp_path: Path) -> None:
+    run = tmp_path / "it's a run"
+    table = pa.table({"sample": pa.array([0], pa.int32()), "num_tokens": [1], "loss": pa.array([2.5], pa.float32())})
+    write_parquet(losses_path(run / "rounds" / "1", 0), table, "f")
+    path = refresh_ledger(run)
+    with duckdb.connect(str(path)) as reader:
+        write_parquet(losses_path(run / "rounds" / "2", 11), table, "f")
+        assert reader.sql("select round, shard, loss from losses order by round").fetchall() == [
+            (1, 0, 2.5),
+            (2, 11, 2.5),
+        ]
+        refresh_ledger(run)
+        assert len(reader.sql("from losses").fetchall()) == 2
+
+
+def test_the_types_of_real_files_are_the_documented_ones(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "sample": pa.array(np.arange(3), pa.int32()),
+            "num_tokens": pa.array(np.arange(3), pa.int32()),
+            "loss": pa.array(np.arange(3), pa.float32()),
+        }
+    )
+    write_parquet(losses_path(tmp_path / "rounds" / "1", 0), table, "f")
+    refresh_ledger(tmp_path)
+    described = query(tmp_path, "describe losses").fetchall()
+    assert [row[1].lower() for row in described] == [kind for kind, _ in VIEWS["losses"].columns.values()]
+
+
+def test_mistakes_in_a_query_are_value_errors(tmp_path: Path) -> None:
+    refresh_ledger(tmp_path)
+    with pytest.raises(ValueError, match="lists the views"):
+        query(tmp_path, "select nothing from nowhere")
