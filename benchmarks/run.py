@@ -21,7 +21,7 @@ from data_scoring.corpus import Corpus
 from data_scoring.files import read_json, write_json
 from data_scoring.prepare import prepare_corpus
 from data_scoring.progress import silent
-from flows.run_folder import _versions
+from flows.run_folder import package_versions
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 
 RESULTS = Path("benchmarks/results")
@@ -67,7 +67,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     from trainer.forward import run_schedule
     from trainer.model import build_model, padded_vocab_size
     from trainer.score import make_scorer
-    from trainer.train import _make_state
+    from trainer.train import make_state
 
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
@@ -79,7 +79,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     gpt = build_model(model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, bf16=False)
     plain = PlainModel(model_config, padded_vocab_size(corpus.vocab_size))
     load_megatron_weights(plain, _stacked(gpt, model_config.num_layers))
-    state = _make_state(train, gpt, 10_000, bf16=False)
+    state = make_state(train, gpt, 10_000, bf16=False)
     adam = torch.optim.AdamW(plain.parameters(), lr=train.lr, betas=(0.9, 0.95), weight_decay=0.1)
     generator = np.random.default_rng(0)
     score = make_scorer(gpt, corpus, micro_batch_size=8)
@@ -172,7 +172,9 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{key}: {value}" for key, value in row.items()))
     print(hardware)
-    write_json(RESULTS / "main.json", {"hardware": hardware, "versions": _versions(), "turns": TURNS, "results": rows})
+    write_json(
+        RESULTS / "main.json", {"hardware": hardware, "versions": package_versions(), "turns": TURNS, "results": rows}
+    )
 
 
 if __name__ == "__main__":

@@ -9,13 +9,25 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class _RateColumn(ProgressColumn):
+    """Shows how many units are done a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, empty where it is not known yet."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f}/s" if speed else "")
 
 
 class TerminalProgress:
@@ -36,6 +48,7 @@ class TerminalProgress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                _RateColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self._console,
@@ -70,5 +83,6 @@ class TerminalProgress:
         if total is None:
             return f"{what}: {done:,}"
         fresh = done - self._first
-        left = f", {seconds / fresh * (total - done):.0f} s left" if fresh and done < total else ""
-        return f"{what}: {done:,} of {total:,}{left}"
+        if not fresh or done >= total:
+            return f"{what}: {done:,} of {total:,}"
+        return f"{what}: {done:,} of {total:,}, {fresh / seconds:,.1f}/s, {seconds / fresh * (total - done):.0f} s left"

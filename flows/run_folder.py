@@ -98,7 +98,7 @@ def open_run(config: RunConfig) -> Run:
                 f"{path}: this folder was made by another configuration ({'; '.join(different)}); "
                 "set another name, or take the fields back, or delete the folder"
             )
-    content = {"config": config.model_dump(mode="json"), "versions": _versions()}
+    content = {"config": config.model_dump(mode="json"), "versions": package_versions()}
     with writing(path) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return Run(config, folder)
@@ -113,7 +113,8 @@ def read_run(folder: Path) -> Run:
     return Run(parse_config(values["config"], str(path)), folder.absolute())
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python, Reprise and what its results depend on."""
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {"reprise": importlib.metadata.version("reprise"), "python": platform.python_version(), **versions}
 

@@ -37,7 +37,7 @@ def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: boo
     resume_from = _usable_checkpoint(checkpoints, job.fingerprint)
     if resume_from is None and job.start_from is not None:
         load_weights(job.start_from, model)
-    state = _make_state(job.train, model, num_steps, bf16)
+    state = make_state(job.train, model, num_steps, bf16)
     step = 0
     if resume_from is not None:
         load_checkpoint(resume_from, state)
@@ -70,7 +70,8 @@ def _usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def _make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> TrainingState:
+def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> TrainingState:
+    """Return `model` wrapped for data parallelism with a fresh optimizer and the learning rates of `num_steps` steps."""
     wrapped = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=bf16),
