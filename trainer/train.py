@@ -71,7 +71,7 @@ def _usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
 
 
 def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> TrainingState:
-    """Return `model` wrapped for data parallelism with a fresh optimizer and the learning rates of `num_steps` steps."""
+    """Return `model`, wrapped for data parallelism, with a fresh optimizer and learning rates for `num_steps`."""
     wrapped = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=bf16),
