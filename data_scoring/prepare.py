@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus import FORMAT_VERSION
-from data_scoring.files import fingerprint, remove_leftovers, write_json, writing
+from data_scoring.files import checksum, fingerprint, remove_leftovers, write_json, writing
 from data_scoring.in_place import deal_in_place, index_in_place
 from data_scoring.indexed import token_dtype
 from data_scoring.packing import Dealing, Stream, assign_roles, index_shards, pack_shards, pack_validation
@@ -54,7 +54,7 @@ def prepare_corpus(
     if in_place:
         entries = _prepare_in_place(corpus, opened, seed, folder)
     else:
-        entries = _prepare_from_text(corpus, opened, seed, folder, progress)
+        entries = _prepare_from_text(corpus, opened, tokenizer_path, seed, folder, progress)
     shutil.rmtree(staging)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -99,13 +99,16 @@ def _all_texts(corpus: CorpusConfig, rejects_path: Path, progress: Progress) -> 
 
 
 def _prepare_from_text(
-    corpus: CorpusConfig, tokenizer: Tokenizer, seed: int, folder: Path, progress: Progress
+    corpus: CorpusConfig, tokenizer: Tokenizer, tokenizer_path: Path, seed: int, folder: Path, progress: Progress
 ) -> dict[str, Any]:
     dtype = token_dtype(tokenizer.vocab_size)
     staging = folder / "staging"
     skip = corpus.on_bad_record == "skip"
+    tokenizer_checksum = checksum(tokenizer_path)
     staged = [
-        stage_source(source, tokenizer, staging, skip, fingerprint(source.model_dump(), skip), progress)
+        stage_source(
+            source, tokenizer, staging, skip, fingerprint(source.model_dump(), skip, tokenizer_checksum), progress
+        )
         for source in corpus.sources
     ]
     for source in staged:

@@ -70,7 +70,7 @@ def initialise(kind: str, local_rank: int) -> Device:
     if kind == "cpu":
         # One thread a rank where ranks fill the cores: OpenMP's spinning threads slow each other down many-fold.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, _num_cores() // ranks_here))
         _adapt_megatron_to_cpu()
         return Device("cpu", torch.device("cpu"), "gloo")
     if kind == "npu":
@@ -82,6 +82,12 @@ def initialise(kind: str, local_rank: int) -> Device:
         return Device("npu", torch.device("npu", local_rank), "hccl")
     torch.cuda.set_device(local_rank)
     return Device("cuda", torch.device("cuda", local_rank), "nccl")
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _CudaMeansCpu(TorchFunctionMode):
