@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from data_scoring.files import explain
 from flows.config import read_config
 from flows.run_folder import RanksFailedError, Run, locked, open_run, read_run
+from flows.status import read_status
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
@@ -59,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
         if stage != "prepare":
             command.add_argument("--round", type=int, help="number of the round (default: the first that lacks it)")
         command.set_defaults(command=_stage, stage=stage)
+    status = commands.add_parser("status", help="say what of a run is done, running or failed")
+    status.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    status.set_defaults(command=_status)
+    runs = commands.add_parser("runs", help="say the same of every run in a folder, a line each")
+    runs.add_argument(
+        "folder", type=Path, nargs="?", default=Path("runs"), help="folder of run folders (default: runs)"
+    )
+    runs.set_defaults(command=_runs)
     report = commands.add_parser("report", help="write the report over what is there")
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
     report.set_defaults(command=_report)
@@ -128,6 +137,22 @@ def _first_without(run: Run, stage: str) -> int:
         if not run.is_complete(stage, number):
             return number
     raise ValueError(f"{run.folder}: every round has completed {stage}; raise rounds.num_rounds to go on")
+
+
+def _status(options: argparse.Namespace) -> None:
+    for row in read_status(options.run):
+        print(f"{row.name:<10} {row.state:<8} {row.detail}".rstrip())
+
+
+def _runs(options: argparse.Namespace) -> None:
+    folders = sorted(path.parent for path in options.folder.glob("*/run.yaml"))
+    if not folders:
+        raise ValueError(f"{options.folder}: holds no run; start one with `reprise run CONFIG.yaml`")
+    for folder in folders:
+        rows = read_status(folder)
+        current = next((row for row in rows if row.state != "done"), None)
+        state = f"{current.state} at {current.name}  {current.detail}".rstrip() if current else "done"
+        print(f"{folder.name:<20} {sum(row.state == 'done' for row in rows)} of {len(rows)} stages  {state}")
 
 
 def _report(options: argparse.Namespace) -> None:

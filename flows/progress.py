@@ -60,6 +60,7 @@ class TerminalProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bars is not None:
+            self._end_bar()
             self._bars.stop()
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
@@ -72,12 +73,19 @@ class TerminalProgress:
             self._is_over = False
         if self._bars is not None:
             if is_new or self._task is None:
+                self._end_bar()
                 self._task = self._bars.add_task(what, total=total)
             self._bars.update(self._task, description=what, completed=done, total=total)
         elif now - self._printed > _SECONDS_BETWEEN_LINES or (done == total and not self._is_over):
             self._printed = now
             self._is_over = done == total
             print(self._line(what, done, total, now - self._started), file=sys.stderr, flush=True)
+
+    def _end_bar(self) -> None:
+        """Stop the clock of the work before, which may not have known how much of it there was."""
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, total=self._bars.tasks[self._task].completed)
+            self._bars.stop_task(self._task)
 
     def _line(self, what: str, done: int, total: int | None, seconds: float) -> str:
         if total is None:

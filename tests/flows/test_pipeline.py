@@ -14,6 +14,8 @@ import duckdb
 import pytest
 
 from data_scoring.python_text import read_python_text
+from flows.run_folder import locked
+from flows.status import read_status
 from tests.conftest import read_rows
 
 CONFIG = """
@@ -128,6 +130,9 @@ def test_killed_at_every_stage_it_finishes_and_repeats_nothing(workplace: Path, 
         kill_when(start(workplace), is_time)
         for path in [*completed, *first.glob("losses/*.parquet"), *second.glob("selection/*.parquet")]:
             complete.setdefault(path, path.stat().st_mtime_ns)
+        states = [row.state for row in read_status(run)]
+        assert states == sorted(states, key=("done", "stopped", "waiting").index)
+        assert states.count("stopped") == 1
     assert sum(path.parent.name == "losses" for path in complete) > 0
     finish(start(workplace))
     for path, written in complete.items():
@@ -153,6 +158,16 @@ def assert_equal_runs(run: Path, other: Path) -> None:
     assert len(list((run / "rounds" / "2" / "checkpoint").iterdir())) == 1
 
 
+def test_status_tells_what_is_done_from_the_folder_alone(unbroken: Path) -> None:
+    stages = ["prepare", "mix 1", "train 1", "score 1", "refine 2", "mix 2", "train 2"]
+    assert [(row.name, row.state) for row in read_status(unbroken)] == [(stage, "done") for stage in stages]
+    (unbroken / "rounds" / "1" / "score.json").rename(unbroken / "hidden")
+    with locked(unbroken):
+        states = {row.name: row.state for row in read_status(unbroken)}
+    (unbroken / "hidden").rename(unbroken / "rounds" / "1" / "score.json")
+    assert (states["train 1"], states["score 1"], states["refine 2"]) == ("done", "running", "waiting")
+
+
 def test_the_same_command_on_a_finished_run_does_nothing(workplace: Path, unbroken: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (unbroken / "rounds").rglob("*") if path.is_file()}
     finish(start(workplace, "--set", "name=unbroken"))
@@ -160,8 +175,6 @@ def test_the_same_command_on_a_finished_run_does_nothing(workplace: Path, unbrok
 
 
 def test_a_second_process_is_kept_off_the_run(workplace: Path, unbroken: Path) -> None:
-    from flows.run_folder import locked
-
     with locked(unbroken):
         process = start(workplace, "--set", "name=unbroken")
         _, err = process.communicate(timeout=120)
