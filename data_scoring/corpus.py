@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_scoring.files import checksum, fingerprint, read_json
+from data_scoring.files import allow_open_files, checksum, fingerprint, read_json
 from data_scoring.indexed import IndexedTokens, open_indexed
 
 FORMAT_VERSION = 1
@@ -50,6 +50,8 @@ class Corpus:
         self.num_shards = len(manifest["shards"])
         self.num_validation_samples: int = manifest["validation"]["num_samples"]
         self._parts: dict[int, list[IndexedTokens]] = {}
+        # A mapped pair takes three descriptors, for a map keeps one of its own.
+        allow_open_files(3 * sum(len(entry["parts"]) for entry in [manifest["validation"], *manifest["shards"]]))
 
     @property
     def tokenizer_path(self) -> Path:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # In a container, a killed process' leftover may well bear this process' number.
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         commit(temporary, path)
@@ -88,7 +91,23 @@ def explain(error: OSError) -> str | None:
     return f"{error.filename or 'the disk'}: {os.strerror(numbers[0])}; {remedies[numbers[0]]}"
 
 
+def allow_open_files(count: int) -> None:
+    """Let this process hold `count` files open. Raises ValueError where the system's limit is lower."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 256
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(
+            f"corpus.num_shards: {needed} open files are needed and {hard} allowed; lower corpus.num_shards, "
+            "or raise the limit (ulimit -Hn)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that a killed process left in `folder`."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
+    for pattern in (".*.tmp", ".*.tmp.wal"):
+        for leftover in folder.glob(pattern):
+            if not leftover.is_dir():
+                leftover.unlink()

@@ -7,7 +7,7 @@ from pathlib import Path
 import duckdb
 
 from data_scoring.files import writing
-from data_scoring.sql import literal
+from data_scoring.sql import literal, writing_errors
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def refresh_ledger(run_folder: Path) -> Path:
     """
     run_folder = run_folder.resolve()
     path = run_folder / "ledger.duckdb"
-    with writing(path) as temporary, duckdb.connect(str(temporary)) as connection:
+    with writing(path) as temporary, writing_errors(path), duckdb.connect(str(temporary)) as connection:
         for name, view in VIEWS.items():
             _create(connection, name, view.comment, view.columns, _select(run_folder, view))
         for name, (comment, columns, sql) in DERIVED.items():
@@ -197,6 +197,9 @@ def query(run_folder: Path, sql: str) -> duckdb.DuckDBPyRelation:
     connection = duckdb.connect(str(run_folder / "ledger.duckdb"), read_only=True)
     try:
         result = connection.sql(sql)
+        if result is not None:
+            # A query may be sound and still fail on the way, at a cast say.
+            result = result.materialize()
     except duckdb.Error as error:
         raise ValueError(f'sql: {error}; `reprise sql RUN "show tables"` lists the views') from None
     if result is None:

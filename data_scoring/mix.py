@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_scoring.files import writing
-from data_scoring.sql import literal, random_bits
+from data_scoring.sql import literal, random_bits, writing_errors
 
 # Small enough to decode in no time where training needs it, large enough to keep the file's footer small.
 _ROW_GROUP = 1 << 16
@@ -19,7 +19,7 @@ def write_mix(path: Path, samples: str, seed: int, round_number: int) -> int:
 
     Returns their number. The order depends on the seed, the round and the samples alone, not on the rows' order.
     """
-    with writing(path) as temporary, duckdb.connect() as connection:
+    with writing(path) as temporary, writing_errors(path), duckdb.connect() as connection:
         place = random_bits(seed, round_number, "shard::int", "sample::int", literal("order"))
         connection.execute(
             f"copy (select shard::int as shard, sample::int as sample from ({samples}) "

@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_scoring.files import checksum, writing
+from data_scoring.files import allow_open_files, checksum, writing
 from data_scoring.indexed import write_index
 from data_scoring.permutation import Permutation, mix_bits
 from data_scoring.progress import Progress
@@ -100,11 +100,16 @@ def _repeated_digests(sources: list[StagedSource]) -> NDArray[np.uint64]:
             digests[filled : filled + len(rows)] = rows["digest"]
             filled += len(rows)
     digests.sort()
-    repeated = [np.empty(0, np.uint64)]
+    # The repeated ones are gathered at the front of the same array: it is all the memory this takes.
+    count = 0
     for start in range(0, len(digests), _CHUNK_DIGESTS):
-        block = digests[start : start + _CHUNK_DIGESTS + 1]
-        repeated.append(np.unique(block[1:][block[1:] == block[:-1]]))
-    return np.unique(np.concatenate(repeated))
+        block = digests[start : start + _CHUNK_DIGESTS + 1].copy()
+        found = np.unique(block[1:][block[1:] == block[:-1]])
+        if count and len(found) and found[0] == digests[count - 1]:
+            found = found[1:]
+        digests[count : count + len(found)] = found
+        count += len(found)
+    return digests[:count].copy()
 
 
 def _repeats(digests: NDArray[np.uint64], repeated: NDArray[np.uint64], seen: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -180,6 +185,7 @@ def pack_shards(
     dealing = Dealing(streams, num_shards, seed)
     sample_length = streams[0].sample_length
     total = dealing.permutation.size
+    allow_open_files(num_shards)
     with ExitStack() as stack:
         files: list[IO[bytes]] = []
         for shard in range(num_shards):

@@ -15,7 +15,7 @@ from data_scoring.files import remove_leftovers, writing
 from data_scoring.mix import write_mix
 from data_scoring.progress import Progress
 from data_scoring.scoring import FINGERPRINT_KEY, losses_path, parquet_fingerprint
-from data_scoring.sql import literal, random_bits
+from data_scoring.sql import literal, random_bits, writing_errors
 
 # 53 random bits, moved off 0 and 1 so that both logarithms are finite.
 _UNIFORM = "(({bits} >> 11) + 0.5) / 9007199254740992.0"
@@ -106,7 +106,7 @@ def _refine_shard(
                 "delete it and score the round again"
             )
         query = selection_query(relation, expected, config, seed, round_number, shard)
-        with writing(path) as temporary:
+        with writing(path) as temporary, writing_errors(path):
             connection.execute(
                 f"copy ({query}) to {literal(temporary)} "
                 f"(format parquet, kv_metadata {{ '{FINGERPRINT_KEY.decode()}': '{fingerprint}' }})"

@@ -81,7 +81,7 @@ def _write_losses(corpus: Corpus, shard: int, losses: NDArray[np.float32], path:
     if len(bad):
         raise ValueError(
             f"{path}: sample {bad[0]} of shard {shard} has the loss {losses[bad[0]]} ({len(bad)} in all are not "
-            "finite); the model has diverged: lower train.lr and train the round again"
+            "finite); the model has diverged: lower train.lr in a run of another name"
         )
     num_tokens = pq.read_table(corpus.samples_path, columns=["num_tokens"], filters=[("shard", "=", shard)])
     samples = pa.array(np.arange(len(losses), dtype=np.int32))

@@ -1,11 +1,16 @@
 """Documents from the user's sources, read as a stream through the `datasets` library."""
 
+import gzip
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from fsspec.core import get_fs_token_paths
 
 from data_scoring.config import SourceConfig
@@ -20,6 +25,7 @@ LARGEST_DOCUMENT_BYTES = 256 << 20
 
 # Read at a time; it takes several times that in memory.
 _CHUNK_BYTES = 1 << 20
+_BATCH_ROWS = 64
 
 _FORMAT_OF_ENDING = {
     ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
@@ -77,14 +83,38 @@ def read_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[s
         texts: Iterator[str] = read_python_text(source.path)
     else:
         texts = readers[kind](source, on_bad_record)
-    for number, text in enumerate(texts):
-        if source.max_documents is not None and number >= source.max_documents:
-            return
-        yield text
+    with _naming(source):
+        for number, text in enumerate(texts):
+            if source.max_documents is not None and number >= source.max_documents:
+                return
+            yield text
+
+
+@contextmanager
+def _naming(source: SourceConfig) -> Iterator[None]:
+    """Turn what libraries raise for a file that is not what its ending says into an error that names the source."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowInvalid, ImportError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"corpus.sources.{source.name}.path: {source.path!r} cannot be read ({reason}); "
+            "repair or replace the file, or set another format"
+        ) from None
 
 
 def _files(source: SourceConfig) -> list[str]:
-    path = source.path
+    with _naming(source):
+        names = _match(source.path)
+    if not names:
+        raise ValueError(
+            f"corpus.sources.{source.name}.path: no file matches {source.path!r}; "
+            "check the path, or set format: datasets for a hub name"
+        )
+    return names
+
+
+def _match(path: str) -> list[str]:
     if Path(path).is_dir():
         names = sorted(str(file) for file in Path(path).rglob("*") if file.is_file() and file.name[0] != ".")
     else:
@@ -92,11 +122,6 @@ def _files(source: SourceConfig) -> list[str]:
         names = sorted(name for name in names if fs.exists(name))
         if "://" in path:
             names = [fs.unstrip_protocol(name) for name in names]
-    if not names:
-        raise ValueError(
-            f"corpus.sources.{source.name}.path: no file matches {path!r}; "
-            "check the path, or set format: datasets for a hub name"
-        )
     return names
 
 
@@ -116,7 +141,8 @@ def _raw_rows(files: list[str], sample_by: str) -> Iterator[bytes]:
         encoding="latin-1",
         chunksize=_CHUNK_BYTES,
     )
-    for batch in rows.iter(batch_size=1000):
+    # A batch is held whole: of files that are documents, one at a time; of lines, those of one read, or fewer.
+    for batch in rows.iter(batch_size=1 if sample_by == "document" else _BATCH_ROWS):
         for text in batch["text"]:
             yield text.encode("latin-1")
 
@@ -199,7 +225,7 @@ def _line_of_first_bad_byte(raw: bytes) -> int:
 
 def _read_rows(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
     row_number = 0
-    for batch in _open_rows(source).iter(batch_size=1000):
+    for batch in _open_rows(source).iter(batch_size=_BATCH_ROWS):
         if source.text_field not in batch:
             raise ValueError(
                 f"{source.path}: no column {source.text_field!r} among {sorted(batch)}; "

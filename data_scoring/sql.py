@@ -1,4 +1,24 @@
-"""Values inside SQL text, for the places where DuckDB takes no parameters."""
+"""Values inside SQL text, for the places where DuckDB takes no parameters, and DuckDB's errors in ours."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+
+
+@contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """Turn what DuckDB raises for a full disk into the OSError that everything else raises, naming `path`."""
+    try:
+        yield
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from None
+        raise ValueError(f"{path}: cannot be written ({' '.join(str(error).split())}); mend it and go on") from None
 
 
 def literal(value: object) -> str:

@@ -118,7 +118,12 @@ def _stage(options: argparse.Namespace) -> None:
         if options.stage == "prepare":
             stages.prepare(run, progress)
             return
-        number = options.round or _first_without(run, options.stage)
+        number = _first_without(run, options.stage) if options.round is None else options.round
+        first = 2 if options.stage == "refine" else 1
+        if not first <= number <= run.config.rounds.num_rounds:
+            raise ValueError(
+                f"--round: {number} is not between {first} and rounds.num_rounds {run.config.rounds.num_rounds}"
+            )
         if options.stage == "refine":
             stages.refine(run, number, progress)
             stages.mix(run, number, progress)
@@ -133,8 +138,10 @@ def _stage(options: argparse.Namespace) -> None:
 def _first_without(run: Run, stage: str) -> int:
     run.corpus()
     first = 2 if stage == "refine" else 1
+    # Refining ends with the mix.
+    last_part = "mix" if stage == "refine" else stage
     for number in range(first, run.config.rounds.num_rounds + 1):
-        if not run.is_complete(stage, number):
+        if not run.is_complete(last_part, number):
             return number
     raise ValueError(f"{run.folder}: every round has completed {stage}; raise rounds.num_rounds to go on")
 

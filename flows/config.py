@@ -44,7 +44,7 @@ class RunConfig(Config):
 
 # What may differ when a run goes on: where and how fast it computes, not what.
 _FREE = (
-    "output", "device", "parallel", "checkpoint", "rounds.num_rounds", "score.micro_batch_size",
+    "name", "output", "device", "parallel", "checkpoint", "rounds.num_rounds", "score.micro_batch_size",
     "train.micro_batch_size", "train.validate_every_steps",
 )  # fmt: skip
 
@@ -96,7 +96,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"--set {override}: {section} is not a section; name a field such as refine.sampling_rate")
-    values[name] = yaml.safe_load(text)
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override}: the value is not valid YAML; put it in quotes") from None
 
 
 def _explain(detail: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from data_scoring.corpus import Corpus
-from data_scoring.files import fingerprint, read_json, write_json, writing
+from data_scoring.files import fingerprint, read_json, remove_leftovers, write_json, writing
 from flows.config import RunConfig, differences, parse_config
 
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
@@ -91,7 +91,8 @@ def open_run(config: RunConfig) -> Run:
     """
     folder = config.folder.absolute()
     path = folder / "run.yaml"
-    if path.exists():
+    # Until there is a corpus nothing depends on the configuration, and correcting it is what an error asked for.
+    if path.exists() and (folder / "corpus" / "manifest.json").exists():
         different = differences(read_run(folder).config, config)
         if different:
             raise ValueError(
@@ -126,7 +127,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises ValueError, naming the process, where another one holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,6 +136,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise ValueError(f"{folder}: in use by {holder}; wait for it to end or stop it") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        for place in (folder, *folder.glob("rounds/*"), *folder.glob("rounds/*/seen"), folder / "report"):
+            remove_leftovers(place)
         yield
     finally:
         os.close(descriptor)
@@ -162,7 +165,7 @@ def ranks_gone(folder: Path, seconds: float = 60.0) -> Iterator[Path]:
     Ranks end within a second of their launcher; one that lives on is an error after `seconds`.
     """
     path = folder / ".ranks.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         deadline = time.monotonic() + seconds
         while True:

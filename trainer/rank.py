@@ -72,7 +72,8 @@ def _initialise_parallel(job: Job, device: Device) -> None:
         tensor_model_parallel_size=job.parallel.tensor,
         pipeline_model_parallel_size=job.parallel.pipeline,
     )
-    torch.manual_seed(job.seed)
+    # Weights are drawn whole on every tensor-parallel rank and then cut, so those must agree, and stages must not.
+    torch.manual_seed(job.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     model_parallel_cuda_manual_seed(job.seed)
 
 

@@ -170,18 +170,20 @@ class _Round:
 
     def _reduce(self, sums: torch.Tensor, num_tokens: torch.Tensor) -> tuple[float, int]:
         """Return the batch's mean loss and its number of tokens, alike on all ranks; note whether a save is due."""
-        totals = torch.zeros(3, dtype=torch.float64)
+        # Single precision is what Ascend's collectives offer at most; counts have a tensor of their own, to stay exact.
+        loss_sum, counts = torch.zeros(1), torch.zeros(2, dtype=torch.int64)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
-            totals[0], totals[1] = sums.double().sum(), num_tokens.sum()
+            loss_sum[0], counts[0] = sums.double().sum(), num_tokens.sum()
         if torch.distributed.get_rank() == 0:
             # One clock decides for all ranks.
-            totals[2] = time.monotonic() - self.saved_at > 60 * self.job.checkpoint.every_minutes
+            counts[1] = time.monotonic() - self.saved_at > 60 * self.job.checkpoint.every_minutes
         device = next(self.state.model.parameters()).device
-        totals = totals.to(device)
-        torch.distributed.all_reduce(totals)
-        loss_sum, tokens, is_time_up = totals.tolist()
+        loss_sum, counts = loss_sum.to(device), counts.to(device)
+        torch.distributed.all_reduce(loss_sum)
+        torch.distributed.all_reduce(counts)
+        tokens, is_time_up = counts.tolist()
         self.is_time_up = bool(is_time_up)
-        return loss_sum / tokens, int(tokens)
+        return loss_sum.item() / tokens, tokens
 
     def _record(
         self, step: int, loss: float, grad_norm: float, num_samples: int, num_tokens: int, seconds: float
@@ -207,7 +209,8 @@ class _Round:
         kept = list_checkpoints(self.job.round_folder / "checkpoint")
         return (
             f"{self.job.round_folder}: {what} at step {step} is {value}; training stopped and "
-            f"{kept[-1].name if kept else 'no checkpoint'} was kept; lower train.lr or look at the data of this step"
+            f"{kept[-1].name if kept else 'no checkpoint'} was kept; lower train.lr in a run of another "
+            "name, or look at the data of this step"
         )
 
     def validate(self, step: int) -> None:

@@ -1,5 +1,6 @@
 """From text to shards: nothing lost, nothing doubled, sources apart, bounded memory, existing corpora untouched."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus import VALIDATION, Corpus
 from data_scoring.indexed import write_index
+from data_scoring.packing import assign_roles
 from data_scoring.prepare import prepare_corpus
 from data_scoring.progress import silent
+from data_scoring.tokenise import DOCUMENT, StagedSource
 from data_scoring.tokenizer import open_tokenizer
 from tests.conftest import make_documents
 
@@ -223,6 +226,34 @@ def test_bad_input_is_named(tmp_path: Path, make: Callable[[Path], None], messag
     assert "\n" not in str(error.value)
     assert not (tmp_path / "corpus" / "manifest.json").exists()
     assert not list((tmp_path / "corpus").glob("shard-*"))
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.jsonl.gz", b"no gzip"), ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 1000)[:-12]), ("a.parquet", b"PAR1")
+])  # fmt: skip
+def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"corpus.sources.a.path: '.*{name}' cannot be read"):
+        prepare(tmp_path / "corpus", [{"name": "a", "path": str(tmp_path / name)}], TokenizerConfig(vocab_size=280))
+
+
+def test_duplicates_are_found_wherever_they_lie(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    digests = generator.integers(0, 100_000, 200_000).astype(np.uint64)
+    staged = []
+    for number, part in enumerate(np.split(digests, [50_000])):
+        rows = np.zeros(len(part), DOCUMENT)
+        rows["digest"], rows["num_tokens"] = part, 3
+        rows.tofile(tmp_path / f"{number}.documents")
+        counts = {"documents": len(part)}
+        staged.append(StagedSource(str(number), tmp_path, tmp_path / f"{number}.documents", counts))
+    results = assign_roles(staged, 0.1, 1)
+    roles = np.concatenate([np.fromfile(result.roles_path, np.uint8) for result in results])
+    first = np.zeros(len(digests), bool)
+    first[np.unique(digests, return_index=True)[1]] = True
+    assert ((roles != 2) == first).all()
+    held_out = (roles == 1).sum() / first.sum()
+    assert abs(held_out - 0.1) < 0.005
 
 
 def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:

@@ -40,6 +40,30 @@ def test_a_run_made_by_another_configuration_is_refused(config: Path, capsys: py
     assert (config.parent / "runs" / "x" / "run.yaml").read_bytes() == before
 
 
+def test_a_mistake_can_be_mended_in_the_same_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(config), "--set", "corpus.sources=[{name: a, path: a.jsonl, text_field: body}]"]) == 1
+    assert "a.jsonl:1: no field 'text'" not in one_line(capsys)
+    assert main(["prepare", str(config)]) == 0
+
+
+def test_a_leftover_of_a_killed_process_with_our_number_is_no_hindrance(config: Path) -> None:
+    assert main(["prepare", str(config)]) == 0
+    run = config.parent / "runs" / "x"
+    for name in (f".ledger.duckdb.{os.getpid()}.tmp", f".run.yaml.{os.getpid()}.tmp"):
+        (run / name).write_bytes((run / "ledger.duckdb").read_bytes())
+    (run / ".report.html.1.tmp").write_text("half")
+    assert main(["sql", str(run), "select 1"]) == 0
+    assert main(["prepare", str(config)]) == 0
+    assert not list(run.glob(".*.tmp"))
+
+
+def test_a_round_that_is_not_there_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(config)]) == 0
+    for stage, number in (("train", 0), ("refine", 1), ("score", 3)):
+        assert main([stage, str(config), "--round", str(number)]) == 1
+        assert f"--round: {number} is not between" in one_line(capsys)
+
+
 def test_a_vocabulary_larger_than_the_models_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", str(config), "--set", "model.vocab_size=256"]) == 1
     assert "model.vocab_size: 256 is smaller than the tokenizer's vocabulary of 280" in one_line(capsys)
@@ -66,6 +90,7 @@ def test_sql_prints_a_table_and_names_mistakes(config: Path, capsys: pytest.Capt
     assert main(["sql", "runs/x", "select * from loses"]) == 1
     assert "losses" in capsys.readouterr().err
     assert main(["sql", "runs/x", "create table t (x int)"]) == 1
+    assert main(["sql", "runs/x", "select cast(source as int) from samples"]) == 1
     assert main(["sql", "nowhere", "select 1"]) == 1
     assert "error: nowhere: not a run folder" in capsys.readouterr().err
 
@@ -75,6 +100,8 @@ def test_a_moved_run_folder_is_still_a_run(config: Path, capsys: pytest.CaptureF
     (config.parent / "runs").rename(config.parent / "elsewhere")
     assert main(["sql", "elsewhere/x", "select count(*) from samples"]) == 0
     assert main(["prepare", "elsewhere/x"]) == 0
+    (config.parent / "elsewhere" / "x").rename(config.parent / "elsewhere" / "y")
+    assert main(["prepare", "elsewhere/y"]) == 0
     assert not (config.parent / "runs").exists()
 
 

@@ -1,8 +1,10 @@
 """What a configuration refuses, and how it says so."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flows.cli import main
 from flows.config import RunConfig, differences, flatten, parse_config, read_config
@@ -20,6 +22,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["refine=2"], "refine: input should be a valid dictionary"),
         ("", ["refine.policy=hardest"], "refine.policy: input should be 'loss', 'random' or 'all' (it is 'hardest')"),
         ("", ["seed"], "--set seed: not FIELD=VALUE"),
+        ("", ["tokenizer.path=@x"], "--set tokenizer.path=@x: the value is not valid YAML"),
         ("", ["model.num_attention_heads=3"], "model.num_attention_heads: 3 does not divide hidden_size 128"),
         ("", ["parallel.tensor=3"], "parallel.tensor: 3 does not divide model.num_attention_heads 4; choose a divisor"),
         ("", ["parallel.pipeline=3"], "parallel.pipeline: 3 does not divide model.num_layers 4; choose a divisor"),
@@ -79,6 +82,11 @@ def test_the_demo_is_the_default_path() -> None:
     assert (demo.parallel.pipeline, demo.parallel.world_size) == (2, 2)
     assert (demo.refine.policy, demo.refine.sampling_rate, demo.refine.temperature) == ("loss", 0.5, 1.0)
     assert (demo.corpus.num_shards, demo.rounds.num_rounds) == (8, 2)
+
+
+def test_the_readme_s_own_example_is_valid() -> None:
+    [example] = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    assert parse_config(yaml.safe_load(example), "README.md").name == "mine"
 
 
 def test_every_field_is_documented() -> None:
