@@ -73,8 +73,10 @@ def _initialise_parallel(job: Job, device: Device) -> None:
         pipeline_model_parallel_size=job.parallel.pipeline,
     )
     # Weights are drawn whole on every tensor-parallel rank and then cut, so those must agree, and stages must not.
-    torch.manual_seed(job.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
-    model_parallel_cuda_manual_seed(job.seed)
+    seed = job.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    model_parallel_cuda_manual_seed(seed)
+    # Comes last: on CPU the line above has just seeded the same generator.
+    torch.manual_seed(seed)
 
 
 def _end_with_launcher(job: Job) -> None:

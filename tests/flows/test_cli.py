@@ -10,7 +10,7 @@ import pytest
 
 from flows.cli import main
 from flows.config import read_config
-from flows.run_folder import Run, open_run
+from flows.run_folder import Run, locked, open_run
 from tests.conftest import make_documents
 
 
@@ -147,9 +147,14 @@ def test_fingerprints_follow_the_inputs(config: Path) -> None:
     assert base.fingerprint("train", 1) == run("device=cpu", "train.micro_batch_size=1").fingerprint("train", 1)
 
 
-def test_the_lock_of_a_dead_process_is_no_lock(tmp_path: Path) -> None:
-    from flows.run_folder import locked
+def test_a_second_process_is_kept_off_the_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(config)]) == 0
+    with locked(config.parent / "runs" / "x"):
+        assert main(["prepare", str(config)]) == 1
+    assert f"in use by process {os.getpid()}" in one_line(capsys)
 
+
+def test_the_lock_of_a_dead_process_is_no_lock(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         with locked(tmp_path):

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.plain_model import read_checkpoint
 from data_scoring.corpus import Corpus
 from data_scoring.mix import write_mix
-from tests.conftest import Ranks, read_rows
+from tests.conftest import TINY_MODEL, Ranks, read_rows
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig
 
@@ -57,6 +58,19 @@ def test_seen_losses_are_the_step_losses(ranks: Ranks, reference: Path) -> None:
         total = sum(row[3] * tokens[row[1:3]] for row in rows)
         assert sum(tokens[row[1:3]] for row in rows) == num_tokens
         assert total / num_tokens == pytest.approx(loss, abs=1e-5)
+
+
+def test_no_two_layers_start_alike_whatever_stage_they_are_in(ranks: Ranks) -> None:
+    model = TINY_MODEL.model_copy(update={"num_layers": 3})
+    folder = ranks.train(
+        "stages", (1, 3, 1), make_mix=lambda path: write_mix(path, "select 0 as shard, 0 as sample", 0, 1), model=model
+    )
+    tensors = read_checkpoint(list_checkpoints(folder / "checkpoint")[-1])
+    for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        weights = tensors[f"decoder.layers.{name}.weight"]
+        assert weights.std() > 0.01
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert not np.allclose(weights[one], weights[other], atol=0.02)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
