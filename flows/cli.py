@@ -5,15 +5,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_scoring.files import explain
-from flows.config import read_config
+from flows.config import RunConfig, read_config
 from flows.run_folder import RanksFailedError, Run, locked, open_run, read_run
 from flows.status import read_status
-
-if TYPE_CHECKING:
-    from flows.config import RunConfig
 
 _STAGES = {
     "prepare": "make the corpus",
@@ -85,7 +81,7 @@ def _add_target(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _config(options: argparse.Namespace) -> "RunConfig":
+def _config(options: argparse.Namespace) -> RunConfig:
     if not options.target.is_dir():
         return read_config(options.target, options.set)
     if options.set:
