@@ -201,7 +201,9 @@ def query(run_folder: Path, sql: str) -> duckdb.DuckDBPyRelation:
             # A query may be sound and still fail on the way, at a cast say.
             result = result.materialize()
     except duckdb.Error as error:
-        raise ValueError(f'sql: {error}; `reprise sql RUN "show tables"` lists the views') from None
+        raise ValueError(
+            f'sql: {" ".join(str(error).split())}; `reprise sql RUN "show tables"` lists the views'
+        ) from None
     if result is None:
         raise ValueError("sql: the query returns no rows; write a select")
     return result
