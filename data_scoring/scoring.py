@@ -64,16 +64,31 @@ def score_shards(
     for shard in (shard for shard in range(corpus.num_shards) if not done[shard]):
         if is_first:
             corpus.verify(shard)
-        parts = []
-        for start in range(0, corpus.num_samples(shard), block_size):
-            samples = np.arange(start, min(start + block_size, corpus.num_samples(shard)), dtype=np.int64)
-            parts.append(score(np.full(len(samples), shard), samples))
-            scored += len(samples)
-            if parts[-1] is not None:
-                progress("scoring (samples)", scored, total)
-        losses = np.concatenate([part for part in parts if part is not None]) if parts[0] is not None else None
+
+        def on_block(done: int, before: int = scored) -> None:
+            progress("scoring (samples)", before + done, total)
+
+        losses = score_shard(score, shard, corpus.num_samples(shard), block_size, on_block)
+        scored += corpus.num_samples(shard)
         if losses is not None:
             _write_losses(corpus, shard, losses, paths[shard], fingerprint)
+
+
+def score_shard(
+    score: ScoreSamples, shard: int, num_samples: int, block_size: int, on_block: Callable[[int], None]
+) -> NDArray[np.float32] | None:
+    """Return the losses of a shard's samples, [num_samples] float32, on the process that `score` returns them on.
+
+    Scores `block_size` samples at a time; `on_block` is told there how many are done. Elsewhere returns None.
+    """
+    parts = []
+    for start in range(0, num_samples, block_size):
+        samples = np.arange(start, min(start + block_size, num_samples), dtype=np.int64)
+        losses = score(np.full(len(samples), shard), samples)
+        if losses is not None:
+            parts.append(losses)
+            on_block(start + len(samples))
+    return np.concatenate(parts) if parts else None
 
 
 def _write_losses(corpus: Corpus, shard: int, losses: NDArray[np.float32], path: Path, fingerprint: str) -> None:

@@ -115,10 +115,10 @@ def _stage(options: argparse.Namespace) -> None:
             stages.prepare(run, progress)
             return
         number = _first_without(run, options.stage) if options.round is None else options.round
-        first = 2 if options.stage == "refine" else 1
-        if not first <= number <= run.config.rounds.num_rounds:
+        rounds = _rounds_with(run, options.stage)
+        if number not in rounds:
             raise ValueError(
-                f"--round: {number} is not between {first} and rounds.num_rounds {run.config.rounds.num_rounds}"
+                f"--round: {number} is not between {rounds.start} and rounds.num_rounds {run.config.rounds.num_rounds}"
             )
         if options.stage == "refine":
             stages.refine(run, number, progress)
@@ -131,12 +131,15 @@ def _stage(options: argparse.Namespace) -> None:
     print(f"{options.stage} of round {number} is complete")
 
 
+def _rounds_with(run: Run, stage: str) -> range:
+    return range(2 if stage == "refine" else 1, run.config.rounds.num_rounds + 1)
+
+
 def _first_without(run: Run, stage: str) -> int:
     run.corpus()
-    first = 2 if stage == "refine" else 1
     # Refining ends with the mix.
     last_part = "mix" if stage == "refine" else stage
-    for number in range(first, run.config.rounds.num_rounds + 1):
+    for number in _rounds_with(run, stage):
         if not run.is_complete(last_part, number):
             return number
     raise ValueError(f"{run.folder}: every round has completed {stage}; raise rounds.num_rounds to go on")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from data_scoring.files import read_json
 from data_scoring.progress import Progress
@@ -26,7 +27,7 @@ def launch(job: Job, run_folder: Path, name: str, progress: Progress) -> None:
         stale.unlink(missing_ok=True)
     job_path = run_folder / "logs" / f"{name}.job.json"
     job_path.write_text(job.model_dump_json(indent=2), encoding="utf-8")
-    with ranks_gone(run_folder), log_path.open("ab") as log:
+    with ranks_gone(job.lock), log_path.open("ab") as log:
         process = subprocess.Popen(
             _command(job, job_path), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment()
         )
@@ -79,14 +80,19 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
+def first_error(folder: Path) -> dict[str, Any] | None:
+    """Return the error of the rank that failed first, of those that ranks left in `folder`, or None."""
+    errors = [read_json(path) for path in folder.glob("rank-*.json")]
+    return min(errors, key=lambda error: error["time"]) if errors else None
+
+
 def _raise_failure(job: Job, code: int, log_path: Path) -> None:
-    errors = sorted((read_json(path) for path in job.errors.glob("rank-*.json")), key=lambda error: error["time"])
-    if not errors:
+    first = first_error(job.errors)
+    if first is None:
         raise RanksFailedError(
             f"the ranks ended with exit code {code} and left no error (killed, or out of memory?); "
             f"the log is {log_path}; the same command goes on from the last checkpoint"
         )
-    first = errors[0]
     if first["is_users"]:
         raise ValueError(f"{first['message']} (log: {log_path})")
     raise RanksFailedError(f"rank {first['rank']}: {first['kind']}: {first['message']} (log: {log_path})")

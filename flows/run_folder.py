@@ -57,8 +57,8 @@ class Run:
             return fingerprint("mix", before, self.corpus().fingerprint, config.seed, round_number)
         if stage == "train":
             train = config.train.model_dump(exclude={"micro_batch_size", "validate_every_steps"})
-            start = self.fingerprint("train", round_number - 1) if round_number > 1 else None
-            return fingerprint("train", self.fingerprint("mix", round_number), config.model.model_dump(), train, start)
+            # The mix stands for the round before too, whose weights this one starts from: it was scored with them.
+            return fingerprint("train", self.fingerprint("mix", round_number), config.model.model_dump(), train)
         assert stage == "score", stage
         return fingerprint("score", self.fingerprint("train", round_number))
 
@@ -159,12 +159,11 @@ def is_locked(folder: Path) -> bool:
 
 
 @contextmanager
-def ranks_gone(folder: Path, seconds: float = 60.0) -> Iterator[Path]:
-    """Yield the path of the lock that ranks share, once no rank of an earlier launch holds it any more.
+def ranks_gone(path: Path, seconds: float = 60.0) -> Iterator[None]:
+    """Wait until no rank of an earlier launch holds the lock at `path`, which all ranks share, any more.
 
     Ranks end within a second of their launcher; one that lives on is an error after `seconds`.
     """
-    path = folder / ".ranks.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         deadline = time.monotonic() + seconds
@@ -180,6 +179,6 @@ def ranks_gone(folder: Path, seconds: float = 60.0) -> Iterator[Path]:
                     ) from None
                 time.sleep(0.1)
         fcntl.flock(descriptor, fcntl.LOCK_UN)
-        yield path
+        yield
     finally:
         os.close(descriptor)

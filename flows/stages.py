@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +57,14 @@ def mix(run: Run, round_number: int, progress: Progress) -> None:
     """Make the mix that a round trains on: everything in round 1, else what the round's selection keeps."""
     if run.is_complete("mix", round_number):
         return
-    started = time.time()
     folder = run.round_folder(round_number)
-    if round_number == 1:
-        count = mix_all(folder / "mix.parquet", run.corpus().samples_path, run.config.seed, round_number)
-    else:
-        _require(run, "refine", round_number)
-        count = mix_selection(folder / "mix.parquet", folder, run.config.seed, round_number)
-    progress("mixing (samples)", count, count)
-    run.record("mix", round_number, started)
-    refresh_ledger(run.folder)
+    with _completing(run, "mix", round_number):
+        if round_number == 1:
+            count = mix_all(folder / "mix.parquet", run.corpus().samples_path, run.config.seed, round_number)
+        else:
+            _require(run, "refine", round_number)
+            count = mix_selection(folder / "mix.parquet", folder, run.config.seed, round_number)
+        progress("mixing (samples)", count, count)
 
 
 def train(run: Run, round_number: int, progress: Progress) -> None:
@@ -76,7 +76,6 @@ def train(run: Run, round_number: int, progress: Progress) -> None:
     if round_number > 1:
         _require(run, "train", round_number - 1)
         start_from = final_checkpoint(run, round_number - 1)
-    started = time.time()
     config = run.config
     job = TrainJob(
         **_job(run, "train", round_number),
@@ -85,9 +84,8 @@ def train(run: Run, round_number: int, progress: Progress) -> None:
         score=config.score,
         start_from=start_from,
     )
-    launch(job, run.folder, f"train-{round_number}", progress)
-    run.record("train", round_number, started)
-    refresh_ledger(run.folder)
+    with _completing(run, "train", round_number):
+        launch(job, run.folder, f"train-{round_number}", progress)
 
 
 def score(run: Run, round_number: int, progress: Progress) -> None:
@@ -95,13 +93,11 @@ def score(run: Run, round_number: int, progress: Progress) -> None:
     if run.is_complete("score", round_number):
         return
     _require(run, "train", round_number)
-    started = time.time()
     job = ScoreJob(
         **_job(run, "score", round_number), score=run.config.score, weights=final_checkpoint(run, round_number)
     )
-    launch(job, run.folder, f"score-{round_number}", progress)
-    run.record("score", round_number, started)
-    refresh_ledger(run.folder)
+    with _completing(run, "score", round_number):
+        launch(job, run.folder, f"score-{round_number}", progress)
 
 
 def refine(run: Run, round_number: int, progress: Progress) -> None:
@@ -109,20 +105,18 @@ def refine(run: Run, round_number: int, progress: Progress) -> None:
     if run.is_complete("refine", round_number):
         return
     _require(run, "score", round_number - 1)
-    started = time.time()
     corpus = run.corpus()
-    refine_shards(
-        run.round_folder(round_number - 1),
-        run.round_folder(round_number),
-        run.config.refine,
-        run.config.seed,
-        round_number,
-        [corpus.num_samples(shard) for shard in range(corpus.num_shards)],
-        run.fingerprint("refine", round_number),
-        progress,
-    )
-    run.record("refine", round_number, started)
-    refresh_ledger(run.folder)
+    with _completing(run, "refine", round_number):
+        refine_shards(
+            run.round_folder(round_number - 1),
+            run.round_folder(round_number),
+            run.config.refine,
+            run.config.seed,
+            round_number,
+            [corpus.num_samples(shard) for shard in range(corpus.num_shards)],
+            run.fingerprint("refine", round_number),
+            progress,
+        )
 
 
 def report(run: Run) -> Path:
@@ -141,6 +135,15 @@ def final_checkpoint(run: Run, round_number: int) -> Path:
             "to train the round again"
         )
     return checkpoints[-1]
+
+
+@contextmanager
+def _completing(run: Run, stage: str, round_number: int) -> Iterator[None]:
+    """Write the stage's completion record, and the views over what it left, once the work inside is done."""
+    started = time.time()
+    yield
+    run.record(stage, round_number, started)
+    refresh_ledger(run.folder)
 
 
 def _require(run: Run, stage: str, round_number: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_scoring.files import read_json
+from flows.launch import first_error
 from flows.run_folder import Run, is_locked, read_run
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 
@@ -42,7 +43,7 @@ def _stage_status(run: Run, stage: str, number: int, is_next: bool) -> StageStat
         return StageStatus(name, "waiting", "")
     if is_locked(run.folder):
         return StageStatus(name, "running", _progress(run))
-    error = _first_error(run)
+    error = first_error(run.folder / "logs" / "errors")
     if error is not None:
         return StageStatus(name, "failed", f"{error['message']} (log: {run.folder / 'logs'})")
     return StageStatus(name, "stopped", _saved(run, stage, number))
@@ -59,11 +60,6 @@ def _progress(run: Run) -> str:
     if progress is None or time.time() - path.stat().st_mtime > 60:
         return ""
     return f"{progress['what']}: {progress['done']:,} of {progress['total']:,}"
-
-
-def _first_error(run: Run) -> dict[str, Any] | None:
-    errors = [read_json(path) for path in (run.folder / "logs" / "errors").glob("rank-*.json")]
-    return min(errors, key=lambda error: error["time"]) if errors else None
 
 
 def _saved(run: Run, stage: str, number: int) -> str:

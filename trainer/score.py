@@ -6,7 +6,7 @@ from megatron.core import parallel_state
 from numpy.typing import NDArray
 
 from data_scoring.corpus import VALIDATION, Corpus
-from data_scoring.scoring import ScoreSamples
+from data_scoring.scoring import ScoreSamples, score_shard
 from trainer.forward import run_schedule
 
 # Enough microbatches at a time to fill the pipeline, few enough for progress to move.
@@ -54,13 +54,10 @@ def validate(score: ScoreSamples, corpus: Corpus, block: int) -> list[dict[str, 
     Rows have source, loss (nats per token) and num_tokens; sources without validation samples have none.
     """
     total = corpus.num_validation_samples
-    parts = []
-    for start in range(0, total, block):
-        samples = np.arange(start, min(start + block, total), dtype=np.int64)
-        parts.append(score(np.full(len(samples), VALIDATION), samples))
-    if not is_writer():
+    losses = score_shard(score, VALIDATION, total, block, on_block=lambda done: None)
+    if losses is None:
         return None
-    losses = np.concatenate([part for part in parts if part is not None]).astype(np.float64)
+    losses = losses.astype(np.float64)
     lengths = corpus.read(np.full(total, VALIDATION), np.arange(total)).num_tokens
     sources = np.array(corpus.validation_sources)
     rows: list[dict[str, object]] = []

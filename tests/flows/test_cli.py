@@ -144,6 +144,8 @@ def test_fingerprints_follow_the_inputs(config: Path) -> None:
     assert base.fingerprint("score", 1) == other.fingerprint("score", 1)
     assert base.fingerprint("refine", 2) != other.fingerprint("refine", 2)
     assert base.fingerprint("train", 2) != other.fingerprint("train", 2)
+    # Were a round to ask twice for the one before, this would take 2^60 steps.
+    assert base.fingerprint("train", 60) != base.fingerprint("train", 59)
     assert base.fingerprint("train", 1) == run("device=cpu", "train.micro_batch_size=1").fingerprint("train", 1)
 
 
