@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo serve test check bench clean
 
 # The whole job on the text that Python carries: trains, scores, refines, trains again.
 demo: $(INSTALLED)
 	$(BIN)/reprise run configs/demo.yaml
+
+# Prefect's server and UI on this machine alone, the deployments, and a worker; Ctrl-C stops all of it.
+serve: $(INSTALLED)
+	$(BIN)/reprise serve
 
 # Style, types, rooms and tests.
 test: check

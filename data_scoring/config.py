@@ -4,6 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# How losses become inclusion; `data_scoring.refine` holds what each means.
+Policy = Literal["loss", "random", "all"]
+
 
 class Config(BaseModel):
     """A frozen configuration section that refuses unknown fields."""
@@ -72,7 +75,7 @@ class ScoreConfig(Config):
 class RefineConfig(Config):
     """How losses become the samples of the next round."""
 
-    policy: Literal["loss", "random", "all"] = Field(
+    policy: Policy = Field(
         default="loss",
         description="loss draws with p proportional to exp(loss / temperature) (the paper); random draws uniformly; "
         "all keeps everything.",

@@ -82,6 +82,26 @@ def refine(
         progress("refining (shards)", shard + 1, len(num_samples))
 
 
+def checked_losses(connection: duckdb.DuckDBPyConnection, losses: Path, expected: int) -> str:
+    """Return the SQL relation of a shard's `expected` losses in the file `losses`.
+
+    Raises ValueError where they are missing or incomplete.
+    """
+    if not losses.exists():
+        raise ValueError(f"{losses}: no such file; score the round first with `reprise score`")
+    relation = f"read_parquet({literal(losses)})"
+    try:
+        [counted] = connection.sql(f"select count(*), count(loss) from {relation}").fetchall()
+    except duckdb.Error as error:
+        raise ValueError(f"{losses}: cannot be read ({error}); delete it and score the round again") from None
+    if counted != (expected, expected):
+        raise ValueError(
+            f"{losses}: {counted} rows and losses where the shard has {expected} samples; "
+            "delete it and score the round again"
+        )
+    return relation
+
+
 def _refine_shard(
     losses: Path,
     path: Path,
@@ -92,19 +112,8 @@ def _refine_shard(
     shard: int,
     fingerprint: str,
 ) -> None:
-    if not losses.exists():
-        raise ValueError(f"{losses}: no such file; score the round first with `reprise score`")
     with duckdb.connect() as connection:
-        relation = f"read_parquet({literal(losses)})"
-        try:
-            [counted] = connection.sql(f"select count(*), count(loss) from {relation}").fetchall()
-        except duckdb.Error as error:
-            raise ValueError(f"{losses}: cannot be read ({error}); delete it and score the round again") from None
-        if counted != (expected, expected):
-            raise ValueError(
-                f"{losses}: {counted} rows and losses where the shard has {expected} samples; "
-                "delete it and score the round again"
-            )
+        relation = checked_losses(connection, losses, expected)
         query = selection_query(relation, expected, config, seed, round_number, shard)
         with writing(path) as temporary, writing_errors(path):
             connection.execute(

@@ -5,7 +5,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
+from pydantic import ValidationError
+
+from data_scoring.config import Policy, RefineConfig
 from data_scoring.files import explain
 from flows.config import RunConfig, read_config
 from flows.run_folder import RanksFailedError, Run, locked, open_run, read_run
@@ -55,7 +59,20 @@ def _parser() -> argparse.ArgumentParser:
         _add_target(command)
         if stage != "prepare":
             command.add_argument("--round", type=int, help="number of the round (default: the first that lacks it)")
+        if stage == "refine":
+            command.add_argument("--dry-run", action="store_true", help="print what would be kept and write nothing")
+            _add_draw(command, "with --dry-run: another ")
         command.set_defaults(command=_stage, stage=stage)
+    approve = commands.add_parser("approve", help="let a round train on what refining keeps (rounds.approval)")
+    approve.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    approve.add_argument("--round", type=int, help="number of the round (default: the one that waits)")
+    _add_draw(approve, "another ")
+    approve.set_defaults(command=_approve)
+    serve = commands.add_parser("serve", help="start Prefect's server and UI, the deployments and a worker")
+    serve.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine alone)")
+    serve.add_argument("--port", type=int, default=4200, help="port of Prefect; the next one has the reports")
+    serve.add_argument("--allow", type=Path, action="append", default=[], help="another folder that flows may use")
+    serve.set_defaults(command=_serve)
     status = commands.add_parser("status", help="say what of a run is done, running or failed")
     status.add_argument("run", type=Path, metavar="RUN", help="run folder")
     status.set_defaults(command=_status)
@@ -81,6 +98,11 @@ def _add_target(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_draw(command: argparse.ArgumentParser, prefix: str) -> None:
+    command.add_argument("--policy", choices=get_args(Policy), help=f"{prefix}refine.policy than the run's")
+    command.add_argument("--sampling-rate", type=float, help=f"{prefix}refine.sampling_rate than the run's")
+
+
 def _config(options: argparse.Namespace) -> RunConfig:
     if not options.target.is_dir():
         return read_config(options.target, options.set)
@@ -96,11 +118,16 @@ def _run(options: argparse.Namespace) -> None:
     config = _config(options)
     # On a terminal the progress says what is going on, and one line says what went wrong.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    from prefect.exceptions import CancelledRun
+
     from flows.pipeline import multi_round
     from flows.server import server
 
     with server():
-        report = multi_round(config)
+        try:
+            report = multi_round(config)
+        except CancelledRun:
+            raise RanksFailedError("cancelled in Prefect; the same command goes on from here") from None
     print(f"report: {report}")
 
 
@@ -109,6 +136,12 @@ def _stage(options: argparse.Namespace) -> None:
     from flows.progress import TerminalProgress
 
     config = _config(options)
+    if options.stage == "refine":
+        if options.dry_run:
+            _preview(options, config)
+            return
+        if options.policy or options.sampling_rate:
+            raise ValueError("--policy, --sampling-rate: go with --dry-run; a run is refined as its configuration says")
     with locked(config.folder), TerminalProgress() as progress:
         run = open_run(config)
         if options.stage == "prepare":
@@ -129,6 +162,53 @@ def _stage(options: argparse.Namespace) -> None:
             work: Callable[..., None] = getattr(stages, options.stage)
             work(run, number, progress)
     print(f"{options.stage} of round {number} is complete")
+
+
+def _preview(options: argparse.Namespace, config: RunConfig) -> None:
+    from flows import stages
+    from flows.artifacts import summary
+
+    run = read_run(config.folder)
+    number = _next_to_train(run) if options.round is None else options.round
+    print(summary(stages.preview(run, number, _draw(run.refine_config(number), options))))
+
+
+def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
+    """Return `refine` with what the command line says otherwise."""
+    given = {"policy": options.policy, "sampling_rate": options.sampling_rate}
+    try:
+        return RefineConfig.model_validate(
+            {**refine.model_dump(), **{field: value for field, value in given.items() if value is not None}}
+        )
+    except ValidationError as error:
+        [detail] = error.errors()
+        field = str(detail["loc"][0]).replace("_", "-")
+        raise ValueError(f"--{field}: {detail['msg']} (it is {detail['input']}); give another") from None
+
+
+def _next_to_train(run: Run) -> int:
+    """Return the first round after the first that has not trained."""
+    rounds = _rounds_with(run, "refine")
+    return next((number for number in rounds if not run.is_complete("train", number)), rounds.stop - 1)
+
+
+def _approve(options: argparse.Namespace) -> None:
+    run = read_run(options.run)
+    with locked(run.folder):
+        number = _next_to_train(run) if options.round is None else options.round
+        if number not in _rounds_with(run, "refine") or not run.is_complete("score", number - 1):
+            raise ValueError(f"--round: round {number} has nothing to approve yet; `reprise status {options.run}`")
+        if run.is_complete("train", number):
+            raise ValueError(f"--round: round {number} has been trained already; there is nothing left to decide")
+        draw = _draw(run.refine_config(number), options)
+        run.approve(number, draw.policy, draw.sampling_rate)
+    print(f"round {number} may train on what policy {draw.policy} keeps at sampling rate {draw.sampling_rate:g}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from flows.serve import serve
+
+    serve(options.host, options.port, options.allow)
 
 
 def _rounds_with(run: Run, stage: str) -> range:

@@ -5,28 +5,42 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from data_scoring.config import Config, CorpusConfig, RefineConfig, ScoreConfig, TokenizerConfig
+from data_scoring.config import Config, CorpusConfig, RefineConfig, ScoreConfig, SourceConfig, TokenizerConfig
+from data_scoring.files import fingerprint
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig, check_layout
+
+# The text that every machine with Python has: what a run has where nothing else is named, and so what the demo has.
+_DEMO_SOURCES = (
+    SourceConfig(name="topics", format="python", path="topics"),
+    SourceConfig(name="docstrings", format="python", path="docstrings", max_documents=150),
+    SourceConfig(name="source", format="python", path="source", max_documents=60),
+)
 
 
 class RoundsConfig(Config):
-    """How many rounds are trained."""
+    """How many rounds are trained, and whether a person has a say between them."""
 
     num_rounds: int = Field(default=2, ge=1, le=100, description="Rounds; each but the last is scored and refined.")
+    approval: bool = Field(
+        default=False,
+        description="Wait after each refining until someone has seen what would be kept and approved or changed it.",
+    )
 
 
 class RunConfig(Config):
     """One run: a corpus, a model, and rounds of training, scoring and refining."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
-        description="Name of the run and of its folder."
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = Field(
+        default=None,
+        description="Name of the run and of its folder; null: run- and what identifies the configuration, so that the "
+        "same one goes on and another starts anew.",
     )
     output: str = Field(default="runs", min_length=1, description="Folder that holds run folders.")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of everything drawn at random.")
     device: Literal["auto", "cuda", "npu", "cpu"] = Field(default="auto", description="Device that ranks run on.")
-    corpus: CorpusConfig
+    corpus: CorpusConfig = CorpusConfig(sources=_DEMO_SOURCES)
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -36,15 +50,28 @@ class RunConfig(Config):
     refine: RefineConfig = RefineConfig()
     rounds: RoundsConfig = RoundsConfig()
 
+    @model_validator(mode="after")
+    def _check_layout(self) -> "RunConfig":
+        check_layout(self.model, self.train, self.parallel)
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """Return the run's name: the given one, else one that every configuration with the same results has."""
+        if self.name is not None:
+            return self.name
+        values = flatten(self.model_dump())
+        return f"run-{fingerprint({field: value for field, value in values.items() if not _is_free(field)})}"
+
     @property
     def folder(self) -> Path:
         """Return the run's folder."""
-        return Path(self.output) / self.name
+        return Path(self.output) / self.run_name
 
 
 # What may differ when a run goes on: where and how fast it computes, not what.
 _FREE = (
-    "name", "output", "device", "parallel", "checkpoint", "rounds.num_rounds", "score.micro_batch_size",
+    "name", "output", "device", "parallel", "checkpoint", "rounds", "score.micro_batch_size",
     "train.micro_batch_size", "train.validate_every_steps",
 )  # fmt: skip
 
@@ -64,14 +91,17 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
         raise ValueError(f"{path}: holds no configuration; write fields such as name: and corpus:")
     for override in overrides:
         _apply(values, override)
+    for field in ("name", "corpus"):
+        # Their defaults are for trying it out; a file is written with something in mind.
+        if field not in values:
+            raise ValueError(f"{path}: {field}: field required; add it")
     return parse_config(values, str(path))
 
 
 def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
     """Return the configuration that `values` spell; `origin` names them in errors, which are ValueErrors."""
     try:
-        config = RunConfig.model_validate(values)
-        check_layout(config.model, config.train, config.parallel)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         details = error.errors()
         # A list counts as too short when its entries are wrong; the entries' own mistakes are what to mend.
@@ -82,9 +112,6 @@ def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
             if not any(place != detail["loc"] and place[: len(detail["loc"])] == detail["loc"] for place in places)
         ]
         raise ValueError("\n".join(f"{origin}: {_explain(detail)}" for detail in shown)) from None
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None
-    return config
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -133,9 +160,12 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [
         f"{name}: {before.get(name)!r} there, {after.get(name)!r} here"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-        and not any(name == free or name.startswith(f"{free}.") for free in _FREE)
+        if before.get(name) != after.get(name) and not _is_free(name)
     ]
+
+
+def _is_free(field: str) -> bool:
+    return any(field == free or field.startswith(f"{free}.") for free in _FREE)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -151,3 +181,25 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         for key, entry in items
         for name, leaf in flatten(entry, f"{prefix}.{key}" if prefix else str(key)).items()
     }
+
+
+def check_paths(config: RunConfig, allowed: list[Path]) -> None:
+    """Raise ValueError where `config` reads or writes a path outside the `allowed` folders."""
+    check_path("output", config.output, allowed)
+    if config.tokenizer.path is not None:
+        check_path("tokenizer.path", config.tokenizer.path, allowed)
+    for number, source in enumerate(config.corpus.sources):
+        # A hub name and a kind of Python's text are no paths.
+        if source.format != "python" and (source.format != "datasets" or Path(source.path).exists()):
+            check_path(f"corpus.sources.{number}.path", source.path, allowed)
+
+
+def check_path(field: str, path: str, allowed: list[Path]) -> None:
+    """Raise ValueError where `path`, the value of `field`, lies outside the `allowed` folders, links resolved."""
+    resolved = Path(path).resolve()
+    if not any(resolved.is_relative_to(folder.resolve()) for folder in allowed):
+        places = ", ".join(str(folder.resolve()) for folder in allowed)
+        raise ValueError(
+            f"{field}: {path!r} lies outside of what flows may use here ({places}); choose a path inside, "
+            "or allow the folder where the worker starts (`reprise serve --allow FOLDER`)"
+        )

@@ -65,6 +65,7 @@ def _follow(job: Job, progress: Progress) -> None:
     try:
         state = json.loads(job.progress.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        progress("starting ranks", 0, None)
         return
     details = [f"{name.replace('_', ' ')} {value:,.4g}" for name, value in state.items() if isinstance(value, float)]
     progress(" · ".join([state["what"], *details]), state["done"], state["total"])

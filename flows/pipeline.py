@@ -4,15 +4,24 @@ Every task wraps a plain function of `flows.stages` that looks into the run fold
 a flow that is run again goes on where the last one stopped, whatever Prefect remembers of it.
 """
 
+import os
 from pathlib import Path
+from typing import Annotated, Any
 
-from prefect import flow, task
+from prefect import State, flow, task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+from prefect.states import Cancelled
+from pydantic import Field
 
+from data_scoring.config import RefineConfig
 from flows import stages
-from flows.config import RunConfig
-from flows.progress import TerminalProgress
-from flows.run_folder import locked, open_run
+from flows.approval import ask
+from flows.artifacts import summary
+from flows.config import RunConfig, check_path, check_paths
+from flows.reporting import Reporter, RunCancelledError
+from flows.run_folder import Run, locked, open_run, read_run
 
 prepare = task(name="prepare", cache_policy=NO_CACHE)(stages.prepare)
 mix = task(name="mix", task_run_name="mix-{round_number}", cache_policy=NO_CACHE)(stages.mix)
@@ -21,18 +30,72 @@ score = task(name="score", task_run_name="score-{round_number}", cache_policy=NO
 refine = task(name="refine", task_run_name="refine-{round_number}", cache_policy=NO_CACHE)(stages.refine)
 report = task(name="report", cache_policy=NO_CACHE)(stages.report)
 
+_DEFAULT = RunConfig()
+Round = Annotated[int, Field(ge=1, le=100, description="Number of the round, from 1.")]
+RefinedRound = Annotated[int, Field(ge=2, le=100, description="Number of the round that would train on what is kept.")]
 
-@flow(name="multi-round", flow_run_name="{config.name}")
-def multi_round(config: RunConfig) -> Path:
+
+@flow(name="multi-round", flow_run_name="{config.run_name}")
+def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
     """Train in rounds, each on what the one before left to learn; return the path of the report."""
-    with locked(config.folder), TerminalProgress() as progress:
-        run = open_run(config)
-        prepare(run, progress)
-        for round_number in range(1, config.rounds.num_rounds + 1):
-            if round_number > 1:
-                score(run, round_number - 1, progress)
-                refine(run, round_number, progress)
-            mix(run, round_number, progress)
-            train(run, round_number, progress)
-        path: Path = report(run)
-        return path
+    if allowed := _allowed():
+        check_paths(config, allowed)
+    try:
+        with locked(config.folder), Reporter(config.folder) as progress:
+            run = open_run(config)
+            prepare(run, progress)
+            for number in range(1, config.rounds.num_rounds + 1):
+                if number > 1:
+                    if score(run, number - 1, progress):
+                        progress.scored(run, number - 1)
+                    if refine(run, number, progress):
+                        progress.refined(run, number)
+                    if ask(run, number):
+                        refine(run, number, progress)
+                mix(run, number, progress)
+                if train(run, number, progress):
+                    progress.trained(run, number, report(run))
+            return report(run)
+    except RunCancelledError as error:
+        return Cancelled(message=str(error))
+
+
+@flow(name="score-shards", flow_run_name="score {run_folder}")
+def score_shards(run_folder: str, round_number: Round = 1) -> None:
+    """Score every shard under the model that a round of an existing run ended with, where that is not done yet."""
+    run = _open(run_folder)
+    with locked(run.folder), Reporter(run.folder) as progress:
+        if score(run, round_number, progress):
+            progress.scored(run, round_number)
+
+
+@flow(name="refine", flow_run_name="refine {run_folder}, dry run")
+def refine_dry_run(
+    run_folder: str,
+    round_number: RefinedRound = 2,
+    refine: RefineConfig = RefineConfig(),  # noqa: B008
+) -> str:
+    """Show what refining would keep for a round of an existing run, writing nothing to it; return it as Markdown."""
+    run = _open(run_folder)
+    page = summary(stages.preview(run, round_number, refine))
+    create_markdown_artifact(
+        page, key=f"dry-run-round-{round_number}", description=f"{run_folder}: nothing was written"
+    )
+    return page
+
+
+def _allowed() -> list[Path]:
+    """Return the folders that a deployment's flows may use: whoever can submit one need not be who owns the machine.
+
+    Without a deployment, the caller is the owner, and the list is empty.
+    """
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None or context.flow_run.deployment_id is None:
+        return []
+    return [Path.cwd(), *(Path(folder) for folder in os.environ.get("REPRISE_ALLOW", "").split(os.pathsep) if folder)]
+
+
+def _open(run_folder: str) -> Run:
+    if allowed := _allowed():
+        check_path("run_folder", run_folder, allowed)
+    return read_run(Path(run_folder))

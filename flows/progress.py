@@ -30,16 +30,41 @@ class _RateColumn(ProgressColumn):
         return Text(f"{speed:,.1f}/s" if speed else "")
 
 
+class Pace:
+    """How fast one piece of work after the other goes, told in words."""
+
+    def __init__(self) -> None:
+        self.work = ""
+        self._started, self._first = 0.0, 0
+
+    def note(self, what: str, done: int) -> bool:
+        """Take in that `done` units of `what` are done; return whether that is another piece of work than before."""
+        # Details may follow the work's name after a dot.
+        work = what.split(" · ", maxsplit=1)[0]
+        is_new = work != self.work
+        if is_new:
+            self.work, self._started, self._first = work, time.monotonic(), done
+        return is_new
+
+    def line(self, what: str, done: int, total: int | None) -> str:
+        """Return how far `what` is, how fast it goes and how many seconds are left."""
+        if total is None:
+            return f"{what}: {done:,}" if done else what
+        fresh, seconds = done - self._first, time.monotonic() - self._started
+        if not fresh or done >= total:
+            return f"{what}: {done:,} of {total:,}"
+        return f"{what}: {done:,} of {total:,}, {fresh / seconds:,.1f}/s, {seconds / fresh * (total - done):.0f} s left"
+
+
 class TerminalProgress:
     """Shows the progress of one piece of work after the other on standard error; a context manager, and callable."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr)
         self._bars: Progress | None = None
-        self._work = ""
+        self._pace = Pace()
         self._task: TaskID | None = None
-        self._started = self._printed = 0.0
-        self._first = 0
+        self._printed = 0.0
         self._is_over = False
 
     def __enter__(self) -> "TerminalProgress":
@@ -65,11 +90,10 @@ class TerminalProgress:
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         """Show that `done` of `total` units of `what` are done; details may follow its name after a dot."""
-        work = what.split(" · ", maxsplit=1)[0]
         now = time.monotonic()
-        is_new = work != self._work
+        is_new = self._pace.note(what, done)
         if is_new:
-            self._work, self._started, self._printed, self._first = work, now, now, done
+            self._printed = now
             self._is_over = False
         if self._bars is not None:
             if is_new or self._task is None:
@@ -79,18 +103,10 @@ class TerminalProgress:
         elif now - self._printed > _SECONDS_BETWEEN_LINES or (done == total and not self._is_over):
             self._printed = now
             self._is_over = done == total
-            print(self._line(what, done, total, now - self._started), file=sys.stderr, flush=True)
+            print(self._pace.line(what, done, total), file=sys.stderr, flush=True)
 
     def _end_bar(self) -> None:
         """Stop the clock of the work before, which may not have known how much of it there was."""
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, total=self._bars.tasks[self._task].completed)
             self._bars.stop_task(self._task)
-
-    def _line(self, what: str, done: int, total: int | None, seconds: float) -> str:
-        if total is None:
-            return f"{what}: {done:,}"
-        fresh = done - self._first
-        if not fresh or done >= total:
-            return f"{what}: {done:,} of {total:,}"
-        return f"{what}: {done:,} of {total:,}, {fresh / seconds:,.1f}/s, {seconds / fresh * (total - done):.0f} s left"

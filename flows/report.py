@@ -29,7 +29,7 @@ def write_report(run: Run) -> Path:
     path = run.folder / "report.html"
     with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
         body = "\n".join(_sections(run, ledger))
-    name = html.escape(run.config.name)
+    name = html.escape(run.folder.name)
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Reprise: {name}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style><h1>{name}</h1>{body}</html>\n'

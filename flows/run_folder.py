@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from data_scoring.config import Policy, RefineConfig
 from data_scoring.corpus import Corpus
 from data_scoring.files import fingerprint, read_json, remove_leftovers, write_json, writing
 from flows.config import RunConfig, differences, parse_config
@@ -51,7 +52,9 @@ class Run:
             return fingerprint("prepare", config.corpus.model_dump(), config.tokenizer.model_dump(), config.seed)
         if stage == "refine":
             scored = self.fingerprint("score", round_number - 1)
-            return fingerprint("refine", scored, config.refine.model_dump(), config.seed, round_number)
+            return fingerprint(
+                "refine", scored, self.refine_config(round_number).model_dump(), config.seed, round_number
+            )
         if stage == "mix":
             before = self.fingerprint("refine", round_number) if round_number > 1 else self.fingerprint("prepare")
             return fingerprint("mix", before, self.corpus().fingerprint, config.seed, round_number)
@@ -61,6 +64,22 @@ class Run:
             return fingerprint("train", self.fingerprint("mix", round_number), config.model.model_dump(), train)
         assert stage == "score", stage
         return fingerprint("score", self.fingerprint("train", round_number))
+
+    def refine_config(self, round_number: int) -> RefineConfig:
+        """Return how a round is refined: as the configuration says, unless another way was approved."""
+        approval = self.approval(round_number)
+        if approval is None:
+            return self.config.refine
+        return RefineConfig.model_validate({**self.config.refine.model_dump(), **approval})
+
+    def approval(self, round_number: int) -> dict[str, Any] | None:
+        """Return the fields of `refine` with which a round's selection was approved, or None where it was not yet."""
+        approval: dict[str, Any] | None = read_json(self._record_path("approval", round_number))
+        return approval
+
+    def approve(self, round_number: int, policy: Policy, sampling_rate: float) -> None:
+        """Record that a round may train on what `policy` and `sampling_rate` keep."""
+        write_json(self._record_path("approval", round_number), {"policy": policy, "sampling_rate": sampling_rate})
 
     def is_complete(self, stage: str, round_number: int = 0) -> bool:
         """Return whether a stage has completed with the inputs that it would have now."""

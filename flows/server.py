@@ -4,24 +4,36 @@ The temporary server that Prefect starts by itself is a process of its own, whic
 """
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx
 import uvicorn
 from prefect.server.api.server import create_app
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 _STARTUP_SECONDS = 60.0
+_is_private = False
+
+
+def is_private() -> bool:
+    """Return whether flows of this process report to a server that nobody else sees and that ends with them."""
+    return _is_private
 
 
 @contextmanager
 def server() -> Iterator[None]:
     """Make sure that flows find a server: the one that is configured, else one of our own on the loopback interface."""
-    if get_current_settings().api.url is not None:
-        yield
-        return
+    global _is_private  # noqa: PLW0603 - there is one server a process
+    url = get_current_settings().api.url
+    if url is not None:
+        if _answers(url):
+            yield
+            return
+        print(f"no Prefect server answers at {url}; this run will not be seen there", file=sys.stderr)
     listener = socket.create_server(("127.0.0.1", 0))
     app = create_app(ephemeral=True, final=True)
     served = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
@@ -35,9 +47,18 @@ def server() -> Iterator[None]:
                 "or start one with `prefect server start` and set PREFECT_API_URL"
             )
         time.sleep(0.05)
+    _is_private = True
     try:
         with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{listener.getsockname()[1]}/api"}):
             yield
     finally:
+        _is_private = False
         served.should_exit = True
         thread.join(timeout=10)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=10).is_success
+    except httpx.HTTPError:
+        return False

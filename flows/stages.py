@@ -1,4 +1,4 @@
-"""The stages of a run: plain functions over a run folder, each skipped where it is complete."""
+"""The stages of a run: plain functions over a run folder. Each returns whether there was anything left to do."""
 
 import os
 import time
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_scoring.config import RefineConfig
+from data_scoring.corpus import Corpus
+from data_scoring.dry_run import DryRun, dry_run
 from data_scoring.ledger import refresh_ledger
 from data_scoring.prepare import prepare_corpus
 from data_scoring.progress import Progress
@@ -22,22 +25,24 @@ from trainer.devices import check_count, resolve
 from trainer.jobs import ScoreJob, TrainJob
 
 
-def prepare(run: Run, progress: Progress) -> None:
+def prepare(run: Run, progress: Progress) -> bool:
     """Make the corpus: tokenise, hold out the validation set, cut shards."""
     config = run.config
     # A device that is not there is best known before hours of tokenising.
     check_count(resolve(config.device), config.parallel.world_size)
     _check_vocabulary(config)
-    if not run.is_complete("prepare"):
-        prepare_corpus(
-            config.corpus,
-            config.tokenizer,
-            config.seed,
-            run.corpus_folder,
-            run.fingerprint("prepare"),
-            progress,
-        )
-        refresh_ledger(run.folder)
+    if run.is_complete("prepare"):
+        return False
+    prepare_corpus(
+        config.corpus,
+        config.tokenizer,
+        config.seed,
+        run.corpus_folder,
+        run.fingerprint("prepare"),
+        progress,
+    )
+    refresh_ledger(run.folder)
+    return True
 
 
 def _check_vocabulary(config: RunConfig) -> None:
@@ -53,11 +58,16 @@ def _check_vocabulary(config: RunConfig) -> None:
         )
 
 
-def mix(run: Run, round_number: int, progress: Progress) -> None:
+def mix(run: Run, round_number: int, progress: Progress) -> bool:
     """Make the mix that a round trains on: everything in round 1, else what the round's selection keeps."""
     if run.is_complete("mix", round_number):
-        return
+        return False
     folder = run.round_folder(round_number)
+    if round_number > 1 and run.config.rounds.approval and run.approval(round_number) is None:
+        raise ValueError(
+            f"rounds.approval: what round {round_number} trains on waits to be approved; look at it with "
+            f"`reprise refine {run.folder} --dry-run`, then `reprise approve {run.folder}`"
+        )
     with _completing(run, "mix", round_number):
         if round_number == 1:
             count = mix_all(folder / "mix.parquet", run.corpus().samples_path, run.config.seed, round_number)
@@ -65,12 +75,13 @@ def mix(run: Run, round_number: int, progress: Progress) -> None:
             _require(run, "refine", round_number)
             count = mix_selection(folder / "mix.parquet", folder, run.config.seed, round_number)
         progress("mixing (samples)", count, count)
+    return True
 
 
-def train(run: Run, round_number: int, progress: Progress) -> None:
+def train(run: Run, round_number: int, progress: Progress) -> bool:
     """Train a round over its mix, from the weights that the round before ended with."""
     if run.is_complete("train", round_number):
-        return
+        return False
     _require(run, "mix", round_number)
     start_from = None
     if round_number > 1:
@@ -86,37 +97,58 @@ def train(run: Run, round_number: int, progress: Progress) -> None:
     )
     with _completing(run, "train", round_number):
         launch(job, run.folder, f"train-{round_number}", progress)
+    return True
 
 
-def score(run: Run, round_number: int, progress: Progress) -> None:
+def score(run: Run, round_number: int, progress: Progress) -> bool:
     """Score every sample of every shard under the model that a round ended with."""
     if run.is_complete("score", round_number):
-        return
+        return False
     _require(run, "train", round_number)
     job = ScoreJob(
         **_job(run, "score", round_number), score=run.config.score, weights=final_checkpoint(run, round_number)
     )
     with _completing(run, "score", round_number):
         launch(job, run.folder, f"score-{round_number}", progress)
+    return True
 
 
-def refine(run: Run, round_number: int, progress: Progress) -> None:
+def refine(run: Run, round_number: int, progress: Progress) -> bool:
     """Select what `round_number` trains on by the losses of the round before."""
     if run.is_complete("refine", round_number):
-        return
+        return False
     _require(run, "score", round_number - 1)
     corpus = run.corpus()
     with _completing(run, "refine", round_number):
         refine_shards(
             run.round_folder(round_number - 1),
             run.round_folder(round_number),
-            run.config.refine,
+            run.refine_config(round_number),
             run.config.seed,
             round_number,
-            [corpus.num_samples(shard) for shard in range(corpus.num_shards)],
+            _shard_sizes(corpus),
             run.fingerprint("refine", round_number),
             progress,
         )
+    return True
+
+
+def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> DryRun:
+    """Return what refining for `round_number` with `config`, by default the run's own, would keep, writing nothing."""
+    _require(run, "score", round_number - 1)
+    corpus = run.corpus()
+    return dry_run(
+        run.round_folder(round_number - 1),
+        corpus.samples_path,
+        config or run.refine_config(round_number),
+        run.config.seed,
+        round_number,
+        _shard_sizes(corpus),
+    )
+
+
+def _shard_sizes(corpus: Corpus) -> list[int]:
+    return [corpus.num_samples(shard) for shard in range(corpus.num_shards)]
 
 
 def report(run: Run) -> Path:

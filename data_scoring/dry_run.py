@@ -1,0 +1,96 @@
+"""A dry run of refining: what a round would train on, counted and compared, with nothing written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+
+from data_scoring.config import RefineConfig
+from data_scoring.refine import checked_losses, selection_query
+from data_scoring.scoring import losses_path
+from data_scoring.sql import literal
+
+
+@dataclass(frozen=True)
+class Part:
+    """What would be kept of a source, of a shard, or of everything."""
+
+    name: str
+    num_samples: int
+    num_kept: int
+    num_tokens_kept: int
+    mean_loss: float
+    mean_loss_kept: float
+
+    @property
+    def share(self) -> float:
+        """Return the kept share of the samples."""
+        return self.num_kept / self.num_samples
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A selection that was not written: by source, by shard, in all, and against what else could be trained on.
+
+    `random_overlap` is the share of the kept samples that a draw with the same random numbers but no regard to loss
+    keeps too: 1 where losses decide nothing. `last_mix_overlap` is the share that the round before trained on.
+    """
+
+    config: RefineConfig
+    round_number: int
+    sources: list[Part]
+    shards: list[Part]
+    total: Part
+    random_overlap: float
+    last_mix_overlap: float
+
+
+def dry_run(
+    scored: Path, samples_path: Path, config: RefineConfig, seed: int, round_number: int, num_samples: list[int]
+) -> DryRun:
+    """Return what refining for `round_number` with `config` would keep, by the losses in the folder `scored`.
+
+    `num_samples` gives each shard's size. Raises ValueError where losses are missing or incomplete.
+    """
+    by_chance = config.model_copy(update={"policy": "all" if config.policy == "all" else "random"})
+    with duckdb.connect() as connection:
+        connection.execute(
+            "create table parts (shard int, source varchar, samples bigint, kept bigint, tokens bigint, loss double, "
+            "kept_loss double, chance bigint, last bigint)"
+        )
+        for shard, expected in enumerate(num_samples):
+            relation = checked_losses(connection, losses_path(scored, shard), expected)
+            chosen, random = (
+                selection_query(relation, expected, draw, seed, round_number, shard) for draw in (config, by_chance)
+            )
+            connection.execute(f"""
+                insert into parts
+                select {shard}, source, count(*), count(*) filter (chosen.kept),
+                    sum(num_tokens) filter (chosen.kept), sum(chosen.loss), sum(chosen.loss) filter (chosen.kept),
+                    count(*) filter (chosen.kept and random.kept), count(*) filter (chosen.kept and mix.sample notnull)
+                from ({chosen}) as chosen join ({random}) as random using (sample)
+                join (select sample, source, num_tokens from read_parquet({literal(samples_path)})
+                    where shard = {shard}) using (sample)
+                left join (select sample from read_parquet({literal(scored / "mix.parquet")})
+                    where shard = {shard}) as mix using (sample)
+                group by source""")
+        [total] = _parts(connection, "'all'")
+        [(chance, last)] = connection.sql("select sum(chance), sum(last) from parts").fetchall()
+        return DryRun(
+            config=config,
+            round_number=round_number,
+            sources=_parts(connection, "source"),
+            shards=_parts(connection, "shard"),
+            total=total,
+            random_overlap=int(chance) / total.num_kept,
+            last_mix_overlap=int(last) / total.num_kept,
+        )
+
+
+def _parts(connection: duckdb.DuckDBPyConnection, name: str) -> list[Part]:
+    rows = connection.sql(
+        f"""select {name} as name, sum(samples), sum(kept), coalesce(sum(tokens), 0), sum(loss) / sum(samples),
+            coalesce(sum(kept_loss) / sum(kept), 'nan'::double)
+        from parts group by name order by name"""
+    ).fetchall()
+    return [Part(str(row[0]), *(int(value) for value in row[1:4]), *row[4:]) for row in rows]

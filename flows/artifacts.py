@@ -1,0 +1,91 @@
+"""What Prefect's pages show of a run: tables and pictures, made from the run folder."""
+
+import base64
+from typing import Any
+
+import duckdb
+
+from data_scoring.dry_run import DryRun
+from flows.plots import Plot, loss_curves, render, selection_histograms
+from flows.run_folder import Run
+
+
+def shard_losses(run: Run, round_number: int) -> list[dict[str, Any]]:
+    """Return a row for each shard: how its samples' losses (nats per token) are spread after a round."""
+    return _rows(
+        run,
+        f"""select shard, count(*) as samples, round(avg(loss), 4) as mean,
+            round(quantile_cont(loss, 0.1), 4) as "10 %", round(median(loss), 4) as median,
+            round(quantile_cont(loss, 0.9), 4) as "90 %" from losses where round = {round_number}
+        group by shard order by shard""",
+    )
+
+
+def rounds(run: Run) -> list[dict[str, Any]]:
+    """Return a row for each round that has begun to train."""
+    return _rows(run, "select * from rounds order by round")
+
+
+def selection_page(run: Run, dry: DryRun) -> str:
+    """Return, as Markdown, what a round keeps of each source and shard, with the picture of it."""
+    return "\n\n".join(
+        [
+            summary(dry),
+            _picture(run, selection_histograms(dry.round_number), "losses by shard, kept and dropped"),
+        ]
+    )
+
+
+def loss_page(run: Run) -> str:
+    """Return the loss curves so far, as Markdown."""
+    return _picture(run, loss_curves, "training and validation loss")
+
+
+def summary(dry: DryRun) -> str:
+    """Return what a selection keeps, and how it compares, as Markdown that reads well as plain text too."""
+    total = dry.total
+    lines = [
+        f"Round {dry.round_number}, policy {dry.config.policy}, sampling rate {dry.config.sampling_rate:g}, "
+        f"temperature {dry.config.temperature:g}: {total.num_kept:,} of {total.num_samples:,} samples "
+        f"({total.share:.1%}), {total.num_tokens_kept:,} tokens.",
+        f"Mean loss {total.mean_loss:.4f} of all samples, {total.mean_loss_kept:.4f} of those kept. "
+        f"{dry.random_overlap:.1%} of them would be kept without regard to loss, too; "
+        f"{dry.last_mix_overlap:.1%} were in the mix before.",
+    ]
+    for title, parts in (("source", dry.sources), ("shard", dry.shards)):
+        head = [title, "samples", "kept", "share", "tokens kept", "mean loss", "mean loss kept"]
+        cells = [
+            [
+                part.name, f"{part.num_samples:,}", f"{part.num_kept:,}", f"{part.share:.1%}",
+                f"{part.num_tokens_kept:,}", f"{part.mean_loss:.4f}", f"{part.mean_loss_kept:.4f}",
+            ]
+            for part in parts
+        ]  # fmt: skip
+        lines.append(_markdown_table(head, cells))
+    return "\n\n".join(lines)
+
+
+def _markdown_table(head: list[str], cells: list[list[str]]) -> str:
+    first, *others = (max(len(row[place]) for row in [head, *cells]) for place in range(len(head)))
+
+    def line(row: list[str]) -> str:
+        numbers = (text.rjust(width) for text, width in zip(row[1:], others, strict=True))
+        return f"| {' | '.join([row[0].ljust(first), *numbers])} |"
+
+    rule = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)])
+    return "\n".join([line(head), f"|{rule}|", *(line(row) for row in cells)])
+
+
+def _picture(run: Run, plot: Plot, alternative: str) -> str:
+    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        png = render(plot, ledger)
+    if png is None:
+        return "Nothing of it is there yet."
+    return f"![{alternative}](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+def _rows(run: Run, sql: str) -> list[dict[str, Any]]:
+    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        relation = ledger.sql(sql)
+        columns = relation.columns
+        return [dict(zip(columns, row, strict=True)) for row in relation.fetchall()]
