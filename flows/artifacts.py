@@ -14,10 +14,10 @@ def shard_losses(run: Run, round_number: int) -> list[dict[str, Any]]:
     """Return a row for each shard: how its samples' losses (nats per token) are spread after a round."""
     return _rows(
         run,
-        f"""select shard, count(*) as samples, round(avg(loss), 4) as mean,
-            round(quantile_cont(loss, 0.1), 4) as "10 %", round(median(loss), 4) as median,
-            round(quantile_cont(loss, 0.9), 4) as "90 %" from losses where round = {round_number}
-        group by shard order by shard""",
+        f"""select shard, count(*) as samples, round(avg(loss::double), 4) as mean,
+            round(quantile_cont(loss::double, 0.1), 4) as "10 %", round(median(loss::double), 4) as median,
+            round(quantile_cont(loss::double, 0.9), 4) as "90 %"
+        from losses where round = {round_number} group by shard order by shard""",
     )
 
 
