@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="do the whole job; the same command resumes it")
     _add_target(run)
+    run.add_argument("--dry-run", action="store_true", help="print how ranks would be launched and start nothing")
     run.set_defaults(command=_run)
     for stage, text in _STAGES.items():
         command = commands.add_parser(stage, help=text)
@@ -68,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     approve.add_argument("--round", type=int, help="number of the round (default: the one that waits)")
     _add_draw(approve, "another ")
     approve.set_defaults(command=_approve)
+    join = commands.add_parser("join", help="start this host's ranks for a run of several nodes, until it is done")
+    join.add_argument("run", type=Path, metavar="RUN", help="run folder, shared with the host that leads")
+    join.add_argument("--interface", help="network interface that ranks talk over (default: the way to the leader)")
+    join.set_defaults(command=_join)
     serve = commands.add_parser("serve", help="start Prefect's server and UI, the deployments and a worker")
     serve.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine alone)")
     serve.add_argument("--port", type=int, default=4200, help="port of Prefect; the next one has the reports")
@@ -116,6 +121,11 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 def _run(options: argparse.Namespace) -> None:
     config = _config(options)
+    if options.dry_run:
+        from flows.stages import launch_plan
+
+        print(launch_plan(config))
+        return
     # On a terminal the progress says what is going on, and one line says what went wrong.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     from prefect.exceptions import CancelledRun
@@ -203,6 +213,12 @@ def _approve(options: argparse.Namespace) -> None:
         draw = _draw(run.refine_config(number), options)
         run.approve(number, draw.policy, draw.sampling_rate)
     print(f"round {number} may train on what policy {draw.policy} keeps at sampling rate {draw.sampling_rate:g}")
+
+
+def _join(options: argparse.Namespace) -> None:
+    from flows.hosts import join
+
+    join(options.run, options.interface)
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -19,6 +19,9 @@ _DEMO_SOURCES = (
 )
 
 
+SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@+-]+$")]
+
+
 class RoundsConfig(Config):
     """How many rounds are trained, and whether a person has a say between them."""
 
@@ -27,6 +30,58 @@ class RoundsConfig(Config):
         default=False,
         description="Wait after each refining until someone has seen what would be kept and approved or changed it.",
     )
+
+
+class SlurmConfig(Config):
+    """What Slurm is asked for, for launch.kind slurm."""
+
+    partition: SlurmWord | None = Field(default=None, description="Partition (sbatch --partition).")
+    account: SlurmWord | None = Field(default=None, description="Account that is charged (sbatch --account).")
+    qos: SlurmWord | None = Field(default=None, description="Quality of service (sbatch --qos).")
+    gres: SlurmWord | None = Field(default=None, description="Devices a node, such as gpu:8 (sbatch --gres).")
+    time_limit: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]{1,2})?(:[0-9]{2}){0,2}$")] | None = Field(
+        default=None, description="Time limit a stage, D-HH:MM:SS (sbatch --time); a stage cut off is submitted again."
+    )
+    options: tuple[Annotated[str, Field(pattern=r"^--[a-z-]+(=[A-Za-z0-9_.,:/@%+\[\]-]*)?$")], ...] = Field(
+        default=(), description="Other options of sbatch, such as --constraint=a100."
+    )
+
+
+class LaunchConfig(Config):
+    """Where ranks are started, and how often again."""
+
+    kind: Literal["local", "slurm"] = Field(
+        default="local", description="local: torchrun here, and on the hosts that `reprise join` it; slurm: sbatch."
+    )
+    nodes: int = Field(default=1, ge=1, le=10_000, description="Hosts; they share the run folder, under one path.")
+    processes_per_node: int | None = Field(
+        default=None, ge=1, le=1024, description="Ranks a host; null: all ranks by the number of hosts."
+    )
+    rendezvous: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+:[0-9]{1,5}$")] | None = Field(
+        default=None, description="HOST:PORT of this host, where the others meet it, for kind local with several nodes."
+    )
+    rendezvous_port: int = Field(
+        default=29_400, ge=1024, le=65_535, description="Port of the first host that ranks meet at, for kind slurm."
+    )
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(
+        default=None, description="Network interface that ranks talk over; null: the one that leads to the rendezvous."
+    )
+    join_minutes: float = Field(default=30.0, gt=0, le=1e5, description="Minutes to wait for hosts that are missing.")
+    max_restarts: int = Field(
+        default=3, ge=0, le=1000,
+        description="Times that a stage whose ranks or hosts were lost is started again from its last checkpoint.",
+    )  # fmt: skip
+    slurm: SlurmConfig = SlurmConfig()
+
+    def check(self, num_ranks: int) -> None:
+        """Raise ValueError where `num_ranks` cannot be divided among the nodes, or these could not meet."""
+        if num_ranks % self.nodes or self.processes_per_node not in (None, num_ranks // self.nodes):
+            raise ValueError(
+                f"launch.nodes: parallel makes {num_ranks} processes, which {self.nodes} nodes with "
+                f"{self.processes_per_node or 'the same number of'} processes each do not; change one of them"
+            )
+        if self.kind == "local" and self.nodes > 1 and self.rendezvous is None:
+            raise ValueError("launch.rendezvous: several nodes need a place to meet; give this host's HOST:PORT")
 
 
 class RunConfig(Config):
@@ -44,6 +99,7 @@ class RunConfig(Config):
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
+    launch: LaunchConfig = LaunchConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     score: ScoreConfig = ScoreConfig()
@@ -53,6 +109,9 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
         check_layout(self.model, self.train, self.parallel)
+        self.launch.check(self.parallel.world_size)
+        if self.launch.kind == "slurm" and self.device == "auto":
+            raise ValueError("device: what Slurm's nodes have is not seen from here; say cuda, npu or cpu, not 'auto'")
         return self
 
     @property
@@ -71,7 +130,7 @@ class RunConfig(Config):
 
 # What may differ when a run goes on: where and how fast it computes, not what.
 _FREE = (
-    "name", "output", "device", "parallel", "checkpoint", "rounds", "score.micro_batch_size",
+    "name", "output", "device", "parallel", "launch", "checkpoint", "rounds", "score.micro_batch_size",
     "train.micro_batch_size", "train.validate_every_steps",
 )  # fmt: skip
 

@@ -1,99 +1,169 @@
-"""Launching: a job's ranks under torchrun, followed until they end, and stopped with whoever launched them."""
+"""Launching: a job's ranks, here or under Slurm, followed until they end, and stopped with whoever launched them."""
 
 import json
-import os
-import subprocess
-import sys
+import re
+import shlex
+import signal
 import time
+import uuid
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, Protocol
 
-from data_scoring.files import read_json
 from data_scoring.progress import Progress
-from flows.run_folder import RanksFailedError, ranks_gone
+from flows import torchrun
+from flows.config import LaunchConfig
+from flows.hosts import Leader
+from flows.run_folder import RanksFailedError, first_error, ranks_gone
+from flows.slurm import SlurmRanks, script
+from flows.torchrun import Meeting
 from trainer.jobs import Job
 
+_HERE = LaunchConfig(max_restarts=0)
 
-def launch(job: Job, run_folder: Path, name: str, progress: Progress) -> None:
-    """Run `job` on all its ranks and return when they are done; `name` names its log.
 
+class _Ranks(Protocol):
+    """Ranks that were started."""
+
+    def poll(self) -> int | None:
+        """Return their exit code, or None while they run."""
+
+    def stop(self) -> None:
+        """End them, if they still run."""
+
+    def describe(self) -> str:
+        """Return what they do before they say so themselves."""
+
+
+class _LocalRanks:
+    """Ranks under torchrun on this host, and on those that join it."""
+
+    def __init__(self, job: Job, job_path: Path, run_folder: Path, log: BinaryIO, launch: LaunchConfig) -> None:
+        meeting = local_meeting(job, launch)
+        self._leader = Leader(run_folder, job_path, meeting) if launch.nodes > 1 else None
+        self._process = torchrun.start(job_path, meeting, is_head=True, interface=launch.interface, log=log)
+
+    def poll(self) -> int | None:
+        lost = self._leader.lost_host() if self._leader is not None else None
+        if lost is not None:
+            raise RanksFailedError(f"host {lost} has fallen silent; type `reprise join` there again")
+        return self._process.poll()
+
+    def stop(self) -> None:
+        torchrun.stop(self._process)
+        if self._leader is not None:
+            self._leader.end()
+
+    def describe(self) -> str:
+        return "starting ranks" if self._leader is None else "starting ranks, and waiting for the other hosts to join"
+
+
+def local_meeting(job: Job, launch: LaunchConfig) -> Meeting:
+    """Return where the hosts of an attempt at `job` meet, started by torchrun."""
+    return Meeting(
+        id=uuid.uuid4().hex[:12],
+        endpoint=launch.rendezvous if launch.nodes > 1 and launch.rendezvous else "127.0.0.1:0",
+        num_nodes=launch.nodes,
+        processes_per_node=job.parallel.world_size // launch.nodes,
+        join_seconds=round(60 * launch.join_minutes),
+    )
+
+
+def plan(job: Job, run_folder: Path, name: str, config: LaunchConfig) -> str:
+    """Return what would be run to launch `job`: torchrun's command on each host, or the script for Slurm."""
+    logs = run_folder / "logs"
+    job_path = logs / f"{name}.job.json"
+    if config.kind == "slurm":
+        return script(job, job_path, name, logs / f"{name}.log", config)
+    here = shlex.join(torchrun.command(job_path, local_meeting(job, config), is_head=True, address="ADDRESS"))
+    return here if config.nodes == 1 else f"{here}\n# and on {config.nodes - 1} more hosts:\nreprise join {run_folder}"
+
+
+def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: LaunchConfig = _HERE) -> None:
+    """Run `job` on all its ranks as `config` says and return when they are done; `name` names its log.
+
+    Where ranks or hosts are lost it is started again, `config.max_restarts` times, and goes on from what is saved.
     Raises ValueError with a rank's own message where the user can mend what is wrong, else `RanksFailedError`;
     both name the log.
     """
-    log_path = run_folder / "logs" / f"{name}.log"
-    log_path.parent.mkdir(exist_ok=True)
+    logs = run_folder / "logs"
+    logs.mkdir(exist_ok=True)
+    job_path = logs / f"{name}.job.json"
+    job_path.write_text(job.model_dump_json(indent=2), encoding="utf-8")
+    for attempt in range(config.max_restarts + 1):
+        try:
+            _attempt(job, job_path, run_folder, name, progress, config)
+            return
+        except RanksFailedError as error:
+            if attempt == config.max_restarts:
+                raise
+            with (logs / f"{name}.log").open("a", encoding="utf-8") as log:
+                log.write(f"reprise: {error}\nreprise: starting again ({attempt + 1} of {config.max_restarts})\n")
+
+
+def _attempt(job: Job, job_path: Path, run_folder: Path, name: str, progress: Progress, config: LaunchConfig) -> None:
+    log_path = job_path.with_name(f"{name}.log")
     job.errors.mkdir(parents=True, exist_ok=True)
     for stale in [*job.errors.glob("rank-*.json"), job.progress]:
         stale.unlink(missing_ok=True)
-    job_path = run_folder / "logs" / f"{name}.job.json"
-    job_path.write_text(job.model_dump_json(indent=2), encoding="utf-8")
-    with ranks_gone(job.lock), log_path.open("ab") as log:
-        process = subprocess.Popen(
-            _command(job, job_path), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment()
-        )
-        try:
-            while process.poll() is None:
-                _follow(job, progress)
-                time.sleep(0.2)
-            _follow(job, progress)
-        finally:
-            _stop(process)
-    if process.returncode != 0:
-        _raise_failure(job, process.returncode, log_path)
+    with ExitStack() as stack:
+        log = stack.enter_context(log_path.open("ab"))
+        started = log.tell()
+        ranks: _Ranks
+        if config.kind == "slurm":
+            ranks = SlurmRanks(job, job_path, name, log_path, config)
+        else:
+            stack.enter_context(ranks_gone(job.lock))
+            ranks = _LocalRanks(job, job_path, run_folder, log, config)
+        stack.callback(ranks.stop)
+        while (code := ranks.poll()) is None:
+            _follow(job, progress, ranks)
+            time.sleep(0.2)
+        _follow(job, progress, ranks)
+    if code != 0:
+        _raise_failure(job, f"{ranks.describe()}; exit code {code}", log_path, started)
 
 
-def _command(job: Job, job_path: Path) -> list[str]:
-    return [
-        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
-        *("--nnodes", "1", "--nproc-per-node", str(job.parallel.world_size)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
-        *("-m", "trainer.worker", str(job_path)),
-    ]
-
-
-def _environment() -> dict[str, str]:
-    environment = dict(os.environ)
-    # Ranks of one host meet over the loopback interface, whatever its host name resolves to.
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment.setdefault("PYTHONWARNINGS", "ignore")
-    return environment
-
-
-def _follow(job: Job, progress: Progress) -> None:
+def _follow(job: Job, progress: Progress, ranks: _Ranks) -> None:
     try:
         state = json.loads(job.progress.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        progress("starting ranks", 0, None)
+        progress(ranks.describe(), 0, None)
         return
     details = [f"{name.replace('_', ' ')} {value:,.4g}" for name, value in state.items() if isinstance(value, float)]
     progress(" · ".join([state["what"], *details]), state["done"], state["total"])
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def first_error(folder: Path) -> dict[str, Any] | None:
-    """Return the error of the rank that failed first, of those that ranks left in `folder`, or None."""
-    errors = [read_json(path) for path in folder.glob("rank-*.json")]
-    return min(errors, key=lambda error: error["time"]) if errors else None
-
-
-def _raise_failure(job: Job, code: int, log_path: Path) -> None:
+def _raise_failure(job: Job, state: str, log_path: Path, started: int) -> None:
+    where = f"(log: {log_path})"
+    goes_on = "the same command goes on from the last checkpoint"
     first = first_error(job.errors)
+    if first is not None and first["is_users"]:
+        raise ValueError(f"{first['message']} {where}")
+    killed = _killed_rank(log_path, started)
+    if killed is not None:
+        # The others' errors are but that they lost it.
+        raise RanksFailedError(f"rank {killed[0]} was killed by {killed[1]} (out of memory?); {goes_on} {where}")
     if first is None:
-        raise RanksFailedError(
-            f"the ranks ended with exit code {code} and left no error (killed, or out of memory?); "
-            f"the log is {log_path}; the same command goes on from the last checkpoint"
-        )
-    if first["is_users"]:
-        raise ValueError(f"{first['message']} (log: {log_path})")
-    raise RanksFailedError(f"rank {first['rank']}: {first['kind']}: {first['message']} (log: {log_path})")
+        raise RanksFailedError(f"the ranks ended and left no error ({state}); {goes_on} {where}")
+    raise RanksFailedError(
+        f"rank {first['rank']}: {first['kind']}: {first['message']} {where}\n{_innermost(first['traceback'])}"
+    )
+
+
+def _killed_rank(log_path: Path, started: int) -> tuple[int, str] | None:
+    """Return the rank that a signal ended before any other failed, and the signal, as torchrun's summary has it."""
+    with log_path.open("rb") as log:
+        log.seek(started)
+        text = log.read().decode("utf-8", "replace")
+    cause = text.rpartition("Root Cause")[2]
+    found = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", cause, re.DOTALL)
+    if not found or found[0].count("exitcode") > 1:
+        return None
+    return int(found[1]), signal.Signals(int(found[2])).name
+
+
+def _innermost(traceback: str) -> str:
+    """Return the last calls of a traceback, a line each: where a rank failed, without what led there."""
+    calls = re.findall(r'File "(.+)", line (\d+), in (.+)', traceback)
+    return "\n".join(f"  {file}:{line} in {function}" for file, line, function in calls[-4:])

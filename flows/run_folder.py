@@ -201,3 +201,9 @@ def ranks_gone(path: Path, seconds: float = 60.0) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def first_error(folder: Path) -> dict[str, Any] | None:
+    """Return the error of the rank that failed first, of those that ranks left in `folder`, or None."""
+    errors = [read_json(path) for path in folder.glob("rank-*.json")]
+    return min(errors, key=lambda error: error["time"]) if errors else None

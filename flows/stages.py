@@ -1,6 +1,5 @@
 """The stages of a run: plain functions over a run folder. Each returns whether there was anything left to do."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ from data_scoring.refine import mix_all, mix_selection
 from data_scoring.refine import refine as refine_shards
 from data_scoring.tokenizer import open_tokenizer
 from flows.config import RunConfig
-from flows.launch import launch
+from flows.launch import launch, plan
 from flows.report import write_report
 from flows.run_folder import Run
+from flows.slurm import check_tools
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.devices import check_count, resolve
 from trainer.jobs import ScoreJob, TrainJob
@@ -28,8 +28,11 @@ from trainer.jobs import ScoreJob, TrainJob
 def prepare(run: Run, progress: Progress) -> bool:
     """Make the corpus: tokenise, hold out the validation set, cut shards."""
     config = run.config
-    # A device that is not there is best known before hours of tokenising.
-    check_count(resolve(config.device), config.parallel.world_size)
+    # What is not there is best known before hours of tokenising.
+    if config.launch.kind == "slurm":
+        check_tools()
+    else:
+        check_count(resolve(config.device), config.parallel.world_size // config.launch.nodes)
     _check_vocabulary(config)
     if run.is_complete("prepare"):
         return False
@@ -87,17 +90,21 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
     if round_number > 1:
         _require(run, "train", round_number - 1)
         start_from = final_checkpoint(run, round_number - 1)
+    job = _train_job(run, round_number, start_from, run.fingerprint("train", round_number))
+    with _completing(run, "train", round_number):
+        launch(job, run.folder, f"train-{round_number}", progress, run.config.launch)
+    return True
+
+
+def _train_job(run: Run, round_number: int, start_from: Path | None, fingerprint: str) -> TrainJob:
     config = run.config
-    job = TrainJob(
-        **_job(run, "train", round_number),
+    return TrainJob(
+        **_job(run, round_number, fingerprint),
         train=config.train,
         checkpoint=config.checkpoint,
         score=config.score,
         start_from=start_from,
     )
-    with _completing(run, "train", round_number):
-        launch(job, run.folder, f"train-{round_number}", progress)
-    return True
 
 
 def score(run: Run, round_number: int, progress: Progress) -> bool:
@@ -106,10 +113,12 @@ def score(run: Run, round_number: int, progress: Progress) -> bool:
         return False
     _require(run, "train", round_number)
     job = ScoreJob(
-        **_job(run, "score", round_number), score=run.config.score, weights=final_checkpoint(run, round_number)
+        **_job(run, round_number, run.fingerprint("score", round_number)),
+        score=run.config.score,
+        weights=final_checkpoint(run, round_number),
     )
     with _completing(run, "score", round_number):
-        launch(job, run.folder, f"score-{round_number}", progress)
+        launch(job, run.folder, f"score-{round_number}", progress, run.config.launch)
     return True
 
 
@@ -157,6 +166,12 @@ def report(run: Run) -> Path:
     return write_report(run)
 
 
+def launch_plan(config: RunConfig) -> str:
+    """Return how the ranks of the first round would be launched: torchrun's command, or Slurm's script."""
+    run = Run(config, config.folder.absolute())
+    return plan(_train_job(run, 1, None, "?"), run.folder, "train-1", config.launch)
+
+
 def final_checkpoint(run: Run, round_number: int) -> Path:
     """Return the checkpoint that a round ended with. Raises ValueError where it is gone."""
     folder = run.round_folder(round_number) / "checkpoint"
@@ -186,19 +201,18 @@ def _require(run: Run, stage: str, round_number: int) -> None:
         )
 
 
-def _job(run: Run, stage: str, round_number: int) -> dict[str, Any]:
+def _job(run: Run, round_number: int, fingerprint: str) -> dict[str, Any]:
     config = run.config
     return {
         "corpus": run.corpus_folder,
         "round_folder": run.round_folder(round_number),
         "model": config.model,
         "parallel": config.parallel,
-        "device": resolve(config.device),
+        "device": config.device if config.launch.kind == "slurm" else resolve(config.device),
         "precision": config.train.precision,
         "seed": config.seed,
-        "fingerprint": run.fingerprint(stage, round_number),
+        "fingerprint": fingerprint,
         "progress": run.folder / "logs" / "progress.json",
         "errors": run.folder / "logs" / "errors",
-        "launcher": os.getpid(),
         "lock": run.folder / ".ranks.lock",
     }

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_scoring.files import read_json
-from flows.launch import first_error
-from flows.run_folder import Run, is_locked, read_run
+from flows.run_folder import Run, first_error, is_locked, read_run
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 
 

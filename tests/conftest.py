@@ -1,6 +1,5 @@
 """What tests share: a tiny corpus, and jobs run on real ranks."""
 
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +82,6 @@ class Ranks:
             "fingerprint": "f",
             "progress": self.folder / "progress.json",
             "errors": self.folder / "errors",
-            "launcher": os.getpid(),
             "lock": self.folder / ".ranks.lock",
         }
 

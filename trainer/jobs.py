@@ -22,7 +22,6 @@ class Job(Config):
     fingerprint: str = Field(description="Identifies the stage's inputs; results of another are not reused.")
     progress: Path = Field(description="File that says how far the work is.")
     errors: Path = Field(description="Folder where a failing rank leaves its error.")
-    launcher: int = Field(description="Process id whose end ends the job.")
     lock: Path = Field(description="File that every rank holds a shared lock on while it lives.")
 
 

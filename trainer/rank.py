@@ -86,10 +86,10 @@ def _end_with_launcher(job: Job) -> None:
     """
     lock = os.open(job.lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_SH)
-    parent = os.getppid()
+    parent, launcher = os.getppid(), os.environ.get("REPRISE_LAUNCHER")
 
     def watch() -> None:
-        while os.getppid() == parent and _is_alive(job.launcher):
+        while os.getppid() == parent and (launcher is None or _is_alive(int(launcher))):
             time.sleep(0.5)
         os._exit(1)
 

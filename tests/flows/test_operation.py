@@ -85,9 +85,14 @@ class Place:
         return found
 
     def ranks(self) -> list[psutil.Process]:
-        return [
-            process for process in self.processes("trainer.worker") if "torch.distributed.run" not in process.cmdline()
-        ]
+        return [process for process in self.processes("-m trainer.worker") if not self.is_torchrun(process)]
+
+    @staticmethod
+    def is_torchrun(process: psutil.Process) -> bool:
+        try:
+            return "torch.distributed.run" in process.cmdline()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            return True
 
     def submit(self, config: dict[str, Any], deployment: str = "multi-round/demo") -> str:
         found = httpx.get(f"{self.api}/deployments/name/{deployment}").raise_for_status().json()
@@ -128,7 +133,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place.start()
     yield place
     place.stop()
-    assert place.processes() == []
+    left = [" ".join(process.cmdline()) for process in place.processes()]
+    assert left == []
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +240,7 @@ def test_a_killed_process_fails_the_run_which_then_goes_on(place: Place, unbroke
     wait_for("the ranks' end", lambda: not place.ranks(), 30)
     place.wait(run, "Failed" if victim == "rank" else "Crashed", 180)
     if victim == "rank":
-        assert "left no error (killed, or out of memory?); the log is" in place.message(run)
+        assert "rank 0 was killed by SIGKILL (out of memory?)" in place.message(run)
     place.wait(place.submit({**CONFIG, "name": victim}), "Completed")
     assert_equal_runs(folder, unbroken)
 
@@ -329,5 +335,6 @@ def test_the_commands_of_the_readme(place: Place, unbroken: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr

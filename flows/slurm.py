@@ -1,0 +1,138 @@
+"""Ranks under Slurm: a job is submitted as a script, followed, and cancelled with the run.
+
+A launcher that is killed leaves its Slurm job running; the same command finds it again and goes on following it.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from data_scoring.files import read_json, write_json
+from flows.config import LaunchConfig
+from flows.torchrun import rank_environment
+from trainer.jobs import Job
+
+_SECONDS_BETWEEN_LOOKS = 2.0
+_SECONDS_TO_CANCEL = 25.0
+_ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
+_TOOLS = ("sbatch", "squeue", "scontrol", "scancel")
+
+
+def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchConfig) -> str:
+    """Return the script with which `job`, described in `job_path`, is submitted. Every value in it is quoted."""
+    asked = launch.slurm
+    options = {
+        "job-name": f"reprise-{name}",
+        "nodes": launch.nodes,
+        "ntasks-per-node": 1,
+        "output": log_path,
+        "open-mode": "append",
+        "chdir": Path.cwd(),
+        "partition": asked.partition,
+        "account": asked.account,
+        "qos": asked.qos,
+        "gres": asked.gres,
+        "time": asked.time_limit,
+    }
+    lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
+    torchrun = [
+        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
+        *("--nnodes", launch.nodes, "--nproc-per-node", job.parallel.world_size // launch.nodes),
+        *("--rdzv-backend", "c10d", "--rdzv-conf", f"join_timeout={round(60 * launch.join_minutes)}"),
+        *("--tee", "3", "--log-dir", job_path.with_name("ranks")),
+    ]
+    interface = launch.interface or ("lo" if launch.nodes == 1 else None)
+    exports = {
+        key: value
+        for key, value in rank_environment(interface).items()
+        if key.startswith(("GLOO_", "NCCL_", "OMP_", "TORCHELASTIC_", "PYTHONWARNINGS"))
+    }
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *lines,
+            # Preempted, or on a node that failed, it is queued again and goes on from its last checkpoint.
+            "#SBATCH --requeue",
+            *(f"#SBATCH {option}" for option in asked.options),
+            "set -euo pipefail",
+            *(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
+            'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            f"exec srun --kill-on-bad-exit=1 {shlex.join(str(word) for word in torchrun)} \\",
+            f'  --rdzv-endpoint "$first:{launch.rendezvous_port}" '
+            '--rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \\',
+            f"  -m trainer.worker {shlex.quote(str(job_path))}",
+            "",
+        ]
+    )
+
+
+class SlurmRanks:
+    """A job in Slurm's hands: submitted, or found again where a launcher that was killed had submitted it."""
+
+    def __init__(self, job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchConfig) -> None:
+        check_tools()
+        self._record = job_path.with_name(f"{name}.slurm.json")
+        self.state, self._looked = "PENDING", 0.0
+        known = read_json(self._record)
+        if known is not None and _state(known["id"]) in _ACTIVE:
+            self.id = str(known["id"])
+            if known["fingerprint"] == job.fingerprint:
+                return
+            self.stop()
+        path = job_path.with_name(f"{name}.sbatch")
+        path.write_text(script(job, job_path, name, log_path, launch), encoding="utf-8")
+        answer = _ask("sbatch", "--parsable", str(path))
+        self.id = answer.split(";")[0].strip()
+        write_json(self._record, {"id": self.id, "fingerprint": job.fingerprint})
+
+    def describe(self) -> str:
+        """Return how the job stands, in words."""
+        return f"Slurm job {self.id}: {self.state.lower()}"
+
+    def poll(self) -> int | None:
+        """Return None while the job is queued or running, then 0 where it completed, else 1."""
+        if time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS:
+            self._looked = time.monotonic()
+            self.state = _state(self.id)
+        if self.state in _ACTIVE:
+            return None
+        return 0 if self.state == "COMPLETED" else 1
+
+    def stop(self) -> None:
+        """Cancel the job if it is still there, and wait until it is gone."""
+        if _state(self.id) not in _ACTIVE:
+            return
+        _ask("scancel", self.id)
+        deadline = time.monotonic() + _SECONDS_TO_CANCEL
+        while _state(self.id) in _ACTIVE and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+
+def check_tools() -> None:
+    """Raise ValueError where Slurm's commands are missing."""
+    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    if missing:
+        raise ValueError(
+            f"launch.kind: slurm needs {', '.join(missing)}; start this on a host of the cluster, or set kind: local"
+        )
+
+
+def _state(job_id: str) -> str:
+    """Return Slurm's word for the job's state; UNKNOWN where it has forgotten it."""
+    answer = _ask("squeue", "--noheader", "--format=%T", "--jobs", job_id, may_fail=True).strip()
+    if answer:
+        return answer.split()[0]
+    shown = _ask("scontrol", "--oneliner", "show", "job", job_id, may_fail=True)
+    found = re.search(r"JobState=(\w+)", shown)
+    return found[1] if found else "UNKNOWN"
+
+
+def _ask(*command: str, may_fail: bool = False) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode != 0 and not may_fail:
+        raise ValueError(f"{command[0]}: {' '.join(done.stderr.split())}; correct launch.slurm, or ask who runs Slurm")
+    return done.stdout

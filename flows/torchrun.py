@@ -1,0 +1,100 @@
+"""One host's ranks under torchrun: how they are started, over which network they meet, and how they are stopped."""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+# Ranks save a checkpoint when told to stop; whoever cancels a run gives it 30 seconds in all.
+_SECONDS_TO_SAVE = 20
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where and how the hosts of one attempt at a job meet; `id` tells it from every other attempt."""
+
+    id: str
+    endpoint: str
+    num_nodes: int
+    processes_per_node: int
+    join_seconds: int
+
+
+def command(job_path: Path, meeting: Meeting, is_head: bool, address: str) -> list[str]:
+    """Return the command that starts this host's ranks; `address` is the one that other hosts reach it at."""
+    return [
+        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
+        *("--nnodes", str(meeting.num_nodes), "--nproc-per-node", str(meeting.processes_per_node)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", meeting.endpoint, "--rdzv-id", meeting.id),
+        *("--rdzv-conf", f"is_host={int(is_head)},join_timeout={meeting.join_seconds}"),
+        # What ranks say comes to the log with their number before it, and to a file of each one's own.
+        *("--tee", "3", "--log-dir", str(job_path.with_name("ranks"))),
+        *("--local-addr", address, "-m", "trainer.worker", str(job_path)),
+    ]
+
+
+def start(
+    job_path: Path, meeting: Meeting, is_head: bool, interface: str | None, log: BinaryIO
+) -> subprocess.Popen[bytes]:
+    """Start this host's ranks, which end with this process, and return torchrun; all they say goes to `log`."""
+    address, found = ("127.0.0.1", "lo") if meeting.num_nodes == 1 else local_address(meeting.endpoint, is_head)
+    return subprocess.Popen(
+        command(job_path, meeting, is_head, address),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env={**rank_environment(interface or found), "REPRISE_LAUNCHER": str(os.getpid())},
+    )
+
+
+def rank_environment(interface: str | None) -> dict[str, str]:
+    """Return the environment of ranks that talk over `interface`; what the user has set wins."""
+    environment = dict(os.environ)
+    if interface is not None and sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if interface != "lo":
+            environment.setdefault("NCCL_SOCKET_IFNAME", interface)
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment.setdefault("PYTHONWARNINGS", "ignore")
+    # Whoever reads the log sees which rank speaks.
+    environment.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}]: ")
+    return environment
+
+
+def local_address(endpoint: str, is_head: bool) -> tuple[str, str | None]:
+    """Return this host's address on the way to `endpoint`, HOST:PORT, and the network interface that has it.
+
+    Raises ValueError where the host's name means nothing, or is another host's on the one that `is_head`.
+    """
+    host, _, port = endpoint.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, int(port)))
+        except OSError as error:
+            raise ValueError(f"launch.rendezvous: {endpoint} cannot be reached ({error}); correct it") from None
+        address, target = probe.getsockname()[0], probe.getpeername()[0]
+    if is_head and address != target:
+        raise ValueError(
+            f"launch.rendezvous: {endpoint} is not this host, whose address is {address}; give this host's, "
+            "and type `reprise join RUN` on the others"
+        )
+    interfaces = [
+        name for name, entries in psutil.net_if_addrs().items() if any(entry.address == address for entry in entries)
+    ]
+    return address, interfaces[0] if interfaces else None
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Tell torchrun and its ranks to save and end; end them in 20 seconds if they do not."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=_SECONDS_TO_SAVE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
