@@ -102,11 +102,21 @@ class Ranks:
                 mix_all(folder / "mix.parquet", self.corpus.samples_path, 0, 1)
             else:
                 make_mix(folder / "mix.parquet")
-        common = self._common(folder, layout, model)
-        self.launch(
-            TrainJob(**common, train=train, checkpoint=checkpoint, score=ScoreConfig(), start_from=start_from), name
-        )
+        self.launch(self.job(name, layout, start_from, checkpoint, train, model), name)
         return folder
+
+    def job(
+        self,
+        name: str,
+        layout: tuple[int, int, int] = (1, 1, 1),
+        start_from: Path | None = None,
+        checkpoint: CheckpointConfig = TINY_CHECKPOINT,
+        train: TrainConfig = TINY_TRAIN,
+        model: ModelConfig = TINY_MODEL,
+    ) -> TrainJob:
+        """Return the job of training a round in the folder `name`."""
+        common = self._common(self.folder / name, layout, model)
+        return TrainJob(**common, train=train, checkpoint=checkpoint, score=ScoreConfig(), start_from=start_from)
 
     def score(
         self,

@@ -1,0 +1,184 @@
+"""Ranks in the hands of a real Slurm, of one node."""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_scoring.files import read_json
+from flows.config import LaunchConfig, SlurmConfig
+from flows.slurm import script
+from tests.conftest import Ranks, make_documents, read_rows
+from trainer.checkpoint_folder import list_checkpoints
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+name: slurm
+device: cpu
+corpus: {sources: [{name: a, path: a.jsonl}], seq_length: 32, num_shards: 4}
+tokenizer: {vocab_size: 300}
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2, ffn_hidden_size: 64}
+train: {global_batch_size: 4, micro_batch_size: 2, lr: 1.0e-2}
+parallel: {data: 2}
+checkpoint: {every_steps: 20}
+launch: {kind: slurm, slurm: {partition: tiny, time_limit: "10"}}
+"""
+CLUSTER = """
+ClusterName=tiny
+SlurmctldHost={host}(127.0.0.1)
+AuthType=auth/munge
+CredType=cred/munge
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SlurmUser=root
+SlurmdUser=root
+SlurmctldPort=16817
+SlurmdPort=16818
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+MpiDefault=none
+ReturnToService=2
+SchedulerType=sched/backfill
+SelectType=select/cons_tres
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=tiny Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def wait_for(what: str, is_so: Callable[[], Any], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (answer := is_so()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for: {what}"
+        time.sleep(0.1)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    needed = ("munged", "slurmctld", "slurmd", "sbatch")
+    missing = [tool for tool in needed if shutil.which(tool) is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"needs root and Slurm ({', '.join(missing)})")
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    (folder / "slurm.conf").write_text(CLUSTER.format(host=platform.node(), folder=folder))
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    Path("/run/munge").mkdir(exist_ok=True)
+    shutil.chown("/run/munge", "munge")
+    munge = subprocess.Popen(["runuser", "-u", "munge", "--", "munged", "--foreground", "--force"], stderr=-3)
+    wait_for("munge", lambda: subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0)
+    daemons = [subprocess.Popen([name, "-D"], env=environment) for name in ("slurmctld", "slurmd")]
+    wait_for("a node", lambda: "idle" in ask(environment, "sinfo", "--noheader", "--format=%t"))
+    yield environment
+    for daemon in [*daemons, munge]:
+        daemon.terminate()
+        daemon.wait(30)
+
+
+def ask(environment: dict[str, str], *command: str) -> str:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout.strip()
+
+
+class Place:
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.environment = {**environment, "PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)}
+        self.run = folder / "runs" / "slurm"
+        (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in make_documents(500)))
+        (folder / "config.yaml").write_text(CONFIG)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        with (self.folder / "log").open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", "run", "config.yaml", *arguments],
+                cwd=self.folder, env=self.environment, stdout=log, stderr=log, text=True,
+            )  # fmt: skip
+
+    def said(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def jobs(self) -> list[str]:
+        return ask(self.environment, "squeue", "--noheader", "--format=%i %T").splitlines()
+
+    def wait_for_checkpoint(self, number: int = 1) -> None:
+        folder = self.run / "rounds" / "1" / "checkpoint"
+        wait_for(
+            "a checkpoint", lambda: [path for path in list_checkpoints(folder) if path.name >= f"step-{number:08d}"]
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_run_is_submitted_followed_cancelled_requeued_and_found_again(
+    tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    place = Place(tmp_path, cluster)
+    first = place.start()
+    place.wait_for_checkpoint()
+    [job] = place.jobs()
+    # A launcher that is killed leaves its job alone, and the next one finds it.
+    first.kill()
+    first.wait()
+    second = place.start()
+    wait_for("the job to be followed", lambda: (place.run / ".lock").exists() and place.jobs() == [job])
+    time.sleep(5)
+    assert place.jobs() == [job]
+    number = job.split()[0]
+    ask(cluster, "scontrol", "requeue", number)
+    wait_for("another attempt", lambda: f"{number} RUNNING" in place.jobs() and not second.poll(), 200)
+    place.wait_for_checkpoint(21)
+    # Ctrl-C cancels it.
+    second.send_signal(signal.SIGINT)
+    assert second.wait(60) == 130, place.said()
+    assert place.jobs() == []
+    third = place.start()
+    assert third.wait(300) == 0, place.said()
+    assert read_json(place.run / "logs" / "train-1.slurm.json")["id"] != number
+    alone = place.start("--set", "name=alone", "--set", "launch.kind=local")
+    assert alone.wait(300) == 0, place.said()
+    for file, columns in (("seen", ("step", "shard", "sample", "loss")), ("losses", ("sample", "loss"))):
+        mine, theirs = (
+            read_rows(tmp_path / "runs" / name / "rounds" / "1" / file, *columns) for name in ("slurm", "alone")
+        )
+        assert mine == theirs
+
+
+def test_the_script_quotes_what_it_is_given(ranks: Ranks, tmp_path: Path) -> None:
+    job = ranks.job("quoted")
+    launch = LaunchConfig(
+        kind="slurm", slurm=SlurmConfig(partition="gpu", time_limit="1-00:00:00", options=("--exclusive",))
+    )
+    text = script(job, tmp_path / "a b$(touch x)" / "train.job.json", "train-1", tmp_path / "it's.log", launch)
+    assert "#SBATCH --partition=gpu\n" in text
+    assert "#SBATCH --exclusive\n" in text
+    assert f"'{tmp_path}/a b$(touch x)/train.job.json'" in text
+    (tmp_path / "script").write_text(text.replace("exec srun", "exec echo").replace("$(scontrol", "$(echo"))
+    done = subprocess.run(
+        ["bash", str(tmp_path / "script")], cwd=tmp_path, env={**os.environ, "SLURM_JOB_NODELIST": "h", "SLURM_JOB_ID": "7"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip().endswith(f"-m trainer.worker {tmp_path}/a b$(touch x)/train.job.json")
+    assert "--rdzv-id 7-0 " in done.stdout
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("value", ["gpu; rm -rf /", "$(id)", "a b", "-x\n#SBATCH --uid=0"])
+def test_what_is_not_a_word_does_not_reach_slurm(value: str) -> None:
+    with pytest.raises(ValueError, match="pattern"):
+        SlurmConfig(partition=value)
+    with pytest.raises(ValueError, match="pattern"):
+        SlurmConfig(options=(f"--comment={value}",))
