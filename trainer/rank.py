@@ -3,9 +3,12 @@
 import fcntl
 import json
 import os
+import signal
+import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,20 +21,32 @@ from data_scoring.progress import ProgressFile, silent
 from data_scoring.scoring import score_shards
 from trainer.devices import Device, initialise
 from trainer.jobs import AnyJob, Job, ScoreJob, TrainJob
+from trainer.pickles import allow_plain_pickles_only
+from trainer.stopping import StoppedError, StopRequest
+
+_SECONDS_TO_REPORT = 5.0
 
 
 def main(job_path: Path) -> None:
     """Do the job that `job_path` describes, as one of its ranks."""
     job: Job = TypeAdapter[Job](AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
+    allow_plain_pickles_only()
+    # Ctrl-C reaches torchrun, which passes it on, and the launcher, whose SIGTERM is what counts.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_launcher(job)
+    stop = StopRequest()
     try:
-        _run(job)
+        _run(job, stop)
+    except StoppedError:
+        sys.exit(128 + signal.SIGTERM)
     except BaseException as error:  # torch's CheckpointException is no Exception
-        _report(job, error)
+        # Of ranks that are asked to end, some end before others: that is no failure.
+        if not stop.is_made:
+            _report(job, error)
         raise
 
 
-def _run(job: Job) -> None:
+def _run(job: Job, stop: StopRequest) -> None:
     device = initialise(job.device, int(os.environ["LOCAL_RANK"]))
     # Nothing of Megatron may be imported before the device is initialised.
     from trainer.checkpoint import load_weights
@@ -45,7 +60,7 @@ def _run(job: Job) -> None:
     vocab_size = job.model.vocab_size or corpus.vocab_size
     model = build_model(job.model, vocab_size, corpus.seq_length, job.parallel, device.torch_device, bf16)
     if isinstance(job, TrainJob):
-        train_round(job, corpus, model, bf16)
+        train_round(job, corpus, model, bf16, stop)
     elif isinstance(job, ScoreJob):
         load_weights(job.weights, model)
         model.eval()
@@ -80,16 +95,17 @@ def _initialise_parallel(job: Job, device: Device) -> None:
 
 
 def _end_with_launcher(job: Job) -> None:
-    """Hold the ranks' lock while this process lives, and end it when torchrun or the launcher ends.
+    """Hold the ranks' lock while this process lives, and end it when torchrun or the launcher ends, or a rank fails.
 
-    Torchrun puts each rank in a session of its own, which no signal to the launcher's group reaches.
+    Torchrun puts each rank in a session of its own, which no signal to the launcher's group reaches. A rank that
+    waits for a failed one, inside a collective, does not act on signals.
     """
     lock = os.open(job.lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_SH)
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent and _is_alive(job.launcher):
+        while os.getppid() == parent and _is_alive(job.launcher) and not _has_failed(job):
             time.sleep(0.5)
         os._exit(1)
 
@@ -102,6 +118,13 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _has_failed(job: Job) -> bool:
+    """Return whether an error was left so long ago that ranks which fail for the same reason have left theirs."""
+    with suppress(FileNotFoundError):  # The next launch removes them.
+        return any(time.time() - path.stat().st_mtime > _SECONDS_TO_REPORT for path in job.errors.glob("rank-*.json"))
+    return False
 
 
 def _report(job: Job, error: BaseException) -> None:
