@@ -56,7 +56,5 @@ def test_a_damaged_shard_and_a_damaged_checkpoint_are_named(ranks: Ranks, traine
     copy = Path(shutil.copytree(checkpoint, tmp_path / "step-00000001"))
     for part in copy.glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
-    with pytest.raises(
-        ValueError, match=r"step-00000001: cannot be loaded \(it is damaged: __0_0.distcp has 1,000 b"
-    ):
+    with pytest.raises(ValueError, match=r"step-00000001: cannot be loaded \(it is damaged: __0_0.distcp has 1,000 b"):
         ranks.score("damaged-checkpoint", copy)
