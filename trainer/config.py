@@ -25,6 +25,9 @@ class ModelConfig(Config):
     rotary_base: int = Field(default=10_000, ge=1, description="Base of the rotary position embedding.")
     norm_epsilon: float = Field(default=1e-5, gt=0, lt=1, description="Epsilon of RMSNorm.")
     init_std: float = Field(default=0.02, gt=0, lt=10, description="Standard deviation of the initial weights.")
+    layers: Literal["torch", "transformer_engine"] = Field(
+        default="torch", description="What layers are built of; transformer_engine, on CUDA, has to be installed."
+    )
 
     @property
     def ffn_size(self) -> int:

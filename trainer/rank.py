@@ -1,14 +1,11 @@
 """A rank: one process of a job, from reading what to do to leaving its results or its error."""
 
-import fcntl
 import json
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,18 +19,14 @@ from data_scoring.scoring import score_shards
 from trainer.devices import Device, initialise
 from trainer.jobs import AnyJob, Job, ScoreJob, TrainJob
 from trainer.pickles import allow_plain_pickles_only
-from trainer.stopping import StoppedError, StopRequest
-
-_SECONDS_TO_REPORT = 5.0
+from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
 
 def main(job_path: Path) -> None:
     """Do the job that `job_path` describes, as one of its ranks."""
     job: Job = TypeAdapter[Job](AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
     allow_plain_pickles_only()
-    # Ctrl-C reaches torchrun, which passes it on, and the launcher, whose SIGTERM is what counts.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_launcher(job)
+    end_with_launcher(job)
     stop = StopRequest()
     try:
         _run(job, stop)
@@ -80,7 +73,6 @@ def _run(job: Job, stop: StopRequest) -> None:
 
 def _initialise_parallel(job: Job, device: Device) -> None:
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     torch.distributed.init_process_group(device.backend, timeout=timedelta(minutes=30))
     parallel_state.initialize_model_parallel(
@@ -88,43 +80,7 @@ def _initialise_parallel(job: Job, device: Device) -> None:
         pipeline_model_parallel_size=job.parallel.pipeline,
     )
     # Weights are drawn whole on every tensor-parallel rank and then cut, so those must agree, and stages must not.
-    seed = job.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    model_parallel_cuda_manual_seed(seed)
-    # Comes last: on CPU the line above has just seeded the same generator.
-    torch.manual_seed(seed)
-
-
-def _end_with_launcher(job: Job) -> None:
-    """Hold the ranks' lock while this process lives, and end it when torchrun or the launcher ends, or a rank fails.
-
-    Torchrun puts each rank in a session of its own, which no signal to the launcher's group reaches. A rank that
-    waits for a failed one, inside a collective, does not act on signals.
-    """
-    lock = os.open(job.lock, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent and _is_alive(job.launcher) and not _has_failed(job):
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _has_failed(job: Job) -> bool:
-    """Return whether an error was left so long ago that ranks which fail for the same reason have left theirs."""
-    with suppress(FileNotFoundError):  # The next launch removes them.
-        return any(time.time() - path.stat().st_mtime > _SECONDS_TO_REPORT for path in job.errors.glob("rank-*.json"))
-    return False
+    device.seed(job.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
 
 def _report(job: Job, error: BaseException) -> None:
