@@ -1,9 +1,13 @@
 """Saving checkpoints: Megatron's distributed format, written while the ranks wait or while they train on."""
 
+import errno
+import os
 import pickle
 import queue
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer.checkpoint import TrainingState
 from trainer.checkpoint_folder import complete_checkpoint, measure_files
@@ -34,6 +39,10 @@ class CheckpointSaver:
 
         What is written is the state at the time of the call: each rank's writers are forked from it.
         """
+        with _writing_errors(self._folder):
+            self._save(step, state, record, is_waiting)
+
+    def _save(self, step: int, state: TrainingState, record: dict[str, Any], is_waiting: bool) -> None:
         self.finish()
         target = self._folder / f"step-{step:08d}"
         temporary = self._folder / f".{target.name}.tmp"
@@ -65,12 +74,28 @@ class CheckpointSaver:
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if any, and complete it."""
-        self._calls.maybe_finalize_async_calls(blocking=True)
+        with _writing_errors(self._folder):
+            self._calls.maybe_finalize_async_calls(blocking=True)
 
     def _complete(self, temporary: Path, target: Path, record: dict[str, Any]) -> None:
         if torch.distributed.get_rank() == 0:
             complete_checkpoint(temporary, target, record, self._keep_last)
         torch.distributed.barrier()
+
+
+@contextmanager
+def _writing_errors(folder: Path) -> Iterator[None]:
+    """Turn what Megatron raises for a full disk, on all ranks, into the OSError that everything else raises."""
+    try:
+        yield
+    except CheckpointException as error:
+        # Only the first rank has been told why.
+        reason = [str(error)]
+        torch.distributed.broadcast_object_list(reason)
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            if os.strerror(number) in reason[0]:
+                raise OSError(number, os.strerror(number), str(folder)) from None
+        raise
 
 
 def _write(temporary: Path, write: Any, rank: int, buckets: list[Any], results: "_Results") -> None:
