@@ -30,13 +30,14 @@ def measure_files(checkpoint: Path, names: list[str], part: str) -> None:
     Each is read twice: as the system remembers it, and as the disk returns it, where the system can be told to
     forget. `part` tells apart the notes of the processes that share the work.
     """
-    measured = {name: _measure(checkpoint / name) for name in names}
-    changed = []
+    files, changed = {}, []
     for name in names:
+        measured = _measure(checkpoint / name)
+        files[name] = {"bytes": measured[0], "crc32": measured[1]}
         _forget(checkpoint / name)
-        if _measure(checkpoint / name) != measured[name]:
+        if _measure(checkpoint / name) != measured:
             changed.append(name)
-    write_json(checkpoint / f"{_MEASURED}{part}.json", {"files": measured, "changed": changed})
+    write_json(checkpoint / f"{_MEASURED}{part}.json", {"files": files, "changed": changed})
 
 
 def seal_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
@@ -45,22 +46,28 @@ def seal_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
     Raises ValueError where the disk does not return what was written to it.
     """
     (checkpoint / RECORD).unlink(missing_ok=True)
-    files: dict[str, Any] = {}
-    changed: list[str] = []
-    for is_rest in (False, True):
-        if is_rest:
-            measure_files(checkpoint, sorted({path.name for path in checkpoint.iterdir()} - files.keys()), "rest")
-        for path in checkpoint.glob(f"{_MEASURED}*.json"):
-            measured = read_json(path)
-            files |= measured["files"]
-            changed += measured["changed"]
-            path.unlink()
+    files, changed = _collect_measured(checkpoint)
+    measure_files(checkpoint, sorted({path.name for path in checkpoint.iterdir()} - files.keys()), "rest")
+    rest, changed_rest = _collect_measured(checkpoint)
+    changed += changed_rest
     if changed:
         raise ValueError(
             f"{checkpoint / changed[0]}: the disk does not return what was written to it; the checkpoints before are "
             "kept; check the disk, then the same command goes on from them"
         )
-    write_json(checkpoint / RECORD, {**record, "files": dict(sorted(files.items()))})
+    write_json(checkpoint / RECORD, {**record, "files": dict(sorted({**files, **rest}.items()))})
+
+
+def _collect_measured(checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what `measure_files` has noted, and remove its notes."""
+    files: dict[str, Any] = {}
+    changed: list[str] = []
+    for path in checkpoint.glob(f"{_MEASURED}*.json"):
+        measured = read_json(path)
+        files |= measured["files"]
+        changed += measured["changed"]
+        path.unlink()
+    return files, changed
 
 
 def complete_checkpoint(temporary: Path, target: Path, record: dict[str, Any], keep_last: int) -> None:
@@ -79,18 +86,19 @@ def complete_checkpoint(temporary: Path, target: Path, record: dict[str, Any], k
 def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """Return what is wrong with a checkpoint's files, in words, or None; `part` of `parts` looks at its share alone."""
     try:
-        files: dict[str, Any] = read_checkpoint_record(checkpoint)["files"]
+        files = read_checkpoint_record(checkpoint)["files"]
+        sizes = {str(name): (int(entry["bytes"]), int(entry["crc32"])) for name, entry in files.items()}
     except ValueError:
         return f"{RECORD} is not valid JSON"
-    except (KeyError, TypeError):
+    except (LookupError, TypeError, AttributeError):
         return f"{RECORD} holds no checksums"
-    for name in sorted(files)[part::parts]:
+    for name in sorted(sizes)[part::parts]:
         path = checkpoint / name
         if not path.exists():
             return f"{name} is missing"
-        if path.stat().st_size != files[name]["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {files[name]['bytes']:,}"
-        if _measure(path) != files[name]:
+        if path.stat().st_size != sizes[name][0]:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {sizes[name][0]:,}"
+        if _measure(path) != sizes[name]:
             return f"{name} is not what was written"
     return None
 
@@ -102,12 +110,13 @@ def set_aside(checkpoint: Path) -> Path:
     return checkpoint.rename(aside)
 
 
-def _measure(path: Path) -> dict[str, int]:
+def _measure(path: Path) -> tuple[int, int]:
+    """Return a file's size in bytes and its CRC-32."""
     size = crc32 = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             size, crc32 = size + len(block), zlib.crc32(block, crc32)
-    return {"bytes": size, "crc32": crc32}
+    return size, crc32
 
 
 def _forget(path: Path) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints: whole or refused, saved when asked to stop, and the same whether training waited for them or not."""
 
-import json
 import pickle
 import shutil
 import threading
@@ -16,8 +15,9 @@ import torch
 
 import trainer.checkpoint_folder
 from benchmarks.plain_model import read_checkpoint
+from data_scoring.mix import write_mix
 from flows.run_folder import RanksFailedError
-from tests.conftest import TINY_TRAIN, Ranks, read_rows
+from tests.conftest import TINY_CHECKPOINT, TINY_TRAIN, Ranks, read_rows
 from trainer.checkpoint_folder import (
     RECORD,
     complete_checkpoint,
@@ -121,8 +121,9 @@ def test_any_change_of_any_file_is_found(checkpoint: Path) -> None:
         (checkpoint / name).unlink()
         assert find_damage(checkpoint) == f"{name} is missing"
         (checkpoint / name).write_bytes(whole)
-    (checkpoint / RECORD).write_text("{")
-    assert find_damage(checkpoint) == f"{RECORD} is not valid JSON"
+    for record, damage in (("{", "is not valid JSON"), ('{"files": {"a": 1}}', "holds no checksums")):
+        (checkpoint / RECORD).write_text(record)
+        assert find_damage(checkpoint) == f"{RECORD} {damage}"
 
 
 def test_what_the_disk_does_not_return_replaces_no_older_checkpoint(
@@ -144,23 +145,30 @@ def test_what_the_disk_does_not_return_replaces_no_older_checkpoint(
     assert [path.name for path in list_checkpoints(checkpoint.parent)] == ["step-00000002"]
 
 
-def stop_training_at(step: int, ranks: Ranks, name: str, checkpoint: CheckpointConfig) -> Path:
-    """Train in the folder `name`, tell torchrun to end once `step` is done, and return the folder."""
-    progress = ranks.folder / "progress.json"
+def short_mix(path: Path, ranks: Ranks) -> int:
+    return write_mix(path, f"select shard, sample from '{ranks.corpus.samples_path}' where sample < 64", 0, 1)
+
+
+def train(ranks: Ranks, name: str, checkpoint: CheckpointConfig = TINY_CHECKPOINT) -> Path:
+    return ranks.train(name, LAYOUT, make_mix=lambda path: short_mix(path, ranks), checkpoint=checkpoint, train=TRAIN)
+
+
+def stop_training(ranks: Ranks, name: str, checkpoint: CheckpointConfig, is_time: Callable[[], bool]) -> Path:
+    """Train in the folder `name`, tell torchrun to end once `is_time`, and return the folder."""
 
     def stop() -> None:
-        while not progress.exists() or json.loads(progress.read_text())["done"] < step:
+        while not is_time():
             time.sleep(0.02)
         [torchrun] = [
             child for child in psutil.Process().children() if "torch.distributed.run" in " ".join(child.cmdline())
         ]
         torchrun.terminate()
 
-    progress.unlink(missing_ok=True)
+    (ranks.folder / "progress.json").unlink(missing_ok=True)
     thread = threading.Thread(target=stop, daemon=True)
     thread.start()
     with pytest.raises(RanksFailedError, match="left no error"):
-        ranks.train(name, LAYOUT, checkpoint=checkpoint, train=TRAIN)
+        train(ranks, name, checkpoint)
     thread.join()
     return ranks.folder / name
 
@@ -170,22 +178,23 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def test_a_run_that_is_stopped_twice_and_loses_a_checkpoint_equals_an_unbroken_one(ranks: Ranks) -> None:
-    unbroken = ranks.train("unbroken", LAYOUT, train=TRAIN)
-    background = CheckpointConfig(every_minutes=1000, every_steps=4, keep_last=100, asynchronous="always")
-    folder = stop_training_at(10, ranks, "stopped", background)
+    unbroken = train(ranks, "unbroken")
+    background = CheckpointConfig(every_minutes=1000, every_steps=2, keep_last=100, asynchronous="always")
+    first = ranks.folder / "stopped" / "checkpoint" / "step-00000002"
+    folder = stop_training(ranks, "stopped", background, first.exists)
     *regular, last = checkpoint_steps(folder)
-    assert regular == list(range(4, last, 4))
-    assert last >= 10
+    assert regular == list(range(2, last, 2))
     # The newest is damaged: training goes on from the one before, which was written while training went on.
     newest = list_checkpoints(folder / "checkpoint")[-1]
     flip_a_byte(newest / "__1_0.distcp")
-    stop_training_at(last + 4, ranks, "stopped", CheckpointConfig(every_minutes=1000, keep_last=100))
+    stop_training(ranks, "stopped", CheckpointConfig(keep_last=100), (ranks.folder / "progress.json").exists)
     assert f"{newest}: damaged (__1_0.distcp is not what was written); set aside as damaged-{newest.name}\n" in (
         ranks.folder / "logs" / "stopped.log"
     ).read_text(errors="replace")
     *before, last = checkpoint_steps(folder)
     assert before == regular
-    ranks.train("stopped", LAYOUT, train=TRAIN)
+    assert last < len(read_rows(unbroken / "steps.parquet", "step"))
+    train(ranks, "stopped")
     for file, columns in (
         ("steps.parquet", ("step", "loss", "lr", "grad_norm", "num_samples", "num_tokens")),
         ("seen", ("step", "shard", "sample", "loss")),
