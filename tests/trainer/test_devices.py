@@ -34,7 +34,7 @@ def spelled_devices(tree: ast.AST) -> Iterator[str]:
                 yield name
             case ast.ImportFrom(module=str(module)) | ast.alias(name=str(module)) if "cuda" in module:
                 yield module
-            case ast.Constant(value=str(text)) if text.lower().startswith(WORDS):
+            case ast.Constant(value=str(text)) if text.startswith(WORDS):
                 yield text
 
 
@@ -62,7 +62,7 @@ def test_devices_are_spelled_in_one_module_alone() -> None:
         ("from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed", [
             "model_parallel_cuda_manual_seed",
         ]),
-        ("'a sentence that speaks of cuda'; barracuda = 1", []),
+        ("'a sentence that speaks of cuda'; barracuda = os.environ['NCCL_SOCKET_IFNAME']", []),
     ],
 )  # fmt: skip
 def test_what_counts_as_spelling_a_device(code: str, spelled: list[str]) -> None:
