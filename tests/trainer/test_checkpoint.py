@@ -146,7 +146,7 @@ def test_what_the_disk_does_not_return_replaces_no_older_checkpoint(
 
 
 def short_mix(path: Path, ranks: Ranks) -> int:
-    return write_mix(path, f"select shard, sample from '{ranks.corpus.samples_path}' where sample < 64", 0, 1)
+    return write_mix(path, f"select shard, sample from '{ranks.corpus.samples_path}' where sample < 42", 0, 1)
 
 
 def train(ranks: Ranks, name: str, checkpoint: CheckpointConfig = TINY_CHECKPOINT) -> Path:
