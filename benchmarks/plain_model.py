@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import ModelConfig
+from trainer.pickles import check_pickles
 
 
 class PlainLayer(nn.Module):
@@ -110,6 +111,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    check_pickles(checkpoint)
     reader = FileSystemReader(checkpoint)
     entries = reader.read_metadata().state_dict_metadata
     tensors = {

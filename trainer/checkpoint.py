@@ -1,5 +1,7 @@
 """Checkpoints: Megatron's distributed format, which loads under any tensor, pipeline and data-parallel layout."""
 
+import logging
+import pickle
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -12,34 +14,51 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data_scoring.files import commit, write_json
-from trainer.checkpoint_folder import RECORD, list_checkpoints
+from trainer.checkpoint_folder import RECORD, find_damage, list_checkpoints, read_checkpoint_record, set_aside
+from trainer.pickles import check_pickles, explain_refusal
+
+_LOG = logging.getLogger(__name__)
 
 # How the optimizer's state is cut: per parameter, so that any layout can load it.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def save_checkpoint(folder: Path, step: int, state: "TrainingState", record: dict[str, Any], keep_last: int) -> None:
-    """Save `state` as `folder`/step-…, complete once it bears that name, and drop all but the last `keep_last`.
+def find_usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
+    """Return the last checkpoint in `folder` that is whole, or None. Every rank has to call this.
 
-    `record` is kept beside it as JSON. Every rank has to call this.
+    Removes half-written ones and those that inputs of another fingerprint led to; damaged ones are set aside.
     """
-    target = folder / f"step-{step:08d}"
-    temporary = folder / f".{target.name}.tmp"
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
+        for leftover in folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
+        for path in folder.glob("step-*"):
+            if not (path / RECORD).exists() or _is_of_other_inputs(path, fingerprint):
+                shutil.rmtree(path)
     torch.distributed.barrier()
-    dist_checkpointing.save(state.sharded(is_loading=False), str(temporary), validate_access_integrity=False)
+    for checkpoint in reversed(list_checkpoints(folder)):
+        damage = _find_damage_together(checkpoint)
+        if damage is None:
+            return checkpoint
+        if is_first:
+            _LOG.warning("%s: damaged (%s); set aside as %s", checkpoint, damage, set_aside(checkpoint).name)
     torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        write_json(temporary / RECORD, {**record, "step": step})
-        # Training that went back to an older checkpoint reaches the same step again.
-        shutil.rmtree(target, ignore_errors=True)
-        commit(temporary, target)
-        for old in list_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    torch.distributed.barrier()
+    return None
+
+
+def _is_of_other_inputs(checkpoint: Path, fingerprint: str) -> bool:
+    try:
+        return bool(read_checkpoint_record(checkpoint)["fingerprint"] != fingerprint)
+    except (ValueError, LookupError, TypeError):
+        return False  # Damaged, which is for the search to say.
+
+
+def _find_damage_together(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None; each rank reads its share of the files."""
+    ranks = torch.distributed.get_world_size()
+    found: list[str | None] = [None] * ranks
+    torch.distributed.all_gather_object(found, find_damage(checkpoint, torch.distributed.get_rank(), ranks))
+    return next((damage for damage in found if damage is not None), None)
 
 
 def load_checkpoint(checkpoint: Path, state: "TrainingState") -> None:
@@ -49,7 +68,13 @@ def load_checkpoint(checkpoint: Path, state: "TrainingState") -> None:
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Load the weights alone of a checkpoint, saved under whatever layout, into `model`."""
+    """Load the weights alone of a checkpoint, saved under whatever layout, into `model`.
+
+    Raises ValueError where the checkpoint is damaged.
+    """
+    damage = _find_damage_together(checkpoint)
+    if damage is not None:
+        raise ValueError(_failure(checkpoint, f"it is damaged: {damage}"))
     model.load_state_dict(_load(checkpoint, {"model": sharded_weights(model)})["model"])
 
 
@@ -61,14 +86,22 @@ def sharded_weights(model: Any) -> ShardedStateDict:
 
 def _load(checkpoint: Path, sharded: ShardedStateDict) -> dict[str, Any]:
     try:
+        check_pickles(checkpoint)
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(checkpoint), validate_access_integrity=False)
-    except (RuntimeError, KeyError, OSError, EOFError, CheckpointException, CheckpointingException) as error:
+    except (
+        *(RuntimeError, KeyError, OSError, EOFError),
+        *(CheckpointException, CheckpointingException, pickle.UnpicklingError),
+    ) as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise ValueError(
-            f"{checkpoint}: cannot be loaded ({reason}); if it was damaged, delete it and the same command goes on "
-            "from the one before; if the model was changed, use a new run folder"
-        ) from error
+        raise ValueError(explain_refusal(checkpoint, error) or _failure(checkpoint, reason)) from error
     return loaded
+
+
+def _failure(checkpoint: Path, reason: str) -> str:
+    return (
+        f"{checkpoint}: cannot be loaded ({reason}); if the model was changed, use a new run folder; else restore it "
+        f"from a copy, or delete it and {checkpoint.parent.parent / 'train.json'} to train the round again"
+    )
 
 
 class TrainingState:

@@ -25,6 +25,9 @@ class ModelConfig(Config):
     rotary_base: int = Field(default=10_000, ge=1, description="Base of the rotary position embedding.")
     norm_epsilon: float = Field(default=1e-5, gt=0, lt=1, description="Epsilon of RMSNorm.")
     init_std: float = Field(default=0.02, gt=0, lt=10, description="Standard deviation of the initial weights.")
+    layers: Literal["torch", "transformer_engine"] = Field(
+        default="torch", description="What layers are built of; transformer_engine, on CUDA, has to be installed."
+    )
 
     @property
     def ffn_size(self) -> int:
@@ -92,11 +95,15 @@ class ParallelConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When training saves its state."""
+    """When and how training saves its state."""
 
     every_minutes: float = Field(default=10.0, gt=0, description="Minutes between checkpoints: the most a kill costs.")
     every_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints, in addition.")
     keep_last: int = Field(default=2, ge=1, le=1000, description="Checkpoints of the running round that are kept.")
+    asynchronous: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether training goes on while a checkpoint is written; auto: on accelerators, not on CPU.",
+    )
 
 
 def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig) -> None:

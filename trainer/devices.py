@@ -28,6 +28,14 @@ class Device:
         if self.kind != "cpu":
             getattr(torch, self.kind).synchronize()
 
+    def seed(self, seed: int) -> None:
+        """Seed everything that ranks of one pipeline stage draw; Megatron's layout has to be initialised."""
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed)
+        # Comes last: on CPU the line above has just seeded the same generator.
+        torch.manual_seed(seed)
+
 
 def resolve(requested: str) -> str:
     """Return the device kind, `cuda`, `npu` or `cpu`, that `device: requested` means on this machine.
@@ -59,6 +67,15 @@ def check_count(kind: str, num_ranks: int) -> None:
         raise ValueError(
             f"parallel: tensor x pipeline x data makes {num_ranks} processes, but this host has {available} "
             f"{kind} devices; lower one of them"
+        )
+
+
+def check_layers(layers: str) -> None:
+    """Raise ValueError where what `model.layers: layers` asks for is not installed."""
+    if layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            "model.layers: 'transformer_engine' was requested but it is not installed; "
+            "install transformer_engine[pytorch] for this torch, or set model.layers: torch"
         )
 
 

@@ -7,12 +7,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
 from trainer.config import ModelConfig, ParallelConfig
+from trainer.devices import check_layers
 
 VOCABULARY_MULTIPLE = 128
 
@@ -81,11 +85,9 @@ def build_model(
 ) -> MegatronModule:
     """Return this rank's part of the model, freshly initialised, on `device`."""
     config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductAttention)
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=_layer_spec(model.layers),
         vocab_size=padded_vocab_size(vocab_size),
         max_sequence_length=seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -95,3 +97,13 @@ def build_model(
         share_embeddings_and_output_weights=False,
     ).to(device)
     return Float16Module(config, gpt) if bf16 else gpt
+
+
+def _layer_spec(layers: str) -> ModuleSpec:
+    """Return Megatron's description of a layer, built of torch's modules or of Transformer Engine's."""
+    check_layers(layers)
+    if layers == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductAttention)
+    return spec

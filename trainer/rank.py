@@ -1,9 +1,9 @@
 """A rank: one process of a job, from reading what to do to leaving its results or its error."""
 
-import fcntl
 import json
 import os
-import threading
+import signal
+import sys
 import time
 import traceback
 from datetime import timedelta
@@ -18,20 +18,28 @@ from data_scoring.progress import ProgressFile, silent
 from data_scoring.scoring import score_shards
 from trainer.devices import Device, initialise
 from trainer.jobs import AnyJob, Job, ScoreJob, TrainJob
+from trainer.pickles import allow_plain_pickles_only
+from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
 
 def main(job_path: Path) -> None:
     """Do the job that `job_path` describes, as one of its ranks."""
     job: Job = TypeAdapter[Job](AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
-    _end_with_launcher(job)
+    allow_plain_pickles_only()
+    end_with_launcher(job)
+    stop = StopRequest()
     try:
-        _run(job)
+        _run(job, stop)
+    except StoppedError:
+        sys.exit(128 + signal.SIGTERM)
     except BaseException as error:  # torch's CheckpointException is no Exception
-        _report(job, error)
+        # Of ranks that are asked to end, some end before others: that is no failure.
+        if not stop.is_made:
+            _report(job, error)
         raise
 
 
-def _run(job: Job) -> None:
+def _run(job: Job, stop: StopRequest) -> None:
     device = initialise(job.device, int(os.environ["LOCAL_RANK"]))
     # Nothing of Megatron may be imported before the device is initialised.
     from trainer.checkpoint import load_weights
@@ -45,7 +53,7 @@ def _run(job: Job) -> None:
     vocab_size = job.model.vocab_size or corpus.vocab_size
     model = build_model(job.model, vocab_size, corpus.seq_length, job.parallel, device.torch_device, bf16)
     if isinstance(job, TrainJob):
-        train_round(job, corpus, model, bf16)
+        train_round(job, corpus, model, bf16, stop)
     elif isinstance(job, ScoreJob):
         load_weights(job.weights, model)
         model.eval()
@@ -65,7 +73,6 @@ def _run(job: Job) -> None:
 
 def _initialise_parallel(job: Job, device: Device) -> None:
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     torch.distributed.init_process_group(device.backend, timeout=timedelta(minutes=30))
     parallel_state.initialize_model_parallel(
@@ -73,35 +80,7 @@ def _initialise_parallel(job: Job, device: Device) -> None:
         pipeline_model_parallel_size=job.parallel.pipeline,
     )
     # Weights are drawn whole on every tensor-parallel rank and then cut, so those must agree, and stages must not.
-    seed = job.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    model_parallel_cuda_manual_seed(seed)
-    # Comes last: on CPU the line above has just seeded the same generator.
-    torch.manual_seed(seed)
-
-
-def _end_with_launcher(job: Job) -> None:
-    """Hold the ranks' lock while this process lives, and end it when torchrun or the launcher ends.
-
-    Torchrun puts each rank in a session of its own, which no signal to the launcher's group reaches.
-    """
-    lock = os.open(job.lock, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    parent, launcher = os.getppid(), os.environ.get("REPRISE_LAUNCHER")
-
-    def watch() -> None:
-        while os.getppid() == parent and (launcher is None or _is_alive(int(launcher))):
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    device.seed(job.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
 
 def _report(job: Job, error: BaseException) -> None:

@@ -3,7 +3,6 @@
 import shutil
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,58 +15,47 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from data_scoring.corpus import Corpus
 from data_scoring.mix import Mix
 from data_scoring.progress import ProgressFile
-from trainer.checkpoint import TrainingState, load_checkpoint, load_weights, save_checkpoint
+from trainer.checkpoint import TrainingState, find_usable_checkpoint, load_checkpoint, load_weights
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig
 from trainer.forward import run_schedule
 from trainer.jobs import TrainJob
 from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, remove_seen_after
+from trainer.saver import CheckpointSaver
 from trainer.score import block_size, is_writer, make_scorer, validate
+from trainer.stopping import StoppedError, StopRequest
 
 
-def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: bool) -> None:
-    """Train `model` over the round's mix, going on from the round's last checkpoint, exactly where it stopped.
+def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: bool, stop: StopRequest) -> None:
+    """Train `model` over the round's mix, going on from the round's last whole checkpoint, exactly where it stopped.
 
     Leaves in the round's folder: checkpoint/, steps.parquet, seen/, validation.parquet. Raises ValueError, leaving
-    the last checkpoint usable, where a loss or a gradient is not finite.
+    the last checkpoint usable, where a loss or a gradient is not finite, and StoppedError, leaving a checkpoint of
+    the last step, where `stop` is requested.
     """
     mix = Mix(job.round_folder / "mix.parquet")
     num_steps = -(-len(mix) // job.train.global_batch_size)
     checkpoints = job.round_folder / "checkpoint"
-    resume_from = _usable_checkpoint(checkpoints, job.fingerprint)
+    resume_from = find_usable_checkpoint(checkpoints, job.fingerprint)
     if resume_from is None and job.start_from is not None:
         load_weights(job.start_from, model)
     state = make_state(job.train, model, num_steps, bf16)
-    step = 0
+    record: dict[str, Any] = {"step": 0, "is_validation_due": False}
     if resume_from is not None:
         load_checkpoint(resume_from, state)
-        step = int(read_checkpoint_record(resume_from)["step"])
-    logs = _Logs(job, step)
-    run = _Round(job, corpus, mix, state, logs, num_steps)
-    while step < num_steps:
-        step = run.train_step(step)
-        if step % job.train.validate_every_steps == 0 or step == num_steps:
-            run.validate(step)
-        if run.is_checkpoint_due(step):
-            logs.flush()
-            record = {"fingerprint": job.fingerprint, "num_steps": num_steps}
-            save_checkpoint(checkpoints, step, state, record, job.checkpoint.keep_last)
+        record = read_checkpoint_record(resume_from)
+    step = int(record["step"])
+    is_asynchronous = {"always": True, "never": False, "auto": job.device != "cpu"}[job.checkpoint.asynchronous]
+    saver = CheckpointSaver(checkpoints, job.checkpoint.keep_last, is_asynchronous)
+    run = _Round(job, corpus, mix, state, _Logs(job, step), saver, stop, num_steps)
+    if record["is_validation_due"]:
+        run.validate(step)
+    with stop.heeded():
+        run.train_from(step)
     if torch.distributed.get_rank() == 0:
         # The round is over: only its result is of use to anyone.
-        for old in list_checkpoints(checkpoints)[:-1]:
+        for old in [*list_checkpoints(checkpoints)[:-1], *checkpoints.glob("damaged-*")]:
             shutil.rmtree(old)
-
-
-def _usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
-    """Return the round's last checkpoint, after removing those that other inputs led to and half-written ones."""
-    if torch.distributed.get_rank() == 0 and folder.exists():
-        for path in [*folder.glob("step-*"), *folder.glob(".step-*.tmp")]:
-            complete = path in list_checkpoints(folder)
-            if not complete or read_checkpoint_record(path)["fingerprint"] != fingerprint:
-                shutil.rmtree(path)
-    torch.distributed.barrier()
-    checkpoints = list_checkpoints(folder)
-    return checkpoints[-1] if checkpoints else None
 
 
 def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> TrainingState:
@@ -139,9 +127,43 @@ class _Round:
     mix: Mix
     state: TrainingState
     logs: _Logs
+    saver: CheckpointSaver
+    stop: StopRequest
     num_steps: int
     saved_at: float = field(default_factory=time.monotonic)
+    # What `_reduce` last found, alike on all ranks: whether a save is due on the clock, whether any rank was asked to
+    # stop, and whether any rank's writers are at work on the last checkpoint.
     is_time_up: bool = False
+    is_stopping: bool = False
+    is_writing: bool = False
+
+    def train_from(self, step: int) -> None:
+        """Do all steps after `step`, validating and saving now and then, or until asked to stop."""
+        while step < self.num_steps:
+            step = self.train_step(step)
+            is_last = step == self.num_steps
+            is_stopping = self.is_stopping and not is_last
+            is_validation_due = is_last or step % self.job.train.validate_every_steps == 0
+            # Who asks to stop waits half a minute at most: save first, and validate when the round goes on.
+            if is_validation_due and not is_stopping:
+                self.validate(step)
+            if is_last or is_stopping or self.is_checkpoint_due(step):
+                self.save(step, is_last or is_stopping, is_validation_due and is_stopping)
+            elif self.saver.is_pending() and not self.is_writing:
+                self.saver.finish()
+            if is_stopping:
+                raise StoppedError
+
+    def save(self, step: int, is_waiting: bool, is_validation_due: bool) -> None:
+        """Save the state after `step`, all records that led to it first."""
+        self.logs.flush()
+        record = {
+            "fingerprint": self.job.fingerprint,
+            "num_steps": self.num_steps,
+            "is_validation_due": is_validation_due,
+        }
+        self.saver.save(step, self.state, record, is_waiting)
+        self.saved_at = time.monotonic()
 
     def train_step(self, step: int) -> int:
         """Do the step after `step` and return its number."""
@@ -169,20 +191,21 @@ class _Round:
         return step
 
     def _reduce(self, sums: torch.Tensor, num_tokens: torch.Tensor) -> tuple[float, int]:
-        """Return the batch's mean loss and its number of tokens, alike on all ranks; note whether a save is due."""
+        """Return the batch's mean loss and its number of tokens, alike on all ranks; note what else they agree on."""
         # Single precision is what Ascend's collectives offer at most; counts have a tensor of their own, to stay exact.
-        loss_sum, counts = torch.zeros(1), torch.zeros(2, dtype=torch.int64)
+        loss_sum, counts = torch.zeros(1), torch.zeros(4, dtype=torch.int64)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             loss_sum[0], counts[0] = sums.double().sum(), num_tokens.sum()
         if torch.distributed.get_rank() == 0:
             # One clock decides for all ranks.
             counts[1] = time.monotonic() - self.saved_at > 60 * self.job.checkpoint.every_minutes
+        counts[2], counts[3] = self.stop.is_made, self.saver.is_writing()
         device = next(self.state.model.parameters()).device
         loss_sum, counts = loss_sum.to(device), counts.to(device)
         torch.distributed.all_reduce(loss_sum)
         torch.distributed.all_reduce(counts)
-        tokens, is_time_up = counts.tolist()
-        self.is_time_up = bool(is_time_up)
+        tokens, *agreed = counts.tolist()
+        self.is_time_up, self.is_stopping, self.is_writing = map(bool, agreed)
         return loss_sum.item() / tokens, tokens
 
     def _record(
@@ -206,6 +229,7 @@ class _Round:
         self.logs.progress("training (steps)", step, self.num_steps)
 
     def _diverged(self, step: int, what: str, value: float) -> str:
+        self.saver.finish()
         kept = list_checkpoints(self.job.round_folder / "checkpoint")
         return (
             f"{self.job.round_folder}: {what} at step {step} is {value}; training stopped and "
@@ -225,9 +249,6 @@ class _Round:
                 self.logs.validation.append({"step": step, **row})
 
     def is_checkpoint_due(self, step: int) -> bool:
-        """Return whether to save after `step`: at the end, on the clock, and every so many steps."""
+        """Return whether to save after `step`: on the clock, or every so many steps."""
         every = self.job.checkpoint.every_steps
-        due = step == self.num_steps or self.is_time_up or (every is not None and step % every == 0)
-        if due:
-            self.saved_at = time.monotonic()
-        return due
+        return self.is_time_up or (every is not None and step % every == 0)

@@ -1,7 +1,4 @@
-"""What torchrun starts, once a rank: `python -m trainer.worker JOB.json`.
-
-Saving a checkpoint spawns a process that imports this module again: with nothing imported here, in no time.
-"""
+"""What torchrun starts, once a rank: `python -m trainer.worker JOB.json`."""
 
 if __name__ == "__main__":
     import sys

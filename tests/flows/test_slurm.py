@@ -167,10 +167,9 @@ def test_the_script_quotes_what_it_is_given(ranks: Ranks, tmp_path: Path) -> Non
     assert "#SBATCH --exclusive\n" in text
     assert f"'{tmp_path}/a b$(touch x)/train.job.json'" in text
     (tmp_path / "script").write_text(text.replace("exec srun", "exec echo").replace("$(scontrol", "$(echo"))
-    done = subprocess.run(
-        ["bash", str(tmp_path / "script")], cwd=tmp_path, env={**os.environ, "SLURM_JOB_NODELIST": "h", "SLURM_JOB_ID": "7"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    environment = {**os.environ, "SLURM_JOB_NODELIST": "h", "SLURM_JOB_ID": "7"}
+    command = ["bash", str(tmp_path / "script")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith(f"-m trainer.worker {tmp_path}/a b$(touch x)/train.job.json")
     assert "--rdzv-id 7-0 " in done.stdout
     assert not (tmp_path / "x").exists()

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.plain_model import read_checkpoint
 from data_scoring.corpus import Corpus
 from tests.conftest import Ranks
-from trainer.checkpoint_folder import list_checkpoints
+from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record, seal_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def diverged(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         found += content.count(weights.tobytes())
         part.write_bytes(content.replace(weights.tobytes(), np.full_like(weights, np.nan).tobytes()))
     assert found
+    seal_checkpoint(checkpoint, read_checkpoint_record(checkpoint))
     return checkpoint
 
 
@@ -55,5 +56,5 @@ def test_a_damaged_shard_and_a_damaged_checkpoint_are_named(ranks: Ranks, traine
     copy = Path(shutil.copytree(checkpoint, tmp_path / "step-00000001"))
     for part in copy.glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"step-00000001: cannot be loaded"):
+    with pytest.raises(ValueError, match=r"step-00000001: cannot be loaded \(it is damaged: __0_0.distcp has 1,000 b"):
         ranks.score("damaged-checkpoint", copy)

@@ -1,0 +1,68 @@
+"""What ends a rank: signals, its launcher's end, another rank's failure; and its writers end with it."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+HEADER = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from trainer.stopping import StopRequest, end_with_launcher
+folder = Path(sys.argv[1])
+end_with_launcher(SimpleNamespace(lock=folder / "lock", launcher=int(sys.argv[2]), errors=folder))
+"""
+
+
+def end_of(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `script` as a rank whose launcher is this process, and return how it ended."""
+    command = [sys.executable, "-c", HEADER + script, str(folder), str(os.getpid())]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(20)", -15),
+        ("with StopRequest().heeded(): pass\nos.kill(os.getpid(), signal.SIGTERM); time.sleep(20)", -15),
+        ("with (stop := StopRequest()).heeded(): os.kill(os.getpid(), 15)\nsys.exit(10 + stop.is_made)", 11),
+        ("with StopRequest().heeded(): os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); time.sleep(20)", 143),
+        ("os.kill(os.getpid(), signal.SIGINT); sys.exit(12)", 12),
+    ],
+)
+def test_a_rank_notes_one_sigterm_while_it_trains(script: str, code: int, tmp_path: Path) -> None:
+    assert end_of(script, tmp_path).returncode == code
+
+
+def test_a_rank_ends_when_another_has_failed(tmp_path: Path) -> None:
+    # Left three of the five seconds ago in which ranks that fail together may say why.
+    (tmp_path / "rank-00001.json").touch()
+    os.utime(tmp_path / "rank-00001.json", (time.time() - 3, time.time() - 3))
+    started = time.monotonic()
+    assert end_of("time.sleep(20)", tmp_path).returncode == 1
+    assert 1.5 < time.monotonic() - started < 8
+
+
+def test_what_a_rank_has_forked_ends_with_it_and_gives_up_the_lock(tmp_path: Path) -> None:
+    script = """
+writer = os.fork()
+if writer == 0:
+    os.close(1), os.close(2)
+    time.sleep(20)
+print(writer, flush=True)
+time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    writer = int(end_of(script, tmp_path).stdout)
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(writer) and psutil.Process(writer).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with (tmp_path / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

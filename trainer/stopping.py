@@ -1,0 +1,83 @@
+"""Stopping: what ends a rank, at once or after it has saved."""
+
+import fcntl
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from trainer.jobs import Job
+
+# Ranks that fail for the same reason have that long to leave their errors.
+_SECONDS_TO_REPORT = 5.0
+
+
+class StoppedError(Exception):
+    """Training was asked to stop; what it had is saved."""
+
+
+class StopRequest:
+    """Whether this rank was asked to stop while it could heed that; at any other time SIGTERM ends it at once."""
+
+    def __init__(self) -> None:
+        self.is_made = False
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Note the first SIGTERM that comes while the body runs, instead of ending at once."""
+        before = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.is_made:
+            os._exit(128 + number)
+        self.is_made = True
+
+
+def end_with_launcher(job: Job) -> None:
+    """Hold the ranks' lock while this process lives, and end it when torchrun or the launcher ends, or a rank fails.
+
+    Torchrun puts each rank in a session of its own, which no signal to the launcher's group reaches. A rank that
+    waits for a failed one, inside a collective, does not act on signals. The processes that write a checkpoint end
+    with their rank.
+    """
+    lock = os.open(job.lock, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    # Ctrl-C reaches torchrun, which passes it on, and the launcher, whose SIGTERM is what counts.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    launcher = os.environ.get("REPRISE_LAUNCHER")
+    _end_when(lambda: (launcher is not None and not _is_alive(int(launcher))) or _has_failed(job))
+    os.register_at_fork(after_in_child=lambda: _end_when(lambda: False))
+
+
+def _end_when(is_over: Callable[[], bool]) -> None:
+    """End this process within a second of its parent's end, or of `is_over`."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent and not is_over():
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _has_failed(job: Job) -> bool:
+    """Return whether a rank left its error, long enough ago."""
+    with suppress(FileNotFoundError):  # The next launch removes them.
+        return any(time.time() - path.stat().st_mtime > _SECONDS_TO_REPORT for path in job.errors.glob("rank-*.json"))
+    return False
