@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=4200, help="port of Prefect; the next one has the reports")
     serve.add_argument("--allow", type=Path, action="append", default=[], help="another folder that flows may use")
     serve.set_defaults(command=_serve)
+    doctor = commands.add_parser("doctor", help="say what this machine has, and what it lacks for a configuration")
+    doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML configuration")
+    doctor.set_defaults(command=_doctor)
     status = commands.add_parser("status", help="say what of a run is done, running or failed")
     status.add_argument("run", type=Path, metavar="RUN", help="run folder")
     status.set_defaults(command=_status)
@@ -213,6 +216,17 @@ def _approve(options: argparse.Namespace) -> None:
         draw = _draw(run.refine_config(number), options)
         run.approve(number, draw.policy, draw.sampling_rate)
     print(f"round {number} may train on what policy {draw.policy} keeps at sampling rate {draw.sampling_rate:g}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from flows.doctor import examine
+
+    findings = examine(None if options.config is None else read_config(options.config, []))
+    for finding in findings:
+        print(f"{finding.state:<8} {finding.text}")
+    lacks = sum(finding.state == "missing" for finding in findings)
+    if lacks:
+        raise ValueError(f"{options.config}: {lacks} of what it needs {'is' if lacks == 1 else 'are'} missing here")
 
 
 def _join(options: argparse.Namespace) -> None:

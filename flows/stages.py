@@ -21,7 +21,7 @@ from flows.report import write_report
 from flows.run_folder import Run
 from flows.slurm import check_tools
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.devices import check_count, resolve
+from trainer.devices import check_count, check_layers, resolve
 from trainer.jobs import ScoreJob, TrainJob
 
 
@@ -33,7 +33,8 @@ def prepare(run: Run, progress: Progress) -> bool:
         check_tools()
     else:
         check_count(resolve(config.device), config.parallel.world_size // config.launch.nodes)
-    _check_vocabulary(config)
+    check_layers(config.model.layers)
+    check_vocabulary(config)
     if run.is_complete("prepare"):
         return False
     prepare_corpus(
@@ -48,7 +49,8 @@ def prepare(run: Run, progress: Progress) -> bool:
     return True
 
 
-def _check_vocabulary(config: RunConfig) -> None:
+def check_vocabulary(config: RunConfig) -> None:
+    """Raise ValueError where the tokenizer cannot be opened, or has more entries than the model's vocabulary."""
     if config.model.vocab_size is None:
         return
     vocab_size = config.tokenizer.vocab_size

@@ -34,6 +34,14 @@ class ModelConfig(Config):
         """Return the feed-forward width in force."""
         return self.ffn_hidden_size or max(64, round(self.hidden_size * 8 / 3 / 64) * 64)
 
+    def num_parameters(self, vocab_size: int) -> int:
+        """Return the number of weights, with the embedding and the head of `vocab_size` entries, padding left out."""
+        keys_and_values = 2 * self.hidden_size * (self.num_query_groups or self.num_attention_heads)
+        keys_and_values = keys_and_values * (self.hidden_size // self.num_attention_heads)
+        attention = 2 * self.hidden_size**2 + keys_and_values
+        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        return self.num_layers * layer + self.hidden_size + 2 * vocab_size * self.hidden_size
+
     @model_validator(mode="after")
     def _check_heads(self) -> "ModelConfig":
         if self.hidden_size % self.num_attention_heads:

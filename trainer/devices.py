@@ -79,6 +79,41 @@ def check_layers(layers: str) -> None:
         )
 
 
+def describe_devices() -> list[tuple[bool, str]]:
+    """Return, for each kind of device, whether this host has it, and what it has or how to get it."""
+    gib = 1 << 30
+    rows = [(True, f"cpu: gloo {'is' if torch.distributed.is_gloo_available() else 'is not'} built into torch")]
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            nccl = ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
+            rows.append(
+                (
+                    True,
+                    f"cuda {number}: {torch.cuda.get_device_name(number)}, {free / gib:.1f} of {total / gib:.1f} GiB "
+                    f"free, NCCL {nccl}, "
+                    f"bfloat16 {'works' if torch.cuda.is_bf16_supported() else 'does not work'}",
+                )
+            )
+    else:
+        rows.append((False, "cuda: none found; it takes a CUDA build of torch and NVIDIA's driver"))
+    missing = [name for name in ("torch_npu", "mindspeed") if importlib.util.find_spec(name) is None]
+    if missing:
+        rows.append((False, f"npu: {' and '.join(missing)} not installed; docs/devices.md says how"))
+    else:
+        rows.append((True, f"npu: {_ascend()}"))
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    rows.append((has_engine, f"Transformer Engine: {'installed' if has_engine else 'not installed'} (model.layers)"))
+    return rows
+
+
+def _ascend() -> str:
+    import torch_npu  # noqa: F401
+
+    npu = torch.npu  # type: ignore[attr-defined]
+    return f"{npu.device_count()} of {npu.get_device_name(0) if npu.device_count() else 'no kind'}"
+
+
 def initialise(kind: str, local_rank: int) -> Device:
     """Return this rank's device, made current, with Megatron adapted to it.
 

@@ -8,6 +8,7 @@ import yaml
 
 from flows.cli import main
 from flows.config import RunConfig, differences, flatten, parse_config, read_config
+from flows.config_docs import PATH, page
 
 VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}}
 
@@ -30,6 +31,10 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("name: [", [], "not valid YAML"),
         ("- a", [], "holds no configuration"),
         ("name: ../up", [], "name: string should match pattern"),
+        ("", ["launch.nodes=2"], "launch.nodes: parallel makes 1 processes, which 2 nodes with the same number of"),
+        ("", ["launch.nodes=2", "parallel.data=2"], "launch.rendezvous: several nodes need a place to meet; give this"),
+        ("", ["launch.kind=slurm"], "device: what Slurm's nodes have is not seen from here; say cuda, npu or cpu"),
+        ("", ["launch.rendezvous=host"], "launch.rendezvous: string should match pattern"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
@@ -90,7 +95,6 @@ def test_the_readme_s_own_example_is_valid() -> None:
 
 
 def test_every_field_is_documented() -> None:
-    documented = Path("docs/configuration.md").read_text()
-    default = parse_config(VALUES, "x")
-    for name in flatten(default.model_dump()):
-        assert f"| `{name.replace('sources.0', 'sources[]')}` |" in documented
+    assert PATH.read_text() == page(), "run `python -m flows.config_docs`"
+    for name in flatten(parse_config(VALUES, "x").model_dump()):
+        assert f"| `{name.replace('sources.0', 'sources[]')}` |" in page()

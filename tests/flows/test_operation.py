@@ -120,7 +120,7 @@ class Place:
 
         wait_for(f"state {state}", is_there, seconds)
 
-    def training(self, name: str, steps: int = 50) -> Path:
+    def training(self, name: str) -> Path:
         """Wait until the first round of the run has a checkpoint, and return the run's folder."""
         run = self.folder / "runs" / name
         wait_for("a checkpoint", lambda: list_checkpoints(run / "rounds" / "1" / "checkpoint"))
@@ -232,7 +232,7 @@ def test_a_killed_worker_neither_ends_a_run_nor_keeps_it_from_being_cancelled(pl
 
 @pytest.mark.parametrize("victim", ["flow", "rank"])
 def test_a_killed_process_fails_the_run_which_then_goes_on(place: Place, unbroken: Path, victim: str) -> None:
-    run = place.submit({**CONFIG, "name": victim})
+    run = place.submit({**CONFIG, "name": victim, "launch": {"max_restarts": 0}})
     folder = place.training(victim)
     [victim_process, *_] = place.ranks() if victim == "rank" else [torchrun(place).parent()]
     assert victim_process is not None

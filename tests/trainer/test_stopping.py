@@ -4,6 +4,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,14 +17,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from trainer.stopping import StopRequest, end_with_launcher
 folder = Path(sys.argv[1])
-end_with_launcher(SimpleNamespace(lock=folder / "lock", launcher=int(sys.argv[2]), errors=folder))
+end_with_launcher(SimpleNamespace(lock=folder / "lock", errors=folder))
 """
 
 
-def end_of(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run `script` as a rank whose launcher is this process, and return how it ended."""
-    command = [sys.executable, "-c", HEADER + script, str(folder), str(os.getpid())]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+def end_of(script: str, folder: Path, launcher: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `script` as a rank whose launcher is this process, or another, and return how it ended."""
+    command = [sys.executable, "-c", HEADER + script, str(folder)]
+    environment = {**os.environ, "REPRISE_LAUNCHER": str(launcher or os.getpid())}
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,14 @@ def end_of(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 )
 def test_a_rank_notes_one_sigterm_while_it_trains(script: str, code: int, tmp_path: Path) -> None:
     assert end_of(script, tmp_path).returncode == code
+
+
+def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "1"]) as launcher:
+        threading.Thread(target=launcher.wait).start()
+        started = time.monotonic()
+        assert end_of("time.sleep(20)", tmp_path, launcher.pid).returncode == 1
+        assert time.monotonic() - started < 8
 
 
 def test_a_rank_ends_when_another_has_failed(tmp_path: Path) -> None:
