@@ -130,8 +130,12 @@ def _follow(job: Job, progress: Progress, ranks: _Ranks) -> None:
     except FileNotFoundError:
         progress(ranks.describe(), 0, None)
         return
-    details = [f"{name.replace('_', ' ')} {value:,.4g}" for name, value in state.items() if isinstance(value, float)]
-    progress(" · ".join([state["what"], *details]), state["done"], state["total"])
+    what, done, total = (state.pop(name) for name in ("what", "done", "total"))
+    details = [
+        f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{name.replace('_', ' ')} {value:,.4g}"
+        for name, value in state.items()
+    ]
+    progress(" · ".join([what, *details]), done, total)
 
 
 def _raise_failure(job: Job, state: str, log_path: Path, started: int) -> None:

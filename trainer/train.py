@@ -225,7 +225,8 @@ class _Round:
                 "tokens_per_second": speed,
             }
         )
-        self.logs.progress.details = {"loss": loss, "tokens_per_second": speed}
+        samples = min(step * self.job.train.global_batch_size, len(self.mix))
+        self.logs.progress.details = {"samples": samples, "loss": loss, "tokens_per_second": speed}
         self.logs.progress("training (steps)", step, self.num_steps)
 
     def _diverged(self, step: int, what: str, value: float) -> str:
