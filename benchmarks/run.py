@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.operation import prefect_overhead, stopping
 from benchmarks.plain_model import PlainModel, load_megatron_weights
 from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
 from data_scoring.corpus import Corpus
@@ -141,7 +142,7 @@ def _stacked(gpt: torch.nn.Module, num_layers: int) -> dict[str, torch.Tensor]:
     return {**weights, **stacked}
 
 
-def demo(folder: Path) -> dict[str, Any]:
+def demo(folder: Path) -> list[dict[str, Any]]:
     """Return the seconds that the demo takes, and those outside its training and scoring stages."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "flows.cli", "run", "configs/demo.yaml", "--set", f"output={folder}"]
@@ -149,32 +150,35 @@ def demo(folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     rounds = folder / "demo" / "rounds"
     stages = sum(read_json(path)["seconds"] for stage in ("train", "score") for path in rounds.glob(f"*/{stage}.json"))
-    return {
-        "claim": "demo: seconds outside training and scoring / seconds in all",
-        "seconds": round(seconds, 1),
-        "outside": round(seconds - stages, 1),
-        "median": round((seconds - stages) / seconds, 3),
-    }
+    return [
+        {
+            "claim": "demo: seconds outside training and scoring / seconds in all",
+            "seconds": round(seconds, 1),
+            "outside": round(seconds - stages, 1),
+            "median": round((seconds - stages) / seconds, 3),
+        }
+    ]
+
+
+BENCHMARKS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    "throughput": throughput,
+    "demo": demo,
+    "prefect": prefect_overhead,
+    "stopping": stopping,
+}
 
 
 def main() -> None:
-    """Run the benchmarks named on the command line, or all, print them and write them down."""
+    """Run the benchmarks named on the command line, or all, print them and write each down."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=["throughput", "demo"], help="throughput, demo")
-    names = parser.parse_args().names
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        if "throughput" in names:
-            rows += throughput(Path(folder))
-        if "demo" in names:
-            rows.append(demo(Path(folder)))
-    hardware = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
-    for row in rows:
-        print("  ".join(f"{key}: {value}" for key, value in row.items()))
-    print(hardware)
-    write_json(
-        RESULTS / "main.json", {"hardware": hardware, "versions": package_versions(), "turns": TURNS, "results": rows}
-    )
+    parser.add_argument("names", nargs="*", help=", ".join(BENCHMARKS))
+    for name in parser.parse_args().names or BENCHMARKS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = BENCHMARKS[name](Path(folder))
+        for row in rows:
+            print("  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
+        hardware = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+        write_json(RESULTS / f"{name}.json", {"hardware": hardware, "versions": package_versions(), "results": rows})
 
 
 if __name__ == "__main__":

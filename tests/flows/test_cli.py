@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,49 @@ def test_a_moved_run_folder_is_still_a_run(config: Path, capsys: pytest.CaptureF
     (config.parent / "elsewhere" / "x").rename(config.parent / "elsewhere" / "y")
     assert main(["prepare", "elsewhere/y"]) == 0
     assert not (config.parent / "runs").exists()
+
+
+def test_doctor_names_what_is_missing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(config)]) == 0
+    assert "missing" not in capsys.readouterr().out
+    text = config.read_text()
+    config.write_text(text + "device: npu\nmodel: {layers: transformer_engine, num_layers: 1000, hidden_size: 65536}\n")
+    (config.parent / "a.jsonl").unlink()
+    assert main(["doctor", str(config)]) == 1
+    out, err = capsys.readouterr()
+    missing = [line for line in out.splitlines() if line.startswith("missing")]
+    assert [words in line for words, line in zip(
+        ("torch_npu is not installed; install", "install transformer_engine[pytorch]", "a.jsonl", "disk: "),
+        missing, strict=True,
+    )] == [True] * 4  # fmt: skip
+    assert "4 of what it needs are missing here" in err
+
+
+def test_a_dry_run_of_the_launch_starts_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(config), "--dry-run"]) == 0
+    assert "-m torch.distributed.run --nnodes 1 --nproc-per-node 1" in capsys.readouterr().out
+    slurm = ["--set", "device=cuda", "--set", "launch={kind: slurm, slurm: {partition: gpu}}"]
+    assert main(["run", str(config), "--dry-run", *slurm]) == 0
+    assert "#SBATCH --partition=gpu" in capsys.readouterr().out
+    assert not (config.parent / "runs").exists()
+
+
+def test_slurm_that_is_not_there_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["prepare", str(config), "--set", "device=cpu", "--set", "launch.kind=slurm"]) == 1
+    assert "launch.kind: slurm needs sbatch, squeue, scontrol, scancel; start this on" in one_line(capsys)
+
+
+def test_serving_needs_its_folder_and_a_free_port(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve"]) == 1
+    assert "has no prefect.yaml; start this in the folder of Reprise" in one_line(capsys)
+    (config.parent / "prefect.yaml").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 1
+    assert f"--port: 127.0.0.1:{port} cannot be served (Address already in use); stop what uses it" in one_line(capsys)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from flows.cli import main
-from flows.config import RunConfig, differences, flatten, parse_config, read_config
+from flows.config import LaunchConfig, RunConfig, check_paths, differences, flatten, parse_config, read_config
 from flows.config_docs import PATH, page
 
 VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}}
@@ -98,3 +98,38 @@ def test_every_field_is_documented() -> None:
     assert PATH.read_text() == page(), "run `python -m flows.config_docs`"
     for name in flatten(parse_config(VALUES, "x").model_dump()):
         assert f"| `{name.replace('sources.0', 'sources[]')}` |" in page()
+
+
+def test_paths_outside_of_what_is_allowed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "link").mkdir(parents=True)
+    (tmp_path / "here" / "link").rmdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path / "here")
+
+    def config(source: str, **fields: object) -> RunConfig:
+        return RunConfig.model_validate({"corpus": {"sources": [{"name": "a", "path": source}]}, **fields})
+
+    allowed = [Path.cwd()]
+    check_paths(config("data/*.jsonl"), allowed)
+    check_paths(RunConfig(), allowed)
+    for bad in (
+        config("../a.jsonl"), config("/etc/passwd"), config("link/a.jsonl"), config("a.jsonl", output="/tmp"),
+        config("a.jsonl", tokenizer={"path": "../t.json"}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="lies outside of what flows may use here"):
+            check_paths(bad, allowed)
+        check_paths(bad, [*allowed, Path("/")])
+
+
+def test_a_run_without_a_name_is_called_after_what_decides_its_results() -> None:
+    base = RunConfig()
+    assert base.run_name == RunConfig(device="cpu", launch=LaunchConfig(max_restarts=0)).run_name
+    assert base.run_name != RunConfig(seed=1).run_name
+    assert base.folder == Path("runs") / base.run_name
+
+
+def test_a_file_has_to_say_what_it_is_about(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(ValueError, match=r"config.yaml: name: field required"):
+        read_config(path, [])

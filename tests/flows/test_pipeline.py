@@ -2,21 +2,26 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import duckdb
+import httpx
 import pytest
+import yaml
 
 from data_scoring.python_text import read_python_text
+from flows.cli import main
 from flows.run_folder import locked
 from flows.status import read_status
 from tests.conftest import read_rows
+from tests.flows.place import Place
 
 CONFIG = """
 name: run
@@ -46,7 +51,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(workplace: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PREFECT_HOME": str(workplace / "prefect")}
+    environment = {**os.environ, "PREFECT_HOME": str(workplace / "alone")}
     return subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "run", "config.yaml", *arguments],
         cwd=workplace,
@@ -74,11 +79,58 @@ def kill_when(process: subprocess.Popen[str], is_time: Callable[[], bool]) -> No
 
 
 @pytest.fixture(scope="module")
-def unbroken(workplace: Path) -> Path:
-    out = finish(start(workplace, "--set", "name=unbroken"))
-    run = workplace / "runs" / "unbroken"
-    assert f"report: {run / 'report.html'}" in out
-    return run
+def served(workplace: Path) -> Iterator[Place]:
+    place = Place(workplace, yaml.safe_load(CONFIG))
+    place.start()
+    yield place
+    place.stop()
+    assert [" ".join(process.cmdline()) for process in place.processes()] == []
+
+
+@pytest.fixture(scope="module")
+def unbroken(workplace: Path, served: Place) -> Path:
+    """A run that nothing happened to, as a deployment; the others are done by the command."""
+    run = served.submit({**yaml.safe_load(CONFIG), "name": "unbroken"})
+    served.wait(run, "Completed")
+    assert_shown(served, run, "unbroken")
+    return workplace / "runs" / "unbroken"
+
+
+def assert_shown(place: Place, run: str, name: str) -> None:
+    filters = {"flow_runs": {"id": {"any_": [run]}}}
+    artifacts = httpx.post(f"{place.api}/artifacts/filter", json=filters).json()
+    shown = {artifact["key"]: artifact for artifact in artifacts}
+    for key in ("round-1-training", "round-1-losses", "round-2-selection", "round-2-training", "round-2-report"):
+        assert f"{name}-{key}" in shown
+    assert shown[f"{name}-train-1"]["data"] == 100
+    assert "training (steps)" in shown[f"{name}-train-1"]["description"]
+    assert len(json.loads(shown[f"{name}-round-1-losses"]["data"])) == 12
+    assert "data:image/png;base64," in shown[f"{name}-round-2-selection"]["data"]
+    link = shown[f"{name}-round-2-report"]["data"].split("(")[1].split(")")[0]
+    assert "<title>Reprise: unbroken" in httpx.get(link).text
+    tasks = httpx.post(f"{place.api}/task_runs/count", json=filters).json()
+    assert 7 <= tasks <= 12
+    events = httpx.post(
+        f"{place.api}/events/filter",
+        json={"filter": {"event": {"prefix": ["reprise."]}, "occurred": {"since": "2020-01-01T00:00:00Z"}}},
+    ).json()["events"]
+    assert {event["event"] for event in events} >= {
+        "reprise.score.completed", "reprise.refine.completed", "reprise.round.completed"
+    }  # fmt: skip
+
+
+def test_bad_values_are_refused_at_submission(served: Place) -> None:
+    with pytest.raises(AssertionError, match="7 is greater than the maximum of 1"):
+        served.submit({"refine": {"sampling_rate": 7}})
+    with pytest.raises(AssertionError, match=r"'hardest' is not one of \[.*'loss', 'random', 'all'"):
+        served.submit({"refine": {"policy": "hardest"}})
+
+
+def test_paths_do_not_escape(served: Place) -> None:
+    run = served.submit({"name": "escape", "output": "../elsewhere"})
+    served.wait(run, "Failed")
+    assert "output: '../elsewhere' lies outside of what flows may use here" in served.message(run)
+    assert not (served.folder.parent / "elsewhere").exists()
 
 
 def test_the_ledger_holds_one_row_a_sample_and_round(unbroken: Path) -> None:
@@ -171,3 +223,29 @@ def test_the_same_command_on_a_finished_run_does_nothing(workplace: Path, unbrok
     before = {path: path.stat().st_mtime_ns for path in (unbroken / "rounds").rglob("*") if path.is_file()}
     finish(start(workplace, "--set", "name=unbroken"))
     assert before == {path: path.stat().st_mtime_ns for path in (unbroken / "rounds").rglob("*") if path.is_file()}
+
+
+def test_a_round_waits_for_its_approval(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(unbroken.parents[1])
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    shutil.rmtree(run / "rounds" / "2")
+    text = (run / "run.yaml").read_text()
+    (run / "run.yaml").write_text(text.replace("approval: false", "approval: true"))
+    assert main(["refine", str(run), "--dry-run", "--policy", "random", "--sampling-rate", "0.25"]) == 0
+    assert "policy random, sampling rate 0.25" in capsys.readouterr().out
+    assert not (run / "rounds" / "2").exists()
+    assert main(["refine", str(run), "--sampling-rate", "0.25"]) == 1
+    assert "--policy, --sampling-rate: go with --dry-run" in capsys.readouterr().err
+    assert main(["refine", str(run)]) == 1
+    assert "what round 2 trains on waits to be approved; look at it with `reprise refine" in capsys.readouterr().err
+    assert main(["approve", str(run), "--sampling-rate", "2"]) == 1
+    assert "--sampling-rate: Input should be less than or equal to 1 (it is 2.0)" in capsys.readouterr().err
+    assert main(["approve", str(run), "--sampling-rate", "0.25"]) == 0
+    assert main(["refine", str(run)]) == 0
+    kept = [row[0] for row in read_rows(run / "rounds" / "2" / "selection", "kept")]
+    assert sum(kept) == pytest.approx(len(kept) / 4, abs=12)
+    assert len(read_rows(run / "rounds" / "2" / "mix.parquet", "sample")) == sum(kept)
+    assert main(["approve", str(unbroken)]) == 1
+    assert "round 2 has been trained already" in capsys.readouterr().err

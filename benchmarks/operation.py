@@ -1,0 +1,186 @@
+"""What operating a run costs: Prefect's share of a pipeline, how soon a cancelled run is gone, what a kill loses."""
+
+import fcntl
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from data_scoring.files import read_json
+from flows.config import RunConfig
+from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
+
+TURNS = 3
+EVERY_STEPS = 20
+TINY: dict[str, Any] = {
+    "corpus": {
+        "sources": [{"name": "topics", "format": "python", "path": "topics", "max_documents": 20}], "seq_length": 32,
+    },
+    "tokenizer": {"vocab_size": 300},
+    "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
+    "train": {"global_batch_size": 4},
+    "checkpoint": {"every_steps": EVERY_STEPS},
+}  # fmt: skip
+
+
+def _spread(claim: str, values: list[float]) -> dict[str, Any]:
+    return {
+        "claim": claim,
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+def prefect_overhead(folder: Path) -> list[dict[str, Any]]:
+    """Return the seconds of a pipeline with nothing left to do, as Prefect's flow and as plain function calls."""
+    config = RunConfig.model_validate({**TINY, "name": "noop", "output": str(folder)})
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    # Its own server, whatever else is configured here.
+    os.environ["PREFECT_API_URL"] = ""
+    from data_scoring.progress import silent
+    from flows import stages
+    from flows.pipeline import multi_round
+    from flows.run_folder import locked, open_run
+    from flows.server import server
+
+    def plain() -> None:
+        with locked(config.folder):
+            run = open_run(config)
+            stages.prepare(run, silent)
+            for number in range(1, config.rounds.num_rounds + 1):
+                if number > 1:
+                    stages.score(run, number - 1, silent)
+                    stages.refine(run, number, silent)
+                stages.mix(run, number, silent)
+                stages.train(run, number, silent)
+            stages.report(run)
+
+    seconds: dict[str, list[float]] = {"plain": [], "prefect": []}
+    with server():
+        multi_round(config)
+        for _ in range(TURNS):
+            for name, work in (("plain", plain), ("prefect", lambda: multi_round(config))):
+                started = time.perf_counter()
+                work()
+                seconds[name].append(time.perf_counter() - started)
+    return [
+        _spread("pipeline with nothing to do through Prefect / plain function calls", _ratios(seconds)),
+        _spread("seconds that Prefect adds to a pipeline of 8 tasks", _differences(seconds)),
+    ]
+
+
+def _ratios(seconds: dict[str, list[float]]) -> list[float]:
+    return [mine / theirs for mine, theirs in zip(seconds["prefect"], seconds["plain"], strict=True)]
+
+
+def _differences(seconds: dict[str, list[float]]) -> list[float]:
+    return [mine - theirs for mine, theirs in zip(seconds["prefect"], seconds["plain"], strict=True)]
+
+
+def stopping(folder: Path) -> list[dict[str, Any]]:
+    """Return how long ranks outlive a cancel in Prefect and a kill of their flow, and the steps that each loses."""
+    run = folder / "stopped"
+    ends: dict[str, list[float]] = {"cancel": [], "kill": []}
+    lost: dict[str, list[float]] = {"cancel": [], "kill": []}
+    with _served(folder) as submit_and_cancel:
+        submit, cancel = submit_and_cancel
+        for _ in range(TURNS):
+            for way in ("cancel", "kill"):
+                flow_run = submit({**TINY, "name": "stopped", "output": str(folder)})
+                before = _saved(run)
+                _wait(lambda saved=before: _saved(run) > saved and _done(run) > _saved(run) + EVERY_STEPS // 2)
+                started = time.monotonic()
+                if way == "cancel":
+                    cancel(flow_run)
+                else:
+                    _flow_process(run).kill()
+                done = _done(run)
+                _wait(lambda: _ranks_are_gone(run))
+                ends[way].append(time.monotonic() - started)
+                lost[way].append(max(0, done - _saved(run)))
+                _wait(lambda: _lock_is_free(run / ".lock"))
+    return [
+        _spread("seconds from a cancel in Prefect to the last rank's end (a checkpoint is saved)", ends["cancel"]),
+        _spread("seconds from a SIGKILL of the flow to the last rank's end", ends["kill"]),
+        _spread(f"steps lost by a cancel / steps between checkpoints ({EVERY_STEPS})", _shares(lost["cancel"])),
+        _spread(f"steps lost by a SIGKILL / steps between checkpoints ({EVERY_STEPS})", _shares(lost["kill"])),
+    ]
+
+
+def _shares(lost: list[float]) -> list[float]:
+    return [steps / EVERY_STEPS for steps in lost]
+
+
+@contextmanager
+def _served(folder: Path) -> Iterator[tuple[Callable[[dict[str, Any]], str], Callable[[str], None]]]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    api = f"http://127.0.0.1:{port}/api"
+    environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect")}
+    command = [sys.executable, "-m", "flows.cli", "serve", "--port", str(port), "--allow", str(folder)]
+    log = folder / "serve.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+    _wait(lambda: b"Start a run" in log.read_bytes())
+
+    def submit(config: dict[str, Any]) -> str:
+        deployment = httpx.get(f"{api}/deployments/name/multi-round/demo").json()["id"]
+        answer = httpx.post(f"{api}/deployments/{deployment}/create_flow_run", json={"parameters": {"config": config}})
+        return str(answer.raise_for_status().json()["id"])
+
+    def cancel(run: str) -> None:
+        state = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+        httpx.post(f"{api}/flow_runs/{run}/set_state", json=state).raise_for_status()
+
+    try:
+        yield submit, cancel
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(90)
+
+
+def _wait(is_so: Callable[[], Any], seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the benchmark waited in vain")
+        time.sleep(0.02)
+
+
+def _saved(run: Path) -> int:
+    found = list_checkpoints(run / "rounds" / "1" / "checkpoint")
+    return int(read_checkpoint_record(found[-1])["step"]) if found else 0
+
+
+def _done(run: Path) -> int:
+    progress = read_json(run / "logs" / "progress.json")
+    return int(progress["done"]) if progress and progress["what"].startswith("training") else 0
+
+
+def _flow_process(run: Path) -> psutil.Process:
+    holder = (run / ".lock").read_text()
+    return psutil.Process(int(holder.split()[1]))
+
+
+def _ranks_are_gone(run: Path) -> bool:
+    return _lock_is_free(run / ".ranks.lock")
+
+
+def _lock_is_free(path: Path) -> bool:
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True

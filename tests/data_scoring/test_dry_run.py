@@ -1,0 +1,71 @@
+"""A dry run says what refining then does, counted again from the files it would have written."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data_scoring.config import Policy, RefineConfig
+from data_scoring.dry_run import dry_run
+from data_scoring.progress import silent
+from data_scoring.refine import refine
+from data_scoring.scoring import losses_path, write_parquet
+from tests.conftest import read_rows
+
+SIZES = (701, 700)
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(3)
+    rows = []
+    for shard, size in enumerate(SIZES):
+        samples, tokens = np.arange(size, dtype=np.int32), generator.integers(10, 33, size, dtype=np.int32)
+        losses = generator.normal(3, 0.6, size).astype(np.float32)
+        table = pa.table({"sample": samples, "num_tokens": tokens, "loss": losses})
+        write_parquet(losses_path(tmp_path, shard), table, "scored")
+        rows += [(shard, number, "ab"[number % 2], int(tokens[number])) for number in range(size)]
+    columns = dict(zip(("shard", "sample", "source", "num_tokens"), map(list, zip(*rows, strict=True)), strict=True))
+    write_parquet(tmp_path / "samples.parquet", pa.table(columns), "samples")
+    # The round before trained on the first quarter of each shard.
+    mix = [row[:2] for row in rows if row[1] < SIZES[row[0]] // 4]
+    write_parquet(
+        tmp_path / "mix.parquet", pa.table({"shard": [r[0] for r in mix], "sample": [r[1] for r in mix]}), "m"
+    )
+    return tmp_path
+
+
+def kept_by(folder: Path, config: RefineConfig, name: str) -> dict[tuple[int, int], float]:
+    refine(folder, folder / name, config, 5, 2, list(SIZES), name, silent)
+    return {
+        (shard, sample): loss
+        for shard in range(len(SIZES))
+        for sample, loss, kept in read_rows(
+            folder / name / "selection" / f"shard={shard:04d}.parquet", "sample", "loss", "kept"
+        )
+        if kept
+    }
+
+
+@pytest.mark.parametrize(("policy", "rate"), [("loss", 0.3), ("random", 0.5), ("all", 0.5)])
+def test_it_counts_what_refining_keeps(scored: Path, policy: Policy, rate: float) -> None:
+    config = RefineConfig(policy=policy, sampling_rate=rate)
+    before = sorted(scored.rglob("*"))
+    dry = dry_run(scored, scored / "samples.parquet", config, 5, 2, list(SIZES))
+    assert sorted(scored.rglob("*")) == before
+    kept = kept_by(scored, config, "2")
+    sources = {
+        row[:2]: row[2:] for row in read_rows(scored / "samples.parquet", "shard", "sample", "source", "num_tokens")
+    }
+    assert (dry.total.num_samples, dry.total.num_kept) == (sum(SIZES), len(kept))
+    assert dry.total.num_tokens_kept == sum(sources[sample][1] for sample in kept)
+    assert dry.total.mean_loss_kept == pytest.approx(np.mean(list(kept.values())), rel=1e-6)
+    for part in dry.sources:
+        assert part.num_kept == sum(sources[sample][0] == part.name for sample in kept)
+    assert [part.num_kept for part in dry.shards] == [sum(s == shard for s, _ in kept) for shard in range(len(SIZES))]
+    by_chance = kept_by(scored, config.model_copy(update={"policy": "all" if policy == "all" else "random"}), "chance")
+    assert dry.random_overlap == pytest.approx(len(kept.keys() & by_chance.keys()) / len(kept))
+    assert dry.random_overlap == 1 if policy != "loss" else dry.random_overlap < 1
+    mixed = set(read_rows(scored / "mix.parquet", "shard", "sample"))
+    assert dry.last_mix_overlap == pytest.approx(len(kept.keys() & mixed) / len(kept))

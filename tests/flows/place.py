@@ -1,0 +1,127 @@
+"""A folder as `make serve` finds it, with a server, a worker and ranks that are all real."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from tests.conftest import make_documents
+from trainer.checkpoint_folder import list_checkpoints
+
+ROOT = Path(__file__).parents[2]
+CONFIG: dict[str, Any] = {
+    "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}], "seq_length": 32, "num_shards": 8},
+    "tokenizer": {"vocab_size": 300},
+    "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "ffn_hidden_size": 64},
+    "train": {"global_batch_size": 4, "micro_batch_size": 2, "lr": 1.0e-2},
+    "score": {"micro_batch_size": 1},
+    "parallel": {"data": 2},
+    "checkpoint": {"every_steps": 50},
+}
+
+
+def wait_for(what: str, is_so: Callable[[], Any], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (answer := is_so()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for: {what}"
+        time.sleep(0.1)
+    return answer
+
+
+class Place:
+    """A folder as `make serve` finds it, served on ports of its own."""
+
+    def __init__(self, folder: Path, config: dict[str, Any] = CONFIG) -> None:
+        self.folder = folder
+        for name in ("flows", "data_scoring", "trainer", "kernels"):
+            (folder / name).symlink_to(ROOT / name)
+        project = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+        project["deployments"][0]["parameters"]["config"] = {"name": "form", **config}
+        (folder / "prefect.yaml").write_text(yaml.safe_dump(project))
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.api = f"http://127.0.0.1:{self.port}/api"
+        lines = [json.dumps({"text": document}) for document in make_documents(600)]
+        (folder / "a.jsonl").write_text("\n".join(lines))
+        self.environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)}
+        self.environment["PWD"] = str(folder)
+        self.environment.pop("PREFECT_API_URL", None)
+        self.server: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self.folder / "serve.log").open("ab") as log:
+            self.server = subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", "serve", "--port", str(self.port)],
+                cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        said = (self.folder / "serve.log").stat().st_size
+        wait_for("serving", lambda: "Start a run" in (self.folder / "serve.log").read_text()[said:])
+
+    def stop(self) -> None:
+        assert self.server is not None
+        self.server.send_signal(signal.SIGINT)
+        self.server.wait(90)
+
+    def processes(self, *words: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                line, place = " ".join(process.cmdline()), process.cwd()
+            except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                continue
+            is_ours = str(self.folder) in line or place == str(self.folder)
+            if is_ours and all(word in line for word in words):
+                found.append(process)
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        return [process for process in self.processes("-m trainer.worker") if not self.is_torchrun(process)]
+
+    @staticmethod
+    def is_torchrun(process: psutil.Process) -> bool:
+        try:
+            return "torch.distributed.run" in process.cmdline()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            return True
+
+    def submit(self, config: dict[str, Any], deployment: str = "multi-round/demo") -> str:
+        found = httpx.get(f"{self.api}/deployments/name/{deployment}").raise_for_status().json()
+        answer = httpx.post(
+            f"{self.api}/deployments/{found['id']}/create_flow_run",
+            json={"parameters": {"config": config}, "state": {"type": "SCHEDULED"}},
+            timeout=30,
+        )
+        assert answer.is_success, answer.text
+        return str(answer.json()["id"])
+
+    def state(self, run: str) -> str:
+        return str(httpx.get(f"{self.api}/flow_runs/{run}", timeout=30).json()["state"]["name"])
+
+    def message(self, run: str) -> str:
+        return str(httpx.get(f"{self.api}/flow_runs/{run}", timeout=30).json()["state"]["message"])
+
+    def wait(self, run: str, state: str, seconds: float = 240) -> None:
+        ended = ("Completed", "Failed", "Crashed", "Cancelled")
+
+        def is_there() -> bool:
+            now = self.state(run)
+            assert now == state or now not in ended, f"{now}: {self.message(run)}"
+            return now == state
+
+        wait_for(f"state {state}", is_there, seconds)
+
+    def training(self, name: str) -> Path:
+        """Wait until the first round of the run has a checkpoint, and return the run's folder."""
+        run = self.folder / "runs" / name
+        wait_for("a checkpoint", lambda: list_checkpoints(run / "rounds" / "1" / "checkpoint"))
+        return run
