@@ -29,7 +29,7 @@ def ask(run: Run, round_number: int) -> bool:
     suspended: there the mix refuses to be made until `reprise approve`.
     """
     context = FlowRunContext.get()
-    if not run.config.rounds.approval or run.approval(round_number) is not None:
+    if not run.awaits_approval(round_number):
         return False
     if context is None or context.flow_run is None or context.flow_run.deployment_id is None:
         return False

@@ -103,10 +103,10 @@ def join(run_folder: Path, interface: str | None) -> None:
     while not all(row.state == "done" for row in read_status(run_folder)):
         content = read_json(_announcement(run_folder))
         if content is None or content["meeting"]["id"] == done:
-            time.sleep(0.5)
+            time.sleep(1)
         elif listener.silence(_announcement(run_folder), content) > _SECONDS_OF_SILENCE:
             # Whoever announced it is gone; the next one will announce another meeting.
-            time.sleep(0.5)
+            time.sleep(1)
         else:
             meeting = Meeting(**content["meeting"])
             print(f"joining {Path(content['job']).stem} at {meeting.endpoint}", file=sys.stderr, flush=True)

@@ -166,7 +166,12 @@ class Reporter:
             self._logger.info(line)
         try:
             while self._parcels:
-                self._parcels[0](client)
+                try:
+                    self._parcels[0](client)
+                except httpx.HTTPStatusError as error:
+                    if not error.response.is_client_error:
+                        raise
+                    self._logger.warning("Prefect's server refused what was to be shown: %s", error)
                 self._parcels.popleft()
             self._progress.send(client, self._id)
             self._look_at_state(client)

@@ -77,6 +77,10 @@ class Run:
         approval: dict[str, Any] | None = read_json(self._record_path("approval", round_number))
         return approval
 
+    def awaits_approval(self, round_number: int) -> bool:
+        """Return whether somebody has to approve what a round trains on before it does."""
+        return round_number > 1 and self.config.rounds.approval and self.approval(round_number) is None
+
     def approve(self, round_number: int, policy: Policy, sampling_rate: float) -> None:
         """Record that a round may train on what `policy` and `sampling_rate` keep."""
         write_json(self._record_path("approval", round_number), {"policy": policy, "sampling_rate": sampling_rate})

@@ -114,6 +114,8 @@ def serve(host: str, port: int, allowed: list[Path]) -> None:
             time.sleep(1)
             for service in services:
                 service.keep_running()
+    except KeyboardInterrupt:
+        pass
     finally:
         print("stopping", flush=True)
         # The worker first: it wants to tell the server how its flows ended.

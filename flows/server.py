@@ -3,6 +3,7 @@
 The temporary server that Prefect starts by itself is a process of its own, which outlives a killed flow.
 """
 
+import os
 import socket
 import sys
 import threading
@@ -33,7 +34,8 @@ def server() -> Iterator[None]:
         if _answers(url):
             yield
             return
-        print(f"no Prefect server answers at {url}; this run will not be seen there", file=sys.stderr)
+        if "PREFECT_API_URL" in os.environ:
+            print(f"no Prefect server answers at {url}; this run will not be seen there", file=sys.stderr)
     listener = socket.create_server(("127.0.0.1", 0))
     app = create_app(ephemeral=True, final=True)
     served = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))

@@ -18,7 +18,20 @@ from trainer.jobs import Job
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_TO_CANCEL = 25.0
-_ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
+_PATIENCE_SECONDS = 60.0
+# A controller that does not answer is no reason to submit a job for the second time.
+_UNREACHABLE = "UNREACHABLE"
+_ACTIVE = (
+    _UNREACHABLE,
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "SUSPENDED",
+    "COMPLETING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "STOPPED",
+)
 _TOOLS = ("sbatch", "squeue", "scontrol", "scancel")
 
 
@@ -106,7 +119,8 @@ class SlurmRanks:
         """Cancel the job if it is still there, and wait until it is gone."""
         if _state(self.id) not in _ACTIVE:
             return
-        _ask("scancel", self.id)
+        # Whether it was still there is seen below.
+        _run("scancel", self.id)
         deadline = time.monotonic() + _SECONDS_TO_CANCEL
         while _state(self.id) in _ACTIVE and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -123,16 +137,27 @@ def check_tools() -> None:
 
 def _state(job_id: str) -> str:
     """Return Slurm's word for the job's state; UNKNOWN where it has forgotten it."""
-    answer = _ask("squeue", "--noheader", "--format=%T", "--jobs", job_id, may_fail=True).strip()
-    if answer:
-        return answer.split()[0]
-    shown = _ask("scontrol", "--oneliner", "show", "job", job_id, may_fail=True)
-    found = re.search(r"JobState=(\w+)", shown)
-    return found[1] if found else "UNKNOWN"
+    for command in (
+        ("squeue", "--noheader", "--format=JobState=%T", "--jobs", job_id),
+        ("scontrol", "--oneliner", "show", "job", job_id),
+    ):
+        try:
+            done = _run(*command)
+        except subprocess.TimeoutExpired:
+            return _UNREACHABLE
+        if done.returncode != 0 and "Invalid job id" not in done.stderr:
+            return _UNREACHABLE
+        if found := re.search(r"JobState=(\w+)", done.stdout):
+            return found[1]
+    return "UNKNOWN"
 
 
-def _ask(*command: str, may_fail: bool = False) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode != 0 and not may_fail:
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False)
+
+
+def _ask(*command: str) -> str:
+    done = _run(*command)
+    if done.returncode != 0:
         raise ValueError(f"{command[0]}: {' '.join(done.stderr.split())}; correct launch.slurm, or ask who runs Slurm")
     return done.stdout

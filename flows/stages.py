@@ -68,7 +68,7 @@ def mix(run: Run, round_number: int, progress: Progress) -> bool:
     if run.is_complete("mix", round_number):
         return False
     folder = run.round_folder(round_number)
-    if round_number > 1 and run.config.rounds.approval and run.approval(round_number) is None:
+    if run.awaits_approval(round_number):
         raise ValueError(
             f"rounds.approval: what round {round_number} trains on waits to be approved; look at it with "
             f"`reprise refine {run.folder} --dry-run`, then `reprise approve {run.folder}`"

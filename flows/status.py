@@ -42,6 +42,8 @@ def _stage_status(run: Run, stage: str, number: int, is_next: bool) -> StageStat
         return StageStatus(name, "waiting", "")
     if is_locked(run.folder):
         return StageStatus(name, "running", _progress(run))
+    if stage == "mix" and run.awaits_approval(number):
+        return StageStatus(name, "waiting", f"for approval: reprise approve {run.folder}")
     error = first_error(run.folder / "logs" / "errors")
     if error is not None:
         return StageStatus(name, "failed", f"{error['message']} (log: {run.folder / 'logs'})")

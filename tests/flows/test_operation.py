@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -19,16 +18,6 @@ from tests.flows.place import CONFIG, Place, wait_for
 from trainer.checkpoint_folder import list_checkpoints
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    place = Place(tmp_path_factory.mktemp("place"))
-    place.start()
-    yield place
-    place.stop()
-    left = [" ".join(process.cmdline()) for process in place.processes()]
-    assert left == []
 
 
 @pytest.fixture(scope="module")

@@ -240,6 +240,7 @@ def test_a_round_waits_for_its_approval(
     assert "--policy, --sampling-rate: go with --dry-run" in capsys.readouterr().err
     assert main(["refine", str(run)]) == 1
     assert "what round 2 trains on waits to be approved; look at it with `reprise refine" in capsys.readouterr().err
+    assert {row.name: row.state for row in read_status(run)}["mix 2"] == "waiting"
     assert main(["approve", str(run), "--sampling-rate", "2"]) == 1
     assert "--sampling-rate: Input should be less than or equal to 1 (it is 2.0)" in capsys.readouterr().err
     assert main(["approve", str(run), "--sampling-rate", "0.25"]) == 0

@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from data_scoring.files import read_json
 from flows.config import LaunchConfig, SlurmConfig
-from flows.slurm import script
+from flows.slurm import SlurmRanks, script
 from tests.conftest import Ranks, make_documents, read_rows
+from tests.flows.place import wait_for
 from trainer.checkpoint_folder import list_checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -56,14 +56,6 @@ SelectType=select/cons_tres
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=tiny Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
-
-
-def wait_for(what: str, is_so: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (answer := is_so()):
-        assert time.monotonic() < deadline, f"waited {seconds} s for: {what}"
-        time.sleep(0.1)
-    return answer
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +165,43 @@ def test_the_script_quotes_what_it_is_given(ranks: Ranks, tmp_path: Path) -> Non
     assert done.stdout.strip().endswith(f"-m trainer.worker {tmp_path}/a b$(touch x)/train.job.json")
     assert "--rdzv-id 7-0 " in done.stdout
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Commands of a Slurm that answers what it is told to."""
+
+    def answer(command: str, script: str) -> None:
+        (tmp_path / command).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / command).chmod(0o755)
+
+    for command in ("sbatch", "squeue", "scontrol", "scancel"):
+        answer(command, "exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return answer
+
+
+def test_a_controller_that_is_away_is_waited_for(
+    ranks: Ranks, tmp_path: Path, answers: Callable[[str, str], None]
+) -> None:
+    answers("sbatch", "echo 7")
+    found = SlurmRanks(
+        ranks.job("away"), tmp_path / "away.job.json", "away", tmp_path / "log", LaunchConfig(kind="slurm")
+    )
+    for state, answer, code in (
+        ("PENDING", "echo JobState=PENDING", None),
+        ("UNREACHABLE", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", None),
+        ("RUNNING", "echo JobState=RUNNING", None),
+        ("NODE_FAIL", "echo JobState=NODE_FAIL", 1),
+        ("COMPLETED", "echo JobState=COMPLETED", 0),
+    ):
+        answers("squeue", answer)
+        found._looked = 0.0
+        assert (found.poll(), found.state) == (code, state)
+    answers("squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
+    answers("scontrol", "echo JobId=7 JobState=COMPLETED Reason=None")
+    found._looked = 0.0
+    assert found.poll() == 0
 
 
 @pytest.mark.parametrize("value", ["gpu; rm -rf /", "$(id)", "a b", "-x\n#SBATCH --uid=0"])
