@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import httpx
+import psutil
 from prefect.automations import AutomationCore
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -118,9 +119,24 @@ def serve(host: str, port: int, allowed: list[Path]) -> None:
         pass
     finally:
         print("stopping", flush=True)
-        # The worker first: it wants to tell the server how its flows ended.
+        _stop_flows(services[2])
+        # The worker before the server: it wants to say goodbye.
         for service in reversed(services):
             service.stop()
+
+
+def _stop_flows(worker: _Service) -> None:
+    """Have the flows that run save and end; a worker that is told to stop would kill them."""
+    if worker.process is None or worker.process.poll() is not None:
+        return
+    flows = [
+        process
+        for process in psutil.Process(worker.process.pid).children(recursive=True)
+        if "prefect.engine" in process.cmdline()
+    ]
+    for process in flows:
+        process.terminate()
+    psutil.wait_procs(flows, timeout=_SECONDS_TO_STOP)
 
 
 def _check_free(host: str, port: int) -> None:

@@ -53,7 +53,7 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
     }
     lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
     torchrun = [
-        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
+        *(sys.executable, "-W", "ignore", "-m", "trainer.agent"),
         *("--nnodes", launch.nodes, "--nproc-per-node", job.parallel.world_size // launch.nodes),
         *("--rdzv-backend", "c10d", "--rdzv-conf", f"join_timeout={round(60 * launch.join_minutes)}"),
         *("--tee", "3", "--log-dir", job_path.with_name("ranks")),

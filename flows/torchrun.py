@@ -28,7 +28,7 @@ class Meeting:
 def command(job_path: Path, meeting: Meeting, is_head: bool, address: str) -> list[str]:
     """Return the command that starts this host's ranks; `address` is the one that other hosts reach it at."""
     return [
-        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
+        *(sys.executable, "-W", "ignore", "-m", "trainer.agent"),
         *("--nnodes", str(meeting.num_nodes), "--nproc-per-node", str(meeting.processes_per_node)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", meeting.endpoint, "--rdzv-id", meeting.id),
         *("--rdzv-conf", f"is_host={int(is_head)},join_timeout={meeting.join_seconds}"),
@@ -49,6 +49,7 @@ def start(
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         env={**rank_environment(interface or found), "REPRISE_LAUNCHER": str(os.getpid())},
+        start_new_session=True,
     )
 
 

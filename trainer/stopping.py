@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -13,6 +13,8 @@ from trainer.jobs import Job
 
 # Ranks that fail for the same reason have that long to leave their errors.
 _SECONDS_TO_REPORT = 5.0
+_SECONDS_OF_ECHO = 3.0
+_SECONDS_TO_SAVE = 20.0
 
 
 class StoppedError(Exception):
@@ -24,10 +26,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.is_made = False
+        self._made_at = 0.0
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """Note the first SIGTERM that comes while the body runs, instead of ending at once."""
+        """Note the first SIGTERM that comes while the body runs, instead of ending at once.
+
+        Slurm tells every process to stop, and torchrun passes it on: what comes again at once is the same wish.
+        """
         before = signal.signal(signal.SIGTERM, self._note)
         try:
             yield
@@ -35,7 +41,10 @@ class StopRequest:
             signal.signal(signal.SIGTERM, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.is_made:
+        now = time.monotonic()
+        if not self.is_made:
+            self._made_at = now
+        elif now - self._made_at > _SECONDS_OF_ECHO:
             os._exit(128 + number)
         self.is_made = True
 
@@ -43,25 +52,35 @@ class StopRequest:
 def end_with_launcher(job: Job) -> None:
     """Hold the ranks' lock while this process lives, and end it when torchrun or the launcher ends, or a rank fails.
 
-    Torchrun puts each rank in a session of its own, which no signal to the launcher's group reaches. A rank that
-    waits for a failed one, inside a collective, does not act on signals. The processes that write a checkpoint end
-    with their rank.
+    Torchrun puts each rank in a session of its own, which no signal to the launcher's group reaches. Without a
+    launcher, ranks that train save a checkpoint first. A rank that waits for a failed one, inside a collective, does
+    not act on signals. The processes that write a checkpoint end with their rank.
     """
     lock = os.open(job.lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_SH)
     # Ctrl-C reaches torchrun, which passes it on, and the launcher, whose SIGTERM is what counts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     launcher = os.environ.get("REPRISE_LAUNCHER")
-    _end_when(lambda: (launcher is not None and not _is_alive(int(launcher))) or _has_failed(job))
-    os.register_at_fork(after_in_child=lambda: _end_when(lambda: False))
-
-
-def _end_when(is_over: Callable[[], bool]) -> None:
-    """End this process within a second of its parent's end, or of `is_over`."""
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent and not is_over():
+        while os.getppid() == parent and (launcher is None or _is_alive(int(launcher))):
+            if _has_failed(job):
+                os._exit(1)
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_SECONDS_TO_SAVE)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    os.register_at_fork(after_in_child=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 

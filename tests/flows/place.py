@@ -90,7 +90,7 @@ class Place:
     @staticmethod
     def is_torchrun(process: psutil.Process) -> bool:
         try:
-            return "torch.distributed.run" in process.cmdline()
+            return "trainer.agent" in process.cmdline()
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             return True
 

@@ -124,7 +124,7 @@ def test_doctor_names_what_is_missing(config: Path, capsys: pytest.CaptureFixtur
 
 def test_a_dry_run_of_the_launch_starts_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(config), "--dry-run"]) == 0
-    assert "-m torch.distributed.run --nnodes 1 --nproc-per-node 1" in capsys.readouterr().out
+    assert "-m trainer.agent --nnodes 1 --nproc-per-node 1" in capsys.readouterr().out
     slurm = ["--set", "device=cuda", "--set", "launch={kind: slurm, slurm: {partition: gpu}}"]
     assert main(["run", str(config), "--dry-run", *slurm]) == 0
     assert "#SBATCH --partition=gpu" in capsys.readouterr().out

@@ -87,7 +87,7 @@ def test_a_killed_process_fails_the_run_which_then_goes_on(place: Place, unbroke
 
 
 def torchrun(place: Place) -> psutil.Process:
-    [found] = place.processes("torch.distributed.run")
+    [found] = place.processes("trainer.agent")
     return found
 
 

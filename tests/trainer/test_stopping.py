@@ -34,7 +34,12 @@ def end_of(script: str, folder: Path, launcher: int | None = None) -> subprocess
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(20)", -15),
         ("with StopRequest().heeded(): pass\nos.kill(os.getpid(), signal.SIGTERM); time.sleep(20)", -15),
         ("with (stop := StopRequest()).heeded(): os.kill(os.getpid(), 15)\nsys.exit(10 + stop.is_made)", 11),
-        ("with StopRequest().heeded(): os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); time.sleep(20)", 143),
+        ("with StopRequest().heeded(): os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); sys.exit(13)", 13),
+        (
+            "with StopRequest().heeded(): os.kill(os.getpid(), 15); time.sleep(3.1); os.kill(os.getpid(), 15)\n"
+            "time.sleep(20)",
+            143,
+        ),
         ("os.kill(os.getpid(), signal.SIGINT); sys.exit(12)", 12),
     ],
 )
@@ -46,7 +51,7 @@ def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "1"]) as launcher:
         threading.Thread(target=launcher.wait).start()
         started = time.monotonic()
-        assert end_of("time.sleep(20)", tmp_path, launcher.pid).returncode == 1
+        assert end_of("time.sleep(20)", tmp_path, launcher.pid).returncode == -15
         assert time.monotonic() - started < 8
 
 
