@@ -23,12 +23,15 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+
+from flows.dead_runs import end_dead_runs
 
 POOL = "reprise"
 _AUTOMATION = "Mark flow runs that fell silent as crashed"
 _SECONDS_TO_START = 120.0
 _SECONDS_OF_SILENCE = 90
+_SECONDS_BETWEEN_LOOKS = 20.0
 # Ranks are given 20 seconds to save, and a flow some more to say so.
 _SECONDS_TO_STOP = 45.0
 
@@ -105,16 +108,14 @@ def serve(host: str, port: int, allowed: list[Path]) -> None:
             with get_client(sync_client=True) as client:
                 _make_pool(client)
                 _make_automation(client)
+                end_dead_runs(client, POOL, _worker_name())
             _deploy(environment)
         services[2].start()
         print(f"Prefect: http://{host}:{port}\nReports: http://127.0.0.1:{port + 1}", flush=True)
         if port != 4200:
             print(f"In other terminals: export PREFECT_API_URL={environment['PREFECT_API_URL']}", flush=True)
         print("Start a run there, or with: prefect deployment run 'multi-round/demo' --watch", flush=True)
-        while True:
-            time.sleep(1)
-            for service in services:
-                service.keep_running()
+        _watch(services, environment["PREFECT_API_URL"])
     except KeyboardInterrupt:
         pass
     finally:
@@ -123,6 +124,24 @@ def serve(host: str, port: int, allowed: list[Path]) -> None:
         # The worker before the server: it wants to say goodbye.
         for service in reversed(services):
             service.stop()
+
+
+def _watch(services: list[_Service], url: str) -> None:
+    """Keep the services running, and the states of runs true, until interrupted."""
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}):
+        looked = time.monotonic()
+        while True:
+            time.sleep(1)
+            for service in services:
+                service.keep_running()
+            if time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
+                with get_client(sync_client=True) as client:
+                    end_dead_runs(client, POOL, _worker_name())
+                looked = time.monotonic()
+
+
+def _worker_name() -> str:
+    return f"reprise-{socket.gethostname()}"
 
 
 def _stop_flows(worker: _Service) -> None:
@@ -175,7 +194,7 @@ def _services(host: str, port: int, environment: dict[str, str]) -> list[_Servic
         "reports": [
             *(sys.executable, "-m", "http.server", str(port + 1)), *("--bind", "127.0.0.1", "--directory", "runs")
         ],
-        "worker": [*prefect, "worker", "start", "--pool", POOL, "--name", f"reprise-{socket.gethostname()}"],
+        "worker": [*prefect, "worker", "start", "--pool", POOL, "--name", _worker_name()],
     }  # fmt: skip
     return [_Service(name, command, logs / f"{name}.log", environment) for name, command in commands.items()]
 

@@ -1,0 +1,58 @@
+"""Flow runs whose process is gone, with nobody left who would have said so: after a reboot, or a killed worker."""
+
+from uuid import UUID
+
+import httpx
+import psutil
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Cancelled, Crashed
+
+
+def end_dead_runs(client: SyncPrefectClient, pool: str, worker: str) -> list[str]:
+    """Mark the runs of `pool` that have no process any more as crashed, or cancelled if that was asked for.
+
+    Returns their names. Process numbers are this host's only where `worker` is the pool's only one; where others share
+    the pool, silence tells (the automation that `flows.serve` makes), and nothing is done here.
+    """
+    try:
+        workers = {found.name for found in client.read_workers_for_work_pool(pool)}
+        if workers - {worker}:
+            return []
+        runs = client.read_flow_runs(
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
+            ),
+        )
+        dead = [run for run in runs if run.infrastructure_pid and not _is_alive(run)]
+        for run in dead:
+            is_cancelled = run.state is not None and run.state.type == StateType.CANCELLING
+            state = Cancelled if is_cancelled else Crashed
+            client.set_flow_run_state(run.id, state(message="Its process is gone."), force=True)
+    except httpx.HTTPError:
+        # The server is away; there will be another time.
+        return []
+    return [run.name for run in dead]
+
+
+def _is_alive(run: FlowRun) -> bool:
+    assert run.infrastructure_pid is not None
+    try:
+        process = psutil.Process(int(run.infrastructure_pid.split(":")[-1]))
+        # The number may have gone to another process since.
+        return process.status() != psutil.STATUS_ZOMBIE and _flow_run(process) == run.id
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _flow_run(process: psutil.Process) -> UUID | None:
+    found = process.environ().get("PREFECT__FLOW_RUN_ID")
+    return UUID(found) if found else None
