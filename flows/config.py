@@ -1,6 +1,7 @@
 """The configuration of a whole run: every section, where it is read from, and what it refuses."""
 
 import difflib
+import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,11 @@ _DEMO_SOURCES = (
 )
 
 
+_SBATCH_OPTION = (
+    "^--(begin|comment|constraint|cpus-per-gpu|cpus-per-task|deadline|exclude|exclusive|gpus|gpus-per-node|gpus-per-task|"
+    "licenses|mail-type|mail-user|mem|mem-per-cpu|mem-per-gpu|network|nice|nodelist|oversubscribe|priority|reservation|"
+    r"signal|switches|tmp|wckey)(=[A-Za-z0-9_.,:@%+*&|()\[\]-]*)?$"
+)
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@+-]+$")]
 
 
@@ -42,8 +48,10 @@ class SlurmConfig(Config):
     time_limit: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]{1,2})?(:[0-9]{2}){0,2}$")] | None = Field(
         default=None, description="Time limit a stage, D-HH:MM:SS (sbatch --time); a stage cut off is submitted again."
     )
-    options: tuple[Annotated[str, Field(pattern=r"^--[a-z-]+(=[A-Za-z0-9_.,:/@%+\[\]-]*)?$")], ...] = Field(
-        default=(), description="Other options of sbatch, such as --constraint=a100."
+    options: tuple[Annotated[str, Field(pattern=_SBATCH_OPTION)], ...] = Field(
+        default=(),
+        description="Other options of sbatch, such as --constraint=a100 or --exclusive; those that name files or "
+        "users are refused.",
     )
 
 
@@ -69,7 +77,7 @@ class LaunchConfig(Config):
     join_minutes: float = Field(default=30.0, gt=0, le=1e5, description="Minutes to wait for hosts that are missing.")
     max_restarts: int = Field(
         default=3, ge=0, le=1000,
-        description="Times that a stage whose ranks or hosts were lost is started again from its last checkpoint.",
+        description="Times in a row, without a new checkpoint, that a stage that lost ranks or hosts starts again.",
     )  # fmt: skip
     slurm: SlurmConfig = SlurmConfig()
 
@@ -92,7 +100,9 @@ class RunConfig(Config):
         description="Name of the run and of its folder; null: run- and what identifies the configuration, so that the "
         "same one goes on and another starts anew.",
     )
-    output: str = Field(default="runs", min_length=1, description="Folder that holds run folders.")
+    output: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")] = Field(
+        default="runs", description="Folder that holds run folders."
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of everything drawn at random.")
     device: Literal["auto", "cuda", "npu", "cpu"] = Field(default="auto", description="Device that ranks run on.")
     corpus: CorpusConfig = CorpusConfig(sources=_DEMO_SOURCES)
@@ -255,7 +265,13 @@ def check_paths(config: RunConfig, allowed: list[Path]) -> None:
 
 def check_path(field: str, path: str, allowed: list[Path]) -> None:
     """Raise ValueError where `path`, the value of `field`, lies outside the `allowed` folders, links resolved."""
-    resolved = Path(path).resolve()
+    if "://" in path or "::" in path or path.startswith("~"):
+        raise ValueError(f"{field}: {path!r} is no plain path, which is all that flows may use here; give one")
+    for place in [path, *glob.glob(path, recursive=True)]:  # noqa: PTH207 - as the sources are read
+        _check_inside(field, path, Path(place).resolve(), allowed)
+
+
+def _check_inside(field: str, path: str, resolved: Path, allowed: list[Path]) -> None:
     if not any(resolved.is_relative_to(folder.resolve()) for folder in allowed):
         places = ", ".join(str(folder.resolve()) for folder in allowed)
         raise ValueError(

@@ -12,24 +12,27 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
 from prefect.states import Cancelled, Crashed
 
 
 def end_dead_runs(client: SyncPrefectClient, pool: str, worker: str) -> list[str]:
     """Mark the runs of `pool` that have no process any more as crashed, or cancelled if that was asked for.
 
-    Returns their names. Process numbers are this host's only where `worker` is the pool's only one; where others share
-    the pool, silence tells (the automation that `flows.serve` makes), and nothing is done here.
+    Returns their names. Process numbers are this host's only where no other worker than `worker` is online; where
+    others share the pool, silence tells (the automation that `flows.serve` makes), and nothing is done here. A run that
+    is alive after all says so itself (`flows.reporting`).
     """
     try:
-        workers = {found.name for found in client.read_workers_for_work_pool(pool)}
-        if workers - {worker}:
+        workers = client.read_workers_for_work_pool(pool)
+        if any(found.name != worker and found.status == WorkerStatus.ONLINE for found in workers):
             return []
         runs = client.read_flow_runs(
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
             flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
+                state=FlowRunFilterState(
+                    type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
+                )
             ),
         )
         dead = [run for run in runs if run.infrastructure_pid and not _is_alive(run)]
@@ -49,7 +52,8 @@ def _is_alive(run: FlowRun) -> bool:
         process = psutil.Process(int(run.infrastructure_pid.split(":")[-1]))
         # The number may have gone to another process since.
         return process.status() != psutil.STATUS_ZOMBIE and _flow_run(process) == run.id
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        # What we may not look into is another user's, and no flow of ours.
         return False
 
 

@@ -17,7 +17,8 @@ from flows.config import RunConfig
 from flows.run_folder import package_versions
 from flows.slurm import check_tools
 from flows.stages import check_vocabulary
-from trainer.devices import check_count, check_layers, describe_devices, resolve
+from flows.torchrun import local_address
+from trainer.devices import check_count, check_layers, describe_devices, free_memory, resolve
 
 _GIB = 1 << 30
 # A tokenizer is trained and a table sorted in less than that; activations come on top.
@@ -67,9 +68,11 @@ def _services() -> Iterator[Finding]:
                 f"Prefect server: {url} does not answer ({error}); start it with `reprise serve`, or correct "
                 "PREFECT_API_URL",
             )
-    tools = [tool for tool in ("sbatch", "squeue", "scontrol", "scancel") if shutil.which(tool)]
-    has_slurm = len(tools) == 4
-    yield Finding("ok" if has_slurm else "absent", f"Slurm: {'its commands are here' if has_slurm else 'not here'}")
+    try:
+        check_tools()
+        yield Finding("ok", "Slurm: its commands are here")
+    except ValueError:
+        yield Finding("absent", "Slurm: not here (launch.kind)")
 
 
 def _run(config: RunConfig) -> Iterator[Finding]:
@@ -91,6 +94,20 @@ def _check_ranks(config: RunConfig, here: int) -> None:
         check_tools()
     else:
         check_count(resolve(config.device), here)
+        if config.launch.nodes > 1 and config.launch.rendezvous is not None:
+            local_address(config.launch.rendezvous, is_head=True)
+
+
+def _free_memory(config: RunConfig) -> int | None:
+    """Return the bytes that this host's ranks have, or None where they run elsewhere or cannot run at all."""
+    if config.launch.kind == "slurm":
+        return None
+    try:
+        kind = resolve(config.device)
+    except ValueError:
+        return None
+    on_devices = free_memory(kind)
+    return psutil.virtual_memory().available if on_devices is None else on_devices
 
 
 def _checked(what: str, check: Callable[[], None]) -> Finding:
@@ -106,9 +123,9 @@ def _space(config: RunConfig, here: int) -> Iterator[Finding]:
     # Weights, gradients and AdamW's two moments in single precision; with bfloat16 a half-size copy comes on top.
     needed = parameters * 18 * here / (config.parallel.tensor * config.parallel.pipeline) + _SPARE_BYTES
     shape = f"{parameters / 1e6:,.1f} M parameters"
-    memory = psutil.virtual_memory().available
-    if config.launch.kind == "slurm" or config.device in ("cuda", "npu"):
-        yield Finding("ok", f"{shape}; {needed / _GIB:.1f} GiB device memory a host before activations")
+    memory = _free_memory(config)
+    if memory is None:
+        yield Finding("ok", f"{shape}; {needed / _GIB:.1f} GiB memory a host before activations")
     elif memory < needed:
         yield Finding(
             "missing",

@@ -1,6 +1,7 @@
 """Launching: a job's ranks, here or under Slurm, followed until they end, and stopped with whoever launched them."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -14,11 +15,14 @@ from data_scoring.progress import Progress
 from flows import torchrun
 from flows.config import LaunchConfig
 from flows.hosts import Leader
+from flows.log_lines import redact
 from flows.run_folder import RanksFailedError, first_error, ranks_gone
 from flows.slurm import SlurmRanks, script
 from flows.torchrun import Meeting
+from trainer.checkpoint_folder import list_checkpoints
 from trainer.jobs import Job
 
+_LONGEST_PAUSE = 60.0
 _HERE = LaunchConfig(max_restarts=0)
 
 
@@ -50,9 +54,11 @@ class _LocalRanks:
         return self._process.poll()
 
     def stop(self) -> None:
-        torchrun.stop(self._process)
-        if self._leader is not None:
-            self._leader.end()
+        try:
+            torchrun.stop(self._process)
+        finally:
+            if self._leader is not None:
+                self._leader.end()
 
     def describe(self) -> str:
         return "starting ranks" if self._leader is None else "starting ranks, and waiting for the other hosts to join"
@@ -82,23 +88,41 @@ def plan(job: Job, run_folder: Path, name: str, config: LaunchConfig) -> str:
 def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: LaunchConfig = _HERE) -> None:
     """Run `job` on all its ranks as `config` says and return when they are done; `name` names its log.
 
-    Where ranks or hosts are lost it is started again, `config.max_restarts` times, and goes on from what is saved.
+    Where ranks or hosts are lost it is started again and goes on from what is saved, up to `config.max_restarts` times
+    without getting any further.
     Raises ValueError with a rank's own message where the user can mend what is wrong, else `RanksFailedError`;
     both name the log.
     """
     logs = run_folder / "logs"
     logs.mkdir(exist_ok=True)
     job_path = logs / f"{name}.job.json"
-    job_path.write_text(job.model_dump_json(indent=2), encoding="utf-8")
-    for attempt in range(config.max_restarts + 1):
+    restarts = 0
+    while True:
+        reached = _reached(job)
         try:
             _attempt(job, job_path, run_folder, name, progress, config)
             return
         except RanksFailedError as error:
-            if attempt == config.max_restarts:
+            restarts = 0 if _reached(job) != reached else restarts
+            if restarts == config.max_restarts:
                 raise
+            restarts += 1
             with (logs / f"{name}.log").open("a", encoding="utf-8") as log:
-                log.write(f"reprise: {error}\nreprise: starting again ({attempt + 1} of {config.max_restarts})\n")
+                log.write(f"reprise: {error}\nreprise: starting again ({restarts} of {config.max_restarts})\n")
+        _pause(2.0**restarts, progress)
+
+
+def _reached(job: Job) -> tuple[str, int]:
+    """Return how far a job has come, in what a restart would find: the last checkpoint, and the scored shards."""
+    checkpoints = list_checkpoints(job.round_folder / "checkpoint")
+    return checkpoints[-1].name if checkpoints else "", len(list((job.round_folder / "losses").glob("*.parquet")))
+
+
+def _pause(seconds: float, progress: Progress) -> None:
+    until = time.monotonic() + min(seconds, _LONGEST_PAUSE)
+    while time.monotonic() < until:
+        progress("starting again", 0, None)
+        time.sleep(0.2)
 
 
 def _attempt(job: Job, job_path: Path, run_folder: Path, name: str, progress: Progress, config: LaunchConfig) -> None:
@@ -113,6 +137,7 @@ def _attempt(job: Job, job_path: Path, run_folder: Path, name: str, progress: Pr
         if config.kind == "slurm":
             ranks = SlurmRanks(job, job_path, name, log_path, config)
         else:
+            job_path.write_text(job.model_dump_json(indent=2), encoding="utf-8")
             stack.enter_context(ranks_gone(job.lock))
             ranks = _LocalRanks(job, job_path, run_folder, log, config)
         stack.callback(ranks.stop)
@@ -143,16 +168,15 @@ def _raise_failure(job: Job, state: str, log_path: Path, started: int) -> None:
     goes_on = "the same command goes on from the last checkpoint"
     first = first_error(job.errors)
     if first is not None and first["is_users"]:
-        raise ValueError(f"{first['message']} {where}")
+        raise ValueError(redact(f"{first['message']} {where}", os.environ))
     killed = _killed_rank(log_path, started)
     if killed is not None:
         # The others' errors are but that they lost it.
         raise RanksFailedError(f"rank {killed[0]} was killed by {killed[1]} (out of memory?); {goes_on} {where}")
     if first is None:
         raise RanksFailedError(f"the ranks ended and left no error ({state}); {goes_on} {where}")
-    raise RanksFailedError(
-        f"rank {first['rank']}: {first['kind']}: {first['message']} {where}\n{_innermost(first['traceback'])}"
-    )
+    message = f"rank {first['rank']}: {first['kind']}: {first['message']} {where}\n{_innermost(first['traceback'])}"
+    raise RanksFailedError(redact(message, os.environ))
 
 
 def _killed_rank(log_path: Path, started: int) -> tuple[int, str] | None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_KEY|ACCESS_KEY|AUTH", re.IGNORECASE)
-_SECRET_TEXT = re.compile(r"\b(hf_|sk-|ghp_|glpat-|AKIA)[A-Za-z0-9_-]{12,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_SECRET_TEXT = re.compile(
+    r"\b(hf_|sk-|ghp_|glpat-|AKIA)[A-Za-z0-9_-]{12,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|(?<=\bBearer )\S+"
+)
 # Shorter values, such as "1" or "true", are no secrets and would blot out half of every line.
 _SHORTEST_SECRET = 8
 
@@ -29,9 +31,12 @@ class LogTail:
     def lines(self, limit: int) -> Iterator[str]:
         """Yield the complete lines that came since the last call, `limit` a file at most, then how many are missing."""
         for path in sorted(self._folder.glob("*.log")):
-            with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
-                fresh = file.read()
+            try:
+                with path.open("rb") as file:
+                    file.seek(self._read.get(path, 0))
+                    fresh = file.read()
+            except FileNotFoundError:
+                continue
             whole = fresh[: fresh.rfind(b"\n") + 1]
             self._read[path] = self._read.get(path, 0) + len(whole)
             lines = [line for line in whole.decode("utf-8", "replace").splitlines() if line.strip()]

@@ -23,12 +23,12 @@ from flows.config import RunConfig, check_path, check_paths
 from flows.reporting import Reporter, RunCancelledError
 from flows.run_folder import Run, locked, open_run, read_run
 
-prepare = task(name="prepare", cache_policy=NO_CACHE)(stages.prepare)
+prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(stages.prepare)
 mix = task(name="mix", task_run_name="mix-{round_number}", cache_policy=NO_CACHE)(stages.mix)
 train = task(name="train", task_run_name="train-{round_number}", cache_policy=NO_CACHE)(stages.train)
 score = task(name="score", task_run_name="score-{round_number}", cache_policy=NO_CACHE)(stages.score)
 refine = task(name="refine", task_run_name="refine-{round_number}", cache_policy=NO_CACHE)(stages.refine)
-report = task(name="report", cache_policy=NO_CACHE)(stages.report)
+report = task(name="report", task_run_name="report", cache_policy=NO_CACHE)(stages.report)
 
 _DEFAULT = RunConfig()
 Round = Annotated[int, Field(ge=1, le=100, description="Number of the round, from 1.")]
@@ -41,32 +41,36 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
     if allowed := _allowed():
         check_paths(config, allowed)
     try:
-        with locked(config.folder), Reporter(config.folder) as progress:
+        with Reporter(config.folder) as progress, locked(config.folder):
             run = open_run(config)
             prepare(run, progress)
             for number in range(1, config.rounds.num_rounds + 1):
                 if number > 1:
-                    if score(run, number - 1, progress):
-                        progress.scored(run, number - 1)
-                    if refine(run, number, progress):
-                        progress.refined(run, number)
+                    score(run, number - 1, progress)
+                    progress.scored(run, number - 1)
+                    refine(run, number, progress)
+                    progress.refined(run, number)
                     if ask(run, number):
                         refine(run, number, progress)
                 mix(run, number, progress)
-                if train(run, number, progress):
-                    progress.trained(run, number, report(run))
+                train(run, number, progress)
+                progress.trained(run, number)
             return report(run)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
 
 
 @flow(name="score-shards", flow_run_name="score {run_folder}")
-def score_shards(run_folder: str, round_number: Round = 1) -> None:
+def score_shards(run_folder: str, round_number: Round = 1) -> State[Any] | None:
     """Score every shard under the model that a round of an existing run ended with, where that is not done yet."""
     run = _open(run_folder)
-    with locked(run.folder), Reporter(run.folder) as progress:
-        if score(run, round_number, progress):
+    try:
+        with Reporter(run.folder) as progress, locked(run.folder):
+            score(run, round_number, progress)
             progress.scored(run, round_number)
+    except RunCancelledError as error:
+        return Cancelled(message=str(error))
+    return None
 
 
 @flow(name="refine", flow_run_name="refine {run_folder}, dry run")

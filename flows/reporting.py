@@ -1,7 +1,7 @@
 """A run as Prefect's UI shows it: progress, logs, tables, pictures, events; and the UI's wish to stop it.
 
-Everything is sent from a thread of its own, and kept until the server takes it: a server that is away holds up
-nothing, and finds out later what happened meanwhile.
+Tables, pictures and events are sent from a thread of its own, and kept until the server takes them: a server that is
+away holds up nothing, and finds out later what happened meanwhile.
 """
 
 import contextvars
@@ -11,7 +11,8 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,7 @@ from flows.log_lines import LogTail
 from flows.progress import Pace, TerminalProgress
 from flows.run_folder import Run
 from flows.server import is_private
-from flows.stages import preview
+from flows.stages import preview, report
 
 _SECONDS_BETWEEN_POLLS = 2.0
 _SECONDS_BETWEEN_LINES = 30.0
@@ -41,7 +42,7 @@ _LINES_A_POLL = 20
 # A server that is away for longer than this when the run ends learns of its end from the next run alone.
 _PATIENCE_SECONDS = 900.0
 _SECONDS_TO_STOP = 4.0
-_AWAY = (httpx.HTTPError, ObjectNotFound, OSError)
+_AWAY = (httpx.HTTPError, OSError)
 
 # Sends one thing to the server.
 _Parcel = Callable[[SyncPrefectClient], None]
@@ -111,34 +112,57 @@ class Reporter:
             self._logger.info(line)
 
     def scored(self, run: Run, round_number: int) -> None:
-        """Show the shards' losses after a round."""
-        if not self._is_shown:
-            return
-        self._show(f"round-{round_number}-losses", "table", json.dumps(artifacts.shard_losses(run, round_number)))
-        self._announce(run, "score", round_number, {})
+        """Show the shards' losses after a round, unless that was done."""
+        with self._telling(run, "score", round_number) as is_news:
+            if is_news:
+                rows = artifacts.shard_losses(run, round_number)
+                self._show(
+                    f"round-{round_number}-losses", "table", json.dumps(rows), "Losses by shard, nats per token."
+                )
+                self._announce(run, "score", round_number, {})
 
     def refined(self, run: Run, round_number: int) -> None:
-        """Show what a round keeps and what it drops."""
-        if not self._is_shown:
-            return
-        kept = preview(run, round_number)
-        self._show(f"round-{round_number}-selection", "markdown", artifacts.selection_page(run, kept))
-        details = {"num_kept": kept.total.num_kept, "num_tokens_kept": kept.total.num_tokens_kept}
-        self._announce(run, "refine", round_number, {**details, "share_kept": kept.total.share})
+        """Show what a round keeps and what it drops, unless that was done."""
+        with self._telling(run, "refine", round_number) as is_news:
+            if is_news:
+                kept = preview(run, round_number)
+                page = artifacts.selection_page(run, kept)
+                self._show(
+                    f"round-{round_number}-selection", "markdown", page, "What is trained on, and what is dropped."
+                )
+                details = {"num_kept": kept.total.num_kept, "num_tokens_kept": kept.total.num_tokens_kept}
+                self._announce(run, "refine", round_number, {**details, "share_kept": kept.total.share})
 
-    def trained(self, run: Run, round_number: int, report: Path) -> None:
-        """Show the loss curves up to the end of a round, and where the report is."""
-        if not self._is_shown:
-            return
-        self._show(f"round-{round_number}-training", "markdown", artifacts.loss_page(run))
-        rows = artifacts.rounds(run)
-        self._show("rounds", "table", json.dumps(rows))
-        address = _address(report)
-        self._show(f"round-{round_number}-report", "markdown", f"[Report of {run.folder.name}]({address})\n\n{address}")
-        self._announce(run, "round", round_number, rows[round_number - 1])
+    def trained(self, run: Run, round_number: int) -> None:
+        """Show the loss curves up to the end of a round, and where the report is, unless that was done."""
+        with self._telling(run, "train", round_number) as is_news:
+            if is_news:
+                address = _address(report(run))
+                self._show(f"round-{round_number}-training", "markdown", artifacts.loss_page(run), "The curves so far.")
+                rows = artifacts.rounds(run)
+                self._show("rounds", "table", json.dumps(rows), "The rounds so far.")
+                link = f"[Report of {run.folder.name}]({address})\n\n{address}"
+                self._show(f"round-{round_number}-report", "markdown", link, "Where the report is.")
+                self._announce(run, "round", round_number, rows[round_number - 1])
 
-    def _show(self, key: str, kind: str, data: str) -> None:
-        artifact = ArtifactCreate(key=f"{self._name}-{key}", type=kind, data=data, flow_run_id=self._id)
+    @contextmanager
+    def _telling(self, run: Run, stage: str, round_number: int) -> Iterator[bool]:
+        """Yield whether a stage's end is news, and note that it was told; a kill in between has it told again."""
+        marker = run.round_folder(round_number) / f".told-{stage}"
+        fingerprint = run.fingerprint(stage, round_number)
+        is_news = self._is_shown and not (marker.exists() and marker.read_text() == fingerprint)
+        yield is_news
+        if is_news:
+
+            def note(client: SyncPrefectClient) -> None:
+                marker.write_text(fingerprint)
+
+            self._parcels.append(note)
+
+    def _show(self, key: str, kind: str, data: str, description: str) -> None:
+        artifact = ArtifactCreate(
+            key=f"{self._name}-{key}", type=kind, data=data, description=description, flow_run_id=self._id
+        )
 
         def send(client: SyncPrefectClient) -> None:
             client.create_artifact(artifact)
@@ -146,11 +170,15 @@ class Reporter:
         self._parcels.append(send)
 
     def _announce(self, run: Run, what: str, round_number: int, payload: dict[str, Any]) -> None:
-        emit_event(
-            event=f"reprise.{what}.completed",
-            resource={"prefect.resource.id": f"reprise.run.{self._name}", "prefect.resource.name": run.folder.name},
-            payload={"run": run.folder.name, "folder": str(run.folder), "round": round_number, **payload},
-        )
+        resource = {"prefect.resource.id": f"reprise.run.{self._name}", "prefect.resource.name": run.folder.name}
+        content = {"run": run.folder.name, "folder": str(run.folder), "round": round_number, **payload}
+
+        def send(client: SyncPrefectClient) -> None:
+            # Events are sent without an answer: this asks first whether anybody is there.
+            client.read_flow_run(self._id)
+            emit_event(event=f"reprise.{what}.completed", resource=resource, payload=content)
+
+        self._parcels.append(send)
 
     def _work(self) -> None:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
@@ -162,9 +190,9 @@ class Reporter:
 
     def _poll(self, client: SyncPrefectClient) -> bool:
         """Send what there is to send and see whether to stop; return False where the server is away."""
-        for line in self._tail.lines(_LINES_A_POLL):
-            self._logger.info(line)
         try:
+            for line in self._tail.lines(_LINES_A_POLL):
+                self._logger.info(line)
             while self._parcels:
                 try:
                     self._parcels[0](client)
@@ -175,6 +203,9 @@ class Reporter:
                 self._parcels.popleft()
             self._progress.send(client, self._id)
             self._look_at_state(client)
+        except ObjectNotFound:
+            # The flow run was deleted: nobody wants it any more, and nobody is left to tell.
+            self._is_cancelled = True
         except _AWAY as error:
             self._logger.debug("Prefect's server did not answer: %s", error)
             return False

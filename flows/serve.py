@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, get_cu
 from flows.dead_runs import end_dead_runs
 
 POOL = "reprise"
+# The queue of the deployments of which one run goes on at a time.
+_ONE_AT_A_TIME = "production"
 _AUTOMATION = "Mark flow runs that fell silent as crashed"
 _SECONDS_TO_START = 120.0
 _SECONDS_OF_SILENCE = 90
@@ -148,13 +151,14 @@ def _stop_flows(worker: _Service) -> None:
     """Have the flows that run save and end; a worker that is told to stop would kill them."""
     if worker.process is None or worker.process.poll() is not None:
         return
-    flows = [
-        process
-        for process in psutil.Process(worker.process.pid).children(recursive=True)
-        if "prefect.engine" in process.cmdline()
-    ]
-    for process in flows:
-        process.terminate()
+    flows = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(worker.process.pid).children(recursive=True):
+            # What ends just now needs no telling.
+            with suppress(psutil.NoSuchProcess):
+                if "prefect.engine" in process.cmdline():
+                    process.terminate()
+                    flows.append(process)
     psutil.wait_procs(flows, timeout=_SECONDS_TO_STOP)
 
 
@@ -170,9 +174,13 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _environment(host: str, port: int, allowed: list[Path]) -> dict[str, str]:
-    reachable = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - asked for
+    is_everywhere = host == "0.0.0.0"  # noqa: S104 - asked for
+    reachable = "127.0.0.1" if is_everywhere else host
+    # A browser elsewhere has to ask the host that it has the page from.
+    pages = {"PREFECT_SERVER_UI_API_URL": "/api"} if is_everywhere else {}
     return {
         **os.environ,
+        **pages,
         "PWD": str(Path.cwd()),
         "PREFECT_API_URL": f"http://{reachable}:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -219,6 +227,10 @@ def _make_pool(client: SyncPrefectClient) -> None:
         client.read_work_pool(POOL)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+    try:
+        client.read_work_queue_by_name(_ONE_AT_A_TIME, work_pool_name=POOL)
+    except ObjectNotFound:
+        client.create_work_queue(_ONE_AT_A_TIME, concurrency_limit=1, work_pool_name=POOL)
 
 
 def _make_automation(client: SyncPrefectClient) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from data_scoring.files import read_json, write_json
+from data_scoring.files import fingerprint, read_json, write_json
 from flows.config import LaunchConfig
 from flows.torchrun import rank_environment
 from trainer.jobs import Job
@@ -39,7 +39,9 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
     """Return the script with which `job`, described in `job_path`, is submitted. Every value in it is quoted."""
     asked = launch.slurm
     options = {
-        "job-name": f"reprise-{name}",
+        # Of jobs with one name one runs at a time: what was submitted by a launcher that died is not joined by another.
+        "job-name": f"reprise-{name}-{fingerprint(str(job.round_folder))[:8]}",
+        "dependency": "singleton",
         "nodes": launch.nodes,
         "ntasks-per-node": 1,
         "output": log_path,
@@ -51,6 +53,10 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
         "gres": asked.gres,
         "time": asked.time_limit,
     }
+    for key, value in options.items():
+        # A quote does not end with the line in a comment, and what follows a line break would be a command.
+        if not str(value).isprintable():
+            raise ValueError(f"{key}: {str(value)!r} holds a control character; choose another path")
     lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
     torchrun = [
         *(sys.executable, "-W", "ignore", "-m", "trainer.agent"),
@@ -90,17 +96,19 @@ class SlurmRanks:
         check_tools()
         self._record = job_path.with_name(f"{name}.slurm.json")
         self.state, self._looked = "PENDING", 0.0
-        known = read_json(self._record)
+        known, content = read_json(self._record), fingerprint(job.model_dump(mode="json"), launch.model_dump())
         if known is not None and _state(known["id"]) in _ACTIVE:
             self.id = str(known["id"])
-            if known["fingerprint"] == job.fingerprint:
+            if known["job"] == content:
                 return
             self.stop()
+        # Not before: the old job might have been about to read it.
+        job_path.write_text(job.model_dump_json(indent=2), encoding="utf-8")
         path = job_path.with_name(f"{name}.sbatch")
         path.write_text(script(job, job_path, name, log_path, launch), encoding="utf-8")
         answer = _ask("sbatch", "--parsable", str(path))
         self.id = answer.split(";")[0].strip()
-        write_json(self._record, {"id": self.id, "fingerprint": job.fingerprint})
+        write_json(self._record, {"id": self.id, "job": content})
 
     def describe(self) -> str:
         """Return how the job stands, in words."""
@@ -116,13 +124,21 @@ class SlurmRanks:
         return 0 if self.state == "COMPLETED" else 1
 
     def stop(self) -> None:
-        """Cancel the job if it is still there, and wait until it is gone."""
+        """Cancel the job if it is still there, and wait until it is gone.
+
+        Raises ValueError where that cannot be told.
+        """
         if _state(self.id) not in _ACTIVE:
             return
         # Whether it was still there is seen below.
         _run("scancel", self.id)
         deadline = time.monotonic() + _SECONDS_TO_CANCEL
-        while _state(self.id) in _ACTIVE and time.monotonic() < deadline:
+        while _state(self.id) in _ACTIVE:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"Slurm job {self.id} may still be running: {_state(self.id).lower()} after "
+                    f"{_SECONDS_TO_CANCEL:.0f} s; look with `squeue`, and end it with `scancel {self.id}`"
+                )
             time.sleep(0.5)
 
 
@@ -157,7 +173,13 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _ask(*command: str) -> str:
-    done = _run(*command)
+    try:
+        done = _run(*command)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{command[0]}: no answer in {_PATIENCE_SECONDS:.0f} s; see whether Slurm's controller is up (`sinfo`), "
+            "then type the same command again"
+        ) from None
     if done.returncode != 0:
         raise ValueError(f"{command[0]}: {' '.join(done.stderr.split())}; correct launch.slurm, or ask who runs Slurm")
     return done.stdout

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -91,11 +92,24 @@ def local_address(endpoint: str, is_head: bool) -> tuple[str, str | None]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Tell torchrun and its ranks to save and end; end them in 20 seconds if they do not."""
-    if process.poll() is None:
-        process.terminate()
+    """Tell torchrun and its ranks to save and end; end them in 20 seconds if they do not.
+
+    A signal that asks for the same meanwhile is raised when it is done.
+    """
+    if process.poll() is not None:
+        return
+    process.terminate()
+    interruption: BaseException | None = None
+    deadline = time.monotonic() + _SECONDS_TO_SAVE
+    while process.poll() is None and time.monotonic() < deadline:
         try:
-            process.wait(timeout=_SECONDS_TO_SAVE)
+            process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            break
+        except BaseException as error:  # noqa: BLE001 - raised below
+            interruption = error
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    if interruption is not None:
+        raise interruption

@@ -91,7 +91,7 @@ def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     except ValueError:
         return f"{RECORD} is not valid JSON"
     except (LookupError, TypeError, AttributeError):
-        return f"{RECORD} holds no checksums"
+        return f"{RECORD} holds no checksums, as those of version 0.1 did not"
     for name in sorted(sizes)[part::parts]:
         path = checkpoint / name
         if not path.exists():

@@ -37,6 +37,10 @@ class Device:
         torch.manual_seed(seed)
 
 
+# What an Ascend device needs beside torch.
+_ASCEND = ("torch_npu", "mindspeed")
+
+
 def resolve(requested: str) -> str:
     """Return the device kind, `cuda`, `npu` or `cpu`, that `device: requested` means on this machine.
 
@@ -50,10 +54,11 @@ def resolve(requested: str) -> str:
             "device: 'cuda' was requested but torch finds no CUDA device; "
             "install a CUDA build of torch and its driver, or set device: auto"
         )
-    if requested == "npu" and not has_npu:
+    missing = [name for name in _ASCEND if importlib.util.find_spec(name) is None]
+    if requested == "npu" and missing:
         raise ValueError(
-            "device: 'npu' was requested but torch_npu is not installed; "
-            "install torch_npu and MindSpeed for this torch, or set device: auto"
+            f"device: 'npu' was requested but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+            "installed; install torch_npu and MindSpeed for this torch (docs/devices.md), or set device: auto"
         )
     return requested
 
@@ -79,6 +84,14 @@ def check_layers(layers: str) -> None:
         )
 
 
+def free_memory(kind: str) -> int | None:
+    """Return the bytes that are free on all devices of a kind together, or None for the CPU, whose are the host's."""
+    if kind == "cpu":
+        return None
+    module = getattr(torch, kind)
+    return sum(int(module.mem_get_info(number)[0]) for number in range(module.device_count()))
+
+
 def describe_devices() -> list[tuple[bool, str]]:
     """Return, for each kind of device, whether this host has it, and what it has or how to get it."""
     gib = 1 << 30
@@ -97,7 +110,7 @@ def describe_devices() -> list[tuple[bool, str]]:
             )
     else:
         rows.append((False, "cuda: none found; it takes a CUDA build of torch and NVIDIA's driver"))
-    missing = [name for name in ("torch_npu", "mindspeed") if importlib.util.find_spec(name) is None]
+    missing = [name for name in _ASCEND if importlib.util.find_spec(name) is None]
     if missing:
         rows.append((False, f"npu: {' and '.join(missing)} not installed; docs/devices.md says how"))
     else:

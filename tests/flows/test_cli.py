@@ -73,7 +73,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused(config: Path, capsys: py
 
 def test_a_device_that_is_not_there_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", str(config), "--set", "device=npu"]) == 1
-    assert "device: 'npu' was requested but torch_npu is not installed; install" in one_line(capsys)
+    assert "device: 'npu' was requested but torch_npu and mindspeed are not installed; install" in one_line(capsys)
 
 
 def test_a_stage_out_of_turn_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +116,7 @@ def test_doctor_names_what_is_missing(config: Path, capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     missing = [line for line in out.splitlines() if line.startswith("missing")]
     assert [words in line for words, line in zip(
-        ("torch_npu is not installed; install", "install transformer_engine[pytorch]", "a.jsonl", "disk: "),
+        ("torch_npu and mindspeed are not installed; install", "install transformer_engine[pytorch]", "a.jsonl", "disk: "),
         missing, strict=True,
     )] == [True] * 4  # fmt: skip
     assert "4 of what it needs are missing here" in err

@@ -30,6 +30,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["parallel.data=3"], "train.global_batch_size: 16 is no multiple of train.micro_batch_size 2 x"),
         ("name: [", [], "not valid YAML"),
         ("- a", [], "holds no configuration"),
+        ("", ['output="a\\nb"'], "output: string should match pattern"),
         ("name: ../up", [], "name: string should match pattern"),
         ("", ["launch.nodes=2"], "launch.nodes: parallel makes 1 processes, which 2 nodes with the same number of"),
         ("", ["launch.nodes=2", "parallel.data=2"], "launch.rendezvous: several nodes need a place to meet; give this"),
@@ -90,8 +91,19 @@ def test_the_demo_is_the_default_path() -> None:
 
 
 def test_the_readme_s_own_example_is_valid() -> None:
-    [example] = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
-    assert parse_config(yaml.safe_load(example), "README.md").name == "mine"
+    example, launches = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    values = yaml.safe_load(example)
+    assert parse_config(values, "README.md").name == "mine"
+    for line in launches.splitlines():
+        launch = parse_config({**values, "device": "cuda", **yaml.safe_load(line)}, "README.md").launch
+        assert launch.nodes == 2
+    for text in re.findall(r"```yaml\n(.*?)```", Path("docs/operation.md").read_text(), re.DOTALL):
+        assert (
+            parse_config(
+                {**values, "model": {}, "parallel": {"tensor": 2}, **yaml.safe_load(text)}, "docs/operation.md"
+            ).launch.nodes
+            == 2
+        )
 
 
 def test_every_field_is_documented() -> None:
@@ -104,6 +116,7 @@ def test_paths_outside_of_what_is_allowed_are_refused(tmp_path: Path, monkeypatc
     (tmp_path / "here" / "link").mkdir(parents=True)
     (tmp_path / "here" / "link").rmdir()
     (tmp_path / "here" / "link").symlink_to(tmp_path)
+    (tmp_path / "secret.txt").touch()
     monkeypatch.chdir(tmp_path / "here")
 
     def config(source: str, **fields: object) -> RunConfig:
@@ -114,11 +127,15 @@ def test_paths_outside_of_what_is_allowed_are_refused(tmp_path: Path, monkeypatc
     check_paths(RunConfig(), allowed)
     for bad in (
         config("../a.jsonl"), config("/etc/passwd"), config("link/a.jsonl"), config("a.jsonl", output="/tmp"),
+        config("l*/*.txt"),
         config("a.jsonl", tokenizer={"path": "../t.json"}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="lies outside of what flows may use here"):
             check_paths(bad, allowed)
         check_paths(bad, [*allowed, Path("/")])
+    for url in ("file:///etc/passwd", "~/a.jsonl", "zip://a::file:///b", "https://example.org/a.jsonl"):
+        with pytest.raises(ValueError, match="is no plain path"):
+            check_paths(config(url), [Path("/")])
 
 
 def test_a_run_without_a_name_is_called_after_what_decides_its_results() -> None:

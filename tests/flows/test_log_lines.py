@@ -13,6 +13,8 @@ from flows.log_lines import LogTail, redact
         ("loss 3.1 at step 7", "loss 3.1 at step 7"),
         ("using abcdefgh12345 to log in", "using *** to log in"),
         ("Authorization: Bearer hf_abcdefghijklmnopqrstuvwxyz", "Authorization: Bearer ***"),
+        ("Authorization: Bearer eyJhbGciOi.x.y", "Authorization: Bearer ***"),
+        ("redis://:hunter2hunter2@host", "redis://***@host"),
         ("GET https://me:pass@example.org/x", "GET https://***@example.org/x"),
         ("the value is on", "the value is on"),
     ],

@@ -1,6 +1,9 @@
 """A host that falls silent is lost, by the listener's clock; one that speaks is not."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,29 @@ def test_the_way_to_the_rendezvous_decides_the_address() -> None:
     with pytest.raises(ValueError, match=r"launch.rendezvous: nowhere.invalid:1 cannot be reached"):
         local_address("nowhere.invalid:1", is_head=True)
     assert torchrun.rank_environment("eth7")["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_a_second_wish_to_stop_waits_for_the_first(tmp_path: Path) -> None:
+    saving = "import pathlib, signal, sys, time\ndef save(*_):\n"
+    saving += " time.sleep(1)\n pathlib.Path('saved').touch()\n sys.exit()\n"
+    saving += "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(30)"
+    process = subprocess.Popen([sys.executable, "-c", saving], cwd=tmp_path, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+
+    def again(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            torchrun.stop(process)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    process.stdout.close()
+    assert (tmp_path / "saved").exists()
+    assert process.returncode == 0
 
 
 def test_a_run_of_one_host_is_not_joined(tmp_path: Path) -> None:

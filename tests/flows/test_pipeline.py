@@ -93,6 +93,10 @@ def unbroken(workplace: Path, served: Place) -> Path:
     run = served.submit({**yaml.safe_load(CONFIG), "name": "unbroken"})
     served.wait(run, "Completed")
     assert_shown(served, run, "unbroken")
+    [queue] = httpx.post(
+        f"{served.api}/work_queues/filter", json={"work_queues": {"name": {"any_": ["production"]}}}
+    ).json()
+    assert queue["concurrency_limit"] == 1
     return workplace / "runs" / "unbroken"
 
 

@@ -210,3 +210,17 @@ def test_what_is_not_a_word_does_not_reach_slurm(value: str) -> None:
         SlurmConfig(partition=value)
     with pytest.raises(ValueError, match="pattern"):
         SlurmConfig(options=(f"--comment={value}",))
+
+
+@pytest.mark.parametrize("option", ["--error=/root/x", "--output=x", "--chdir=/", "--uid=0", "--wrap=id", "-o x"])
+def test_options_that_name_files_or_users_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match="pattern"):
+        SlurmConfig(options=(option,))
+    SlurmConfig(options=("--constraint=a100&nvlink", "--exclusive", "--mem=0", "--signal=TERM@90"))
+
+
+def test_a_line_break_in_a_path_is_no_command(ranks: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"output: '.*\\ntouch x' holds a control character"):
+        script(
+            ranks.job("broken"), tmp_path / "job.json", "train-1", tmp_path / "a\ntouch x", LaunchConfig(kind="slurm")
+        )

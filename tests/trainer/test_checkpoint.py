@@ -159,9 +159,7 @@ def stop_training(ranks: Ranks, name: str, checkpoint: CheckpointConfig, is_time
     def stop() -> None:
         while not is_time():
             time.sleep(0.02)
-        [torchrun] = [
-            child for child in psutil.Process().children() if "torch.distributed.run" in " ".join(child.cmdline())
-        ]
+        [torchrun] = [child for child in psutil.Process().children() if "trainer.agent" in " ".join(child.cmdline())]
         torchrun.terminate()
 
     (ranks.folder / "progress.json").unlink(missing_ok=True)
