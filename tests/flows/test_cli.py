@@ -116,7 +116,7 @@ def test_doctor_names_what_is_missing(config: Path, capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     missing = [line for line in out.splitlines() if line.startswith("missing")]
     assert [words in line for words, line in zip(
-        ("torch_npu and mindspeed are not installed; install", "install transformer_engine[pytorch]", "a.jsonl", "disk: "),
+        ("torch_npu and mindspeed are not installed", "install transformer_engine[pytorch]", "a.jsonl", "disk: "),
         missing, strict=True,
     )] == [True] * 4  # fmt: skip
     assert "4 of what it needs are missing here" in err
