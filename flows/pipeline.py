@@ -50,8 +50,8 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
                     progress.scored(run, number - 1)
                     refine(run, number, progress)
                     progress.refined(run, number)
-                    if ask(run, number):
-                        refine(run, number, progress)
+                    if ask(run, number) and refine(run, number, progress):
+                        progress.refined(run, number)
                 mix(run, number, progress)
                 train(run, number, progress)
                 progress.trained(run, number)
