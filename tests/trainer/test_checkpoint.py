@@ -121,7 +121,10 @@ def test_any_change_of_any_file_is_found(checkpoint: Path) -> None:
         (checkpoint / name).unlink()
         assert find_damage(checkpoint) == f"{name} is missing"
         (checkpoint / name).write_bytes(whole)
-    for record, damage in (("{", "is not valid JSON"), ('{"files": {"a": 1}}', "holds no checksums")):
+    for record, damage in (
+        ("{", "is not valid JSON"),
+        ('{"files": {"a": 1}}', "holds no checksums, as those of version 0.1 did not"),
+    ):
         (checkpoint / RECORD).write_text(record)
         assert find_damage(checkpoint) == f"{RECORD} {damage}"
 
