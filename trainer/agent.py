@@ -5,6 +5,7 @@ it to stop, once, and a second signal would keep ranks from saving.
 """
 
 import ctypes
+import os
 import signal
 import sys
 
@@ -13,4 +14,13 @@ if __name__ == "__main__":
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    main()
+    code = 0
+    try:
+        main()
+    except BaseException:  # noqa: BLE001 - it is printed, and nothing comes after it
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A signal can leave the threads that copy the ranks' output running, and an ordinary exit would wait for them.
+    os._exit(code)
