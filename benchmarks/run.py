@@ -63,7 +63,6 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from trainer.forward import run_schedule
     from trainer.model import build_model, padded_vocab_size
@@ -71,7 +70,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     from trainer.train import make_state
 
     parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(0)
+    device.seed(0)
     source = SourceConfig(name="topics", format="python", path="topics")
     config = CorpusConfig(sources=(source,), seq_length=SEQ_LENGTH, num_shards=1)
     prepare_corpus(config, TokenizerConfig(), 0, folder / "corpus", "bench", silent)

@@ -4,13 +4,13 @@ A flow that waits holds no process: it is suspended, and run again from the top,
 is resumed.
 """
 
-from prefect.context import FlowRunContext
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
 from data_scoring.config import Policy
 from flows.artifacts import summary
+from flows.reporting import has_deployment
 from flows.run_folder import Run
 from flows.stages import preview
 
@@ -28,10 +28,7 @@ def ask(run: Run, round_number: int) -> bool:
     Where nobody needs to be asked, or was asked before, returns False. A flow run without a deployment cannot be
     suspended: there the mix refuses to be made until `reprise approve`.
     """
-    context = FlowRunContext.get()
-    if not run.awaits_approval(round_number):
-        return False
-    if context is None or context.flow_run is None or context.flow_run.deployment_id is None:
+    if not run.awaits_approval(round_number) or not has_deployment():
         return False
     kept = preview(run, round_number)
     approval = suspend_flow_run(

@@ -16,17 +16,17 @@ from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
 from prefect.states import Cancelled, Crashed
 
 
-def end_dead_runs(client: SyncPrefectClient, pool: str, worker: str) -> list[str]:
+def end_dead_runs(client: SyncPrefectClient, pool: str, worker: str) -> None:
     """Mark the runs of `pool` that have no process any more as crashed, or cancelled if that was asked for.
 
-    Returns their names. Process numbers are this host's only where no other worker than `worker` is online; where
+    Process numbers are this host's only where no other worker than `worker` is online; where
     others share the pool, silence tells (the automation that `flows.serve` makes), and nothing is done here. A run that
     is alive after all says so itself (`flows.reporting`).
     """
     try:
         workers = client.read_workers_for_work_pool(pool)
         if any(found.name != worker and found.status == WorkerStatus.ONLINE for found in workers):
-            return []
+            return
         runs = client.read_flow_runs(
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
             flow_run_filter=FlowRunFilter(
@@ -35,15 +35,13 @@ def end_dead_runs(client: SyncPrefectClient, pool: str, worker: str) -> list[str
                 )
             ),
         )
-        dead = [run for run in runs if run.infrastructure_pid and not _is_alive(run)]
-        for run in dead:
+        for run in (run for run in runs if run.infrastructure_pid and not _is_alive(run)):
             is_cancelled = run.state is not None and run.state.type == StateType.CANCELLING
             state = Cancelled if is_cancelled else Crashed
             client.set_flow_run_state(run.id, state(message="Its process is gone."), force=True)
     except httpx.HTTPError:
         # The server is away; there will be another time.
-        return []
-    return [run.name for run in dead]
+        return
 
 
 def _is_alive(run: FlowRun) -> bool:

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 from prefect import State, flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
 from prefect.states import Cancelled
 from pydantic import Field
 
@@ -20,7 +19,7 @@ from flows import stages
 from flows.approval import ask
 from flows.artifacts import summary
 from flows.config import RunConfig, check_path, check_paths
-from flows.reporting import Reporter, RunCancelledError
+from flows.reporting import Reporter, RunCancelledError, has_deployment
 from flows.run_folder import Run, locked, open_run, read_run
 
 prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(stages.prepare)
@@ -93,8 +92,7 @@ def _allowed() -> list[Path]:
 
     Without a deployment, the caller is the owner, and the list is empty.
     """
-    context = FlowRunContext.get()
-    if context is None or context.flow_run is None or context.flow_run.deployment_id is None:
+    if not has_deployment():
         return []
     return [Path.cwd(), *(Path(folder) for folder in os.environ.get("REPRISE_ALLOW", "").split(os.pathsep) if folder)]
 

@@ -48,6 +48,12 @@ _AWAY = (httpx.HTTPError, OSError)
 _Parcel = Callable[[SyncPrefectClient], None]
 
 
+def has_deployment() -> bool:
+    """Return whether the flow that calls this was submitted to a deployment, rather than called by its owner."""
+    context = FlowRunContext.get()
+    return context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None
+
+
 class RunCancelledError(Exception):
     """The run was cancelled in Prefect."""
 
@@ -64,7 +70,7 @@ class Reporter:
         assert context is not None and context.flow_run is not None
         self._id: UUID = context.flow_run.id
         # A worker's flows have no terminal, and a server of our own has nobody who looks at it.
-        self._terminal = None if context.flow_run.deployment_id else TerminalProgress()
+        self._terminal = None if has_deployment() else TerminalProgress()
         self._is_shown = not is_private()
         self._name = re.sub("[^a-z0-9]+", "-", run_folder.name.lower()).strip("-")
         self._folder = run_folder

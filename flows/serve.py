@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import httpx
 import psutil
 from prefect.automations import AutomationCore
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -27,6 +26,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
 from flows.dead_runs import end_dead_runs
+from flows.server import answers
 
 POOL = "reprise"
 # The queue of the deployments of which one run goes on at a time.
@@ -213,11 +213,8 @@ def _wait_for_server(server: _Service, url: str) -> None:
         assert server.process is not None
         if server.process.poll() is not None:
             raise ValueError(f"Prefect's server ended at once; its log is {server.log}")
-        try:
-            if httpx.get(f"{url}/health", timeout=5).is_success:
-                return
-        except httpx.HTTPError:
-            pass
+        if answers(url):
+            return
         time.sleep(0.2)
     raise ValueError(f"Prefect's server did not start in {_SECONDS_TO_START:.0f} s; its log is {server.log}")
 

@@ -31,7 +31,7 @@ def server() -> Iterator[None]:
     global _is_private  # noqa: PLW0603 - there is one server a process
     url = get_current_settings().api.url
     if url is not None:
-        if _answers(url):
+        if answers(url):
             yield
             return
         if "PREFECT_API_URL" in os.environ:
@@ -59,7 +59,8 @@ def server() -> Iterator[None]:
         thread.join(timeout=10)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Return whether a server answers at `url`, its API's address."""
     try:
         return httpx.get(f"{url}/health", timeout=10).is_success
     except httpx.HTTPError:

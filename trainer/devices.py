@@ -37,8 +37,9 @@ class Device:
         torch.manual_seed(seed)
 
 
-# What an Ascend device needs beside torch.
-_ASCEND = ("torch_npu", "mindspeed")
+def _missing_for_ascend() -> list[str]:
+    """Return what an Ascend device needs beside torch and is not installed."""
+    return [name for name in ("torch_npu", "mindspeed") if importlib.util.find_spec(name) is None]
 
 
 def resolve(requested: str) -> str:
@@ -54,7 +55,7 @@ def resolve(requested: str) -> str:
             "device: 'cuda' was requested but torch finds no CUDA device; "
             "install a CUDA build of torch and its driver, or set device: auto"
         )
-    missing = [name for name in _ASCEND if importlib.util.find_spec(name) is None]
+    missing = _missing_for_ascend()
     if requested == "npu" and missing:
         raise ValueError(
             f"device: 'npu' was requested but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
@@ -110,7 +111,7 @@ def describe_devices() -> list[tuple[bool, str]]:
             )
     else:
         rows.append((False, "cuda: none found; it takes a CUDA build of torch and NVIDIA's driver"))
-    missing = [name for name in _ASCEND if importlib.util.find_spec(name) is None]
+    missing = _missing_for_ascend()
     if missing:
         rows.append((False, f"npu: {' and '.join(missing)} not installed; docs/devices.md says how"))
     else:
