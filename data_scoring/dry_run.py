@@ -1,14 +1,15 @@
 """A dry run of refining: what a round would train on, counted and compared, with nothing written."""
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import duckdb
 
+from data_scoring.candidates import Draw, find_limits
 from data_scoring.config import RefineConfig
-from data_scoring.refine import checked_losses, selection_query
-from data_scoring.scoring import losses_path
-from data_scoring.sql import literal
+from data_scoring.selection import select
+from data_scoring.sql import bounded, literal
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,23 @@ class DryRun:
     last_mix_overlap: float
 
 
-def dry_run(
-    scored: Path, samples_path: Path, config: RefineConfig, seed: int, round_number: int, num_samples: list[int]
-) -> DryRun:
-    """Return what refining for `round_number` with `config` would keep, by the losses in the folder `scored`.
+def dry_run(draw: Draw, samples_path: Path) -> DryRun:
+    """Return what refining would keep, by the losses of the round before.
 
-    `num_samples` gives each shard's size. Raises ValueError where losses are missing or incomplete.
+    Raises ValueError where losses are missing or incomplete, and for all that refining itself refuses.
     """
+    config = draw.config
+    # The same number of the same candidates, and the same random numbers.
     by_chance = config.model_copy(update={"policy": "all" if config.policy == "all" else "random"})
-    with duckdb.connect() as connection:
+    with tempfile.TemporaryDirectory() as folder, bounded(Path(folder), config.memory_gb) as connection:
         connection.execute(
             "create table parts (shard int, source varchar, samples bigint, kept bigint, tokens bigint, loss double, "
             "kept_loss double, chance bigint, last bigint)"
         )
-        for shard, expected in enumerate(num_samples):
-            relation = checked_losses(connection, losses_path(scored, shard), expected)
-            chosen, random = (
-                selection_query(relation, expected, draw, seed, round_number, shard) for draw in (config, by_chance)
-            )
+        limits = find_limits(connection, draw)
+        for shard in range(len(draw.num_samples)):
+            chosen = select(connection, draw, limits, shard)
+            random = select(connection, replace(draw, config=by_chance), limits, shard, "random")
             connection.execute(f"""
                 insert into parts
                 select {shard}, source, count(*), count(*) filter (chosen.kept),
@@ -71,14 +71,14 @@ def dry_run(
                 from ({chosen}) as chosen join ({random}) as random using (sample)
                 join (select sample, source, num_tokens from read_parquet({literal(samples_path)})
                     where shard = {shard}) using (sample)
-                left join (select sample from read_parquet({literal(scored / "mix.parquet")})
+                left join (select sample from read_parquet({literal(draw.scored / "mix.parquet")})
                     where shard = {shard}) as mix using (sample)
                 group by source""")
         [total] = _parts(connection, "'all'")
         [(chance, last)] = connection.sql("select sum(chance), sum(last) from parts").fetchall()
         return DryRun(
             config=config,
-            round_number=round_number,
+            round_number=draw.round_number,
             sources=_parts(connection, "source"),
             shards=_parts(connection, "shard"),
             total=total,

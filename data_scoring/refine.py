@@ -3,54 +3,19 @@
 The paper's draw (arXiv 2402.02791, section 5): within each shard, N0 of N samples without replacement, with
 p_i = exp(l_i) / sum_j exp(l_j). Keeping the N0 largest of l_i / T - ln(-ln U_i), U_i uniform, is exactly that draw
 (Gumbel-top-k; Kool et al. 2019, arXiv 1903.06059). U_i is a hash of (seed, round, shard, sample), so the draw does
-not depend on row order, threads or processes.
+not depend on row order, threads or processes. Every policy is a score in the place of l_i (`candidates.py`).
 """
 
 from pathlib import Path
 
-import duckdb
-
-from data_scoring.config import RefineConfig
+from data_scoring.candidates import Draw, Limits, find_limits
+from data_scoring.config import SourceRule
 from data_scoring.files import remove_leftovers, writing
 from data_scoring.mix import write_mix
 from data_scoring.progress import Progress
-from data_scoring.scoring import FINGERPRINT_KEY, losses_path, parquet_fingerprint
-from data_scoring.sql import literal, random_bits, writing_errors
-
-# 53 random bits, moved off 0 and 1 so that both logarithms are finite.
-_UNIFORM = "(({bits} >> 11) + 0.5) / 9007199254740992.0"
-
-# Each policy is the key by which the largest are kept, over the columns of a shard's losses.
-_KEYS = {
-    "loss": "loss / {temperature} - ln(-ln({uniform}))",
-    "random": "{uniform}",
-    "all": "0",
-}
-_REASONS = {"loss": "drawn by loss", "random": "drawn at random", "all": "everything is kept"}
-
-
-def num_kept(num_samples: int, config: RefineConfig) -> int:
-    """Return N0, how many of a shard's `num_samples` are kept: the nearest to the sampling rate, at least one."""
-    if config.policy == "all":
-        return num_samples
-    return max(1, int(num_samples * config.sampling_rate + 0.5))
-
-
-def selection_query(
-    losses: str, num_samples: int, config: RefineConfig, seed: int, round_number: int, shard: int
-) -> str:
-    """Return the SQL whose rows (sample, loss, kept, reason) are the selection for `round_number` from one shard.
-
-    `losses` is a SQL relation with the columns sample and loss, `num_samples` its number of rows.
-    """
-    uniform = _UNIFORM.format(bits=random_bits(seed, round_number, shard, "sample::int"))
-    key = _KEYS[config.policy].format(temperature=config.temperature, uniform=uniform)
-    kept = num_kept(num_samples, config)
-    return f"""
-        select sample, loss, place <= {kept} as kept,
-            case when place <= {kept} then '{_REASONS[config.policy]}' else 'not drawn' end as reason
-        from (select *, row_number() over (order by {key} desc, sample) as place from {losses})
-        order by sample"""
+from data_scoring.scoring import FINGERPRINT_KEY, parquet_fingerprint
+from data_scoring.selection import select
+from data_scoring.sql import bounded, literal, writing_errors
 
 
 def selection_path(round_folder: Path, shard: int) -> Path:
@@ -58,73 +23,43 @@ def selection_path(round_folder: Path, shard: int) -> Path:
     return round_folder / "selection" / f"shard={shard:04d}.parquet"
 
 
-def refine(
-    scored: Path,
-    target: Path,
-    config: RefineConfig,
-    seed: int,
-    round_number: int,
-    num_samples: list[int],
-    fingerprint: str,
-    progress: Progress,
-) -> None:
-    """Select the samples of `round_number`, whose folder is `target`, by the losses in the folder `scored`.
+def refine(draw: Draw, fingerprint: str, progress: Progress) -> None:
+    """Select the samples of a round by the losses of the round before.
 
-    `num_samples` gives each shard's size. Writes a selection file a shard, each committed as it is done and skipped
-    by a rerun with the same `fingerprint`. Raises ValueError where a shard's losses are missing or incomplete.
+    Writes a selection file a shard, each committed as it is done and skipped by a rerun with the same `fingerprint`.
+    Raises ValueError where a shard's losses are missing or incomplete.
     """
-    (target / "selection").mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target / "selection")
-    for shard, expected in enumerate(num_samples):
-        path = selection_path(target, shard)
-        if parquet_fingerprint(path) != fingerprint:
-            _refine_shard(losses_path(scored, shard), path, expected, config, seed, round_number, shard, fingerprint)
-        progress("refining (shards)", shard + 1, len(num_samples))
+    (draw.target / "selection").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(draw.target / "selection")
+    paths = [selection_path(draw.target, shard) for shard in range(len(draw.num_samples))]
+    missing = [shard for shard, path in enumerate(paths) if parquet_fingerprint(path) != fingerprint]
+    if not missing:
+        return
+    with bounded(draw.target, draw.config.memory_gb) as connection:
+        progress("refining (shards)", len(paths) - len(missing), len(paths))
+        limits = find_limits(connection, draw)
+    for place, shard in enumerate(missing):
+        _refine_shard(draw, limits, shard, paths[shard], fingerprint)
+        progress("refining (shards)", len(paths) - len(missing) + place + 1, len(paths))
 
 
-def checked_losses(connection: duckdb.DuckDBPyConnection, losses: Path, expected: int) -> str:
-    """Return the SQL relation of a shard's `expected` losses in the file `losses`.
-
-    Raises ValueError where they are missing or incomplete.
-    """
-    if not losses.exists():
-        raise ValueError(f"{losses}: no such file; score the round first with `reprise score`")
-    relation = f"read_parquet({literal(losses)})"
-    try:
-        [counted] = connection.sql(f"select count(*), count(loss) from {relation}").fetchall()
-    except duckdb.Error as error:
-        raise ValueError(f"{losses}: cannot be read ({error}); delete it and score the round again") from None
-    if counted != (expected, expected):
-        raise ValueError(
-            f"{losses}: {counted} rows and losses where the shard has {expected} samples; "
-            "delete it and score the round again"
-        )
-    return relation
-
-
-def _refine_shard(
-    losses: Path,
-    path: Path,
-    expected: int,
-    config: RefineConfig,
-    seed: int,
-    round_number: int,
-    shard: int,
-    fingerprint: str,
-) -> None:
-    with duckdb.connect() as connection:
-        relation = checked_losses(connection, losses, expected)
-        query = selection_query(relation, expected, config, seed, round_number, shard)
+def _refine_shard(draw: Draw, limits: Limits, shard: int, path: Path, fingerprint: str) -> None:
+    with bounded(draw.target, draw.config.memory_gb) as connection:
+        query = select(connection, draw, limits, shard)
         with writing(path) as temporary, writing_errors(path):
             connection.execute(
-                f"copy ({query}) to {literal(temporary)} "
-                f"(format parquet, kv_metadata {{ '{FINGERPRINT_KEY.decode()}': '{fingerprint}' }})"
+                f"copy ({query}) to {literal(temporary)} (format parquet, parquet_version v2, compression zstd, "
+                f"kv_metadata {{ '{FINGERPRINT_KEY.decode()}': '{fingerprint}' }})"
             )
 
 
-def mix_all(path: Path, samples_path: Path, seed: int, round_number: int) -> int:
-    """Write the mix of every sample of the corpus to `path` and return their number."""
-    return write_mix(path, f"select shard, sample from read_parquet({literal(samples_path)})", seed, round_number)
+def mix_all(path: Path, samples_path: Path, seed: int, round_number: int, rules: tuple[SourceRule, ...] = ()) -> int:
+    """Write the mix of every sample of the corpus whose source has joined to `path` and return their number."""
+    late = ", ".join(literal(rule.name) for rule in rules if rule.from_round > round_number)
+    where = f"where source not in ({late})" if late else ""
+    return write_mix(
+        path, f"select shard, sample from read_parquet({literal(samples_path)}) {where}", seed, round_number
+    )
 
 
 def mix_selection(path: Path, round_folder: Path, seed: int, round_number: int) -> int:

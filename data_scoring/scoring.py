@@ -16,7 +16,14 @@ from data_scoring.progress import Progress
 ScoreSamples = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32] | None]
 
 FINGERPRINT_KEY = b"reprise.fingerprint"
-_LOSSES = pa.schema([("sample", pa.int32()), ("num_tokens", pa.int32()), ("loss", pa.float32())])
+_LOSSES = pa.schema(
+    [
+        ("sample", pa.int32()),
+        ("num_tokens", pa.int32()),
+        ("source", pa.dictionary(pa.int32(), pa.string())),
+        ("loss", pa.float32()),
+    ]
+)
 
 
 def losses_path(round_folder: Path, shard: int) -> Path:
@@ -98,7 +105,8 @@ def _write_losses(corpus: Corpus, shard: int, losses: NDArray[np.float32], path:
             f"{path}: sample {bad[0]} of shard {shard} has the loss {losses[bad[0]]} ({len(bad)} in all are not "
             "finite); the model has diverged: lower train.lr in a run of another name"
         )
-    num_tokens = pq.read_table(corpus.samples_path, columns=["num_tokens"], filters=[("shard", "=", shard)])
+    known = pq.read_table(corpus.samples_path, columns=["num_tokens", "source"], filters=[("shard", "=", shard)])
     samples = pa.array(np.arange(len(losses), dtype=np.int32))
-    columns = [samples, num_tokens["num_tokens"].combine_chunks(), pa.array(losses)]
+    source = known["source"].combine_chunks().cast(_LOSSES.field("source").type)
+    columns = [samples, known["num_tokens"].combine_chunks(), source, pa.array(losses)]
     write_parquet(path, pa.table(columns, schema=_LOSSES), fingerprint)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,20 @@ def writing_errors(path: Path) -> Iterator[None]:
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number), str(path)) from None
         raise ValueError(f"{path}: cannot be written ({' '.join(str(error).split())}); mend it and go on") from None
+
+
+@contextmanager
+def bounded(folder: Path, memory_gb: float) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield a connection to an empty database that takes `memory_gb` GB at most and puts the rest under `folder`."""
+    spill = folder / ".spill"
+    shutil.rmtree(spill, ignore_errors=True)
+    # DuckDB's own limit does not cover what it reads and writes files with.
+    limit = f"{round(memory_gb * 0.8 * 1000)}MB"
+    try:
+        with duckdb.connect(config={"memory_limit": limit, "temp_directory": str(spill)}) as connection:
+            yield connection
+    finally:
+        shutil.rmtree(spill, ignore_errors=True)
 
 
 def literal(value: object) -> str:

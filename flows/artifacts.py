@@ -46,7 +46,7 @@ def summary(dry: DryRun) -> str:
     total = dry.total
     lines = [
         f"Round {dry.round_number}, policy {dry.config.policy}, sampling rate {dry.config.sampling_rate:g}, "
-        f"temperature {dry.config.temperature:g}: {total.num_kept:,} of {total.num_samples:,} samples "
+        f"temperature {dry.config.draw_temperature:g}: {total.num_kept:,} of {total.num_samples:,} samples "
         f"({total.share:.1%}), {total.num_tokens_kept:,} tokens.",
         f"Mean loss {total.mean_loss:.4f} of all samples, {total.mean_loss_kept:.4f} of those kept. "
         f"{dry.random_overlap:.1%} of them would be kept without regard to loss, too; "

@@ -119,6 +119,12 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
         check_layout(self.model, self.train, self.parallel)
+        names = [source.name for source in self.corpus.sources]
+        for rule in self.refine.sources:
+            if rule.name not in names:
+                raise ValueError(f"refine.sources: {rule.name!r} is no source; the corpus has {', '.join(names)}")
+        if all(any(rule.name == name and rule.from_round > 1 for rule in self.refine.sources) for name in names):
+            raise ValueError("refine.sources: every source joins after round 1, which so has nothing to train on")
         self.launch.check(self.parallel.world_size)
         if self.launch.kind == "slurm" and self.device == "auto":
             raise ValueError("device: what Slurm's nodes have is not seen from here; say cuda, npu or cpu, not 'auto'")
@@ -140,8 +146,8 @@ class RunConfig(Config):
 
 # What may differ when a run goes on: where and how fast it computes, not what.
 _FREE = (
-    "name", "output", "device", "parallel", "launch", "checkpoint", "rounds", "score.micro_batch_size",
-    "train.micro_batch_size", "train.validate_every_steps",
+    "name", "output", "device", "parallel", "launch", "checkpoint", "rounds", "refine.memory_gb",
+    "score.micro_batch_size", "train.micro_batch_size", "train.validate_every_steps",
 )  # fmt: skip
 
 
@@ -257,6 +263,8 @@ def check_paths(config: RunConfig, allowed: list[Path]) -> None:
     check_path("output", config.output, allowed)
     if config.tokenizer.path is not None:
         check_path("tokenizer.path", config.tokenizer.path, allowed)
+    if config.refine.reference is not None:
+        check_path("refine.reference", config.refine.reference, allowed)
     for number, source in enumerate(config.corpus.sources):
         # A hub name and a kind of Python's text are no paths.
         if source.format != "python" and (source.format != "datasets" or Path(source.path).exists()):

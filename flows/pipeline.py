@@ -80,6 +80,8 @@ def refine_dry_run(
 ) -> str:
     """Show what refining would keep for a round of an existing run, writing nothing to it; return it as Markdown."""
     run = _open(run_folder)
+    if (allowed := _allowed()) and refine.reference is not None:
+        check_path("refine.reference", refine.reference, allowed)
     page = summary(stages.preview(run, round_number, refine))
     create_markdown_artifact(
         page, key=f"dry-run-round-{round_number}", description=f"{run_folder}: nothing was written"

@@ -46,7 +46,7 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
     sections = [
         f'<p class="lead">{tokens:,} training tokens from {len(sources)} sources in {config.corpus.num_shards} shards; '
         f"{config.rounds.num_rounds} rounds, policy {config.refine.policy}, sampling rate "
-        f"{config.refine.sampling_rate:g}, temperature {config.refine.temperature:g}.</p>",
+        f"{config.refine.sampling_rate:g}, temperature {config.refine.draw_temperature:g}.</p>",
         "<h2>Rounds</h2>",
         _table(
             ledger,

@@ -52,11 +52,14 @@ class Run:
             return fingerprint("prepare", config.corpus.model_dump(), config.tokenizer.model_dump(), config.seed)
         if stage == "refine":
             scored = self.fingerprint("score", round_number - 1)
-            return fingerprint(
-                "refine", scored, self.refine_config(round_number).model_dump(), config.seed, round_number
-            )
+            refine = self.refine_config(round_number).model_dump(exclude={"memory_gb"})
+            return fingerprint("refine", scored, refine, config.seed, round_number)
         if stage == "mix":
-            before = self.fingerprint("refine", round_number) if round_number > 1 else self.fingerprint("prepare")
+            if round_number > 1:
+                before = self.fingerprint("refine", round_number)
+            else:
+                late = {rule.name: rule.from_round for rule in config.refine.sources if rule.from_round > 1}
+                before = fingerprint(self.fingerprint("prepare"), late)
             return fingerprint("mix", before, self.corpus().fingerprint, config.seed, round_number)
         if stage == "train":
             train = config.train.model_dump(exclude={"micro_batch_size", "validate_every_steps"})
@@ -82,8 +85,13 @@ class Run:
         return round_number > 1 and self.config.rounds.approval and self.approval(round_number) is None
 
     def approve(self, round_number: int, policy: Policy, sampling_rate: float) -> None:
-        """Record that a round may train on what `policy` and `sampling_rate` keep."""
-        write_json(self._record_path("approval", round_number), {"policy": policy, "sampling_rate": sampling_rate})
+        """Record that a round may train on what `policy` and `sampling_rate` keep.
+
+        Raises ValueError where the policy needs what the configuration does not say.
+        """
+        approval = {"policy": policy, "sampling_rate": sampling_rate}
+        RefineConfig.model_validate({**self.config.refine.model_dump(), **approval})
+        write_json(self._record_path("approval", round_number), approval)
 
     def is_complete(self, stage: str, round_number: int = 0) -> bool:
         """Return whether a stage has completed with the inputs that it would have now."""

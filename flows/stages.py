@@ -1,19 +1,22 @@
 """The stages of a run: plain functions over a run folder. Each returns whether there was anything left to do."""
 
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_scoring.candidates import Draw
 from data_scoring.config import RefineConfig
-from data_scoring.corpus import Corpus
 from data_scoring.dry_run import DryRun, dry_run
 from data_scoring.ledger import refresh_ledger
+from data_scoring.near_duplicates import write_near_duplicates
 from data_scoring.prepare import prepare_corpus
-from data_scoring.progress import Progress
+from data_scoring.progress import Progress, silent
 from data_scoring.refine import mix_all, mix_selection
 from data_scoring.refine import refine as refine_shards
+from data_scoring.scoring import parquet_fingerprint
 from data_scoring.tokenizer import open_tokenizer
 from flows.config import RunConfig
 from flows.launch import launch, plan
@@ -75,7 +78,8 @@ def mix(run: Run, round_number: int, progress: Progress) -> bool:
         )
     with _completing(run, "mix", round_number):
         if round_number == 1:
-            count = mix_all(folder / "mix.parquet", run.corpus().samples_path, run.config.seed, round_number)
+            rules = run.config.refine.sources
+            count = mix_all(folder / "mix.parquet", run.corpus().samples_path, run.config.seed, round_number, rules)
         else:
             _require(run, "refine", round_number)
             count = mix_selection(folder / "mix.parquet", folder, run.config.seed, round_number)
@@ -129,37 +133,44 @@ def refine(run: Run, round_number: int, progress: Progress) -> bool:
     if run.is_complete("refine", round_number):
         return False
     _require(run, "score", round_number - 1)
-    corpus = run.corpus()
+    config = run.refine_config(round_number)
     with _completing(run, "refine", round_number):
-        refine_shards(
-            run.round_folder(round_number - 1),
-            run.round_folder(round_number),
-            run.refine_config(round_number),
-            run.config.seed,
-            round_number,
-            _shard_sizes(corpus),
-            run.fingerprint("refine", round_number),
-            progress,
-        )
+        path = _near_duplicates(run, config, progress, run.corpus_folder)
+        refine_shards(_draw(run, round_number, config, path), run.fingerprint("refine", round_number), progress)
     return True
 
 
 def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> DryRun:
     """Return what refining for `round_number` with `config`, by default the run's own, would keep, writing nothing."""
     _require(run, "score", round_number - 1)
+    config = config or run.refine_config(round_number)
+    with tempfile.TemporaryDirectory() as folder:
+        path = _near_duplicates(run, config, silent, Path(folder))
+        return dry_run(_draw(run, round_number, config, path), run.corpus().samples_path)
+
+
+def _near_duplicates(run: Run, config: RefineConfig, progress: Progress, folder: Path) -> Path | None:
+    """Return the file that lists near duplicates, made in `folder` unless the run has it, or None if none is needed."""
+    if config.near_duplicates is None:
+        return None
+    name = f"near-duplicates-{config.near_duplicates:g}.parquet"
     corpus = run.corpus()
-    return dry_run(
-        run.round_folder(round_number - 1),
-        corpus.samples_path,
-        config or run.refine_config(round_number),
-        run.config.seed,
-        round_number,
-        _shard_sizes(corpus),
+    has_it = parquet_fingerprint(run.corpus_folder / name) == corpus.fingerprint
+    path = (run.corpus_folder if has_it else folder) / name
+    write_near_duplicates(corpus, config.near_duplicates, path, config.memory_gb, progress)
+    return path
+
+
+def _draw(run: Run, round_number: int, config: RefineConfig, duplicates: Path | None) -> Draw:
+    corpus = run.corpus()
+    return Draw(
+        rounds=run.folder / "rounds",
+        round_number=round_number,
+        config=config,
+        seed=run.config.seed,
+        num_samples=[corpus.num_samples(shard) for shard in range(corpus.num_shards)],
+        duplicates=duplicates,
     )
-
-
-def _shard_sizes(corpus: Corpus) -> list[int]:
-    return [corpus.num_samples(shard) for shard in range(corpus.num_shards)]
 
 
 def report(run: Run) -> Path:

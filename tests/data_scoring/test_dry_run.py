@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_scoring.candidates import Draw
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.dry_run import dry_run
 from data_scoring.progress import silent
@@ -23,26 +24,27 @@ def scored(tmp_path: Path) -> Path:
     for shard, size in enumerate(SIZES):
         samples, tokens = np.arange(size, dtype=np.int32), generator.integers(10, 33, size, dtype=np.int32)
         losses = generator.normal(3, 0.6, size).astype(np.float32)
-        table = pa.table({"sample": samples, "num_tokens": tokens, "loss": losses})
-        write_parquet(losses_path(tmp_path, shard), table, "scored")
+        sources = np.where(samples % 2, "b", "a")
+        table = pa.table({"sample": samples, "num_tokens": tokens, "source": sources, "loss": losses})
+        write_parquet(losses_path(tmp_path / "1", shard), table, "scored")
         rows += [(shard, number, "ab"[number % 2], int(tokens[number])) for number in range(size)]
     columns = dict(zip(("shard", "sample", "source", "num_tokens"), map(list, zip(*rows, strict=True)), strict=True))
     write_parquet(tmp_path / "samples.parquet", pa.table(columns), "samples")
     # The round before trained on the first quarter of each shard.
     mix = [row[:2] for row in rows if row[1] < SIZES[row[0]] // 4]
     write_parquet(
-        tmp_path / "mix.parquet", pa.table({"shard": [r[0] for r in mix], "sample": [r[1] for r in mix]}), "m"
+        tmp_path / "1" / "mix.parquet", pa.table({"shard": [r[0] for r in mix], "sample": [r[1] for r in mix]}), "m"
     )
     return tmp_path
 
 
-def kept_by(folder: Path, config: RefineConfig, name: str) -> dict[tuple[int, int], float]:
-    refine(folder, folder / name, config, 5, 2, list(SIZES), name, silent)
+def kept_by(folder: Path, config: RefineConfig) -> dict[tuple[int, int], float]:
+    refine(Draw(folder, 2, config, 5, list(SIZES)), config.model_dump_json(), silent)
     return {
         (shard, sample): loss
         for shard in range(len(SIZES))
         for sample, loss, kept in read_rows(
-            folder / name / "selection" / f"shard={shard:04d}.parquet", "sample", "loss", "kept"
+            folder / "2" / "selection" / f"shard={shard:04d}.parquet", "sample", "loss", "kept"
         )
         if kept
     }
@@ -52,9 +54,9 @@ def kept_by(folder: Path, config: RefineConfig, name: str) -> dict[tuple[int, in
 def test_it_counts_what_refining_keeps(scored: Path, policy: Policy, rate: float) -> None:
     config = RefineConfig(policy=policy, sampling_rate=rate)
     before = sorted(scored.rglob("*"))
-    dry = dry_run(scored, scored / "samples.parquet", config, 5, 2, list(SIZES))
+    dry = dry_run(Draw(scored, 2, config, 5, list(SIZES)), scored / "samples.parquet")
     assert sorted(scored.rglob("*")) == before
-    kept = kept_by(scored, config, "2")
+    kept = kept_by(scored, config)
     sources = {
         row[:2]: row[2:] for row in read_rows(scored / "samples.parquet", "shard", "sample", "source", "num_tokens")
     }
@@ -64,8 +66,8 @@ def test_it_counts_what_refining_keeps(scored: Path, policy: Policy, rate: float
     for part in dry.sources:
         assert part.num_kept == sum(sources[sample][0] == part.name for sample in kept)
     assert [part.num_kept for part in dry.shards] == [sum(s == shard for s, _ in kept) for shard in range(len(SIZES))]
-    by_chance = kept_by(scored, config.model_copy(update={"policy": "all" if policy == "all" else "random"}), "chance")
+    by_chance = kept_by(scored, config.model_copy(update={"policy": "all" if policy == "all" else "random"}))
     assert dry.random_overlap == pytest.approx(len(kept.keys() & by_chance.keys()) / len(kept))
     assert dry.random_overlap == 1 if policy != "loss" else dry.random_overlap < 1
-    mixed = set(read_rows(scored / "mix.parquet", "shard", "sample"))
+    mixed = set(read_rows(scored / "1" / "mix.parquet", "shard", "sample"))
     assert dry.last_mix_overlap == pytest.approx(len(kept.keys() & mixed) / len(kept))

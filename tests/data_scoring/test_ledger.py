@@ -23,9 +23,17 @@ def test_an_empty_run_has_every_view_with_every_column_documented(tmp_path: Path
             ]
 
 
+def losses_table(losses: list[float]) -> pa.Table:
+    numbers = np.arange(len(losses), dtype=np.int32)
+    sources = pa.array(["a"] * len(losses)).dictionary_encode()
+    return pa.table(
+        {"sample": numbers, "num_tokens": numbers, "source": sources, "loss": pa.array(losses, pa.float32())}
+    )
+
+
 def test_it_shows_files_that_come_later_and_survives_readers_and_quotes(tmp_path: Path) -> None:
     run = tmp_path / "it's a run"
-    table = pa.table({"sample": pa.array([0], pa.int32()), "num_tokens": [1], "loss": pa.array([2.5], pa.float32())})
+    table = losses_table([2.5])
     write_parquet(losses_path(run / "rounds" / "1", 0), table, "f")
     path = refresh_ledger(run)
     with duckdb.connect(str(path)) as reader:
@@ -39,14 +47,7 @@ def test_it_shows_files_that_come_later_and_survives_readers_and_quotes(tmp_path
 
 
 def test_the_types_of_real_files_are_the_documented_ones(tmp_path: Path) -> None:
-    table = pa.table(
-        {
-            "sample": pa.array(np.arange(3), pa.int32()),
-            "num_tokens": pa.array(np.arange(3), pa.int32()),
-            "loss": pa.array(np.arange(3), pa.float32()),
-        }
-    )
-    write_parquet(losses_path(tmp_path / "rounds" / "1", 0), table, "f")
+    write_parquet(losses_path(tmp_path / "rounds" / "1", 0), losses_table([0, 1, 2]), "f")
     refresh_ledger(tmp_path)
     described = query(tmp_path, "describe losses").fetchall()
     assert [row[1].lower() for row in described] == [kind for kind, _ in VIEWS["losses"].columns.values()]

@@ -1,7 +1,9 @@
 """The draw against exhaustively computed probabilities of drawing without replacement."""
 
+from collections import Counter
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -9,10 +11,12 @@ import pyarrow as pa
 import pytest
 from scipy.stats import chisquare
 
-from data_scoring.config import RefineConfig
+from data_scoring.candidates import Draw, Limits, candidates_query
+from data_scoring.config import Policy, RefineConfig
 from data_scoring.progress import silent
-from data_scoring.refine import num_kept, refine, selection_query
-from data_scoring.scoring import losses_path, write_parquet
+from data_scoring.refine import refine, selection_path
+from data_scoring.scoring import losses_path, parquet_fingerprint, write_parquet
+from data_scoring.selection import num_kept, select
 from tests.conftest import read_rows
 
 LOSSES = [0.3, 1.0, 1.1, 2.5, 3.0]
@@ -31,44 +35,48 @@ def exact_probabilities(weights: np.ndarray, kept: int) -> dict[frozenset[int], 
     return probabilities
 
 
-def drawn_sets(config: RefineConfig) -> dict[frozenset[int], int]:
-    with duckdb.connect() as connection:
-        connection.execute("create table losses (sample int, loss float)")
-        connection.executemany("insert into losses values (?, ?)", list(enumerate(LOSSES)))
-        counts: dict[frozenset[int], int] = {}
-        for seed in range(SEEDS):
-            query = selection_query("losses", len(LOSSES), config, seed, 2, seed % 7)
-            chosen = frozenset(row[0] for row in connection.sql(query).fetchall() if row[2])
-            counts[chosen] = counts.get(chosen, 0) + 1
-    return counts
-
-
 @pytest.mark.parametrize(
-    ("policy", "temperature", "rate"), [("loss", 1.0, 0.4), ("loss", 2.0, 0.6), ("random", 1.0, 0.4)]
+    ("policy", "temperature", "rate"), [("loss", 1.0, 0.4), ("loss", 2.0, 0.6), ("random", None, 0.4)]
 )
-def test_frequencies_match_exhaustive_probabilities(policy: str, temperature: float, rate: float) -> None:
+def test_frequencies_match_exhaustive_probabilities(
+    policy: Policy, temperature: float | None, rate: float, tmp_path: Path
+) -> None:
     config = RefineConfig(policy=policy, temperature=temperature, sampling_rate=rate)
-    weights = np.exp(np.array(LOSSES) / temperature) if policy == "loss" else np.ones(len(LOSSES))
-    expected = exact_probabilities(weights, num_kept(len(LOSSES), config))
-    counts = drawn_sets(config)
+    # The same five samples again and again, each time with the random numbers of another seed.
+    trials = np.repeat(np.arange(SEEDS), len(LOSSES))
+    write_losses(tmp_path / "1", 0, np.tile(LOSSES, SEEDS), samples=np.tile(np.arange(5), SEEDS), trial=trials)
+    draw = Draw(tmp_path, 2, config, "trial", [len(trials)])  # type: ignore[arg-type]
+    with duckdb.connect() as connection:
+        keys = connection.sql(f"select key from ({candidates_query(draw, Limits(), 0)})").fetchnumpy()["key"]
+    kept = num_kept(len(LOSSES), config)
+    chosen = np.argsort(-keys.reshape(SEEDS, len(LOSSES)), axis=1)[:, :kept]
+    counts = Counter(map(frozenset, chosen.tolist()))
+    weights = np.exp(np.array(LOSSES) / (temperature or 1)) if policy == "loss" else np.ones(len(LOSSES))
+    expected = exact_probabilities(weights, kept)
     assert counts.keys() <= expected.keys()
-    observed = [counts.get(chosen, 0) for chosen in expected]
+    observed = [counts[chosen] for chosen in expected]
     assert chisquare(observed, np.array(list(expected.values())) * SEEDS).pvalue > 1e-3
 
 
-def test_the_hash_has_not_changed() -> None:
+def test_the_hash_has_not_changed(tmp_path: Path) -> None:
     """A DuckDB whose hash differs draws other samples from the same seed: then the format has a new version."""
+    write_losses(tmp_path / "1", 3, np.ones(20))
+    draw = Draw(tmp_path, 2, RefineConfig(policy="random", sampling_rate=0.3), 1, [0, 0, 0, 20])
     with duckdb.connect() as connection:
-        connection.execute("create table losses as select range::int as sample, 1::float as loss from range(20)")
-        config = RefineConfig(policy="random", sampling_rate=0.3)
-        rows = connection.sql(selection_query("losses", 20, config, 1, 2, 3)).fetchall()
+        rows = connection.sql(select(connection, draw, Limits(), 3)).fetchall()
     assert [row[0] for row in rows if row[2]] == [3, 5, 7, 10, 16, 18]
 
 
-def write_losses(folder: Path, shard: int, losses: np.ndarray, order: np.ndarray) -> None:
-    samples = np.arange(len(losses), dtype=np.int32)
-    table = pa.table({"sample": samples[order], "num_tokens": samples[order], "loss": losses.astype(np.float32)[order]})
-    write_parquet(losses_path(folder, shard), table, "scored")
+def write_losses(folder: Path, shard: int, losses: np.ndarray, samples: np.ndarray | None = None, **more: Any) -> None:
+    samples = np.arange(len(losses)) if samples is None else samples
+    table = {
+        "sample": samples.astype(np.int32),
+        "num_tokens": np.full(len(losses), 32, np.int32),
+        "source": np.where(samples % 3, "a", "b"),
+        "loss": losses.astype(np.float32),
+        **more,
+    }
+    write_parquet(losses_path(folder, shard), pa.table(table), "scored")
 
 
 def test_the_draw_does_not_depend_on_row_order_and_is_exact_in_number(tmp_path: Path) -> None:
@@ -77,8 +85,9 @@ def test_the_draw_does_not_depend_on_row_order_and_is_exact_in_number(tmp_path: 
     for name in ("sorted", "shuffled"):
         for shard, values in enumerate(losses):
             order = np.arange(len(values)) if name == "sorted" else generator.permutation(len(values))
-            write_losses(tmp_path / name, shard, values, order)
-        refine(tmp_path / name, tmp_path / name / "2", RefineConfig(), 7, 2, [1001, 1000, 1], "refined", silent)
+            write_losses(tmp_path / name / "1", shard, values[order], order)
+        refine(Draw(tmp_path / name, 2, RefineConfig(), 7, [1001, 1000, 1]), "refined", silent)
+        assert not (tmp_path / name / "2" / ".spill").exists()
     for shard, count in enumerate((501, 500, 1)):
         rows = [
             read_rows(
@@ -89,28 +98,34 @@ def test_the_draw_does_not_depend_on_row_order_and_is_exact_in_number(tmp_path: 
         assert rows[0] == rows[1]
         assert sum(row[2] for row in rows[0]) == count
         assert {row[3] for row in rows[0]} <= {"drawn by loss", "not drawn"}
-    kept = [row[1] for row in rows_of(tmp_path) if row[2]]
-    dropped = [row[1] for row in rows_of(tmp_path) if not row[2]]
-    assert np.mean(kept) > np.mean(dropped)
+    chosen = read_rows(tmp_path / "sorted" / "2" / "selection" / "shard=0000.parquet", "kept", "loss")
+    assert np.mean([loss for kept, loss in chosen if kept]) > np.mean([loss for kept, loss in chosen if not kept])
 
 
-def rows_of(folder: Path) -> list[tuple]:
-    return read_rows(folder / "sorted" / "2" / "selection" / "shard=0000.parquet", "sample", "loss", "kept")
-
-
-def test_everything_is_kept_by_policy_all(tmp_path: Path) -> None:
-    write_losses(tmp_path, 0, np.ones(5), np.arange(5))
-    refine(tmp_path, tmp_path / "2", RefineConfig(policy="all"), 7, 2, [5], "refined", silent)
-    assert all(row[0] for row in read_rows(tmp_path / "2" / "selection", "kept"))
+def test_a_rerun_makes_only_what_is_missing(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_losses(tmp_path / "1", shard, np.linspace(1, 3, 50))
+    draw = Draw(tmp_path, 2, RefineConfig(), 7, [50, 50, 50])
+    refine(draw, "refined", silent)
+    paths = [selection_path(draw.target, shard) for shard in range(3)]
+    before = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    written = [path.stat().st_mtime_ns for path in (paths[0], paths[2])]
+    refine(draw, "refined", silent)
+    assert [path.stat().st_mtime_ns for path in (paths[0], paths[2])] == written
+    assert [path.read_bytes() for path in paths] == before
+    refine(draw, "of other inputs", silent)
+    assert parquet_fingerprint(paths[0]) == "of other inputs"
 
 
 def test_missing_and_incomplete_losses_are_named(tmp_path: Path) -> None:
+    draw = Draw(tmp_path, 2, RefineConfig(), 7, [5])
     with pytest.raises(ValueError, match=r"shard=0000\.parquet: no such file; score the round"):
-        refine(tmp_path, tmp_path / "2", RefineConfig(), 7, 2, [5], "refined", silent)
-    write_losses(tmp_path, 0, np.ones(4), np.arange(4))
+        refine(draw, "refined", silent)
+    write_losses(tmp_path / "1", 0, np.ones(4))
     with pytest.raises(ValueError, match=r"\(4, 4\) rows and losses where the shard has 5 samples"):
-        refine(tmp_path, tmp_path / "2", RefineConfig(), 7, 2, [5], "refined", silent)
-    losses_path(tmp_path, 0).write_bytes(b"PAR1 not really")
+        refine(draw, "refined", silent)
+    losses_path(tmp_path / "1", 0).write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"shard=0000\.parquet: cannot be read"):
-        refine(tmp_path, tmp_path / "2", RefineConfig(), 7, 2, [5], "refined", silent)
+        refine(draw, "refined", silent)
     assert list((tmp_path / "2" / "selection").iterdir()) == []

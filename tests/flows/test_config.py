@@ -21,7 +21,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["refine.sampling_rate=0"], "refine.sampling_rate: input should be greater than 0 (it is 0); correct it"),
         ("", ["refine.sampling_rate=1.5"], "refine.sampling_rate: input should be less than or equal to 1 (it is 1.5)"),
         ("", ["refine=2"], "refine: input should be a valid dictionary"),
-        ("", ["refine.policy=hardest"], "refine.policy: input should be 'loss', 'random' or 'all' (it is 'hardest')"),
+        ("", ["refine.policy=hardest"], "refine.policy: input should be 'loss', 'loss_batch', 'top', 'band', 'forgetting', 'excess', "),
         ("", ["seed"], "--set seed: not FIELD=VALUE"),
         ("", ["tokenizer.path=@x"], "--set tokenizer.path=@x: the value is not valid YAML"),
         ("", ["model.num_attention_heads=3"], "model.num_attention_heads: 3 does not divide hidden_size 128"),
@@ -35,6 +35,13 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["launch.nodes=2"], "launch.nodes: parallel makes 1 processes, which 2 nodes with the same number of"),
         ("", ["launch.nodes=2", "parallel.data=2"], "launch.rendezvous: several nodes need a place to meet; give this"),
         ("", ["launch.kind=slurm"], "device: what Slurm's nodes have is not seen from here; say cuda, npu or cpu"),
+        ("", ["refine.policy=sql"], "refine.sql: policy sql needs an expression; give one"),
+        ("", ["refine.policy=excess"], "refine.reference: policy excess needs a reference model's losses; name the"),
+        ("", ["refine.sql=random()"], "refine.sql: random() in 'random()' is no function whose result its arguments"),
+        ("", ["refine.policy=band", "refine.drop_hardest=0.6"], "refine.drop_hardest: 0.6 and sampling_rate 0.5 add"),
+        ("refine: {sources: [{name: b}]}", [], "refine.sources: 'b' is no source; the corpus has a"),
+        ("refine: {sources: [{name: a, from_round: 2}]}", [], "refine.sources: every source joins after round 1"),
+        ("refine: {sources: [{name: a, at_least: 0.5, at_most: 0.1}]}", [], "at_least: 0.5 is above at_most 0.1"),
         ("", ["launch.rendezvous=host"], "launch.rendezvous: string should match pattern"),
     ],
 )  # fmt: skip
@@ -86,7 +93,7 @@ def test_the_demo_is_the_default_path() -> None:
     default = RunConfig(name="demo", corpus=demo.corpus.model_copy())
     assert demo.model_copy(update={"parallel": default.parallel}) == default
     assert (demo.parallel.pipeline, demo.parallel.world_size) == (2, 2)
-    assert (demo.refine.policy, demo.refine.sampling_rate, demo.refine.temperature) == ("loss", 0.5, 1.0)
+    assert (demo.refine.policy, demo.refine.sampling_rate, demo.refine.draw_temperature) == ("loss", 0.5, 1.0)
     assert (demo.corpus.num_shards, demo.rounds.num_rounds) == (8, 2)
 
 

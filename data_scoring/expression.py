@@ -1,0 +1,102 @@
+"""The user's own score: one SQL expression over a sample's columns, checked before it is ever run."""
+
+import json
+from functools import cache
+from typing import Any
+
+import duckdb
+
+COLUMNS = {
+    "sample": "integer",
+    "source": "varchar",
+    "num_tokens": "integer",
+    "loss": "float",
+    "seen_loss": "float",
+}
+
+# What an expression may be made of. Subqueries, windows and parameters are not among it: nothing but the sample's own
+# columns decides, so that the result depends on no other row and on no order.
+_CLASSES = {
+    "BETWEEN", "CASE", "CAST", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT", "FUNCTION", "OPERATOR", "TYPE",
+}  # fmt: skip
+# Macros are not marked as consistent, though this one is.
+_CONSISTENT_MACROS = {"nullif"}
+
+
+def check_expression(sql: str) -> set[str]:
+    """Return the columns (of `COLUMNS`) that the SQL expression `sql` uses.
+
+    Raises ValueError where it is no single expression of these columns with a number as its result, or where it would
+    read anything else, or not give the same result every time.
+    """
+    with duckdb.connect(config={"enable_external_access": "false"}) as connection:
+        nodes = list(_nodes(_parse(connection, sql)))
+        functions = _consistent_functions()
+        for node in nodes:
+            kind = node["class"]
+            if kind not in _CLASSES:
+                raise ValueError(f"sql: {sql!r} holds a {kind.lower()}, and only expressions of columns may be used")
+            if kind == "COLUMN_REF" and len(node["column_names"]) > 1:
+                raise ValueError(f"sql: {'.'.join(node['column_names'])} in {sql!r}: name the column alone")
+            if kind == "FUNCTION" and node["function_name"] not in functions:
+                raise ValueError(
+                    f"sql: {node['function_name']}() in {sql!r} is no function whose result its arguments alone "
+                    "decide; use another"
+                )
+        _check_type(connection, sql)
+    return {node["column_names"][-1].lower() for node in nodes if node["class"] == "COLUMN_REF"}
+
+
+def _parse(connection: duckdb.DuckDBPyConnection, sql: str) -> dict[str, Any]:
+    """Return the expression's tree. What closes the bracket early shows as more than one expression, or as a FROM."""
+    [(text,)] = connection.execute("select json_serialize_sql(?::varchar)", [f"select ({sql})"]).fetchall()
+    parsed = json.loads(text)
+    if parsed["error"]:
+        raise ValueError(f"sql: {sql!r} is no SQL expression ({parsed['error_message']}); mend it")
+    node = parsed["statements"][0]["node"]
+    is_plain = (
+        len(parsed["statements"]) == 1
+        and node["type"] == "SELECT_NODE"
+        and len(node["select_list"]) == 1
+        and node["from_table"]["type"] == "EMPTY"
+        and not any(node[part] for part in ("modifiers", "where_clause", "group_expressions", "having", "qualify"))
+    )
+    if not is_plain:
+        raise ValueError(f"sql: {sql!r} is more than one expression; write one, such as 'loss - 0.5 * seen_loss'")
+    expression: dict[str, Any] = node["select_list"][0]
+    return expression
+
+
+def _nodes(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        if "class" in tree:
+            yield tree
+        for value in tree.values():
+            yield from _nodes(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _nodes(value)
+
+
+@cache
+def _consistent_functions() -> frozenset[str]:
+    with duckdb.connect() as connection:
+        rows = connection.execute(
+            """select function_name from duckdb_functions() where function_type = 'scalar'
+            group by function_name
+            having bool_and(stability = 'CONSISTENT' and not coalesce(has_side_effects, false))"""
+        ).fetchall()
+    return frozenset(row[0] for row in rows) | _CONSISTENT_MACROS
+
+
+def _check_type(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+    connection.execute(f"create table candidates ({columns})")
+    try:
+        kind = str(connection.sql(f"select ({sql}) as score from candidates").types[0])
+    except duckdb.Error as error:
+        raise ValueError(
+            f"sql: {sql!r} cannot be computed ({' '.join(str(error).split())}); the columns are {', '.join(COLUMNS)}"
+        ) from None
+    if not kind.startswith(("DECIMAL", "BOOLEAN", "DOUBLE", "FLOAT")) and "INT" not in kind:
+        raise ValueError(f"sql: {sql!r} results in {kind}; write an expression whose result is a number")

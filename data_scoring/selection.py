@@ -1,0 +1,230 @@
+"""Selecting: which of a shard's candidates are kept, exactly, in bounded memory.
+
+The candidates with the highest keys are to be kept, with floors and ceilings for sources. One scan counts keys in
+buckets; that tells in which bucket each source is cut off. A second scan brings the rows of those buckets alone, which
+are sorted. A third writes every sample's fate. Nothing is ever sorted as a whole (a window over 20 M rows takes several
+times as long), and DuckDB puts on disk what does not fit into memory.
+"""
+
+from dataclasses import dataclass
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from data_scoring.candidates import LATE, Draw, Limits, candidates_query, check_losses, is_joined
+from data_scoring.config import RefineConfig
+from data_scoring.sql import literal
+
+# Enough for a bucket at the cut to hold a thousandth of the samples, few enough to be counted at no cost.
+_NUM_BUCKETS = 4096
+# One sample in so many tells the range that buckets divide; those beyond go into the outermost.
+_RANGE_SAMPLE = 64
+# Below every bucket: no cut.
+_BOTTOM = -1
+
+FRESH = "its source joins now"
+FLOOR, CEILING, NOT_DRAWN = "floor of its source", "ceiling of its source", "not drawn"
+REASONS = {
+    "loss": "drawn by loss",
+    "loss_batch": "drawn with its batch",
+    "top": "among the hardest kept",
+    "band": "in the band",
+    "forgetting": "drawn by forgetting",
+    "excess": "drawn by excess loss",
+    "random": "drawn at random",
+    "all": "everything is kept",
+    "sql": "drawn by sql",
+}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where one group of candidates, a source with a rule of its own or all others, is cut off.
+
+    Buckets above `bucket` are kept, those below are not. In it, ranks up to `floor` in the group are kept and those
+    beyond `ceiling` are not; `above` of the group's candidates lie in buckets above.
+    """
+
+    bucket: int
+    above: int
+    floor: int
+    ceiling: int
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """All groups' cuts; between floor and ceiling, `contested` more are kept of the `bucket` that all compete in."""
+
+    groups: dict[str, Cut]
+    bucket: int
+    contested: int
+
+
+def num_kept(num_samples: int, config: RefineConfig) -> int:
+    """Return N0, how many of a shard's `num_samples` are kept: the nearest to the sampling rate, at least one."""
+    if config.policy == "all":
+        return num_samples
+    return max(1, int(num_samples * config.sampling_rate + 0.5))
+
+
+def select(connection: duckdb.DuckDBPyConnection, draw: Draw, limits: Limits, shard: int, name: str = "chosen") -> str:
+    """Return the SQL whose rows (sample, loss, kept, reason) are the selection from a shard, in the losses' order.
+
+    The tables that it refers to are made on `connection`, their names beginning with `name`. Raises ValueError where
+    losses are missing or incomplete, a score is not finite, or floors are above the sampling rate.
+    """
+    check_losses(connection, draw, shard)
+    relation = f"({candidates_query(draw, limits, shard)})"
+    if is_joined(draw.config):
+        connection.execute(f"create or replace temp table {name}_candidates as from {relation}")
+        relation = f"{name}_candidates"
+    group = _group(draw.config)
+    low, width = _range(connection, relation)
+    bucket = f"greatest(0, least({_NUM_BUCKETS - 1}, floor((key - {low!r}::double) / {width!r}::double)))::int"
+    bucketed = f"(select *, {group} as category, {bucket} as bucket from {relation})"
+    cuts = find_cuts(_count(connection, draw, shard, bucketed), draw.config)
+    _decide_boundary(connection, draw.config, cuts, bucketed, f"{name}_boundary")
+    return _selection(draw.config, cuts, bucketed, f"{name}_boundary")
+
+
+def _group(config: RefineConfig) -> str:
+    """Return the SQL expression of a candidate's group: its source where that has a floor or a ceiling, else ''."""
+    ruled = [rule.name for rule in config.sources if rule.at_least > 0 or rule.at_most < 1]
+    return f"case when source in ({', '.join(map(literal, ruled))}) then source else '' end" if ruled else "''"
+
+
+def _range(connection: duckdb.DuckDBPyConnection, relation: str) -> tuple[float, float]:
+    """Return where buckets begin and how wide they are. It decides how fast selecting is, and nothing else."""
+    [(low, high)] = connection.sql(
+        f"select min(key), max(key) from {relation} where sample % {_RANGE_SAMPLE} = 0 "
+        "and excluded is null and not is_fresh and isfinite(key)"
+    ).fetchall()
+    if low is None or high <= low:
+        return low or 0.0, 1.0
+    return low, max((high - low) / _NUM_BUCKETS, np.finfo(float).tiny)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A group's candidates, bucket by bucket, [_NUM_BUCKETS] int64, and how many samples it has with those excluded."""
+
+    by_bucket: NDArray[np.int64]
+    num_samples: int
+
+
+def _count(connection: duckdb.DuckDBPyConnection, draw: Draw, shard: int, bucketed: str) -> dict[str, Counts]:
+    rows = connection.sql(
+        f"""select category, case when excluded is null then bucket end as place, count(*),
+            min(sample) filter (excluded is null and (key is null or not isfinite(key)))
+        from {bucketed} where not is_fresh and excluded is distinct from '{LATE}' group by category, place"""
+    ).fetchall()
+    bad = [row[3] for row in rows if row[3] is not None]
+    if bad:
+        what = f"refine.sql: {draw.config.sql!r}" if draw.config.policy == "sql" else f"policy {draw.config.policy}"
+        raise ValueError(
+            f"{what}: what it gives for sample {min(bad)} of shard {shard} is no finite number (a sample that was "
+            "never trained on has no seen_loss); choose another"
+        )
+    counts: dict[str, Counts] = {}
+    for category in {row[0] for row in rows}:
+        mine = [(place, count) for name, place, count, _ in rows if name == category]
+        by_bucket = np.zeros(_NUM_BUCKETS, np.int64)
+        for place, count in mine:
+            if place is not None:
+                by_bucket[place] = count
+        counts[category] = Counts(by_bucket, sum(count for _, count in mine))
+    return counts
+
+
+def find_cuts(counts: dict[str, Counts], config: RefineConfig) -> Cuts:
+    """Return where each group is cut off so that, within floors and ceilings, N0 of the highest keys are kept.
+
+    N0 is of all samples, those excluded with them; where fewer may be kept, all of these are. Raises ValueError where
+    floors alone are above N0.
+    """
+    rules = {rule.name: rule for rule in config.sources}
+    floors, ceilings, at_least = {}, {}, {}
+    for name, group in counts.items():
+        candidates = int(group.by_bucket.sum())
+        rule = rules.get(name)
+        floors[name] = min(candidates, int(rule.at_least * group.num_samples)) if rule else 0
+        ceilings[name] = min(candidates, int(rule.at_most * group.num_samples + 0.5)) if rule else candidates
+        # [bucket]: how many candidates lie in it or above.
+        at_least[name] = np.cumsum(group.by_bucket[::-1])[::-1]
+    wanted = num_kept(sum(group.num_samples for group in counts.values()), config) if counts else 0
+    if sum(floors.values()) > wanted:
+        raise ValueError(
+            f"refine.sources: the floors (at_least) ask for {sum(floors.values())} samples of a shard of which "
+            f"sampling_rate {config.sampling_rate:g} keeps {wanted}; lower them, or raise sampling_rate"
+        )
+    wanted = min(wanted, sum(ceilings.values()))
+    kept_from = sum(np.clip(at_least[name], floors[name], ceilings[name]) for name in counts)
+    # The highest bucket from which on there are enough.
+    bucket = int(np.flatnonzero(kept_from >= wanted)[-1]) if counts else 0
+    groups, settled = {}, 0
+    for name in counts:
+        above = np.append(at_least[name], 0)
+        settled += min(max(int(above[bucket + 1]), floors[name]), ceilings[name])
+        floor_bucket = _bucket_of(above, floors[name]) if floors[name] else _NUM_BUCKETS
+        ceiling_bucket = _bucket_of(above, ceilings[name]) if ceilings[name] < above[0] else _BOTTOM
+        cut = min(floor_bucket, max(bucket, ceiling_bucket))
+        groups[name] = Cut(cut, int(above[cut + 1]), floors[name], ceilings[name])
+    return Cuts(groups, bucket, wanted - settled)
+
+
+def _bucket_of(above: NDArray[np.int64], rank: int) -> int:
+    """Return the bucket that holds the candidate of a rank, from 1; `above` counts those in or above each bucket."""
+    return int(np.flatnonzero(above >= rank)[-1]) if rank else _NUM_BUCKETS
+
+
+def _by_group(cuts: Cuts, field: str) -> str:
+    """Return the SQL expression of a field of the cut of a candidate's group."""
+    values = {name: getattr(cut, field) for name, cut in cuts.groups.items()}
+    if len(set(values.values())) <= 1:
+        return str(next(iter(values.values()), _BOTTOM))
+    return f"case category {' '.join(f'when {literal(name)} then {value}' for name, value in values.items())} end"
+
+
+def _decide_boundary(
+    connection: duckdb.DuckDBPyConnection, config: RefineConfig, cuts: Cuts, bucketed: str, table: str
+) -> None:
+    """Make the table of the candidates in the buckets where groups are cut off: sample, is_kept, why."""
+    floor, ceiling = (_by_group(cuts, field) for field in ("floor", "ceiling"))
+    order = "key desc, bits desc, sample"
+    connection.execute(f"""
+        create or replace temp table {table} as
+        select sample, status = 'floor' or is_chosen as is_kept,
+            case when is_chosen then '{REASONS[config.policy]}' when status = 'floor' then '{FLOOR}'
+                when status = 'ceiling' then '{CEILING}' else '{NOT_DRAWN}' end as why
+        from (
+            select *, status = 'settled' or (status = 'contested' and
+                row_number() over (partition by status order by {order}) <= {cuts.contested}) as is_chosen
+            from (
+                select *, case when rank <= {floor} then 'floor' when rank > {ceiling} then 'ceiling'
+                    when bucket > {cuts.bucket} then 'settled' when bucket = {cuts.bucket} then 'contested'
+                    else 'below' end as status
+                from (
+                    select *, {_by_group(cuts, "above")} + row_number() over (partition by category order by {order})
+                        as rank
+                    from {bucketed}
+                    where excluded is null and not is_fresh and bucket = {_by_group(cuts, "bucket")}
+                )
+            )
+        )""")
+
+
+def _selection(config: RefineConfig, cuts: Cuts, bucketed: str, boundary: str) -> str:
+    cut, reason = _by_group(cuts, "bucket"), REASONS[config.policy]
+    above = f"case when bucket < {cuts.bucket} then '{FLOOR}' else '{reason}' end" if config.sources else f"'{reason}'"
+    below = (
+        f"case when bucket > {cuts.bucket} then '{CEILING}' else '{NOT_DRAWN}' end"
+        if config.sources
+        else f"'{NOT_DRAWN}'"
+    )
+    return f"""
+        select sample, loss,
+            excluded is null and (is_fresh or coalesce(is_kept, bucket > {cut})) as kept,
+            case when excluded is not null then excluded when is_fresh then '{FRESH}' when why is not null then why
+                when bucket > {cut} then {above} else {below} end as reason
+        from {bucketed} left join {boundary} using (sample)"""
