@@ -33,6 +33,7 @@ class Part:
 class DryRun:
     """A selection that was not written: by source, by shard, in all, and against what else could be trained on.
 
+    `reasons` are why samples are kept (True) or not, with their numbers, the commonest first.
     `random_overlap` is the share of the kept samples that a draw with the same random numbers but no regard to loss
     keeps too: 1 where losses decide nothing. `last_mix_overlap` is the share that the round before trained on.
     """
@@ -42,6 +43,7 @@ class DryRun:
     sources: list[Part]
     shards: list[Part]
     total: Part
+    reasons: list[tuple[str, bool, int]]
     random_overlap: float
     last_mix_overlap: float
 
@@ -59,6 +61,7 @@ def dry_run(draw: Draw, samples_path: Path) -> DryRun:
             "create table parts (shard int, source varchar, samples bigint, kept bigint, tokens bigint, loss double, "
             "kept_loss double, chance bigint, last bigint)"
         )
+        connection.execute("create table reasons (reason varchar, kept boolean, n bigint)")
         limits = find_limits(connection, draw)
         for shard in range(len(draw.num_samples)):
             chosen = select(connection, draw, limits, shard)
@@ -74,6 +77,7 @@ def dry_run(draw: Draw, samples_path: Path) -> DryRun:
                 left join (select sample from read_parquet({literal(draw.scored / "mix.parquet")})
                     where shard = {shard}) as mix using (sample)
                 group by source""")
+            connection.execute(f"insert into reasons select reason, kept, count(*) from ({chosen}) group by all")
         [total] = _parts(connection, "'all'")
         [(chance, last)] = connection.sql("select sum(chance), sum(last) from parts").fetchall()
         return DryRun(
@@ -82,6 +86,9 @@ def dry_run(draw: Draw, samples_path: Path) -> DryRun:
             sources=_parts(connection, "source"),
             shards=_parts(connection, "shard"),
             total=total,
+            reasons=connection.sql(
+                "select reason, kept, sum(n)::bigint as n from reasons group by all order by n desc, reason"
+            ).fetchall(),
             random_overlap=int(chance) / total.num_kept,
             last_mix_overlap=int(last) / total.num_kept,
         )

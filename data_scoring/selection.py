@@ -18,8 +18,8 @@ from data_scoring.sql import literal
 
 # Enough for a bucket at the cut to hold a thousandth of the samples, few enough to be counted at no cost.
 _NUM_BUCKETS = 4096
-# One sample in so many tells the range that buckets divide; those beyond go into the outermost.
-_RANGE_SAMPLE = 64
+# The first rows tell the range that buckets divide; keys beyond go into the outermost.
+_RANGE_ROWS = 50_000
 # Below every bucket: no cut.
 _BOTTOM = -1
 
@@ -97,8 +97,8 @@ def _group(config: RefineConfig) -> str:
 def _range(connection: duckdb.DuckDBPyConnection, relation: str) -> tuple[float, float]:
     """Return where buckets begin and how wide they are. It decides how fast selecting is, and nothing else."""
     [(low, high)] = connection.sql(
-        f"select min(key), max(key) from {relation} where sample % {_RANGE_SAMPLE} = 0 "
-        "and excluded is null and not is_fresh and isfinite(key)"
+        f"""select min(key), max(key) from (select * from {relation} limit {_RANGE_ROWS})
+        where excluded is null and not is_fresh and isfinite(key)"""
     ).fetchall()
     if low is None or high <= low:
         return low or 0.0, 1.0
@@ -114,27 +114,34 @@ class Counts:
 
 
 def _count(connection: duckdb.DuckDBPyConnection, draw: Draw, shard: int, bucketed: str) -> dict[str, Counts]:
+    if draw.config.policy in ("forgetting", "excess", "sql"):
+        _check_finite(connection, draw, shard, bucketed)
     rows = connection.sql(
-        f"""select category, case when excluded is null then bucket end as place, count(*),
-            min(sample) filter (excluded is null and (key is null or not isfinite(key)))
+        f"""select category, case when excluded is null then bucket else {_BOTTOM} end as place, count(*)
         from {bucketed} where not is_fresh and excluded is distinct from '{LATE}' group by category, place"""
     ).fetchall()
-    bad = [row[3] for row in rows if row[3] is not None]
-    if bad:
-        what = f"refine.sql: {draw.config.sql!r}" if draw.config.policy == "sql" else f"policy {draw.config.policy}"
-        raise ValueError(
-            f"{what}: what it gives for sample {min(bad)} of shard {shard} is no finite number (a sample that was "
-            "never trained on has no seen_loss); choose another"
-        )
     counts: dict[str, Counts] = {}
     for category in {row[0] for row in rows}:
-        mine = [(place, count) for name, place, count, _ in rows if name == category]
+        mine = [(place, count) for name, place, count in rows if name == category]
         by_bucket = np.zeros(_NUM_BUCKETS, np.int64)
         for place, count in mine:
-            if place is not None:
+            if place != _BOTTOM:
                 by_bucket[place] = count
         counts[category] = Counts(by_bucket, sum(count for _, count in mine))
     return counts
+
+
+def _check_finite(connection: duckdb.DuckDBPyConnection, draw: Draw, shard: int, bucketed: str) -> None:
+    [(bad,)] = connection.sql(
+        f"""select min(sample) from {bucketed}
+        where excluded is null and not is_fresh and (key is null or not isfinite(key))"""
+    ).fetchall()
+    if bad is not None:
+        what = f"refine.sql: {draw.config.sql!r}" if draw.config.policy == "sql" else f"policy {draw.config.policy}"
+        raise ValueError(
+            f"{what}: what it gives for sample {bad} of shard {shard} is no finite number (a sample that was never "
+            "trained on has no seen_loss); choose another"
+        )
 
 
 def find_cuts(counts: dict[str, Counts], config: RefineConfig) -> Cuts:

@@ -52,6 +52,8 @@ def summary(dry: DryRun) -> str:
         f"{dry.random_overlap:.1%} of them would be kept without regard to loss, too; "
         f"{dry.last_mix_overlap:.1%} were in the mix before.",
     ]
+    reasons = [[reason, "kept" if kept else "", f"{count:,}"] for reason, kept, count in dry.reasons]
+    lines.append(_markdown_table(["why", "kept", "samples"], reasons))
     for title, parts in (("source", dry.sources), ("shard", dry.shards)):
         head = [title, "samples", "kept", "share", "tokens kept", "mean loss", "mean loss kept"]
         cells = [

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.files import explain
-from flows.config import RunConfig, read_config
+from flows.config import RunConfig, override, read_config
 from flows.run_folder import RanksFailedError, Run, locked, open_run, read_run
 from flows.status import read_status
 
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         if stage == "refine":
             command.add_argument("--dry-run", action="store_true", help="print what would be kept and write nothing")
             _add_draw(command, "with --dry-run: another ")
+            command.add_argument("--temperature", type=float, help="with --dry-run: another temperature than the run's")
         command.set_defaults(command=_stage, stage=stage)
     approve = commands.add_parser("approve", help="let a round train on what refining keeps (rounds.approval)")
     approve.add_argument("run", type=Path, metavar="RUN", help="run folder")
@@ -148,13 +150,15 @@ def _stage(options: argparse.Namespace) -> None:
     from flows import stages
     from flows.progress import TerminalProgress
 
-    config = _config(options)
     if options.stage == "refine":
         if options.dry_run:
-            _preview(options, config)
+            _preview(options)
             return
-        if options.policy or options.sampling_rate:
-            raise ValueError("--policy, --sampling-rate: go with --dry-run; a run is refined as its configuration says")
+        if options.policy or options.sampling_rate is not None or options.temperature is not None:
+            raise ValueError(
+                "--policy, --sampling-rate, --temperature: go with --dry-run; a run is refined as its configuration says"
+            )
+    config = _config(options)
     with locked(config.folder), TerminalProgress() as progress:
         run = open_run(config)
         if options.stage == "prepare":
@@ -177,18 +181,28 @@ def _stage(options: argparse.Namespace) -> None:
     print(f"{options.stage} of round {number} is complete")
 
 
-def _preview(options: argparse.Namespace, config: RunConfig) -> None:
+def _preview(options: argparse.Namespace) -> None:
     from flows import stages
     from flows.artifacts import summary
 
-    run = read_run(config.folder)
+    # Nothing is made: so an override may go with a run folder too.
+    if not options.target.is_dir():
+        run = read_run(_config(options).folder)
+    elif any(not each.startswith("refine.") for each in options.set):
+        raise ValueError(
+            "--set: a dry run over a run folder takes overrides of refine alone, such as refine.policy=top"
+        )
+    else:
+        run = read_run(options.target)
+        run = replace(run, config=override(run.config, options.set))
     number = _next_to_train(run) if options.round is None else options.round
     print(summary(stages.preview(run, number, _draw(run.refine_config(number), options))))
 
 
 def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
     """Return `refine` with what the command line says otherwise."""
-    given = {"policy": options.policy, "sampling_rate": options.sampling_rate}
+    names = ("policy", "sampling_rate", "temperature")
+    given = {name: getattr(options, name, None) for name in names}
     try:
         return RefineConfig.model_validate(
             {**refine.model_dump(), **{field: value for field, value in given.items() if value is not None}}

@@ -173,6 +173,14 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     return parse_config(values, str(path))
 
 
+def override(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """Return `config` with `overrides`, such as refine.policy=top, applied. Raises ValueError for those that are wrong."""
+    values = config.model_dump()
+    for each in overrides:
+        _apply(values, each)
+    return parse_config(values, "--set")
+
+
 def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
     """Return the configuration that `values` spell; `origin` names them in errors, which are ValueErrors."""
     try:

@@ -12,6 +12,7 @@ from data_scoring.dry_run import dry_run
 from data_scoring.progress import silent
 from data_scoring.refine import refine
 from data_scoring.scoring import losses_path, write_parquet
+from data_scoring.selection import REASONS
 from tests.conftest import read_rows
 
 SIZES = (701, 700)
@@ -61,6 +62,8 @@ def test_it_counts_what_refining_keeps(scored: Path, policy: Policy, rate: float
         row[:2]: row[2:] for row in read_rows(scored / "samples.parquet", "shard", "sample", "source", "num_tokens")
     }
     assert (dry.total.num_samples, dry.total.num_kept) == (sum(SIZES), len(kept))
+    assert {(reason, kept) for reason, kept, _ in dry.reasons} >= {(REASONS[policy], True)}
+    assert sum(count for _, kept, count in dry.reasons if kept) == len(kept)
     assert dry.total.num_tokens_kept == sum(sources[sample][1] for sample in kept)
     assert dry.total.mean_loss_kept == pytest.approx(np.mean(list(kept.values())), rel=1e-6)
     for part in dry.sources:

@@ -21,7 +21,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["refine.sampling_rate=0"], "refine.sampling_rate: input should be greater than 0 (it is 0); correct it"),
         ("", ["refine.sampling_rate=1.5"], "refine.sampling_rate: input should be less than or equal to 1 (it is 1.5)"),
         ("", ["refine=2"], "refine: input should be a valid dictionary"),
-        ("", ["refine.policy=hardest"], "refine.policy: input should be 'loss', 'loss_batch', 'top', 'band', 'forgetting', 'excess', "),
+        ("", ["refine.policy=hardest"], "refine.policy: input should be 'loss', 'loss_batch', 'top', 'band', "),
         ("", ["seed"], "--set seed: not FIELD=VALUE"),
         ("", ["tokenizer.path=@x"], "--set tokenizer.path=@x: the value is not valid YAML"),
         ("", ["model.num_attention_heads=3"], "model.num_attention_heads: 3 does not divide hidden_size 128"),

@@ -239,9 +239,16 @@ def test_a_round_waits_for_its_approval(
     (run / "run.yaml").write_text(text.replace("approval: false", "approval: true"))
     assert main(["refine", str(run), "--dry-run", "--policy", "random", "--sampling-rate", "0.25"]) == 0
     assert "policy random, sampling rate 0.25" in capsys.readouterr().out
+    assert (
+        main(["refine", str(run), "--round", "2", "--dry-run", "--set", "refine.drop_hardest=0.2", "--policy", "band"])
+        == 0
+    )
+    assert "among the hardest" in capsys.readouterr().out
+    assert main(["refine", str(run), "--dry-run", "--set", "seed=2"]) == 1
+    assert "takes overrides of refine alone" in capsys.readouterr().err
     assert not (run / "rounds" / "2").exists()
     assert main(["refine", str(run), "--sampling-rate", "0.25"]) == 1
-    assert "--policy, --sampling-rate: go with --dry-run" in capsys.readouterr().err
+    assert "--policy, --sampling-rate, --temperature: go with --dry-run" in capsys.readouterr().err
     assert main(["refine", str(run)]) == 1
     assert "what round 2 trains on waits to be approved; look at it with `reprise refine" in capsys.readouterr().err
     assert {row.name: row.state for row in read_status(run)}["mix 2"] == "waiting"
