@@ -87,7 +87,7 @@ def _write_losses(folder: Path, size: int) -> None:
 
 
 def _draws(folder: Path) -> list[dict[str, Any]]:
-    """Return selecting, from disk, against torch.multinomial and a Gumbel-argpartition in NumPy, of losses in memory."""
+    """Return selecting from disk against torch.multinomial and a Gumbel-argpartition in NumPy, of losses in memory."""
     rounds = folder / "multinomial"
     _write_losses(rounds / "1", MULTINOMIAL_SIZE)
     turns = [_measure("draws", rounds, MULTINOMIAL_SIZE) for _ in range(TURNS)]

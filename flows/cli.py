@@ -156,7 +156,7 @@ def _stage(options: argparse.Namespace) -> None:
             return
         if options.policy or options.sampling_rate is not None or options.temperature is not None:
             raise ValueError(
-                "--policy, --sampling-rate, --temperature: go with --dry-run; a run is refined as its configuration says"
+                "--policy, --sampling-rate, --temperature: go with --dry-run; runs are refined as configured"
             )
     config = _config(options)
     with locked(config.folder), TerminalProgress() as progress:
@@ -189,9 +189,7 @@ def _preview(options: argparse.Namespace) -> None:
     if not options.target.is_dir():
         run = read_run(_config(options).folder)
     elif any(not each.startswith("refine.") for each in options.set):
-        raise ValueError(
-            "--set: a dry run over a run folder takes overrides of refine alone, such as refine.policy=top"
-        )
+        raise ValueError("--set: a dry run of a run folder takes overrides of refine alone, such as refine.policy=top")
     else:
         run = read_run(options.target)
         run = replace(run, config=override(run.config, options.set))

@@ -174,7 +174,7 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
 
 
 def override(config: RunConfig, overrides: list[str]) -> RunConfig:
-    """Return `config` with `overrides`, such as refine.policy=top, applied. Raises ValueError for those that are wrong."""
+    """Return `config` with `overrides`, such as refine.policy=top, applied. Raises ValueError for wrong ones."""
     values = config.model_dump()
     for each in overrides:
         _apply(values, each)

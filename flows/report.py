@@ -10,6 +10,7 @@ import yaml
 from data_scoring.files import writing
 from flows.plots import Plot, forgetting_curve, kept_by_source, loss_curves, render, selection_histograms
 from flows.run_folder import Run
+from flows.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -17,7 +18,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .lead { color: gray; margin-top: .2rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, td.text { text-align: left; }
+td.text { font-size: 13px; overflow-wrap: anywhere; }
 img { width: 100%; background: white; border-radius: 4px; }
 pre { overflow-x: auto; background: #8881; padding: 1rem; border-radius: 4px; }
 figure { margin: 1rem 0; } figcaption { color: gray; font-size: 14px; }
@@ -88,7 +90,35 @@ def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> lis
             run, f"forgetting-{scored}", forgetting_curve(scored), ledger,
             "The forgetting curve: where the blue line is above the orange one, the round has unlearned.",
         ),
+        *_forgotten(run, ledger, scored),
+        *_quarantine(run, ledger, selected),
     ]  # fmt: skip
+
+
+def _forgotten(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
+    sources = forgotten_sources(ledger, scored)
+    if not sources:
+        return []
+    samples = forgotten_samples(run, ledger, scored)
+    return [
+        "<h3>What was forgotten most</h3>",
+        _rows(["Source", "Samples trained on", "Seen loss", "Re-scored loss", "Forgotten"], sources),
+        _rows(["Source", "Shard", "Sample", "Seen loss", "Re-scored loss", "Text"], samples)
+        if samples
+        else "<p>No sample got worse.</p>",
+    ]
+
+
+def _quarantine(run: Run, ledger: duckdb.DuckDBPyConnection, selected: int) -> list[str]:
+    rows = quarantined_samples(run, ledger, selected)
+    if not rows:
+        return []
+    return [
+        f"<h3>Put aside as noise for round {selected}</h3>",
+        f"<p>{num_quarantined(ledger, selected):,} samples of a loss beyond refine.outlier_z "
+        f"{run.refine_config(selected).outlier_z} of their source; those of the greatest loss:</p>",
+        _rows(["Source", "Shard", "Sample", "Loss", "Text"], rows),
+    ]
 
 
 def _figure(run: Run, name: str, plot: Plot, ledger: duckdb.DuckDBPyConnection, caption: str) -> str:
@@ -111,8 +141,13 @@ def _table(ledger: duckdb.DuckDBPyConnection, sql: str) -> str:
 
 def _rows(columns: list[str], rows: list[tuple[object, ...]]) -> str:
     head = "".join(f"<th>{html.escape(column)}" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(_text(value))}" for value in row) for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, row)) for row in rows)
     return f"<table><tr>{head}{body}</table>"
+
+
+def _cell(value: object) -> str:
+    kind = " class=text" if isinstance(value, str) else ""
+    return f"<td{kind}>{html.escape(_text(value))}"
 
 
 def _text(value: object) -> str:
