@@ -52,10 +52,9 @@ VIEWS = {
             **_ROUND_COLUMN,
             **_IDENTITY,
             "num_tokens": ("integer", "Tokens that the loss is the mean of."),
-            "source": ("varchar", "Source that the sample's text is from."),
             "loss": ("float", "Mean next-token negative log-likelihood, nats per token."),
         },
-        _plain(f"{_ROUND}, {_SHARD}, sample, num_tokens, source::varchar as source, loss"),
+        _plain(f"{_ROUND}, {_SHARD}, sample, num_tokens, loss"),
     ),
     "seen": View(
         "Losses of samples in the very step that trained on them.",
