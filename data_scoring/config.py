@@ -82,3 +82,8 @@ class RefineConfig(Config):
     )
     sampling_rate: float = Field(default=0.5, gt=0, le=1, description="Share of each shard that is kept (paper: 0.5).")
     temperature: float = Field(default=1.0, gt=0, le=1e6, description="Softens (>1) or sharpens (<1) the loss draw.")
+    max_tokens: int | None = Field(
+        default=None, ge=1,
+        description="Predicted tokens that the round trains on at most; the mix is cut in its training order before "
+        "the sample that would exceed it. null: no limit.",
+    )  # fmt: skip

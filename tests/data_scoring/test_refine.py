@@ -10,8 +10,9 @@ import pytest
 from scipy.stats import chisquare
 
 from data_scoring.config import RefineConfig
+from data_scoring.mix import Mix
 from data_scoring.progress import silent
-from data_scoring.refine import num_kept, refine, selection_query
+from data_scoring.refine import mix_selection, num_kept, refine, selection_query
 from data_scoring.scoring import losses_path, write_parquet
 from tests.conftest import read_rows
 
@@ -102,6 +103,23 @@ def test_everything_is_kept_by_policy_all(tmp_path: Path) -> None:
     write_losses(tmp_path, 0, np.ones(5), np.arange(5))
     refine(tmp_path, tmp_path / "2", RefineConfig(policy="all"), 7, 2, [5], "refined", silent)
     assert all(row[0] for row in read_rows(tmp_path / "2" / "selection", "kept"))
+
+
+def test_the_mix_of_a_selection_ends_at_the_limit_of_tokens(tmp_path: Path) -> None:
+    write_losses(tmp_path, 0, np.arange(6.0), np.arange(6))
+    refine(tmp_path, tmp_path / "2", RefineConfig(), 7, 2, [6], "refined", silent)
+    lengths = pa.table({"shard": [0] * 6, "sample": range(6), "num_tokens": [10, 11, 12, 13, 14, 15]})
+    write_parquet(tmp_path / "samples.parquet", lengths, "prepared")
+
+    def order(max_tokens: int | None) -> list[int]:
+        path = tmp_path / "mix.parquet"
+        assert mix_selection(path, tmp_path / "2", tmp_path / "samples.parquet", 7, 2, max_tokens) == len(Mix(path))
+        return Mix(path).read(0, len(Mix(path)))[1].tolist()
+
+    first, second, third = order(None)
+    assert order(10 + first + 10 + second) == [first, second]
+    assert order(10 + first + 10 + second - 1) == [first]
+    assert order(30 + first + second + third) == [first, second, third]
 
 
 def test_missing_and_incomplete_losses_are_named(tmp_path: Path) -> None:
