@@ -19,23 +19,11 @@ from data_scoring.progress import Progress
 from data_scoring.scoring import write_parquet
 from flows import stages
 from flows.compare_report import Comparison, write_comparison
+from flows.compare_results import BASE, RESULTS
 from flows.config import RunConfig, parse_config
 from flows.run_folder import Run, locked, open_run
 
 _WITHOUT_LOSSES = ("random", "all")
-RESULTS = pa.schema(
-    [
-        ("seed", pa.int64()),
-        ("arm", pa.string()),
-        ("source", pa.string()),
-        ("loss", pa.float64()),
-        ("num_tokens", pa.int64()),
-        ("num_steps", pa.int64()),
-        ("trained_tokens", pa.int64()),
-        ("scored_tokens", pa.int64()),
-        ("round_1_tokens", pa.int64()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -55,6 +43,9 @@ class Sweep:
     option: str
     stem: str
     arms: tuple[Arm, ...]
+
+
+_BASE = Arm(BASE, BASE, num_rounds=1)
 
 
 def policy_sweep(text: str) -> Sweep:
@@ -108,6 +99,9 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
     """
     folder = config.folder.absolute().with_name(f"{config.run_name}-compare")
     seeds = range(config.seed, config.seed + num_seeds)
+    # What an arm lacks is best known before the bases have trained.
+    for arm in sweep.arms:
+        _config(config, folder, config.seed, arm)
     with locked(folder):
         bases = {seed: _train_base(_config(config, folder, seed, _BASE), progress) for seed in seeds}
         arms = sweep.arms
@@ -128,9 +122,6 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
         path = folder / f"{sweep.stem}.parquet"
         write_parquet(path, pa.Table.from_pylist(rows, RESULTS), "")
         return write_comparison(path, sweep.option, [arm.name for arm in arms], config, tokens)
-
-
-_BASE = Arm("base", "base", num_rounds=1)
 
 
 def _config(config: RunConfig, folder: Path, seed: int, arm: Arm) -> RunConfig:
@@ -203,7 +194,7 @@ def equal_tokens(config: RunConfig, bases: list[Run], arms: tuple[Arm, ...], wan
     reached = {}
     for base in bases:
         for arm in arms:
-            draw = RefineConfig.model_validate({**config.refine.model_dump(), **arm.refine, "max_tokens": None})
+            draw = RefineConfig.model_validate({**base.config.refine.model_dump(), **arm.refine, "max_tokens": None})
             reached[arm.name, base.config.seed] = stages.preview(base, 2, draw).total.num_tokens_kept
     (name, seed), least = min(reached.items(), key=lambda item: item[1])
     if wanted is None:

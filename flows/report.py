@@ -29,14 +29,18 @@ def write_report(run: Run) -> Path:
     path = run.folder / "report.html"
     with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
         body = "\n".join(_sections(run, ledger))
-    name = html.escape(run.folder.name)
-    page = (
+    with writing(path) as temporary:
+        temporary.write_text(html_page(run.folder.name, body), encoding="utf-8")
+    return path
+
+
+def html_page(title: str, body: str) -> str:
+    """Return a whole page, which needs nothing beside it, around the HTML `body`."""
+    name = html.escape(title)
+    return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Reprise: {name}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style><h1>{name}</h1>{body}</html>\n'
     )
-    with writing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
 
 
 def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
@@ -97,6 +101,11 @@ def _figure(run: Run, name: str, plot: Plot, ledger: duckdb.DuckDBPyConnection, 
         return f"<p>{html.escape(caption)} Nothing of it is there yet.</p>"
     with writing(run.folder / "report" / f"{name}.png") as temporary:
         temporary.write_bytes(png)
+    return html_figure(png, caption)
+
+
+def html_figure(png: bytes, caption: str) -> str:
+    """Return a picture with its caption as HTML that holds the picture itself."""
     data = base64.b64encode(png).decode()
     escaped = html.escape(caption)
     return (
@@ -106,10 +115,11 @@ def _figure(run: Run, name: str, plot: Plot, ledger: duckdb.DuckDBPyConnection, 
 
 def _table(ledger: duckdb.DuckDBPyConnection, sql: str) -> str:
     relation = ledger.sql(sql)
-    return _rows(relation.columns, relation.fetchall())
+    return html_table(relation.columns, relation.fetchall())
 
 
-def _rows(columns: list[str], rows: list[tuple[object, ...]]) -> str:
+def html_table(columns: list[str], rows: list[tuple[object, ...]]) -> str:
+    """Return `rows` under their `columns` as HTML."""
     head = "".join(f"<th>{html.escape(column)}" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(_text(value))}" for value in row) for row in rows)
     return f"<table><tr>{head}{body}</table>"
@@ -126,4 +136,4 @@ def _corpus_table(sources: list[dict[str, object]]) -> str:
         "name": "Source", "documents": "Documents", "duplicates": "Duplicates dropped", "rejected": "Rejected",
         "validation_documents": "Held out", "bytes": "Bytes", "train_tokens": "Training tokens",
     }  # fmt: skip
-    return _rows(list(columns.values()), [tuple(source.get(key) for key in columns) for source in sources])
+    return html_table(list(columns.values()), [tuple(source.get(key) for key in columns) for source in sources])
