@@ -60,7 +60,10 @@ def policy_sweep(text: str) -> Sweep:
 def rate_sweep(text: str) -> Sweep:
     """Return the arms of a list of sampling rates from 0, which is no second round, to 1, which is everything."""
     rates = sorted(_numbers("--sampling-rates", text, 0, 1))
-    arms = tuple(Arm(f"{rate:g}", f"rate-{rate:g}", {"sampling_rate": rate}, 2 if rate else 1) for rate in rates)
+    arms = tuple(
+        Arm(f"{rate:g}", f"rate-{rate:g}", {"sampling_rate": rate}) if rate else Arm("0", BASE, num_rounds=1)
+        for rate in rates
+    )
     return Sweep("--sampling-rates", "compare-sampling-rates", arms)
 
 
@@ -222,16 +225,17 @@ def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
     """Return a row for each source: the validation loss that the run ends with, and what it cost to get there."""
     refresh_ledger(run.folder)
     scored = range(1, run.config.rounds.num_rounds) if needs_losses(run.config.refine) else ()
-    costs = {
-        "num_steps": _number(run, "select sum(num_steps) from rounds where round > 1"),
-        "trained_tokens": _number(run, "select sum(num_tokens) from rounds where round > 1"),
-        "scored_tokens": sum(scoring_tokens(run, number) for number in scored),
-        "round_1_tokens": _number(run, "select sum(num_tokens) from rounds where round = 1"),
-    }
+    [costs] = query(
+        run.folder,
+        """select coalesce(sum(num_steps) filter (round > 1), 0), coalesce(sum(num_tokens) filter (round > 1), 0),
+            sum(num_tokens) filter (round = 1) from rounds""",
+    ).fetchall()
+    common = dict(zip(("num_steps", "trained_tokens", "round_1_tokens"), map(int, costs), strict=True))
+    common["scored_tokens"] = sum(scoring_tokens(run, number) for number in scored)
     last = f"select * from validation where round = {run.config.rounds.num_rounds} qualify step = max(step) over ()"
     rows = query(run.folder, f"select source, loss, num_tokens from ({last}) order by source").fetchall()
     names = ("source", "loss", "num_tokens")
-    return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True)), **costs} for row in rows]
+    return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True)), **common} for row in rows]
 
 
 def _number(run: Run, sql: str) -> int:

@@ -45,6 +45,9 @@ def _draw_losses(axes: Axes, rows: list[tuple[str, float]]) -> None:
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=4)
+    # Offsets, as in +4.07, are hard to read; and one seed's dots would sit on the frame.
+    axes.ticklabel_format(axis="x", useOffset=False)
+    axes.margins(x=0.1)
     axes.grid(axis="y", visible=False)
 
 
@@ -75,7 +78,7 @@ def paired_differences(results: duckdb.DuckDBPyConnection) -> Figure | None:
     axes.set_ylim(len(sources) - 0.5, -0.5)
     axes.set_xlabel(f"validation loss less that of arm {reference}, same seed (nats per token); to the left is better")
     axes.grid(axis="y", visible=False)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

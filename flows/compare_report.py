@@ -40,7 +40,7 @@ def write_comparison(results: Path, option: str, arms: list[str], config: RunCon
     """
     with open_results(results, arms) as connection:
         lead = _lead(connection, option, config, tokens)
-        tables = [_losses(connection), _differences(connection), _spread(connection), _costs(connection)]
+        tables = [make(connection) for make in (_losses, _differences, _spread, _costs)]
         drawn = [(name, render(plot, connection), caption) for name, (plot, caption) in PLOTS.items()]
     pictures = [(f"{results.stem}-{name}.png", png, caption) for name, png, caption in drawn if png is not None]
     for name, png, _ in pictures:
@@ -144,7 +144,7 @@ def _differences(results: duckdb.DuckDBPyConnection) -> Table:
         if num_seeds == 1
         else f"{num_seeds} seeds make for a rough standard error: look at whether the seeds agree in sign.",
     ]
-    return Table(f"Difference to {reference}, paired by seed", notes, ["source", *arms], cells)
+    return Table(f"Difference to arm {reference}, paired by seed", notes, ["source", *arms], cells)
 
 
 def _difference(mean: float, error: float | None, num_lower: int, num_seeds: int) -> str:
@@ -155,14 +155,11 @@ def _difference(mean: float, error: float | None, num_lower: int, num_seeds: int
 def _costs(results: duckdb.DuckDBPyConnection) -> Table:
     rows = results.sql(
         """select arm, min(num_steps), max(num_steps), min(trained_tokens), max(trained_tokens), min(scored_tokens),
-            max(scored_tokens), avg(cost), avg(cost) / nullif((
-                select avg(cost) from costs where arm = (select arm from reference)), 0)
+            max(scored_tokens), avg(cost), avg(cost / round_1_tokens)
         from costs group by arm order by arm"""
     ).fetchall()
-    [(reference,)] = results.sql("select arm from reference").fetchall()
     cells = [
-        [row[0], *(_span(*row[place : place + 2]) for place in (1, 3, 5)), f"{row[7]:,.0f}",
-         "" if row[8] is None else f"{row[8]:.2f}"]
+        [row[0], *(_span(*row[place : place + 2]) for place in (1, 3, 5)), f"{row[7]:,.0f}", f"{row[8]:.1%}"]
         for row in rows
     ]  # fmt: skip
     notes = [
@@ -171,7 +168,7 @@ def _costs(results: duckdb.DuckDBPyConnection) -> Table:
         "Scoring counts where the policy asks for losses. Keeping everything, or drawing at random, needs none: it "
         "counts 0 there, though the base was scored for the others.",
     ]
-    head = ["arm", "steps", "tokens trained", "tokens scored", "cost (training tokens)", f"cost / {reference}'s"]
+    head = ["arm", "steps", "tokens trained", "tokens scored", "cost (training tokens)", "of round 1's"]
     return Table("Cost", notes, head, cells)
 
 

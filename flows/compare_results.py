@@ -47,7 +47,8 @@ create view differences as
         count(*) filter (difference < 0) as num_lower, count(*) as num_seeds
     from paired group by arm, source, place;
 create view costs as
-    select distinct seed, arm, num_steps, trained_tokens, scored_tokens, trained_tokens + scored_tokens / 3 as cost
+    select distinct seed, arm, num_steps, trained_tokens, scored_tokens, round_1_tokens,
+        trained_tokens + scored_tokens / 3 as cost
     from results where arm <> '{BASE}';
 """
 
