@@ -122,7 +122,11 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     sweep.add_argument("--sampling-rates", help="arms that differ in refine.sampling_rate, such as 0,0.25,0.5,0.75,1")
     sweep.add_argument("--rounds", help="arms that differ in rounds.num_rounds, such as 1,2,3")
     command.add_argument("--seeds", type=int, default=1, help="seeds, from the configuration's on (default: 1)")
-    command.add_argument("--tokens", type=int, help="with --policies: tokens of round 2 (default: what all arms reach)")
+    command.add_argument(
+        "--tokens",
+        type=int,
+        help="with --policies: tokens of round 2 (default: what all arms reach; name it to add arms or seeds later)",
+    )
     command.set_defaults(command=_compare)
 
 

@@ -40,8 +40,10 @@ def write_comparison(results: Path, option: str, arms: list[str], config: RunCon
     """
     with open_results(results, arms) as connection:
         lead = _lead(connection, option, config, tokens)
-        tables = [make(connection) for make in (_losses, _differences, _spread, _costs)]
+        made = [make(connection) for make in (_losses, _differences, _spread, _costs)]
         drawn = [(name, render(plot, connection), caption) for name, (plot, caption) in PLOTS.items()]
+    # One seed has no spread, and one arm nothing to differ from.
+    tables = [table for table in made if table.cells]
     pictures = [(f"{results.stem}-{name}.png", png, caption) for name, png, caption in drawn if png is not None]
     for name, png, _ in pictures:
         with writing(results.with_name(name)) as temporary:
@@ -120,10 +122,10 @@ def _losses(results: duckdb.DuckDBPyConnection) -> Table:
 
 def _spread(results: duckdb.DuckDBPyConnection) -> Table:
     rows = results.sql(
-        f"""select source, arm, mean, deviation, least, most from spread where arm <> '{BASE}'
-        order by place desc, source, arm"""
+        f"""select source, arm, mean, deviation, least, most from spread
+        where arm <> '{BASE}' and deviation is not null order by place desc, source, arm"""
     ).fetchall()
-    cells = [[row[0], row[1], *("" if value is None else f"{value:.4f}" for value in row[2:])] for row in rows]
+    cells = [[row[0], row[1], *(f"{value:.4f}" for value in row[2:])] for row in rows]
     head = ["source", "arm", "mean", "standard deviation", "least", "most"]
     return Table("Spread of the validation loss over seeds", ["Nats per token."], head, cells)
 
