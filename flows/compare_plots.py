@@ -65,7 +65,7 @@ def paired_differences(results: duckdb.DuckDBPyConnection) -> Figure | None:
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.18 * len(sources) * (len(arms) + 1)))
     for number, arm in enumerate(arms):
         color = _COLORS[number % len(_COLORS)]
-        places = {source: row + (number + 0.5) / (len(arms) + 1) - 0.5 for row, source in enumerate(sources)}
+        places = {source: row + (number + 1) / (len(arms) + 1) - 0.5 for row, source in enumerate(sources)}
         mine = [row for row in means if row[1] == arm]
         seeds = [(difference, places[source]) for source, name, difference in dots if name == arm]
         axes.plot(*zip(*seeds, strict=True), "o", color=color, alpha=0.35, markersize=4)

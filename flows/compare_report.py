@@ -109,7 +109,7 @@ def _losses(results: duckdb.DuckDBPyConnection) -> Table:
     # Where an arm ends with round 1, it is that row.
     rows = results.sql(
         f"""select arm, source, mean from spread
-        where arm <> '{BASE}' or not exists (from costs where num_steps = 0) order by arm, place, source"""
+        where arm <> '{BASE}' or not exists (from costs where num_steps = 0) order by arm, place desc, source"""
     ).fetchall()
     sources = list(dict.fromkeys(source for _, source, _ in rows))
     means = {(arm, source): mean for arm, source, mean in rows}

@@ -15,7 +15,7 @@ _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .lead { color: gray; margin-top: .2rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child { text-align: left; }
 img { width: 100%; background: white; border-radius: 4px; }
@@ -120,7 +120,8 @@ def _table(ledger: duckdb.DuckDBPyConnection, sql: str) -> str:
 
 def html_table(columns: list[str], rows: list[tuple[object, ...]]) -> str:
     """Return `rows` under their `columns` as HTML."""
-    head = "".join(f"<th>{html.escape(column)}" for column in columns)
+    # Long names, which sources have, may break at their underscores.
+    head = "".join(f"<th>{html.escape(column).replace('_', '_<wbr>')}" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(_text(value))}" for value in row) for row in rows)
     return f"<table><tr>{head}{body}</table>"
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,7 @@ def test_a_real_comparison_is_killed_and_finished(texts: Path, tmp_path: Path) -
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not (folder / "loss-seed-0" / "rounds" / "2" / "mix.json").exists():
             assert process.poll() is None
+            time.sleep(0.01)
         process.kill()
     trained = folder / "base-seed-0" / "rounds" / "1" / "train.json"
     written = trained.stat().st_mtime_ns
