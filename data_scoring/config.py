@@ -141,6 +141,11 @@ class RefineConfig(Config):
         "near duplicates, of which one is kept, such as 0.8; null does not look for them.",
     )
     max_rounds: int | None = Field(default=None, ge=1, description="Rounds that a sample may be trained in at most.")
+    max_tokens: int | None = Field(
+        default=None, ge=1,
+        description="Predicted tokens that the round trains on at most; the mix is cut in its training order before "
+        "the sample that would exceed it. null: no limit.",
+    )  # fmt: skip
     sources: tuple[SourceRule, ...] = Field(default=(), description="Floors, ceilings and late sources.")
     memory_gb: float = Field(
         default=4.0, ge=0.25, le=4096, description="Memory that refining may take, GB; what exceeds it goes to disk."

@@ -62,9 +62,16 @@ def mix_all(path: Path, samples_path: Path, seed: int, round_number: int, rules:
     )
 
 
-def mix_selection(path: Path, round_folder: Path, seed: int, round_number: int) -> int:
-    """Write the mix of the samples that the selection in `round_folder` keeps to `path` and return their number."""
+def mix_selection(
+    path: Path, round_folder: Path, samples_path: Path, seed: int, round_number: int, max_tokens: int | None = None
+) -> int:
+    """Write the mix of the samples that the selection in `round_folder` keeps to `path` and return their number.
+
+    With `max_tokens` it ends before the sample that would exceed it, by the tokens that `samples_path` lists.
+    """
     files = round_folder / "selection" / "*.parquet"
     shard = r"regexp_extract(filename, 'shard=(\d+)', 1)::int"
     query = f"select {shard} as shard, sample from read_parquet({literal(files)}, filename = true) where kept"
-    return write_mix(path, query, seed, round_number)
+    if max_tokens is not None:
+        query = f"select * from ({query}) join read_parquet({literal(samples_path)}) using (shard, sample)"
+    return write_mix(path, query, seed, round_number, max_tokens)

@@ -63,11 +63,12 @@ def summary(dry: DryRun) -> str:
             ]
             for part in parts
         ]  # fmt: skip
-        lines.append(_markdown_table(head, cells))
+        lines.append(markdown_table(head, cells))
     return "\n\n".join(lines)
 
 
-def _markdown_table(head: list[str], cells: list[list[str]]) -> str:
+def markdown_table(head: list[str], cells: list[list[str]]) -> str:
+    """Return a Markdown table that reads well as plain text too, the first column to the left, others to the right."""
     first, *others = (max(len(row[place]) for row in [head, *cells]) for place in range(len(head)))
 
     def line(row: list[str]) -> str:

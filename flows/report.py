@@ -16,7 +16,7 @@ _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .lead { color: gray; margin-top: .2rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child, td.text { text-align: left; }
 td.text { font-size: 13px; overflow-wrap: anywhere; }
@@ -31,14 +31,18 @@ def write_report(run: Run) -> Path:
     path = run.folder / "report.html"
     with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
         body = "\n".join(_sections(run, ledger))
-    name = html.escape(run.folder.name)
-    page = (
+    with writing(path) as temporary:
+        temporary.write_text(html_page(run.folder.name, body), encoding="utf-8")
+    return path
+
+
+def html_page(title: str, body: str) -> str:
+    """Return a whole page, which needs nothing beside it, around the HTML `body`."""
+    name = html.escape(title)
+    return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Reprise: {name}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style><h1>{name}</h1>{body}</html>\n'
     )
-    with writing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
 
 
 def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
@@ -102,8 +106,8 @@ def _forgotten(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list
     samples = forgotten_samples(run, ledger, scored)
     return [
         "<h3>What was forgotten most</h3>",
-        _rows(["Source", "Samples trained on", "Seen loss", "Re-scored loss", "Forgotten"], sources),
-        _rows(["Source", "Shard", "Sample", "Seen loss", "Re-scored loss", "Text"], samples)
+        html_table(["Source", "Samples trained on", "Seen loss", "Re-scored loss", "Forgotten"], sources),
+        html_table(["Source", "Shard", "Sample", "Seen loss", "Re-scored loss", "Text"], samples)
         if samples
         else "<p>No sample got worse.</p>",
     ]
@@ -117,7 +121,7 @@ def _quarantine(run: Run, ledger: duckdb.DuckDBPyConnection, selected: int) -> l
         f"<h3>Put aside as noise for round {selected}</h3>",
         f"<p>{num_quarantined(ledger, selected):,} samples of a loss beyond refine.outlier_z "
         f"{run.refine_config(selected).outlier_z} of their source; those of the greatest loss:</p>",
-        _rows(["Source", "Shard", "Sample", "Loss", "Text"], rows),
+        html_table(["Source", "Shard", "Sample", "Loss", "Text"], rows),
     ]
 
 
@@ -127,6 +131,11 @@ def _figure(run: Run, name: str, plot: Plot, ledger: duckdb.DuckDBPyConnection, 
         return f"<p>{html.escape(caption)} Nothing of it is there yet.</p>"
     with writing(run.folder / "report" / f"{name}.png") as temporary:
         temporary.write_bytes(png)
+    return html_figure(png, caption)
+
+
+def html_figure(png: bytes, caption: str) -> str:
+    """Return a picture with its caption as HTML that holds the picture itself."""
     data = base64.b64encode(png).decode()
     escaped = html.escape(caption)
     return (
@@ -136,11 +145,13 @@ def _figure(run: Run, name: str, plot: Plot, ledger: duckdb.DuckDBPyConnection, 
 
 def _table(ledger: duckdb.DuckDBPyConnection, sql: str) -> str:
     relation = ledger.sql(sql)
-    return _rows(relation.columns, relation.fetchall())
+    return html_table(relation.columns, relation.fetchall())
 
 
-def _rows(columns: list[str], rows: list[tuple[object, ...]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}" for column in columns)
+def html_table(columns: list[str], rows: list[tuple[object, ...]]) -> str:
+    """Return `rows` under their `columns` as HTML."""
+    # Long names, which sources have, may break at their underscores.
+    head = "".join(f"<th>{html.escape(column).replace('_', '_<wbr>')}" for column in columns)
     body = "".join("<tr>" + "".join(map(_cell, row)) for row in rows)
     return f"<table><tr>{head}{body}</table>"
 
@@ -161,4 +172,4 @@ def _corpus_table(sources: list[dict[str, object]]) -> str:
         "name": "Source", "documents": "Documents", "duplicates": "Duplicates dropped", "rejected": "Rejected",
         "validation_documents": "Held out", "bytes": "Bytes", "train_tokens": "Training tokens",
     }  # fmt: skip
-    return _rows(list(columns.values()), [tuple(source.get(key) for key in columns) for source in sources])
+    return html_table(list(columns.values()), [tuple(source.get(key) for key in columns) for source in sources])

@@ -82,7 +82,8 @@ def mix(run: Run, round_number: int, progress: Progress) -> bool:
             count = mix_all(folder / "mix.parquet", run.corpus().samples_path, run.config.seed, round_number, rules)
         else:
             _require(run, "refine", round_number)
-            count = mix_selection(folder / "mix.parquet", folder, run.config.seed, round_number)
+            samples, max_tokens = run.corpus().samples_path, run.refine_config(round_number).max_tokens
+            count = mix_selection(folder / "mix.parquet", folder, samples, run.config.seed, round_number, max_tokens)
         progress("mixing (samples)", count, count)
     return True
 

@@ -13,8 +13,9 @@ from scipy.stats import chisquare
 
 from data_scoring.candidates import Draw, Limits, candidates_query
 from data_scoring.config import Policy, RefineConfig
+from data_scoring.mix import Mix
 from data_scoring.progress import silent
-from data_scoring.refine import refine, selection_path
+from data_scoring.refine import mix_selection, refine, selection_path
 from data_scoring.scoring import losses_path, parquet_fingerprint, write_parquet
 from data_scoring.selection import num_kept, select
 from tests.conftest import read_rows
@@ -116,6 +117,23 @@ def test_a_rerun_makes_only_what_is_missing(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in paths] == before
     refine(draw, "of other inputs", silent)
     assert parquet_fingerprint(paths[0]) == "of other inputs"
+
+
+def test_the_mix_of_a_selection_ends_at_the_limit_of_tokens(tmp_path: Path) -> None:
+    write_losses(tmp_path / "1", 0, np.arange(6.0))
+    refine(Draw(tmp_path, 2, RefineConfig(), 7, [6]), "refined", silent)
+    lengths = pa.table({"shard": [0] * 6, "sample": range(6), "num_tokens": [10, 11, 12, 13, 14, 15]})
+    write_parquet(tmp_path / "samples.parquet", lengths, "prepared")
+
+    def order(max_tokens: int | None) -> list[int]:
+        path = tmp_path / "mix.parquet"
+        assert mix_selection(path, tmp_path / "2", tmp_path / "samples.parquet", 7, 2, max_tokens) == len(Mix(path))
+        return Mix(path).read(0, len(Mix(path)))[1].tolist()
+
+    first, second, third = order(None)
+    assert order(10 + first + 10 + second) == [first, second]
+    assert order(10 + first + 10 + second - 1) == [first]
+    assert order(30 + first + second + third) == [first, second, third]
 
 
 def test_missing_and_incomplete_losses_are_named(tmp_path: Path) -> None:

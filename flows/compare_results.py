@@ -1,0 +1,72 @@
+"""The results of a comparison: the columns of its Parquet file, and the views that its tables and plots ask."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from data_scoring.sql import literal
+
+BASE = "base"
+# Names that no source can have.
+ALL_TOKENS, MEAN_OF_SOURCES = "all tokens", "mean of sources"
+
+# A row for each seed, arm and source; losses and num_tokens are of the validation set, the rest is of the whole arm.
+RESULTS = pa.schema(
+    [
+        ("seed", pa.int64()),
+        ("arm", pa.string()),
+        ("source", pa.string()),
+        ("loss", pa.float64()),
+        ("num_tokens", pa.int64()),
+        ("num_steps", pa.int64()),
+        ("trained_tokens", pa.int64()),
+        ("scored_tokens", pa.int64()),
+        ("round_1_tokens", pa.int64()),
+    ]
+)
+
+# A forward pass takes a third of the arithmetic of a forward and a backward pass.
+_VIEWS = f"""
+create view losses as
+    select seed, arm, source, loss, 0 as place from results
+    union all select seed, arm, '{MEAN_OF_SOURCES}', avg(loss), 1 from results group by seed, arm
+    union all
+    select seed, arm, '{ALL_TOKENS}', sum(loss * num_tokens) / sum(num_tokens), 2 from results group by seed, arm;
+create view spread as
+    select arm, source, place, avg(loss) as mean, stddev_samp(loss) as deviation, min(loss) as least, max(loss) as most
+    from losses group by arm, source, place;
+create view paired as
+    select arm, source, place, seed, mine.loss - theirs.loss as difference
+    from losses as mine join (select seed, source, loss from losses where arm = (select arm from reference)) as theirs
+    using (seed, source) where arm not in ('{BASE}', (select arm from reference));
+create view differences as
+    select arm, source, place, avg(difference) as mean, stddev_samp(difference) / sqrt(count(*)) as error,
+        count(*) filter (difference < 0) as num_lower, count(*) as num_seeds
+    from paired group by arm, source, place;
+create view costs as
+    select distinct seed, arm, num_steps, trained_tokens, scored_tokens, round_1_tokens,
+        trained_tokens + scored_tokens / 3 as cost
+    from results where arm <> '{BASE}';
+"""
+
+
+@contextmanager
+def open_results(path: Path, arms: list[str]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield a connection with the views of the results in the Parquet file `path`; `arms` sort in the given order.
+
+    The views: losses (by seed, arm and source, the last two of which are over all sources), spread (over seeds),
+    paired and differences (to the arm in `reference`: random where there is one, else the first), and costs (tokens;
+    a scored token counts as a third of a trained one).
+    """
+    with duckdb.connect() as connection:
+        names = ", ".join(literal(name) for name in [BASE, *arms])
+        connection.execute(f"create type arm as enum ({names})")
+        rows = f"select * replace (arm::arm as arm) from read_parquet({literal(path)})"
+        connection.execute(f"create table results as {rows}")
+        reference = "random" if "random" in arms else arms[0]
+        connection.execute(f"create table reference as select {literal(reference)}::arm as arm")
+        connection.execute(_VIEWS)
+        yield connection

@@ -1,0 +1,282 @@
+"""A comparison's arms, its arithmetic and its resuming, with ranks that write what is asked of them; and a real one."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from data_scoring.corpus import Corpus
+from data_scoring.files import write_json
+from data_scoring.mix import Mix
+from data_scoring.progress import silent
+from data_scoring.scoring import losses_path, write_parquet
+from flows import stages
+from flows.cli import main
+from flows.compare import compare, policy_sweep, rate_sweep, round_sweep, share
+from flows.compare_report import write_comparison
+from flows.compare_results import RESULTS, open_results
+from flows.config import RunConfig, parse_config
+from flows.run_folder import read_run
+from flows.status import read_status
+from tests.conftest import make_documents, read_rows
+from trainer.jobs import Job, TrainJob
+from trainer.records import STEPS, VALIDATION
+
+BATCH = 4
+# What ranks "measure": validation losses of sources a and b, with 300 and 100 validation tokens, by arm and seed.
+LOSSES = {
+    "base": {0: (5.0, 3.0), 1: (5.2, 3.4), 2: (5.1, 3.2)},
+    "loss": {0: (4.0, 2.0), 1: (4.2, 2.4), 2: (4.1, 2.8)},
+    "random": {0: (4.1, 1.9), 1: (4.4, 2.2), 2: (4.2, 2.8)},
+    "all": {0: (4.1, 2.0), 1: (4.3, 2.2), 2: (4.2, 2.7)},
+}
+OTHER = (4.5, 2.5)
+
+
+class FakeRanks:
+    """Writes what ranks would have left, and remembers what it was asked for; fails at the job called `fails_at`."""
+
+    def __init__(self) -> None:
+        self.jobs: list[str] = []
+        self.fails_at = ""
+
+    def __call__(self, job: Job, run_folder: Path, name: str, *_: Any) -> None:
+        self.jobs.append(f"{run_folder.name} {name}")
+        if self.jobs[-1] == self.fails_at:
+            raise ValueError("killed")
+        corpus = Corpus(job.corpus)
+        if isinstance(job, TrainJob):
+            train(job, corpus, run_folder.name)
+        else:
+            for shard in range(corpus.num_shards):
+                rows = pq.read_table(corpus.samples_path, filters=[("shard", "=", shard)])
+                losses = np.arange(len(rows), dtype=np.float32)
+                write_parquet(losses_path(job.round_folder, shard), rows.select(["sample", "num_tokens"]).append_column(
+                    "loss", pa.array(losses)), job.fingerprint)  # fmt: skip
+
+
+def train(job: TrainJob, corpus: Corpus, run: str) -> None:
+    mix = Mix(job.round_folder / "mix.parquet")
+    lengths = corpus.read(*mix.read(0, len(mix))).num_tokens
+    steps = [
+        {"step": number + 1, "num_tokens": int(batch.sum()), "num_samples": len(batch)}
+        for number, batch in enumerate(np.split(lengths, range(BATCH, len(lengths), BATCH)))
+    ]
+    write_parquet(job.round_folder / "steps.parquet", pa.Table.from_pylist(steps, STEPS), "")
+    arm, seed = run.rsplit("-seed-", 1)
+    measured = LOSSES.get(arm, {}).get(int(seed), OTHER)
+    validation = [
+        {"step": step, "source": source, "loss": loss + len(steps) - step, "num_tokens": num_tokens}
+        for source, loss, num_tokens in zip("ab", measured, (300, 100), strict=True)
+        for step in (1, len(steps))
+    ]
+    write_parquet(job.round_folder / "validation.parquet", pa.Table.from_pylist(validation, VALIDATION), "")
+    write_json(job.round_folder / "checkpoint" / f"step-{len(steps):08d}" / "reprise.json", {"step": len(steps)})
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
+    fake = FakeRanks()
+    monkeypatch.setattr(stages, "launch", fake)
+    return fake
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for name, seed in (("a", 1), ("b", 2)):
+        lines = [json.dumps({"text": document}) for document in make_documents(40, seed)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def values(texts: Path, output: Path) -> dict[str, Any]:
+    sources = [{"name": name, "path": str(texts / f"{name}.jsonl")} for name in ("a", "b")]
+    corpus = {"sources": sources, "seq_length": 16, "num_shards": 2, "validation_fraction": 0.2}
+    return {
+        "name": "x", "output": str(output), "device": "cpu", "corpus": corpus, "tokenizer": {"vocab_size": 280},
+        "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
+        "train": {"global_batch_size": BATCH, "micro_batch_size": 2},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def config(texts: Path, tmp_path: Path) -> RunConfig:
+    return parse_config(values(texts, tmp_path), "test")
+
+
+def corpus_tokens(run: Path) -> int:
+    return sum(row[0] for row in read_rows(run / "corpus" / "samples.parquet", "num_tokens"))
+
+
+def test_means_and_paired_differences_are_those_computed_by_hand(config: RunConfig, tmp_path: Path) -> None:
+    rows = [
+        {"seed": seed, "arm": arm, "source": source, "loss": loss, "num_tokens": num_tokens, "num_steps": 7 + seed,
+         "trained_tokens": 100 + seed, "scored_tokens": 90 if arm == "loss" else 0, "round_1_tokens": 200}
+        for arm, seeds in LOSSES.items() for seed, losses in seeds.items()
+        for source, loss, num_tokens in zip("ab", losses, (300, 100), strict=True)
+    ]  # fmt: skip
+    path, arms = tmp_path / "compare.parquet", ["loss", "random", "all"]
+    write_parquet(path, pa.Table.from_pylist(rows, RESULTS), "")
+    with open_results(path, arms) as results:
+        spread = {row[:2]: row[2:] for row in results.sql(
+            "select arm, source, mean, deviation, least, most from spread").fetchall()}  # fmt: skip
+        differences = {row[:2]: row[2:] for row in results.sql(
+            "select arm, source, mean, error, num_lower, num_seeds from differences").fetchall()}  # fmt: skip
+        costs = results.sql("select cost from costs where arm = 'loss' order by seed").fetchall()
+    # a: 4.0, 4.2, 4.1; all tokens, (300 a + 100 b) / 400: 3.5, 3.75, 3.775.
+    assert spread["loss", "a"] == pytest.approx((4.1, 0.1, 4.0, 4.2))
+    assert spread["loss", "all tokens"] == pytest.approx((11.025 / 3, 0.152069, 3.5, 3.775), abs=1e-6)
+    assert spread["base", "mean of sources"] == pytest.approx((24.9 / 6, 0.15, 4.0, 4.3))
+    # Less those of random: a: -0.1, -0.2, -0.1; b: 0.1, 0.2, 0.0; all tokens: -0.05, -0.1, -0.075.
+    assert differences["loss", "a"] == pytest.approx((-0.4 / 3, 0.1 / 3, 3, 3))
+    assert differences["loss", "b"] == pytest.approx((0.1, 0.1 / np.sqrt(3), 0, 3), abs=1e-9)
+    assert differences["loss", "all tokens"] == pytest.approx((-0.075, 0.025 / np.sqrt(3), 3, 3))
+    assert {arm for arm, _ in differences} == {"loss", "all"}
+    assert costs == [(130,), (131,), (132,)]
+    comparison = write_comparison(path, "--policies", arms, config, 102)
+    page, text = comparison.page.read_text(), comparison.text
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page
+    for words in ("-0.0750 ± 0.0144, 3 of 3", "at most 102 predicted tokens", "the noise between equals"):
+        assert words in page and words in text
+    # Cost: 131 on average, of round 1's 200.
+    assert "| loss | 7 to 9 | 100 to 102 | 90 | 131 | 65.5% |" in " ".join(text.split())
+    assert text in (tmp_path / "compare.md").read_text()
+
+
+def test_policies_train_on_equal_tokens_from_the_same_round(config: RunConfig, ranks: FakeRanks) -> None:
+    comparison = compare(config, policy_sweep("loss,random"), 2, None, silent)
+    folder = comparison.page.parent
+    assert folder == Path(config.output) / "x-compare"
+    corpora = [corpus_tokens(folder / f"base-seed-{seed}") for seed in range(2)]
+    budget = read_run(folder / "loss-seed-0").config.refine.max_tokens
+    assert budget is not None and 0.45 * min(corpora) < budget <= 0.5 * min(corpora)
+    with open_results(folder / "compare.parquet", ["loss", "random"]) as results:
+        for seed, arm, steps, trained, scored, _, cost in results.sql("from costs order by seed, arm").fetchall():
+            mix = Mix(folder / f"{arm}-seed-{seed}" / "rounds" / "2" / "mix.parquet")
+            assert (steps, trained) == (-(-len(mix) // BATCH), pytest.approx(budget, abs=16))
+            assert trained <= budget
+            assert scored == (corpora[seed] if arm == "loss" else 0)
+            assert cost == pytest.approx(trained + scored / 3)
+        measured = dict(results.sql("select arm, loss from losses where source = 'a' and seed = 1").fetchall())
+    assert measured == pytest.approx({"base": 5.2, "loss": 4.2, "random": 4.4})
+    assert [row.state for row in read_status(folder / "loss-seed-1")] == ["done"] * 7
+
+
+def test_a_stopped_comparison_goes_on_and_repeats_nothing(
+    config: RunConfig, ranks: FakeRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = policy_sweep("loss,random")
+    ranks.fails_at = "random-seed-0 train-2"
+    with pytest.raises(ValueError, match="killed"):
+        compare(config, sweep, 1, None, silent)
+    done = ["base-seed-0 train-1", "base-seed-0 score-1", "loss-seed-0 train-2", "random-seed-0 train-2"]
+    assert ranks.jobs == done
+    ranks.jobs, ranks.fails_at = [], ""
+    page = compare(config, sweep, 1, None, silent).page
+    assert ranks.jobs == ["random-seed-0 train-2"]
+    assert "One seed shows no spread" in page.read_text()
+    first, base = (page.parent / f"{arm}-seed-0" / "rounds" / "1" / "mix.parquet" for arm in ("loss", "base"))
+    assert first.stat().st_ino == base.stat().st_ino
+    ranks.jobs = []
+    compare(config, policy_sweep("random"), 1, read_run(page.parent / "loss-seed-0").config.refine.max_tokens, silent)
+    assert ranks.jobs == []
+    with pytest.raises(ValueError, match=r"another configuration \(refine.max_tokens: \d+ there, 160 here\)"):
+        compare(config, sweep, 1, 160, silent)
+    with pytest.raises(
+        ValueError, match=r"--tokens: 9999999 is more than arm (loss|random) keeps in seed 0, \d+; give"
+    ):
+        compare(config, sweep, 1, 9_999_999, silent)
+
+
+def test_sampling_rates_and_rounds_share_what_they_can(config: RunConfig, ranks: FakeRanks) -> None:
+    page = compare(config, rate_sweep("1,0,0.5"), 1, None, silent).page
+    total = corpus_tokens(page.parent / "base-seed-0")
+    assert [job for job in ranks.jobs if "base" not in job] == ["rate-0.5-seed-0 train-2", "rate-1-seed-0 train-2"]
+    with open_results(page.with_suffix(".parquet"), ["0", "0.5", "1"]) as results:
+        costs = results.sql("select trained_tokens, scored_tokens, cost from costs order by arm").fetchall()
+        assert results.sql("from reference").fetchall() == [("0",)]
+    assert (costs[0], costs[2]) == ((0, 0, 0.0), (total, 0, total))
+    assert costs[1][1:] == (total, pytest.approx(costs[1][0] + total / 3))
+    ranks.jobs = []
+    page = compare(config, round_sweep("1,3,2"), 1, None, silent).page
+    assert ranks.jobs == ["rounds-2-seed-0 train-2", "rounds-3-seed-0 score-2", "rounds-3-seed-0 train-3"]
+    with open_results(page.with_suffix(".parquet"), ["1", "2", "3"]) as results:
+        scored = results.sql("select scored_tokens from costs order by arm").fetchall()
+    assert scored == [(0,), (total,), (2 * total,)]
+    assert {path.name for path in page.parent.glob("*.html")} == {"compare-sampling-rates.html", "compare-rounds.html"}
+
+
+def test_sharing_is_all_or_nothing_and_copies_where_there_are_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "from" / "deep").mkdir(parents=True)
+    for name in ("deep/.metadata", "plain", ".told-train"):
+        (tmp_path / "from" / name).write_text(name)
+    (tmp_path / ".to.sharing").mkdir()
+    (tmp_path / ".to.sharing" / "left by a kill").touch()
+
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    share(tmp_path / "from", tmp_path / "to")
+    files = {str(path.relative_to(tmp_path / "to")) for path in (tmp_path / "to").rglob("*") if path.is_file()}
+    assert files == {"deep/.metadata", "plain"}
+    assert not (tmp_path / ".to.sharing").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policies", "loss,best"], "--policies: 'best' is none of loss, random, all"),
+        (["--policies", ","], "--policies: names nothing; give a list with commas"),
+        (["--sampling-rates", "0,2"], "--sampling-rates: '0,2' is not within 0 and 1"),
+        (["--sampling-rates", "half"], "--sampling-rates: 'half' is no list of numbers"),
+        (["--rounds", "1.5"], "--rounds: '1.5' holds a fraction of a round"),
+        (["--rounds", "2", "--tokens", "9"], "--tokens: goes with --policies"),
+        (["--rounds", "2", "--seeds", "0"], "--seeds: 0 is less than 1"),
+    ],
+)
+def test_mistakes_are_named(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(texts, tmp_path)))
+    assert main(["compare", str(tmp_path / "config.yaml"), *arguments]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "config.yaml"), "--rounds", "1,2", "--policies", "loss"])
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
+
+
+@pytest.mark.slow
+def test_a_real_comparison_is_killed_and_finished(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(texts, tmp_path)))
+    command = [sys.executable, "-m", "flows.cli", "compare", str(tmp_path / "config.yaml"), "--policies", "loss,all"]
+    folder = tmp_path / "x-compare"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (folder / "loss-seed-0" / "rounds" / "2" / "mix.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    trained = folder / "base-seed-0" / "rounds" / "1" / "train.json"
+    written = trained.stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert trained.stat().st_mtime_ns == written
+    with open_results(folder / "compare.parquet", ["loss", "all"]) as results:
+        steps = results.sql("select num_steps, trained_tokens from costs").fetchall()
+        assert results.sql("select count(*) from losses where loss < 2 or loss > 6").fetchall() == [(0,)]
+    assert abs(steps[0][0] - steps[1][0]) <= 1 and abs(steps[0][1] - steps[1][1]) <= 16
+    assert "## Difference to arm loss, paired by seed" in done.stdout
+    # An arm is a run like any other.
+    assert main(["report", str(folder / "loss-seed-0")]) == 0
+    assert main(["sql", str(folder / "all-seed-0"), "select * from rounds"]) == 0
