@@ -65,7 +65,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     from megatron.core import parallel_state
 
     from trainer.forward import run_schedule
-    from trainer.model import build_model, padded_vocab_size
+    from trainer.model import LossKernels, build_model, padded_vocab_size
     from trainer.score import make_scorer
     from trainer.train import make_state
 
@@ -76,7 +76,9 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     prepare_corpus(config, TokenizerConfig(), 0, folder / "corpus", "bench", silent)
     corpus = Corpus(folder / "corpus")
     model_config, train = ModelConfig(), TrainConfig()
-    gpt = build_model(model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, bf16=False)
+    gpt = build_model(
+        model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, LossKernels()
+    )
     plain = PlainModel(model_config, padded_vocab_size(corpus.vocab_size))
     load_megatron_weights(plain, _stacked(gpt, model_config.num_layers))
     state = make_state(train, gpt, 10_000, bf16=False)

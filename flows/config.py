@@ -141,7 +141,7 @@ class RunConfig(Config):
 # What may differ when a run goes on: where and how fast it computes, not what.
 _FREE = (
     "name", "output", "device", "parallel", "launch", "checkpoint", "rounds", "score.micro_batch_size",
-    "train.micro_batch_size", "train.validate_every_steps",
+    "score.loss_kernel", "train.micro_batch_size", "train.loss_kernel", "train.validate_every_steps",
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The output layer and the cross-entropy in one: token losses from hidden states, without holding all logits.
 
 Shapes: n tokens, h hidden channels, v rows of this rank's part of the vocabulary. Under tensor parallelism every rank
-of `group` holds the same hidden states and consecutive rows of the weight; ranks exchange two small tensors (after
-Megatron-LM, Shoeybi et al. 2019, section 3: "fuse the output of the parallel GEMM with the cross entropy loss").
+of `group` holds the same hidden states and consecutive rows of the weight; ranks exchange two small tensors (as in
+Megatron-LM, Shoeybi et al. 2019, section 3).
 """
 
 from collections.abc import Callable
@@ -66,7 +66,8 @@ def _reference(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, group: Pr
     is_here_n = (labels_n >= 0) & (labels_n < len(weight_vh))
     target_n = logits_nv.gather(1, labels_n.clamp(0, len(weight_vh) - 1)[:, None])[:, 0].where(is_here_n, 0.0)
     sum_n, target_n = _Sum.apply(torch.stack([sum_n, target_n]), group)
-    return maximum_n + sum_n.log() - target_n
+    loss: Tensor = maximum_n + sum_n.log() - target_n
+    return loss
 
 
 class _Fused(torch.autograd.Function):
@@ -89,7 +90,7 @@ class _Fused(torch.autograd.Function):
         return log_sum_n - target_n
 
     @staticmethod
-    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_grad, weight_grad = ctx.kernel.gradients(*ctx.saved_tensors, grad_n, *ctx.needs_input_grad[:2])
         return hidden_grad, weight_grad, None, None, None
 
@@ -104,7 +105,7 @@ class _Sum(torch.autograd.Function):
         return tensor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -117,7 +118,7 @@ class _SumGradients(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous()
         all_reduce(grad, ReduceOp.SUM, ctx.group)
         return grad, None

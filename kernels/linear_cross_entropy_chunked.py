@@ -54,7 +54,9 @@ def gradients(
     """
     logits = _buffered(hidden_nh)
 
-    def logit_gradients(hidden: Tensor, weight: Tensor, labels: Tensor, log_sum: Tensor, grad: Tensor, out: Tensor) -> None:
+    def logit_gradients(
+        hidden: Tensor, weight: Tensor, labels: Tensor, log_sum: Tensor, grad: Tensor, out: Tensor
+    ) -> None:
         logits_nv = logits(hidden, weight).sub_(log_sum[:, None]).exp_().mul_(grad[:, None])
         index_n, is_here_n = _located(labels, len(weight))
         logits_nv.scatter_add_(1, index_n, -grad.where(is_here_n, 0.0)[:, None])
@@ -89,7 +91,9 @@ def accumulate_gradients(
         for tokens in _slices(len(hidden_nh), chunk[0]):
             hidden = hidden_nh[tokens]
             logit_grad = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
-            logit_gradients(hidden, weight, labels_n[tokens] - rows.start, log_sum_n[tokens], grad_n[tokens], logit_grad)
+            logit_gradients(
+                hidden, weight, labels_n[tokens] - rows.start, log_sum_n[tokens], grad_n[tokens], logit_grad
+            )
             if hidden_grad is not None:
                 _add_product(hidden_grad[tokens], logit_grad, weight)
             if weight_grad is not None:
