@@ -37,12 +37,12 @@ def linear_cross_entropy(
     """
     first_row = 0
     if group is not None:
-        hidden_nh = _SumGradients.apply(hidden_nh, group)
+        hidden_nh = _SumGradients.apply(hidden_nh, group)  # type: ignore[no-untyped-call]
         first_row = get_rank(group) * len(weight_vh)
     labels_n = labels_n - first_row
     if kernel == "reference":
         return _reference(hidden_nh, weight_vh, labels_n, group)
-    loss: Tensor = _Fused.apply(hidden_nh, weight_vh, labels_n, group, _kernel(kernel))
+    loss: Tensor = _Fused.apply(hidden_nh, weight_vh, labels_n, group, _kernel(kernel))  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -65,7 +65,7 @@ def _reference(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, group: Pr
     sum_n = torch.exp(logits_nv - maximum_n[:, None]).sum(dim=1)
     is_here_n = (labels_n >= 0) & (labels_n < len(weight_vh))
     target_n = logits_nv.gather(1, labels_n.clamp(0, len(weight_vh) - 1)[:, None])[:, 0].where(is_here_n, 0.0)
-    sum_n, target_n = _Sum.apply(torch.stack([sum_n, target_n]), group)
+    sum_n, target_n = _Sum.apply(torch.stack([sum_n, target_n]), group)  # type: ignore[no-untyped-call]
     loss: Tensor = maximum_n + sum_n.log() - target_n
     return loss
 

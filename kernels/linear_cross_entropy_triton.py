@@ -1,9 +1,10 @@
 """Linear cross-entropy in Triton: logits live in registers, a tile at a time.
 
-After Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models". Programs of the forward pass take a block of tokens and a stretch of the vocabulary each, so that there is work for the
-whole device however few the tokens; their results are put together in a second step, in a fixed order. The backward
-pass writes chunks of the logits' gradients, which torch's matrix products turn into those of the inputs. Written for
-an H100's shared memory and registers, and run so far by Triton's interpreter alone.
+After Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models". Programs of the forward pass take a
+block of tokens and a stretch of the vocabulary each, so that there is work for the whole device however few the tokens;
+their results are put together in a second step, in a fixed order. The backward pass writes chunks of the logits'
+gradients, which torch's matrix products turn into those of the inputs. Written for an H100's shared memory and
+registers, and run so far by Triton's interpreter alone.
 """
 
 import torch
