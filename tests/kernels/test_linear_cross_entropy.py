@@ -216,7 +216,7 @@ print(peak() - before)
 
 
 def test_scoring_holds_64_megabytes_of_a_large_vocabulary_at_most() -> None:
-    """The peak of a fresh process's resident memory, code that is loaded on first use included; the logits are 593 MiB."""
+    """The peak of a fresh process's memory, code loaded on first use included; the logits would take 593 MiB."""
     megabytes = float(subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout)
     assert megabytes * 1.048576 < 64
 
