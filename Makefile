@@ -26,6 +26,7 @@ check: $(INSTALLED)
 
 # Prints each claim as a ratio to a named baseline and writes it to benchmarks/results/.
 bench: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.run
 
 $(INSTALLED): pyproject.toml constraints.txt

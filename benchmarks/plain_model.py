@@ -121,3 +121,23 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
     }
     load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+def stacked_weights(gpt: nn.Module, num_layers: int) -> dict[str, Tensor]:
+    """Return the model's weights under the names, and in the layer-stacked shapes, of a distributed checkpoint."""
+    weights = gpt.state_dict()
+    parts = {
+        "self_attention.linear_qkv.weight": "self_attention.linear_qkv.weight",
+        "self_attention.linear_proj.weight": "self_attention.linear_proj.weight",
+        "mlp.linear_fc1.weight": "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight": "mlp.linear_fc2.weight",
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    }
+    stacked = {
+        f"decoder.layers.{name}": torch.stack(
+            [weights[f"decoder.layers.{layer}.{part}"] for layer in range(num_layers)]
+        )
+        for name, part in parts.items()
+    }
+    return {**weights, **stacked}

@@ -15,70 +15,35 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.head import head
+from benchmarks.measure import measure_in_turns, ratio, single_rank, topics
 from benchmarks.operation import prefect_overhead, stopping
-from benchmarks.plain_model import PlainModel, load_megatron_weights
-from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
-from data_scoring.corpus import Corpus
+from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
 from data_scoring.files import read_json, write_json
-from data_scoring.prepare import prepare_corpus
-from data_scoring.progress import silent
 from flows.run_folder import package_versions
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 
 RESULTS = Path("benchmarks/results")
-TURNS = 7
 BATCH = 16
 SEQ_LENGTH = 256
 
 
-def measure_in_turns(contenders: dict[str, Callable[[], int]]) -> dict[str, list[float]]:
-    """Return the tokens per second of each contender in every turn; one turn of warm-up comes first."""
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(TURNS + 1):
-        for name, work in contenders.items():
-            started = time.perf_counter()
-            num_tokens = work()
-            if turn:
-                speeds[name].append(num_tokens / (time.perf_counter() - started))
-    return speeds
-
-
-def ratio(speeds: dict[str, list[float]], name: str, baseline: str) -> dict[str, Any]:
-    """Return the ratios of `name` to `baseline`, turn by turn: median, least and greatest."""
-    ratios = [a / b for a, b in zip(speeds[name], speeds[baseline], strict=True)]
-    return {
-        "claim": f"{name} / {baseline}",
-        "median": round(statistics.median(ratios), 3),
-        "min": round(min(ratios), 3),
-        "max": round(max(ratios), 3),
-    }
-
-
 def throughput(folder: Path) -> list[dict[str, Any]]:
     """Return training against a plain torch loop, and scoring against training, of the demo's model on one rank."""
-    from trainer.devices import initialise
-
-    device = initialise("cpu", 0)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    from megatron.core import parallel_state
-
+    device = single_rank()
     from trainer.forward import run_schedule
-    from trainer.model import build_model, padded_vocab_size
+    from trainer.model import LossKernels, build_model, padded_vocab_size
     from trainer.score import make_scorer
     from trainer.train import make_state
 
-    parallel_state.initialize_model_parallel()
     device.seed(0)
-    source = SourceConfig(name="topics", format="python", path="topics")
-    config = CorpusConfig(sources=(source,), seq_length=SEQ_LENGTH, num_shards=1)
-    prepare_corpus(config, TokenizerConfig(), 0, folder / "corpus", "bench", silent)
-    corpus = Corpus(folder / "corpus")
+    corpus = topics(folder, SEQ_LENGTH)
     model_config, train = ModelConfig(), TrainConfig()
-    gpt = build_model(model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, bf16=False)
+    gpt = build_model(
+        model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, LossKernels()
+    )
     plain = PlainModel(model_config, padded_vocab_size(corpus.vocab_size))
-    load_megatron_weights(plain, _stacked(gpt, model_config.num_layers))
+    load_megatron_weights(plain, stacked_weights(gpt, model_config.num_layers))
     state = make_state(train, gpt, 10_000, bf16=False)
     adam = torch.optim.AdamW(plain.parameters(), lr=train.lr, betas=(0.9, 0.95), weight_decay=0.1)
     generator = np.random.default_rng(0)
@@ -121,26 +86,6 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     return [ratio(speeds, "training", names[1]), ratio(speeds, "scoring", "training")]
 
 
-def _stacked(gpt: torch.nn.Module, num_layers: int) -> dict[str, torch.Tensor]:
-    """Return the model's weights under the names, and in the layer-stacked shapes, of a distributed checkpoint."""
-    weights = gpt.state_dict()
-    parts = {
-        "self_attention.linear_qkv.weight": "self_attention.linear_qkv.weight",
-        "self_attention.linear_proj.weight": "self_attention.linear_proj.weight",
-        "mlp.linear_fc1.weight": "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight": "mlp.linear_fc2.weight",
-        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-    }
-    stacked = {
-        f"decoder.layers.{name}": torch.stack(
-            [weights[f"decoder.layers.{layer}.{part}"] for layer in range(num_layers)]
-        )
-        for name, part in parts.items()
-    }
-    return {**weights, **stacked}
-
-
 def demo(folder: Path) -> list[dict[str, Any]]:
     """Return the seconds that the demo takes, and those outside its training and scoring stages."""
     started = time.perf_counter()
@@ -161,6 +106,7 @@ def demo(folder: Path) -> list[dict[str, Any]]:
 
 BENCHMARKS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "throughput": throughput,
+    "head": head,
     "demo": demo,
     "prefect": prefect_overhead,
     "stopping": stopping,

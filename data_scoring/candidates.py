@@ -81,7 +81,8 @@ def _check_file(connection: duckdb.DuckDBPyConnection, path: Path, expected: int
     if not path.exists():
         raise ValueError(f"{path}: no such file; {remedy} first with `reprise score`")
     try:
-        [counted] = connection.sql(f"select count(*), count(loss) from read_parquet({literal(path)})").fetchall()
+        # The column source came with version 0.3.
+        [counted] = connection.sql(f"select count(source), count(loss) from read_parquet({literal(path)})").fetchall()
     except duckdb.Error as error:
         raise ValueError(f"{path}: cannot be read ({error}); delete it and {remedy} again") from None
     if counted != (expected, expected):

@@ -6,7 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_scoring.expression import check_expression
 
-# How losses become inclusion; `data_scoring.policies` holds what each means.
+# How token losses are computed from the model's last hidden states; `kernels.linear_cross_entropy` holds them.
+LossKernel = Literal["reference", "chunked", "triton"]
+
+# How losses become inclusion; `data_scoring.candidates` holds what each means.
 Policy = Literal["loss", "loss_batch", "top", "band", "forgetting", "excess", "random", "all", "sql"]
 
 
@@ -72,6 +75,11 @@ class ScoreConfig(Config):
     """How samples are scored by their loss."""
 
     micro_batch_size: int = Field(default=8, ge=1, le=4096, description="Samples a forward pass takes at once.")
+    loss_kernel: LossKernel = Field(
+        default="chunked",
+        description="How token losses are computed, in validation too: reference holds all logits; chunked, on any "
+        "device, a few megabytes of them; triton, on CUDA, has to be installed.",
+    )
 
 
 class SourceRule(Config):

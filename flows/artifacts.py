@@ -53,7 +53,7 @@ def summary(dry: DryRun) -> str:
         f"{dry.last_mix_overlap:.1%} were in the mix before.",
     ]
     reasons = [[reason, "kept" if kept else "", f"{count:,}"] for reason, kept, count in dry.reasons]
-    lines.append(_markdown_table(["why", "kept", "samples"], reasons))
+    lines.append(markdown_table(["why", "kept", "samples"], reasons))
     for title, parts in (("source", dry.sources), ("shard", dry.shards)):
         head = [title, "samples", "kept", "share", "tokens kept", "mean loss", "mean loss kept"]
         cells = [

@@ -147,7 +147,8 @@ class RunConfig(Config):
 # What may differ when a run goes on: where and how fast it computes, not what.
 _FREE = (
     "name", "output", "device", "parallel", "launch", "checkpoint", "rounds", "refine.memory_gb",
-    "score.micro_batch_size", "train.micro_batch_size", "train.validate_every_steps",
+    "score.micro_batch_size", "score.loss_kernel", "train.micro_batch_size", "train.loss_kernel",
+    "train.validate_every_steps",
 )  # fmt: skip
 
 

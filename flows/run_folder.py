@@ -62,7 +62,7 @@ class Run:
                 before = fingerprint(self.fingerprint("prepare"), late)
             return fingerprint("mix", before, self.corpus().fingerprint, config.seed, round_number)
         if stage == "train":
-            train = config.train.model_dump(exclude={"micro_batch_size", "validate_every_steps"})
+            train = config.train.model_dump(exclude={"micro_batch_size", "loss_kernel", "validate_every_steps"})
             # The mix stands for the round before too, whose weights this one starts from: it was scored with them.
             return fingerprint("train", self.fingerprint("mix", round_number), config.model.model_dump(), train)
         assert stage == "score", stage

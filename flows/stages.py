@@ -24,7 +24,7 @@ from flows.report import write_report
 from flows.run_folder import Run
 from flows.slurm import check_tools
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.devices import check_count, check_layers, resolve
+from trainer.devices import check_count, check_layers, check_loss_kernel, resolve
 from trainer.jobs import ScoreJob, TrainJob
 
 
@@ -37,6 +37,7 @@ def prepare(run: Run, progress: Progress) -> bool:
     else:
         check_count(resolve(config.device), config.parallel.world_size // config.launch.nodes)
     check_layers(config.model.layers)
+    check_loss_kernels(config)
     check_vocabulary(config)
     if run.is_complete("prepare"):
         return False
@@ -50,6 +51,13 @@ def prepare(run: Run, progress: Progress) -> bool:
     )
     refresh_ledger(run.folder)
     return True
+
+
+def check_loss_kernels(config: RunConfig) -> None:
+    """Raise ValueError where training or scoring asks for a kernel that is not installed or not for the device."""
+    kind = _device_kind(config)
+    check_loss_kernel("train.loss_kernel", config.train.loss_kernel, kind)
+    check_loss_kernel("score.loss_kernel", config.score.loss_kernel, kind)
 
 
 def check_vocabulary(config: RunConfig) -> None:
@@ -222,7 +230,7 @@ def _job(run: Run, round_number: int, fingerprint: str) -> dict[str, Any]:
         "round_folder": run.round_folder(round_number),
         "model": config.model,
         "parallel": config.parallel,
-        "device": config.device if config.launch.kind == "slurm" else resolve(config.device),
+        "device": _device_kind(config),
         "precision": config.train.precision,
         "seed": config.seed,
         "fingerprint": fingerprint,
@@ -230,3 +238,8 @@ def _job(run: Run, round_number: int, fingerprint: str) -> dict[str, Any]:
         "errors": run.folder / "logs" / "errors",
         "lock": run.folder / ".ranks.lock",
     }
+
+
+def _device_kind(config: RunConfig) -> str:
+    """Return the kind of device that ranks run on; what Slurm's nodes have is not seen from here, and said."""
+    return config.device if config.launch.kind == "slurm" else resolve(config.device)

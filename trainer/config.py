@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from data_scoring.config import Config
+from data_scoring.config import Config, LossKernel
 
 
 class ModelConfig(Config):
@@ -80,6 +80,11 @@ class TrainConfig(Config):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Precision of the model's arithmetic; auto: bfloat16 on accelerators, else float32."
+    )
+    loss_kernel: LossKernel = Field(
+        default="reference",
+        description="How token losses and their gradients are computed: reference holds all logits; chunked, on any "
+        "device, a few megabytes of them, each computed twice; triton, on CUDA, has to be installed.",
     )
 
     @model_validator(mode="after")

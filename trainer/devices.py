@@ -85,6 +85,20 @@ def check_layers(layers: str) -> None:
         )
 
 
+def check_loss_kernel(field: str, kernel: str, kind: str) -> None:
+    """Raise ValueError where `kernel`, the value of `field`, is not installed or does not run on devices of `kind`."""
+    if kernel != "triton":
+        return
+    remedy = f"or set {field}: chunked"
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"{field}: 'triton' was requested but it is not installed; install it with pip install 'reprise[triton]', "
+            f"{remedy}"
+        )
+    if kind != "cuda":
+        raise ValueError(f"{field}: 'triton' was requested but the device is {kind}; use a CUDA device, {remedy}")
+
+
 def free_memory(kind: str) -> int | None:
     """Return the bytes that are free on all devices of a kind together, or None for the CPU, whose are the host's."""
     if kind == "cpu":

@@ -1,7 +1,8 @@
 """The model: Megatron-Core's GPTModel, configured as a LLaMA-like decoder."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,10 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
+from data_scoring.config import LossKernel
+from kernels.linear_cross_entropy import linear_cross_entropy
 from trainer.config import ModelConfig, ParallelConfig
-from trainer.devices import check_layers
+from trainer.devices import check_layers, check_loss_kernel
 
 VOCABULARY_MULTIPLE = 128
 
@@ -45,6 +48,39 @@ class ScaledDotProductAttention(MegatronModule):
             enable_gqa=query.shape[2] != key.shape[2],
         )
         return out_bhsd.permute(2, 0, 1, 3).flatten(start_dim=2)
+
+
+@dataclass(frozen=True)
+class LossKernels:
+    """How token losses are computed in training and, in evaluation mode, in validation and scoring."""
+
+    training: LossKernel = "reference"
+    scoring: LossKernel = "chunked"
+
+
+class Decoder(GPTModel):
+    """Megatron's GPTModel, whose output layer and loss are one kernel: where labels are given, logits need not be."""
+
+    def __init__(self, loss_kernels: LossKernels, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.loss_kernels = loss_kernels
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **arguments: Any) -> Tensor:
+        """Return token losses, [batch, seq] float32, nats; without labels, or on an earlier stage, what GPTModel does.
+
+        hidden_states: [seq, batch, hidden], whole on every tensor-parallel rank; labels: [batch, seq].
+        """
+        if labels is None or not self.post_process:
+            return cast(Tensor, super()._postprocess(hidden_states=hidden_states, labels=labels, **arguments))
+        group = self.pg_collection.tp
+        loss_n = linear_cross_entropy(
+            hidden_states.flatten(0, 1),
+            self.output_layer.weight,
+            labels.t().flatten(),
+            self.loss_kernels.training if self.training else self.loss_kernels.scoring,
+            group if group.size() > 1 else None,
+        )
+        return loss_n.view_as(labels.t()).t().contiguous()
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -81,11 +117,20 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
 
 
 def build_model(
-    model: ModelConfig, vocab_size: int, seq_length: int, parallel: ParallelConfig, device: torch.device, bf16: bool
+    model: ModelConfig,
+    vocab_size: int,
+    seq_length: int,
+    parallel: ParallelConfig,
+    device: torch.device,
+    bf16: bool,
+    loss_kernels: LossKernels,
 ) -> MegatronModule:
     """Return this rank's part of the model, freshly initialised, on `device`."""
+    check_loss_kernel("train.loss_kernel", loss_kernels.training, device.type)
+    check_loss_kernel("score.loss_kernel", loss_kernels.scoring, device.type)
     config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32)
-    gpt = GPTModel(
+    gpt = Decoder(
+        loss_kernels,
         config=config,
         transformer_layer_spec=_layer_spec(model.layers),
         vocab_size=padded_vocab_size(vocab_size),

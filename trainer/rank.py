@@ -24,7 +24,7 @@ from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
 def main(job_path: Path) -> None:
     """Do the job that `job_path` describes, as one of its ranks."""
-    job: Job = TypeAdapter[Job](AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
+    job: TrainJob | ScoreJob = TypeAdapter(AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
     allow_plain_pickles_only()
     end_with_launcher(job)
     stop = StopRequest()
@@ -39,11 +39,11 @@ def main(job_path: Path) -> None:
         raise
 
 
-def _run(job: Job, stop: StopRequest) -> None:
+def _run(job: TrainJob | ScoreJob, stop: StopRequest) -> None:
     device = initialise(job.device, int(os.environ["LOCAL_RANK"]))
     # Nothing of Megatron may be imported before the device is initialised.
     from trainer.checkpoint import load_weights
-    from trainer.model import build_model
+    from trainer.model import LossKernels, build_model
     from trainer.score import block_size, is_writer, make_scorer
     from trainer.train import train_round
 
@@ -51,10 +51,11 @@ def _run(job: Job, stop: StopRequest) -> None:
     corpus = Corpus(job.corpus)
     bf16 = job.precision == "bfloat16" or (job.precision == "auto" and device.kind != "cpu")
     vocab_size = job.model.vocab_size or corpus.vocab_size
-    model = build_model(job.model, vocab_size, corpus.seq_length, job.parallel, device.torch_device, bf16)
+    kernels = LossKernels((job.train if isinstance(job, TrainJob) else job.score).loss_kernel, job.score.loss_kernel)
+    model = build_model(job.model, vocab_size, corpus.seq_length, job.parallel, device.torch_device, bf16, kernels)
     if isinstance(job, TrainJob):
         train_round(job, corpus, model, bf16, stop)
-    elif isinstance(job, ScoreJob):
+    else:
         load_weights(job.weights, model)
         model.eval()
         size = job.score.micro_batch_size

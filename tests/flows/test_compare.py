@@ -59,8 +59,8 @@ class FakeRanks:
             for shard in range(corpus.num_shards):
                 rows = pq.read_table(corpus.samples_path, filters=[("shard", "=", shard)])
                 losses = np.arange(len(rows), dtype=np.float32)
-                write_parquet(losses_path(job.round_folder, shard), rows.select(["sample", "num_tokens"]).append_column(
-                    "loss", pa.array(losses)), job.fingerprint)  # fmt: skip
+                table = rows.select(["sample", "num_tokens", "source"]).append_column("loss", pa.array(losses))
+                write_parquet(losses_path(job.round_folder, shard), table, job.fingerprint)
 
 
 def train(job: TrainJob, corpus: Corpus, run: str) -> None:
@@ -238,7 +238,7 @@ def test_sharing_is_all_or_nothing_and_copies_where_there_are_no_links(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policies", "loss,best"], "--policies: 'best' is none of loss, random, all"),
+        (["--policies", "loss,best"], "--policies: 'best' is none of loss, loss_batch, top, band"),
         (["--policies", ","], "--policies: names nothing; give a list with commas"),
         (["--sampling-rates", "0,2"], "--sampling-rates: '0,2' is not within 0 and 1"),
         (["--sampling-rates", "half"], "--sampling-rates: 'half' is no list of numbers"),

@@ -66,7 +66,8 @@ def test_a_missing_file_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.C
 
 def test_only_what_changes_results_is_a_difference() -> None:
     old = parse_config(VALUES, "x")
-    layout = {"device": "cpu", "parallel": {"tensor": 2}, "rounds": {"num_rounds": 5}, "train": {"micro_batch_size": 1}}
+    layout = {"device": "cpu", "parallel": {"tensor": 2}, "rounds": {"num_rounds": 5}}
+    layout |= {"train": {"micro_batch_size": 1, "loss_kernel": "chunked"}, "score": {"loss_kernel": "reference"}}
     assert differences(old, parse_config({**VALUES, **layout}, "x")) == []
     changed = parse_config({**VALUES, "seed": 3, "train": {"lr": 0.01}}, "x")
     assert differences(old, changed) == ["seed: 0 there, 3 here", "train.lr: 0.002 there, 0.01 here"]

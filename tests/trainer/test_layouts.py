@@ -9,7 +9,7 @@ import pytest
 from benchmarks.plain_model import read_checkpoint
 from data_scoring.corpus import Corpus
 from data_scoring.mix import write_mix
-from tests.conftest import TINY_MODEL, Ranks, read_rows
+from tests.conftest import TINY_MODEL, TINY_TRAIN, Ranks, read_rows
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig
 
@@ -79,7 +79,11 @@ def test_training_and_scoring_agree_with_one_rank(
 ) -> None:
     name = "x".join(map(str, layout))
     weights = list_checkpoints(trained / "checkpoint")[-1]
-    folder = ranks.train(f"train-{name}", layout, weights, lambda path: short_mix(path, ranks.corpus.samples_path))
+    # One rank trained with the reference; tensor parallelism is where kernels have something to exchange.
+    train = TINY_TRAIN.model_copy(update={"loss_kernel": "chunked" if layout[0] > 1 else "reference"})
+    folder = ranks.train(
+        f"train-{name}", layout, weights, lambda path: short_mix(path, ranks.corpus.samples_path), train=train
+    )
     assert_same_training(folder, reference)
     rescored = ranks.score(f"score-{name}", weights, layout)
     for shard in range(ranks.corpus.num_shards):

@@ -1,0 +1,62 @@
+"""What benchmarks of the model share: one rank, a corpus, and contenders measured in turns."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
+from data_scoring.corpus import Corpus
+from data_scoring.prepare import prepare_corpus
+from data_scoring.progress import silent
+from trainer.devices import Device, initialise
+
+TURNS = 7
+
+
+def single_rank() -> Device:
+    """Return the CPU, this process made the only rank on it."""
+    device = initialise("cpu", 0)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel()
+    return device
+
+
+def topics(folder: Path, seq_length: int) -> Corpus:
+    """Return a corpus of the documentation that Python carries, in one shard, made in `folder` unless it is there."""
+    if not (folder / "corpus" / "manifest.json").exists():
+        source = SourceConfig(name="topics", format="python", path="topics")
+        config = CorpusConfig(sources=(source,), seq_length=seq_length, num_shards=1)
+        prepare_corpus(config, TokenizerConfig(), 0, folder / "corpus", "bench", silent)
+    return Corpus(folder / "corpus")
+
+
+def measure_in_turns(contenders: dict[str, Callable[[], int]], turns: int = TURNS) -> dict[str, list[float]]:
+    """Return the tokens per second of each contender in every turn; one turn of warm-up comes first."""
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(turns + 1):
+        for name, work in contenders.items():
+            started = time.perf_counter()
+            num_tokens = work()
+            if turn:
+                speeds[name].append(num_tokens / (time.perf_counter() - started))
+    return speeds
+
+
+def ratio(speeds: dict[str, list[float]], name: str, baseline: str) -> dict[str, Any]:
+    """Return the ratios of `name` to `baseline`, turn by turn: median, least and greatest."""
+    ratios = [a / b for a, b in zip(speeds[name], speeds[baseline], strict=True)]
+    return {
+        "claim": f"{name} / {baseline}",
+        "median": round(statistics.median(ratios), 3),
+        "min": round(min(ratios), 3),
+        "max": round(max(ratios), 3),
+    }

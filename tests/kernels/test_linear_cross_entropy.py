@@ -1,0 +1,225 @@
+"""The fused output layer and loss against float64, at odd shapes and at the vocabularies of real tokenizers."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_scoring import config
+from kernels import linear_cross_entropy as module
+from kernels import linear_cross_entropy_triton
+from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+# Tokens, rows of the vocabulary, channels; the large ones cross the borders of chunks.
+SHAPES = [(252, 507, 123), (1, 2, 8), (129, 257, 65), (700, 4999, 33)]
+VOCABULARIES = [(5, 48_000, 24), (5, 151_936, 24)]
+# A kernel may be as far from float64 as the reference in the same dtype, and one rounding further.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.9's interpreter multiplies the bits of bfloat16 as if they were integers."""
+    if not IS_INTERPRETED:
+        return
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def expanded(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: create_dot(self, expanded(a), expanded(b), *rest),
+    )
+
+
+def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return hidden states, weight, labels, and gradients of the losses, every third of which is zero."""
+    tokens, rows, channels = shape
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, channels, generator=generator).to(dtype)
+    weight = (torch.randn(rows, channels, generator=generator) * 3 * channels**-0.5).to(dtype)
+    labels = torch.randint(0, rows, (tokens,), generator=generator)
+    labels[:2] = torch.tensor([0, rows - 1])[: len(labels)]
+    grad = torch.randn(tokens, generator=generator)
+    grad[2::3] = 0
+    return hidden, weight, labels, grad
+
+
+def run(loss_of: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    """Return the losses and the gradients of hidden states and weight."""
+    hidden, weight, labels, grad = tensors
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = loss_of(hidden, weight, labels)
+    loss.backward(grad.to(loss.dtype))
+    return [loss.detach(), hidden.grad, weight.grad]
+
+
+def with_kernel(kernel: LossKernel, group: Any = None) -> Callable[..., Tensor]:
+    return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, kernel, group)
+
+
+def truth(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    hidden, weight, labels, grad = inputs(shape, dtype)
+
+    def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+
+    return run(loss_of, hidden.double(), weight.double(), labels, grad)
+
+
+def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    return [float((a.cpu().double() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
+
+
+def assert_as_good_as_the_reference(kernel: LossKernel, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    device = DEVICE if kernel == "triton" else "cpu"
+    tensors = [tensor.to(device) for tensor in inputs(shape, dtype)]
+    found = run(with_kernel(kernel), *tensors)
+    assert [tensor.dtype for tensor in found] == [torch.float32, dtype, dtype]
+    expected = truth(shape, dtype)
+    reference = errors(run(with_kernel("reference"), *tensors), expected)
+    for error, bound in zip(errors(found, expected), reference, strict=True):
+        assert error <= bound + TOLERANCE[dtype]
+    again = run(with_kernel(kernel), *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [*SHAPES, *VOCABULARIES])
+def test_chunks_are_as_exact_as_the_reference_and_bitwise_reproducible(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    assert_as_good_as_the_reference("chunked", shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_triton_is_as_exact_as_the_reference_and_bitwise_reproducible(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    assert_as_good_as_the_reference("triton", shape, dtype)
+
+
+@pytest.mark.parametrize("shape", VOCABULARIES)
+def test_triton_at_large_vocabularies(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if IS_INTERPRETED:
+        # The interpreter's time goes by the number of tiles, whatever their size.
+        monkeypatch.setattr(linear_cross_entropy_triton, "_BLOCK_N", 16)
+        monkeypatch.setattr(linear_cross_entropy_triton, "_BLOCK_V", 16_384)
+    assert_as_good_as_the_reference("triton", shape, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(4096, 48_000, 1792), (2048, 131_072, 4096)])
+def test_triton_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert_as_good_as_the_reference("triton", shape, dtype)
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "triton"])
+def test_large_logits_do_not_overflow(kernel: LossKernel) -> None:
+    hidden = torch.full((3, 8), 100.0, device=DEVICE)
+    weight = torch.arange(300.0, device=DEVICE)[:, None].expand(300, 8).contiguous()
+    labels = torch.tensor([299, 298, 0], device=DEVICE)
+    losses = linear_cross_entropy(hidden, weight, labels, kernel)
+    assert losses.tolist() == pytest.approx([0.0, 800.0, 299 * 800.0])
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "triton"])
+def test_only_the_gradients_that_are_needed_are_computed(kernel: LossKernel) -> None:
+    hidden, weight, labels, grad = (tensor.to(DEVICE) for tensor in inputs((9, 70, 8), torch.float32))
+    whole = run(with_kernel(kernel), hidden, weight, labels, grad)
+    wanted = hidden.clone().requires_grad_()
+    linear_cross_entropy(wanted, weight, labels, kernel).backward(grad)
+    assert torch.equal(wanted.grad, whole[1])
+    wanted = weight.clone().requires_grad_()
+    linear_cross_entropy(hidden, wanted, labels, kernel).backward(grad)
+    assert torch.equal(wanted.grad, whole[2])
+
+
+def _rank(rank: int, ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / "store"), ranks)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    reduced: list[tuple[int, ...]] = []
+
+    def counted(tensor: Tensor, *arguments: Any) -> None:
+        reduced.append(tuple(tensor.shape))
+        torch.distributed.all_reduce(tensor, *arguments)
+
+    module.all_reduce = counted
+    hidden, weight, labels, grad = inputs(SHARDED, torch.float32)
+    part = weight.chunk(ranks)[rank]
+    group = torch.distributed.group.WORLD
+    results = {
+        kernel: run(with_kernel(kernel, group), hidden, part, labels, grad) for kernel in ("reference", "chunked")
+    }
+    torch.save({"results": results, "reduced": reduced}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+SHARDED = (252, 506, 123)
+
+
+def test_ranks_with_parts_of_the_vocabulary_agree_with_one_and_exchange_little(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, args=(2, tmp_path), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    expected = run(with_kernel("reference"), *inputs(SHARDED, torch.float32))
+    tokens, _, channels = SHARDED
+    for kernel in ("reference", "chunked"):
+        (loss, hidden_grad, part), (other_loss, other_hidden_grad, other_part) = (
+            entry["results"][kernel] for entry in found
+        )
+        assert torch.equal(loss, other_loss)
+        assert torch.equal(hidden_grad, other_hidden_grad)
+        for tensor, one in zip((loss, hidden_grad, torch.cat([part, other_part])), expected, strict=True):
+            torch.testing.assert_close(tensor, one, atol=2e-6, rtol=1e-5)
+    # Of each kernel: the maxima, the sums with the targets, and in the backward pass the hidden states' gradient.
+    assert found[0]["reduced"] == [(tokens,), (2, tokens), (tokens, channels)] * 2
+
+
+MEMORY = """
+import re
+from pathlib import Path
+import torch
+from kernels.linear_cross_entropy import linear_cross_entropy
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+hidden, weight, labels = torch.ones(1024, 24), torch.ones(151_936, 24), torch.zeros(1024, dtype=torch.int64)
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+with torch.no_grad():
+    linear_cross_entropy(hidden, weight, labels, "chunked")
+print(peak() - before)
+"""
+
+
+def test_scoring_holds_64_megabytes_of_a_large_vocabulary_at_most() -> None:
+    """The peak of a fresh process's memory, code loaded on first use included; the logits would take 593 MiB."""
+    megabytes = float(subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout)
+    assert megabytes * 1.048576 < 64
+
+
+def test_configurations_offer_the_kernels_that_there_are() -> None:
+    assert get_args(config.LossKernel) == get_args(LossKernel)
