@@ -22,6 +22,7 @@ from data_scoring.corpus import Corpus
 from data_scoring.files import read_json, write_json
 from data_scoring.prepare import prepare_corpus
 from data_scoring.progress import silent
+from data_scoring.scoring import Block
 from flows.run_folder import package_versions
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 
@@ -64,9 +65,9 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     from megatron.core import parallel_state
 
-    from trainer.forward import run_schedule
+    from trainer.forward import read_microbatches, run_schedule
     from trainer.model import build_model, padded_vocab_size
-    from trainer.score import make_scorer
+    from trainer.score import ModelScorer
     from trainer.train import make_state
 
     parallel_state.initialize_model_parallel()
@@ -82,7 +83,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     state = make_state(train, gpt, 10_000, bf16=False)
     adam = torch.optim.AdamW(plain.parameters(), lr=train.lr, betas=(0.9, 0.95), weight_decay=0.1)
     generator = np.random.default_rng(0)
-    score = make_scorer(gpt, corpus, micro_batch_size=8)
+    scorer = ModelScorer(gpt, corpus, micro_batch_size=8)
 
     def draw() -> np.ndarray:
         return generator.integers(0, corpus.num_samples(0) - 1, BATCH)
@@ -91,7 +92,9 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
         samples = draw()
         state.model.zero_grad_buffer()
         state.optimizer.zero_grad()
-        run_schedule(state.model, corpus, np.zeros(BATCH, int), samples, train.micro_batch_size, forward_only=False)
+        size = train.micro_batch_size
+        microbatches = read_microbatches(corpus, np.zeros(BATCH, int), samples, size, SEQ_LENGTH)
+        run_schedule(state.model, microbatches, BATCH, size, SEQ_LENGTH, forward_only=False)
         state.scheduler.step(1)
         state.optimizer.step()
         return BATCH * SEQ_LENGTH
@@ -110,7 +113,8 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
         return BATCH * SEQ_LENGTH
 
     def score_reprise() -> int:
-        score(np.zeros(BATCH, int), draw())
+        block = Block(np.zeros(BATCH, int), draw(), SEQ_LENGTH)
+        scorer.score(block, scorer.read(block))
         return BATCH * SEQ_LENGTH
 
     names = ("training", "plain torch loop with scaled_dot_product_attention", "scoring")
