@@ -89,12 +89,10 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
         return generator.integers(0, corpus.num_samples(0) - 1, BATCH)
 
     def train_reprise() -> int:
-        samples = draw()
         state.model.zero_grad_buffer()
         state.optimizer.zero_grad()
-        size = train.micro_batch_size
-        microbatches = read_microbatches(corpus, np.zeros(BATCH, int), samples, size, SEQ_LENGTH)
-        run_schedule(state.model, microbatches, BATCH, size, SEQ_LENGTH, forward_only=False)
+        microbatches = read_microbatches(corpus, np.zeros(BATCH, int), draw(), train.micro_batch_size, SEQ_LENGTH)
+        run_schedule(state.model, microbatches, BATCH, train.micro_batch_size, SEQ_LENGTH, forward_only=False)
         state.scheduler.step(1)
         state.optimizer.step()
         return BATCH * SEQ_LENGTH

@@ -81,7 +81,10 @@ class ScoreConfig(Config):
         "training, without a forward pass; auto tries each on a calibration set and takes the cheapest that will do.",
     )
     min_correlation: float = Field(
-        default=0.9, ge=-1, le=1, description="Rank correlation with the full loss that budget auto asks for (Spearman)."
+        default=0.9,
+        ge=-1,
+        le=1,
+        description="Rank correlation with the full loss that budget auto asks for (Spearman).",
     )
     calibration_samples: int = Field(
         default=1000, ge=10, le=10_000_000, description="Samples that budget auto scores in full to choose by."

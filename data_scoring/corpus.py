@@ -77,9 +77,7 @@ class Corpus:
         """Return how many tokens each sample of a shard predicts, [num_samples] int32, from the index alone."""
         return np.concatenate([part.lengths for part in self._opened(shard)], dtype=np.int32) - np.int32(1)
 
-    def read(
-        self, shards: NDArray[np.integer], samples: NDArray[np.integer], seq_length: int | None = None
-    ) -> Batch:
+    def read(self, shards: NDArray[np.integer], samples: NDArray[np.integer], seq_length: int | None = None) -> Batch:
         """Return the samples identified by the pairs of `shards` and `samples`, [num_samples] each.
 
         They are cut and padded to `seq_length` predicted tokens, by default to the corpus' own. Raises ValueError,

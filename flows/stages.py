@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from data_scoring.config import RefineConfig
 from data_scoring.corpus import Corpus
@@ -16,13 +15,14 @@ from data_scoring.refine import mix_all, mix_selection
 from data_scoring.refine import refine as refine_shards
 from data_scoring.tokenizer import open_tokenizer
 from flows.config import RunConfig
+from flows.jobs import final_checkpoint, job_fields
 from flows.launch import launch, plan
 from flows.report import write_report
 from flows.run_folder import Run
+from flows.scoring import check_losses, score_round
 from flows.slurm import check_tools
-from trainer.checkpoint_folder import list_checkpoints
 from trainer.devices import check_count, check_layers, resolve
-from trainer.jobs import ScoreJob, TrainJob
+from trainer.jobs import TrainJob
 
 
 def prepare(run: Run, progress: Progress) -> bool:
@@ -101,7 +101,7 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
 def _train_job(run: Run, round_number: int, start_from: Path | None, fingerprint: str) -> TrainJob:
     config = run.config
     return TrainJob(
-        **_job(run, round_number, fingerprint),
+        **job_fields(run, round_number, fingerprint),
         train=config.train,
         checkpoint=config.checkpoint,
         score=config.score,
@@ -110,17 +110,12 @@ def _train_job(run: Run, round_number: int, start_from: Path | None, fingerprint
 
 
 def score(run: Run, round_number: int, progress: Progress) -> bool:
-    """Score every sample of every shard under the model that a round ended with."""
+    """Give every sample of every shard its loss after a round, as `score.budget` says."""
     if run.is_complete("score", round_number):
         return False
     _require(run, "train", round_number)
-    job = ScoreJob(
-        **_job(run, round_number, run.fingerprint("score", round_number)),
-        score=run.config.score,
-        weights=final_checkpoint(run, round_number),
-    )
     with _completing(run, "score", round_number):
-        launch(job, run.folder, f"score-{round_number}", progress, run.config.launch)
+        score_round(run, round_number, progress)
     return True
 
 
@@ -130,6 +125,7 @@ def refine(run: Run, round_number: int, progress: Progress) -> bool:
         return False
     _require(run, "score", round_number - 1)
     corpus = run.corpus()
+    check_losses(run, round_number - 1, corpus)
     with _completing(run, "refine", round_number):
         refine_shards(
             run.round_folder(round_number - 1),
@@ -148,6 +144,7 @@ def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> 
     """Return what refining for `round_number` with `config`, by default the run's own, would keep, writing nothing."""
     _require(run, "score", round_number - 1)
     corpus = run.corpus()
+    check_losses(run, round_number - 1, corpus)
     return dry_run(
         run.round_folder(round_number - 1),
         corpus.samples_path,
@@ -174,18 +171,6 @@ def launch_plan(config: RunConfig) -> str:
     return plan(_train_job(run, 1, None, "?"), run.folder, "train-1", config.launch)
 
 
-def final_checkpoint(run: Run, round_number: int) -> Path:
-    """Return the checkpoint that a round ended with. Raises ValueError where it is gone."""
-    folder = run.round_folder(round_number) / "checkpoint"
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise ValueError(
-            f"{folder}: the round's checkpoint is gone; restore it, or delete {folder.parent / 'train.json'} "
-            "to train the round again"
-        )
-    return checkpoints[-1]
-
-
 @contextmanager
 def _completing(run: Run, stage: str, round_number: int) -> Iterator[None]:
     """Write the stage's completion record, and the views over what it left, once the work inside is done."""
@@ -201,20 +186,3 @@ def _require(run: Run, stage: str, round_number: int) -> None:
             f"{run.folder}: {stage} of round {round_number} is not complete; "
             f"run `reprise run {run.folder}`, which does all that is missing"
         )
-
-
-def _job(run: Run, round_number: int, fingerprint: str) -> dict[str, Any]:
-    config = run.config
-    return {
-        "corpus": run.corpus_folder,
-        "round_folder": run.round_folder(round_number),
-        "model": config.model,
-        "parallel": config.parallel,
-        "device": config.device if config.launch.kind == "slurm" else resolve(config.device),
-        "precision": config.train.precision,
-        "seed": config.seed,
-        "fingerprint": fingerprint,
-        "progress": run.folder / "logs" / "progress.json",
-        "errors": run.folder / "logs" / "errors",
-        "lock": run.folder / ".ranks.lock",
-    }

@@ -39,7 +39,7 @@ def read_microbatches(
 
 
 def _deal(num_samples: int, micro_batch_size: int) -> list[NDArray[np.int64]]:
-    """Return the rows, some of them beyond the last sample, that this rank's replica takes, microbatch by microbatch."""
+    """Return the rows that this rank's replica takes, microbatch by microbatch; the last may lie beyond the samples."""
     per_round = micro_batch_size * int(parallel_state.get_data_parallel_world_size())
     first = int(parallel_state.get_data_parallel_rank()) * micro_batch_size
     starts = range(first, -(-num_samples // per_round) * per_round, per_round)
