@@ -87,7 +87,7 @@ class ScoreConfig(Config):
         description="Rank correlation with the full loss that budget auto asks for (Spearman).",
     )
     calibration_samples: int = Field(
-        default=1000, ge=10, le=10_000_000, description="Samples that budget auto scores in full to choose by."
+        default=300, ge=10, le=10_000_000, description="Samples that budget auto scores in full to choose by."
     )
 
 

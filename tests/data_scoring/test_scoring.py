@@ -18,7 +18,7 @@ from data_scoring.scoring import Block, LossFiles, Scorer, longest_first, losses
 from tests.conftest import ORIGIN, read_rows
 
 
-class InterruptedScorer(Exception):
+class InterruptedScoringError(Exception):
     """The process was killed here."""
 
 
@@ -36,7 +36,7 @@ class FakeScorer:
 
     def score(self, block: Block, share: Batch) -> NDArray[np.float32] | None:
         if not self.left:
-            raise InterruptedScorer
+            raise InterruptedScoringError
         self.left -= 1
         self.scored.append(block)
         return (share.tokens[:, 1:].sum(axis=1) / share.num_tokens).astype(np.float32)[:, None]
@@ -74,7 +74,9 @@ def test_every_sample_has_its_loss_whatever_the_order_they_are_scored_in(
             count = min(int(batch.num_tokens[0]), longest)
             expected.append((shard, sample, count, pytest.approx(batch.tokens[0, 1 : count + 1].mean())))
     assert rows_of(tiny_corpus, tmp_path) == expected
-    assert {path.name for path in (tmp_path / "losses").iterdir()} == {f"shard=000{shard}.parquet" for shard in (0, 1, 2)}
+    assert {path.name for path in (tmp_path / "losses").iterdir()} == {
+        f"shard=000{shard}.parquet" for shard in (0, 1, 2)
+    }
 
 
 def test_blocks_are_as_wide_as_their_longest_sample(tiny_corpus: Corpus, tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_cut_off_inside_a_shard_only_the_rest_is_scored(tiny_corpus: Corpus, tmp
     """The second shard is cut off; who goes on has the same or another size of blocks."""
     score(tiny_corpus, tmp_path / "unbroken", FakeScorer(tiny_corpus, 4))
     first_blocks = -(-tiny_corpus.num_samples(0) // 4)
-    with pytest.raises(InterruptedScorer):
+    with pytest.raises(InterruptedScoringError):
         score(tiny_corpus, tmp_path / "cut", FakeScorer(tiny_corpus, 4, first_blocks + 3))
     parts = tmp_path / "cut" / "losses" / "parts"
     assert [path.name for path in sorted(parts.iterdir())] == [
@@ -123,7 +125,7 @@ def test_cut_off_inside_a_shard_only_the_rest_is_scored(tiny_corpus: Corpus, tmp
 
 
 def test_parts_of_other_inputs_and_beyond_a_gap_are_not_used(tiny_corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(InterruptedScorer):
+    with pytest.raises(InterruptedScoringError):
         score(tiny_corpus, tmp_path, FakeScorer(tiny_corpus, 4, 5))
     parts = sorted((tmp_path / "losses" / "parts").iterdir())
     parts[1].unlink()
@@ -139,9 +141,9 @@ def test_killed_before_its_parts_were_put_together_nothing_is_scored_again(
 ) -> None:
     def die(files: LossFiles, shard: int) -> None:
         files._commit_part(shard)
-        raise InterruptedScorer
+        raise InterruptedScoringError
 
-    with monkeypatch.context() as patch, pytest.raises(InterruptedScorer):
+    with monkeypatch.context() as patch, pytest.raises(InterruptedScoringError):
         patch.setattr(LossFiles, "_complete", die)
         score(tiny_corpus, tmp_path, FakeScorer(tiny_corpus, 50))
     rest = FakeScorer(tiny_corpus, 50)
@@ -152,7 +154,7 @@ def test_killed_before_its_parts_were_put_together_nothing_is_scored_again(
 
 
 def test_parts_are_committed_on_a_clock(tiny_corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(InterruptedScorer):
+    with pytest.raises(InterruptedScoringError):
         score(tiny_corpus, tmp_path, FakeScorer(tiny_corpus, 4, 5), commit_seconds=60.0)
     assert not (tmp_path / "losses" / "parts").exists()
 
