@@ -7,6 +7,7 @@ backward pass is two more. That attention costs more the further it looks back i
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -72,65 +73,71 @@ def measure_candidates(
     if is_everything_seen(corpus, round_folder.parent, round_number):
         budgets.insert(0, "seen")
     with duckdb.connect() as connection:
-        connection.execute(f"""
-            create table calibration as
-            select calibration.*, calibration.loss as "full", seen.loss as seen
-            from read_parquet({literal(calibration_path(round_folder))}) as calibration
-            left join {last_seen(round_folder.parent, round_number)} as seen using (shard, sample)""")
-        by_loss, by_chance = (
-            drawn(connection, "calibration", column, refine.sampling_rate, refine.temperature, (seed, round_number))
-            for column in ('"full"', "0")
-        )
+        _load_calibration(connection, round_folder, round_number)
+        draw = partial(
+            drawn, connection, sampling_rate=refine.sampling_rate, temperature=refine.temperature,
+            seed=seed, round_number=round_number + 1,
+        )  # fmt: skip
+        by_loss, by_chance = draw('"full"'), draw("0")
         return [
             Candidate(
-                budget,
-                scoring_cost(corpus, budget),
-                1.0 if budget == "full" else spearman(connection, "calibration", "full", budget),
-                len(by_loss & drawn(
-                    connection, "calibration", f'"{budget}"', refine.sampling_rate, refine.temperature,
-                    (seed, round_number),
-                )) / len(by_loss),
-                len(by_loss & by_chance) / len(by_loss),
+                name=budget,
+                cost_tokens=scoring_cost(corpus, budget),
+                correlation=1.0 if budget == "full" else spearman(connection, "full", budget),
+                overlap=len(by_loss & draw(f'"{budget}"')) / len(by_loss),
+                chance_overlap=len(by_loss & by_chance) / len(by_loss),
             )
             for budget in budgets
-        ]  # fmt: skip
+        ]
+
+
+def _load_calibration(connection: duckdb.DuckDBPyConnection, round_folder: Path, round_number: int) -> None:
+    """Make the table `calibration`: shard, sample, and a column of losses for each candidate, named after it."""
+    connection.execute(
+        f"""create table calibration as select *, loss as "full"
+        from read_parquet({literal(calibration_path(round_folder))})"""
+    )
+    seen = last_seen(round_folder.parent, round_number, "(shard, sample) in (select (shard, sample) from calibration)")
+    connection.execute(
+        f"""create or replace table calibration as select calibration.*, seen.loss as seen
+        from calibration left join {seen} as seen using (shard, sample)"""
+    )
 
 
 def drawn(
     connection: duckdb.DuckDBPyConnection,
-    table: str,
     column: str,
     sampling_rate: float,
     temperature: float,
-    seed: tuple[int, int],
+    seed: int,
+    round_number: int,
 ) -> set[tuple[int, int]]:
-    """Return the (shard, sample) that the paper's draw by the losses in `column` keeps of all rows of `table`.
+    """Return the (shard, sample) that the paper's draw by the losses in `column` keeps of the table `calibration`.
 
-    `seed` is the seed and the number of the scored round; a sample's random number is the one that refining for the
-    next round uses.
+    A sample's random number is the one that refining for `round_number` uses.
     """
-    bits = random_bits(seed[0], seed[1] + 1, "shard::int", "sample::int")
+    bits = random_bits(seed, round_number, "shard::int", "sample::int")
     uniform = f"(({bits} >> 11) + 0.5) / 9007199254740992.0"
     return set(
         connection.sql(
-            f"""select shard, sample from {table}
+            f"""select shard, sample from calibration
             order by {column} / {temperature} - ln(-ln({uniform})) desc, shard, sample
-            limit (select greatest(1, floor(count(*) * {sampling_rate} + 0.5))::bigint from {table})"""
+            limit (select greatest(1, floor(count(*) * {sampling_rate} + 0.5))::bigint from calibration)"""
         ).fetchall()
     )
 
 
-def spearman(connection: duckdb.DuckDBPyConnection, table: str, first: str, second: str) -> float | None:
-    """Return Spearman's rank correlation of two columns of `table`, ties having their mean rank, or None.
+def spearman(connection: duckdb.DuckDBPyConnection, first: str, second: str) -> float | None:
+    """Return Spearman's rank correlation of two columns of the table `calibration`, or None where one has no order.
 
-    It is None where a column holds but one value, and so has no order.
+    Ties have their mean rank; a column of one value alone has no order.
     """
     ranks = [
         f'rank() over (order by "{name}") + (count(*) over (partition by "{name}") - 1) / 2.0 as {rank}'
         for name, rank in ((first, "a"), (second, "b"))
     ]
     [(constant, value)] = connection.sql(
-        f"select min(a) = max(a) or min(b) = max(b), corr(a, b) from (select {', '.join(ranks)} from {table})"
+        f"select min(a) = max(a) or min(b) = max(b), corr(a, b) from (select {', '.join(ranks)} from calibration)"
     ).fetchall()
     return None if constant or value is None or math.isnan(value) else float(value)
 

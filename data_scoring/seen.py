@@ -14,8 +14,11 @@ from data_scoring.scoring import losses_path, parquet_fingerprint, write_losses
 from data_scoring.sql import literal
 
 
-def last_seen(rounds_folder: Path, round_number: int) -> str:
-    """Return the SQL relation (shard, sample, loss) of the last losses of all samples trained on up to a round."""
+def last_seen(rounds_folder: Path, round_number: int, where: str) -> str:
+    """Return the SQL relation (shard, sample, loss) of the last losses of samples trained on up to a round.
+
+    `where` is the condition on shard and sample by which they are chosen, before anything is held in memory.
+    """
     # The empty part is there for the types, should nothing have been recorded.
     parts = ["select 0 as round, 0 as step, 0 as shard, 0 as sample, 0::float as loss where false"]
     for number in range(1, round_number + 1):
@@ -23,7 +26,8 @@ def last_seen(rounds_folder: Path, round_number: int) -> str:
         if any(files.parent.glob(files.name)):
             parts.append(f"select {number} as round, step, shard, sample, loss from read_parquet({literal(files)})")
     order = "round::bigint * 4294967296 + step"
-    return f"(select shard, sample, arg_max(loss, {order}) as loss from ({' union all '.join(parts)}) group by all)"
+    rows = " union all ".join(parts)
+    return f"(select shard, sample, arg_max(loss, {order}) as loss from ({rows}) where {where} group by all)"
 
 
 def write_seen_losses(
@@ -66,8 +70,6 @@ def is_everything_seen(corpus: Corpus, rounds_folder: Path, round_number: int) -
 
 def _seen_losses(rounds_folder: Path, round_number: int, shard: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     with duckdb.connect() as connection:
-        relation = last_seen(rounds_folder, round_number)
-        columns = connection.sql(
-            f"select sample, loss from {relation} where shard = {shard} order by sample"
-        ).fetchnumpy()
+        relation = last_seen(rounds_folder, round_number, f"shard = {shard}")
+        columns = connection.sql(f"select sample, loss from {relation} order by sample").fetchnumpy()
     return np.asarray(columns["sample"], np.int32), np.asarray(columns["loss"], np.float32)

@@ -26,22 +26,23 @@ def test_the_correlation_is_scipy_s_with_ties_too(levels: int) -> None:
     first = generator.integers(0, levels, 400)
     second = first + generator.integers(0, levels, 400)
     with duckdb.connect() as connection:
-        connection.execute('create table losses (a double, "prefix:4" double, constant double)')
+        connection.execute('create table calibration (a double, "prefix:4" double, constant double)')
         connection.executemany(
-            "insert into losses values (?, ?, 1)", list(zip(first.tolist(), second.tolist(), strict=True))
+            "insert into calibration values (?, ?, 1)", list(zip(first.tolist(), second.tolist(), strict=True))
         )
-        assert spearman(connection, "losses", "a", "prefix:4") == pytest.approx(spearmanr(first, second).statistic)
-        assert spearman(connection, "losses", "a", "constant") is None
+        assert spearman(connection, "a", "prefix:4") == pytest.approx(spearmanr(first, second).statistic)
+        assert spearman(connection, "a", "constant") is None
 
 
 def test_the_draw_is_refining_s_own() -> None:
     with duckdb.connect() as connection:
         connection.execute(
-            "create table losses as select 3 as shard, range::int as sample, sin(range)::float as loss from range(101)"
+            "create table calibration as "
+            "select 3 as shard, range::int as sample, sin(range)::float as loss from range(101)"
         )
-        query = selection_query("losses", 101, RefineConfig(sampling_rate=0.3, temperature=0.5), 7, 2, 3)
+        query = selection_query("calibration", 101, RefineConfig(sampling_rate=0.3, temperature=0.5), 7, 2, 3)
         kept = {(3, row[0]) for row in connection.sql(query).fetchall() if row[2]}
-        assert drawn(connection, "losses", "loss", 0.3, 0.5, (7, 1)) == kept
+        assert drawn(connection, "loss", 0.3, 0.5, 7, 2) == kept
 
 
 def test_the_calibration_set_is_spread_in_proportion() -> None:
