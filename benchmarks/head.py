@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.measure import measure_in_turns, ratio, single_rank, topics
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
 from data_scoring.corpus import Corpus
+from data_scoring.scoring import Block
 from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy
 from trainer.config import ModelConfig, ParallelConfig
 
@@ -65,12 +66,19 @@ def _reprise(corpus: Corpus) -> tuple[Callable[[np.ndarray], np.ndarray], dict[s
     """Return what scores samples as scoring jobs do, and the model's weights."""
     device = single_rank()
     from trainer.model import LossKernels, build_model
-    from trainer.score import make_scorer
+    from trainer.score import ModelScorer
 
     device.seed(0)
     gpt = build_model(MODEL, VOCAB_SIZE, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, LossKernels()).eval()
-    score = make_scorer(gpt, corpus, BATCH)
-    return lambda samples: score(np.zeros(len(samples), int), samples), stacked_weights(gpt, MODEL.num_layers)
+    scorer = ModelScorer(gpt, corpus, BATCH)
+
+    def score(samples: np.ndarray) -> np.ndarray:
+        block = Block(np.zeros(len(samples), int), samples, SEQ_LENGTH)
+        losses = scorer.score(block, scorer.read(block))
+        assert losses is not None
+        return losses[:, 0]
+
+    return score, stacked_weights(gpt, MODEL.num_layers)
 
 
 def _llama(corpus: Corpus, weights: dict[str, Tensor] | None) -> Callable[[np.ndarray], np.ndarray]:

@@ -20,6 +20,7 @@ from benchmarks.measure import measure_in_turns, ratio, single_rank, topics
 from benchmarks.operation import prefect_overhead, stopping
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
 from data_scoring.files import read_json, write_json
+from data_scoring.scoring import Block
 from flows.run_folder import package_versions
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 
@@ -31,9 +32,9 @@ SEQ_LENGTH = 256
 def throughput(folder: Path) -> list[dict[str, Any]]:
     """Return training against a plain torch loop, and scoring against training, of the demo's model on one rank."""
     device = single_rank()
-    from trainer.forward import run_schedule
+    from trainer.forward import read_microbatches, run_schedule
     from trainer.model import LossKernels, build_model, padded_vocab_size
-    from trainer.score import make_scorer
+    from trainer.score import ModelScorer
     from trainer.train import make_state
 
     device.seed(0)
@@ -47,16 +48,16 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     state = make_state(train, gpt, 10_000, bf16=False)
     adam = torch.optim.AdamW(plain.parameters(), lr=train.lr, betas=(0.9, 0.95), weight_decay=0.1)
     generator = np.random.default_rng(0)
-    score = make_scorer(gpt, corpus, micro_batch_size=8)
+    scorer = ModelScorer(gpt, corpus, micro_batch_size=8)
 
     def draw() -> np.ndarray:
         return generator.integers(0, corpus.num_samples(0) - 1, BATCH)
 
     def train_reprise() -> int:
-        samples = draw()
         state.model.zero_grad_buffer()
         state.optimizer.zero_grad()
-        run_schedule(state.model, corpus, np.zeros(BATCH, int), samples, train.micro_batch_size, forward_only=False)
+        microbatches = read_microbatches(corpus, np.zeros(BATCH, int), draw(), train.micro_batch_size, SEQ_LENGTH)
+        run_schedule(state.model, microbatches, BATCH, train.micro_batch_size, SEQ_LENGTH, forward_only=False)
         state.scheduler.step(1)
         state.optimizer.step()
         return BATCH * SEQ_LENGTH
@@ -75,7 +76,8 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
         return BATCH * SEQ_LENGTH
 
     def score_reprise() -> int:
-        score(np.zeros(BATCH, int), draw())
+        block = Block(np.zeros(BATCH, int), draw(), SEQ_LENGTH)
+        scorer.score(block, scorer.read(block))
         return BATCH * SEQ_LENGTH
 
     names = ("training", "plain torch loop with scaled_dot_product_attention", "scoring")

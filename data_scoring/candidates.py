@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from data_scoring.config import RefineConfig
 from data_scoring.expression import check_expression
 from data_scoring.scoring import losses_path
-from data_scoring.sql import literal, random_bits
+from data_scoring.seen import last_seen
+from data_scoring.sql import gumbel, literal, random_bits
 
 # Losses are counted in bins of 1/1024 nats, so that medians and quantiles take bounded memory and are the same every
 # time.
@@ -156,8 +157,7 @@ def candidates_query(draw: Draw, limits: Limits, shard: int) -> str:
     score = f"({config.sql})" if config.policy == "sql" else _SCORES[config.policy]
     key = f"({score})::double"
     if config.draw_temperature > 0:
-        # Gumbel noise: adding it to the logarithms of weights and keeping the highest draws without replacement.
-        key = f"{key} / {config.draw_temperature!r}::double - ln(-ln({_uniform('bits')}))"
+        key = f"{key} / {config.draw_temperature!r}::double + {gumbel('bits')}"
     joins = [*_guard_joins(draw, shard), *_policy_joins(draw, shard)]
     excluded, is_fresh = _excluded(draw, limits, shard), _is_fresh(draw)
     known = f"select * from {draw.losses(shard)} {' '.join(joins)}"
@@ -179,11 +179,6 @@ def is_joined(config: RefineConfig) -> bool:
         or config.near_duplicates is not None
         or config.max_rounds is not None
     )
-
-
-def _uniform(bits: str) -> str:
-    """Return the SQL of a number strictly between 0 and 1 made of the high 52 of 64 random bits, exactly."""
-    return f"((({bits}) >> 12)::double + 0.5) * {2.0**-52!r}::double"
 
 
 def _excluded(draw: Draw, limits: Limits, shard: int) -> str:
@@ -235,13 +230,9 @@ def _guard_joins(draw: Draw, shard: int) -> list[str]:
 def _policy_joins(draw: Draw, shard: int) -> list[str]:
     config, joins = draw.config, []
     if config.policy == "forgetting" or (config.policy == "sql" and "seen_loss" in check_expression(str(config.sql))):
-        files = _literals([str(draw.rounds / str(n) / "seen" / "*.parquet") for n in range(1, draw.round_number)])
-        seen_in = r"regexp_extract(filename, '.*/(\d+)/seen/', 1)::int"
         # The latest time it was trained on is what the model may have forgotten since.
-        joins.append(
-            f"left join (select sample, arg_max(loss, {seen_in}) as seen_loss "
-            f"from read_parquet([{files}], filename = true) where shard = {shard} group by sample) using (sample)"
-        )
+        seen = last_seen(draw.rounds, draw.round_number - 1, f"shard = {shard}")
+        joins.append(f"left join (select sample, loss as seen_loss from {seen}) using (sample)")
     if config.policy == "excess":
         reference = literal(losses_path(Path(str(config.reference)), shard))
         joins.append(f"left join (select sample, loss as reference_loss from read_parquet({reference})) using (sample)")

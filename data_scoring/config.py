@@ -71,10 +71,29 @@ class TokenizerConfig(Config):
     )
 
 
+def prefix_of(budget: str) -> int | None:
+    """Return P, in tokens, of a budget prefix:P, and None of any other."""
+    return int(budget.removeprefix("prefix:")) if budget.startswith("prefix:") else None
+
+
 class ScoreConfig(Config):
     """How samples are scored by their loss."""
 
     micro_batch_size: int = Field(default=8, ge=1, le=4096, description="Samples a forward pass takes at once.")
+    budget: Annotated[str, Field(pattern=r"^(full|seen|auto|prefix:[1-9][0-9]*)$")] = Field(
+        default="full",
+        description="full scores whole samples; prefix:P their first P tokens; seen takes the losses recorded while "
+        "training, without a forward pass; auto tries each on a calibration set and takes the cheapest that will do.",
+    )
+    min_correlation: float = Field(
+        default=0.9,
+        ge=-1,
+        le=1,
+        description="Rank correlation with the full loss that budget auto asks for (Spearman).",
+    )
+    calibration_samples: int = Field(
+        default=300, ge=10, le=10_000_000, description="Samples that budget auto scores in full to choose by."
+    )
     loss_kernel: LossKernel = Field(
         default="chunked",
         description="How token losses are computed, in validation too: reference holds all logits; chunked, on any "

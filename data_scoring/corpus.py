@@ -20,7 +20,7 @@ class Batch:
     """Samples side by side.
 
     tokens: [num_samples, seq_length + 1] int64, padded with zeros; num_tokens: [num_samples] int64, how many of a
-    sample's tokens are predicted, that is its length less one.
+    sample's tokens are predicted, that is its length, as far as it was read, less one.
     """
 
     tokens: NDArray[np.int64]
@@ -73,15 +73,21 @@ class Corpus:
         """Return how many samples a shard, or the validation set, holds."""
         return int(self._entry(shard)["num_samples"])
 
-    def read(self, shards: NDArray[np.integer], samples: NDArray[np.integer]) -> Batch:
+    def lengths(self, shard: int) -> NDArray[np.int32]:
+        """Return how many tokens each sample of a shard predicts, [num_samples] int32, from the index alone."""
+        return np.concatenate([part.lengths for part in self._opened(shard)], dtype=np.int32) - np.int32(1)
+
+    def read(self, shards: NDArray[np.integer], samples: NDArray[np.integer], seq_length: int | None = None) -> Batch:
         """Return the samples identified by the pairs of `shards` and `samples`, [num_samples] each.
 
-        Raises ValueError, naming the shard, where a token lies outside the vocabulary.
+        They are cut and padded to `seq_length` predicted tokens, by default to the corpus' own. Raises ValueError,
+        naming the shard, where a token lies outside the vocabulary.
         """
-        tokens = np.zeros((len(samples), self.seq_length + 1), np.int64)
+        seq_length = seq_length or self.seq_length
+        tokens = np.zeros((len(samples), seq_length + 1), np.int64)
         num_tokens = np.empty(len(samples), np.int64)
         for row, (shard, sample) in enumerate(zip(shards.tolist(), samples.tolist(), strict=True)):
-            sequence = self._sequence(shard, sample)
+            sequence = self._sequence(shard, sample)[: seq_length + 1]
             tokens[row, : len(sequence)] = sequence
             num_tokens[row] = len(sequence) - 1
         if len(tokens) and (tokens.max() >= self.vocab_size or tokens.min() < 0):
@@ -110,10 +116,13 @@ class Corpus:
     def _paths(self, shard: int) -> list[Path]:
         return [self.folder / part["prefix"] for part in self._entry(shard)["parts"]]
 
-    def _sequence(self, shard: int, sample: int) -> NDArray[np.integer]:
+    def _opened(self, shard: int) -> list[IndexedTokens]:
         if shard not in self._parts:
             self._parts[shard] = [open_indexed(path) for path in self._paths(shard)]
-        for part in self._parts[shard]:
+        return self._parts[shard]
+
+    def _sequence(self, shard: int, sample: int) -> NDArray[np.integer]:
+        for part in self._opened(shard):
             if sample < len(part.lengths):
                 return part.sequence(sample)
             sample -= len(part.lengths)

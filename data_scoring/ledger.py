@@ -89,6 +89,20 @@ VIEWS = {
         },
         _plain(f"{_ROUND}, file_row_number as place, shard, sample"),
     ),
+    "budgets": View(
+        "How the samples were scored after a round, and what the ways to score that could have been would have missed.",
+        "rounds/*/budget.parquet",
+        {
+            **_ROUND_COLUMN,
+            "candidate": ("varchar", "Way to score: full, seen or prefix:P; calibration is the measuring itself."),
+            "correlation": ("double", "Spearman's rank correlation with the full loss; null where not measured."),
+            "overlap": ("double", "Share of the samples drawn by full loss that are drawn by this one too."),
+            "chance_overlap": ("double", "The same of a draw with the same random numbers and no regard to loss."),
+            "cost_tokens": ("bigint", "Cost of all samples in training tokens, of which a forward pass is a third."),
+            "chosen": ("boolean", "Whether the samples were scored so."),
+        },
+        _plain(f"{_ROUND}, candidate, correlation, overlap, chance_overlap, cost_tokens, chosen"),
+    ),
     "steps": View(
         "The optimizer steps of each round.",
         "rounds/*/steps.parquet",

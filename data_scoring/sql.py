@@ -48,3 +48,12 @@ def random_bits(*parts: object) -> str:
     constant. Hashing once more mixes them.
     """
     return f"hash(hash({', '.join(str(part) for part in parts)}))"
+
+
+def gumbel(bits: str) -> str:
+    """Return the SQL of Gumbel noise made of the 64 random bits that the expression `bits` gives.
+
+    Of samples with the logarithms of their weights plus this noise, the highest are a draw without replacement. The
+    high 52 bits make a uniform number strictly between 0 and 1 without rounding, so that the noise is always finite.
+    """
+    return f"-ln(-ln(((({bits}) >> 12)::double + 0.5) * {2.0**-52!r}::double))"

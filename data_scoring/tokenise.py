@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import queue
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +12,7 @@ from data_scoring.config import SourceConfig
 from data_scoring.files import read_json, write_json, writing
 from data_scoring.indexed import token_dtype
 from data_scoring.progress import Progress
+from data_scoring.read_ahead import read_ahead
 from data_scoring.sources import read_documents
 from data_scoring.tokenizer import Tokenizer
 
@@ -27,8 +25,6 @@ _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 4 << 20
 # Longer documents are tokenised in pieces cut at line ends: it bounds memory and keeps all cores busy.
 _PIECE_CHARACTERS = 1 << 20
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def stage_source(
     if record is None or record["fingerprint"] != fingerprint:
         rejects = Rejects(staging / f"{source.name}.rejects.jsonl", skip_bad)
         with writing(tokens_path) as tokens_file, writing(documents_path) as documents_file:
-            documents = _read_ahead(_batches(read_documents(source, rejects)))
+            documents = read_ahead(_batches(read_documents(source, rejects)))
             counts = _tokenise(source.name, documents, tokenizer, tokens_file, documents_file, progress)
         record = {"fingerprint": fingerprint, **counts, "rejected": rejects.count}
         write_json(record_path, record)
@@ -147,23 +143,3 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _read_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
-    """Yield `items`, read by a thread that stays at most two ahead: reading overlaps with tokenising."""
-    waiting: queue.Queue[tuple[str, _Item | BaseException | None]] = queue.Queue(maxsize=2)
-
-    def read() -> None:
-        try:
-            for item in items:
-                waiting.put(("item", item))
-        except BaseException as error:  # noqa: BLE001 (raised again in the consumer)
-            waiting.put(("error", error))
-        else:
-            waiting.put(("end", None))
-
-    threading.Thread(target=read, daemon=True).start()
-    while (entry := waiting.get())[0] == "item":
-        yield entry[1]  # type: ignore[misc]
-    if isinstance(entry[1], BaseException):
-        raise entry[1]

@@ -21,6 +21,11 @@ def shard_losses(run: Run, round_number: int) -> list[dict[str, Any]]:
     )
 
 
+def budgets(run: Run, round_number: int) -> list[dict[str, Any]]:
+    """Return a row for each way to score that was open after a round: what it costs and, where measured, misses."""
+    return _rows(run, f"select * exclude round from budgets where round = {round_number} order by cost_tokens")
+
+
 def rounds(run: Run) -> list[dict[str, Any]]:
     """Return a row for each round that has begun to train."""
     return _rows(run, "select * from rounds order by round")

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from data_scoring.config import Config, CorpusConfig, RefineConfig, ScoreConfig, SourceConfig, TokenizerConfig
+from data_scoring.config import (
+    Config,
+    CorpusConfig,
+    RefineConfig,
+    ScoreConfig,
+    SourceConfig,
+    TokenizerConfig,
+    prefix_of,
+)
 from data_scoring.files import fingerprint
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig, check_layout
 
@@ -126,6 +134,11 @@ class RunConfig(Config):
         if all(any(rule.name == name and rule.from_round > 1 for rule in self.refine.sources) for name in names):
             raise ValueError("refine.sources: every source joins after round 1, which so has nothing to train on")
         self.launch.check(self.parallel.world_size)
+        if (prefix_of(self.score.budget) or 0) > self.corpus.seq_length:
+            raise ValueError(
+                f"score.budget: {self.score.budget} is more than the corpus.seq_length of {self.corpus.seq_length}; "
+                "lower it, or take full"
+            )
         if self.launch.kind == "slurm" and self.device == "auto":
             raise ValueError("device: what Slurm's nodes have is not seen from here; say cuda, npu or cpu, not 'auto'")
         return self

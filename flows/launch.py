@@ -112,10 +112,12 @@ def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: La
         _pause(2.0**restarts, progress)
 
 
-def _reached(job: Job) -> tuple[str, int]:
-    """Return how far a job has come, in what a restart would find: the last checkpoint, and the scored shards."""
+def _reached(job: Job) -> tuple[str, int, int]:
+    """Return how far a job has come, in what a restart would find: the last checkpoint, scored shards and parts."""
     checkpoints = list_checkpoints(job.round_folder / "checkpoint")
-    return checkpoints[-1].name if checkpoints else "", len(list((job.round_folder / "losses").glob("*.parquet")))
+    losses = job.round_folder / "losses"
+    shards, parts = (len(list(folder.glob("*.parquet"))) for folder in (losses, losses / "parts"))
+    return checkpoints[-1].name if checkpoints else "", shards, parts
 
 
 def _pause(seconds: float, progress: Progress) -> None:

@@ -83,6 +83,7 @@ def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> lis
     selected = scored + 1
     return [
         f"<h2>What round {scored} left to learn</h2>",
+        *_budget(run, ledger, scored),
         _figure(
             run, f"selection-{selected}", selection_histograms(selected), ledger,
             f"Losses after round {scored}, shard by shard: what round {selected} trains on, and what was dropped.",
@@ -122,6 +123,32 @@ def _quarantine(run: Run, ledger: duckdb.DuckDBPyConnection, selected: int) -> l
         f"<p>{num_quarantined(ledger, selected):,} samples of a loss beyond refine.outlier_z "
         f"{run.refine_config(selected).outlier_z} of their source; those of the greatest loss:</p>",
         html_table(["Source", "Shard", "Sample", "Loss", "Text"], rows),
+    ]
+
+
+def _budget(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
+    """Return how the samples were scored after a round, and why so, with what was measured; nothing before that."""
+    budgets = f"from budgets where round = {scored}"
+    rows = ledger.sql(f"select candidate, cost_tokens {budgets} and chosen").fetchall()
+    if not rows:
+        return []
+    [(chosen, cost)] = rows
+    how = (
+        f"Samples were scored by {chosen}, which costs as much as training on {cost:,} tokens (a forward pass is a "
+        "third of a training step; what attention adds in long samples is left out)"
+    )
+    if run.config.score.budget != "auto":
+        return [f"<p>{how}, as score.budget says.</p>"]
+    return [
+        f"<p>{how}: the cheapest of the candidates whose losses put a random calibration set in the order of the full "
+        f"losses with a rank correlation of {run.config.score.min_correlation:g} or more (score.min_correlation).</p>",
+        _table(
+            ledger,
+            f"""select candidate as "Candidate", correlation as "Correlation (Spearman)",
+                overlap as "Drawn as by full loss", chance_overlap as "By chance alone",
+                cost_tokens as "Cost (training tokens)", case when chosen then 'yes' else '' end as "Chosen"
+            {budgets} order by candidate = 'calibration', cost_tokens""",
+        ),
     ]
 
 

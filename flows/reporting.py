@@ -125,6 +125,13 @@ class Reporter:
                 self._show(
                     f"round-{round_number}-losses", "table", json.dumps(rows), "Losses by shard, nats per token."
                 )
+                rows = artifacts.budgets(run, round_number)
+                self._show(
+                    f"round-{round_number}-budget",
+                    "table",
+                    json.dumps(rows),
+                    "Ways to score, costs in training tokens.",
+                )
                 self._announce(run, "score", round_number, {})
 
     def refined(self, run: Run, round_number: int) -> None:

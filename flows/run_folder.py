@@ -66,7 +66,8 @@ class Run:
             # The mix stands for the round before too, whose weights this one starts from: it was scored with them.
             return fingerprint("train", self.fingerprint("mix", round_number), config.model.model_dump(), train)
         assert stage == "score", stage
-        return fingerprint("score", self.fingerprint("train", round_number))
+        budget = config.score.model_dump(include={"budget", "min_correlation", "calibration_samples"})
+        return fingerprint("score", self.fingerprint("train", round_number), budget)
 
     def refine_config(self, round_number: int) -> RefineConfig:
         """Return how a round is refined: as the configuration says, unless another way was approved."""

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from data_scoring.candidates import Draw
 from data_scoring.config import RefineConfig
@@ -19,13 +18,14 @@ from data_scoring.refine import refine as refine_shards
 from data_scoring.scoring import parquet_fingerprint
 from data_scoring.tokenizer import open_tokenizer
 from flows.config import RunConfig
+from flows.jobs import device_kind, final_checkpoint, job_fields
 from flows.launch import launch, plan
 from flows.report import write_report
 from flows.run_folder import Run
+from flows.scoring import check_losses, score_round
 from flows.slurm import check_tools
-from trainer.checkpoint_folder import list_checkpoints
 from trainer.devices import check_count, check_layers, check_loss_kernel, resolve
-from trainer.jobs import ScoreJob, TrainJob
+from trainer.jobs import TrainJob
 
 
 def prepare(run: Run, progress: Progress) -> bool:
@@ -55,7 +55,7 @@ def prepare(run: Run, progress: Progress) -> bool:
 
 def check_loss_kernels(config: RunConfig) -> None:
     """Raise ValueError where training or scoring asks for a kernel that is not installed or not for the device."""
-    kind = _device_kind(config)
+    kind = device_kind(config)
     check_loss_kernel("train.loss_kernel", config.train.loss_kernel, kind)
     check_loss_kernel("score.loss_kernel", config.score.loss_kernel, kind)
 
@@ -114,7 +114,7 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
 def _train_job(run: Run, round_number: int, start_from: Path | None, fingerprint: str) -> TrainJob:
     config = run.config
     return TrainJob(
-        **_job(run, round_number, fingerprint),
+        **job_fields(run, round_number, fingerprint),
         train=config.train,
         checkpoint=config.checkpoint,
         score=config.score,
@@ -123,17 +123,12 @@ def _train_job(run: Run, round_number: int, start_from: Path | None, fingerprint
 
 
 def score(run: Run, round_number: int, progress: Progress) -> bool:
-    """Score every sample of every shard under the model that a round ended with."""
+    """Give every sample of every shard its loss after a round, as `score.budget` says."""
     if run.is_complete("score", round_number):
         return False
     _require(run, "train", round_number)
-    job = ScoreJob(
-        **_job(run, round_number, run.fingerprint("score", round_number)),
-        score=run.config.score,
-        weights=final_checkpoint(run, round_number),
-    )
     with _completing(run, "score", round_number):
-        launch(job, run.folder, f"score-{round_number}", progress, run.config.launch)
+        score_round(run, round_number, progress)
     return True
 
 
@@ -171,7 +166,11 @@ def _near_duplicates(run: Run, config: RefineConfig, progress: Progress, folder:
 
 
 def _draw(run: Run, round_number: int, config: RefineConfig, duplicates: Path | None) -> Draw:
+    """Return what is drawn from, whose losses (and reference losses) are all of one origin and of the run's corpus."""
     corpus = run.corpus()
+    check_losses(run.round_folder(round_number - 1), corpus)
+    if config.policy == "excess":
+        check_losses(Path(str(config.reference)), corpus)
     return Draw(
         rounds=run.folder / "rounds",
         round_number=round_number,
@@ -194,18 +193,6 @@ def launch_plan(config: RunConfig) -> str:
     return plan(_train_job(run, 1, None, "?"), run.folder, "train-1", config.launch)
 
 
-def final_checkpoint(run: Run, round_number: int) -> Path:
-    """Return the checkpoint that a round ended with. Raises ValueError where it is gone."""
-    folder = run.round_folder(round_number) / "checkpoint"
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise ValueError(
-            f"{folder}: the round's checkpoint is gone; restore it, or delete {folder.parent / 'train.json'} "
-            "to train the round again"
-        )
-    return checkpoints[-1]
-
-
 @contextmanager
 def _completing(run: Run, stage: str, round_number: int) -> Iterator[None]:
     """Write the stage's completion record, and the views over what it left, once the work inside is done."""
@@ -221,25 +208,3 @@ def _require(run: Run, stage: str, round_number: int) -> None:
             f"{run.folder}: {stage} of round {round_number} is not complete; "
             f"run `reprise run {run.folder}`, which does all that is missing"
         )
-
-
-def _job(run: Run, round_number: int, fingerprint: str) -> dict[str, Any]:
-    config = run.config
-    return {
-        "corpus": run.corpus_folder,
-        "round_folder": run.round_folder(round_number),
-        "model": config.model,
-        "parallel": config.parallel,
-        "device": _device_kind(config),
-        "precision": config.train.precision,
-        "seed": config.seed,
-        "fingerprint": fingerprint,
-        "progress": run.folder / "logs" / "progress.json",
-        "errors": run.folder / "logs" / "errors",
-        "lock": run.folder / ".ranks.lock",
-    }
-
-
-def _device_kind(config: RunConfig) -> str:
-    """Return the kind of device that ranks run on; what Slurm's nodes have is not seen from here, and said."""
-    return config.device if config.launch.kind == "slurm" else resolve(config.device)

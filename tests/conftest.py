@@ -10,18 +10,20 @@ import pytest
 
 from data_scoring.config import CorpusConfig, ScoreConfig, SourceConfig, TokenizerConfig
 from data_scoring.corpus import Corpus
+from data_scoring.origin import Origin
 from data_scoring.prepare import prepare_corpus
 from data_scoring.progress import silent
 from data_scoring.refine import mix_all
 from flows.launch import launch
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
-from trainer.jobs import Job, ScoreJob, TrainJob
+from trainer.jobs import CalibrateJob, Job, ScoreJob, TrainJob
 
 TINY_MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64)
 TINY_TRAIN = TrainConfig(global_batch_size=8, micro_batch_size=2, lr=1e-2, min_lr=1e-3, validate_every_steps=1000)
 
 TINY_CHECKPOINT = CheckpointConfig()
+ORIGIN = Origin(checkpoint="step", tokenizer="t", corpus="c", precision="float32", budget="full")
 
 WORDS = (
     "the",
@@ -127,8 +129,19 @@ class Ranks:
     ) -> Path:
         """Score all shards into the folder `name` and return it."""
         folder = self.folder / name
-        job = ScoreJob(**self._common(folder, layout, model), score=ScoreConfig(micro_batch_size=4), weights=weights)
+        common = self._common(folder, layout, model)
+        job = ScoreJob(**common, score=ScoreConfig(micro_batch_size=4), weights=weights, origin=ORIGIN)
         self.launch(job, f"score-{name}")
+        return folder
+
+    def calibrate(self, name: str, weights: Path, layout: tuple[int, int, int]) -> Path:
+        """Score all samples by every candidate prefix into the folder `name` and return it."""
+        folder = self.folder / name
+        folder.mkdir()
+        common = self._common(folder, layout, TINY_MODEL)
+        score = ScoreConfig(micro_batch_size=1)
+        job = CalibrateJob(**common, score=score, weights=weights, origin=ORIGIN, round_number=1)
+        self.launch(job, f"calibrate-{name}")
         return folder
 
     def launch(self, job: Job, name: str) -> None:

@@ -64,6 +64,11 @@ def resolve(requested: str) -> str:
     return requested
 
 
+def resolve_precision(requested: str, kind: str) -> str:
+    """Return what a device of `kind` computes in, float32 or bfloat16, under `train.precision: requested`."""
+    return requested if requested != "auto" else "float32" if kind == "cpu" else "bfloat16"
+
+
 def check_count(kind: str, num_ranks: int) -> None:
     """Raise ValueError where this host has fewer accelerators than `num_ranks`."""
     if kind == "cpu":

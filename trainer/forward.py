@@ -1,6 +1,6 @@
 """Samples through the model: microbatches, Megatron's pipeline schedule, and each sample's loss."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,76 +11,92 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_scoring.corpus import Corpus
+from data_scoring.corpus import Batch, Corpus
 from kernels.sample_loss import sum_per_sample
 
 
-def run_schedule(
-    model: torch.nn.Module,
+def read_microbatches(
     corpus: Corpus,
     shards: NDArray[np.integer],
     samples: NDArray[np.integer],
     micro_batch_size: int,
-    forward_only: bool,
-) -> tuple[NDArray[np.int64], Tensor, Tensor]:
-    """Run the model, and unless `forward_only` its backward pass, over the samples identified by shard and number.
+    seq_length: int,
+) -> Iterator[Batch]:
+    """Yield this rank's microbatches of the samples identified by shard and number, for `run_schedule`.
 
-    The data-parallel ranks share the work, microbatch by microbatch. Returns, on the last pipeline stage, the rows of
-    `samples` that this rank's replica took, [n] int64, with their summed losses, [n] float32, nats, and numbers of
-    predicted tokens, [n] int64; on other stages three empty ones. The gradient is that of the sum of all losses,
-    divided by all predicted tokens in Megatron's `finalize_model_grads`.
+    They are cut and padded to `seq_length` tokens. Only the pipeline's ends need the tokens; elsewhere they are zero.
     """
-    replicas = parallel_state.get_data_parallel_world_size()
-    per_round = micro_batch_size * replicas
-    num_microbatches = -(-len(samples) // per_round)
-    first = parallel_state.get_data_parallel_rank() * micro_batch_size
-    starts = range(first, num_microbatches * per_round, per_round)
-    rows = [np.arange(start, start + micro_batch_size) for start in starts]
+    edge = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    for microbatch in _deal(len(samples), micro_batch_size):
+        tokens = np.zeros((micro_batch_size, seq_length + 1), np.int64)
+        num_tokens = np.zeros(micro_batch_size, np.int64)
+        # Rows beyond the last sample fill up the microbatch; none of their tokens counts.
+        real = microbatch[microbatch < len(samples)]
+        if edge and len(real):
+            batch = corpus.read(shards[real], samples[real], seq_length)
+            tokens[: len(real)], num_tokens[: len(real)] = batch.tokens, batch.num_tokens
+        yield Batch(tokens, num_tokens)
+
+
+def _deal(num_samples: int, micro_batch_size: int) -> list[NDArray[np.int64]]:
+    """Return the rows that this rank's replica takes, microbatch by microbatch; the last may lie beyond the samples."""
+    per_round = micro_batch_size * int(parallel_state.get_data_parallel_world_size())
+    first = int(parallel_state.get_data_parallel_rank()) * micro_batch_size
+    starts = range(first, -(-num_samples // per_round) * per_round, per_round)
+    return [np.arange(start, start + micro_batch_size) for start in starts]
+
+
+def run_schedule(
+    model: torch.nn.Module,
+    microbatches: Iterable[Batch],
+    num_samples: int,
+    micro_batch_size: int,
+    seq_length: int,
+    forward_only: bool,
+    prefixes: tuple[int, ...] | None = None,
+) -> tuple[NDArray[np.int64], Tensor, Tensor]:
+    """Run the model, and unless `forward_only` its backward pass, over the microbatches of `num_samples` samples.
+
+    The data-parallel ranks share the work; `microbatches` are what `read_microbatches` gives for this one. All ranks
+    give the same `seq_length`, by which pipeline stages know what to receive. Returns, on the last pipeline stage, the
+    rows of the samples that this rank's replica took, [n] int64, with their summed losses, [n] float32, nats, and
+    numbers of predicted tokens, [n] int64; on other stages three empty ones. With `prefixes`, sums and numbers are
+    those over the first so many tokens of each sample, [n, len(prefixes)]. The gradient is that of the sum of all
+    losses, divided by all predicted tokens in Megatron's `finalize_model_grads`.
+    """
+    rows = _deal(num_samples, micro_batch_size)
     losses: list[dict[str, Tensor]] = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=_microbatches(corpus, shards, samples, rows, next(model.parameters()).device),
+        forward_step_func=partial(_forward_step, prefixes),
+        data_iterator=_on_device(microbatches, seq_length, next(model.parameters()).device),
         model=[model],
-        num_microbatches=num_microbatches,
-        seq_length=corpus.seq_length,
+        num_microbatches=len(rows),
+        seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
     if not losses:
         return np.empty(0, np.int64), torch.empty(0), torch.empty(0, dtype=torch.int64)
     taken = np.concatenate(rows)
-    real = taken < len(samples)
+    real = taken < num_samples
     keep = torch.from_numpy(real)
     sums = torch.cat([entry["sums"] for entry in losses]).cpu()[keep]
     num_tokens = torch.cat([entry["num_tokens"] for entry in losses]).cpu()[keep]
     return taken[real], sums, num_tokens
 
 
-def _microbatches(
-    corpus: Corpus,
-    shards: NDArray[np.integer],
-    samples: NDArray[np.integer],
-    rows: list[NDArray[np.int64]],
-    device: torch.device,
-) -> Iterator[dict[str, Tensor]]:
-    edge = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    position_s = torch.arange(corpus.seq_length, device=device)
-    for microbatch in rows:
-        tokens = torch.zeros((len(microbatch), corpus.seq_length + 1), dtype=torch.int64)
-        num_tokens = torch.zeros(len(microbatch), dtype=torch.int64)
-        # Rows beyond the last sample fill up the microbatch; none of their tokens counts.
-        real = microbatch[microbatch < len(samples)]
-        if edge and len(real):
-            batch = corpus.read(shards[real], samples[real])
-            tokens[: len(real)] = torch.from_numpy(batch.tokens)
-            num_tokens[: len(real)] = torch.from_numpy(batch.num_tokens)
+def _on_device(microbatches: Iterable[Batch], seq_length: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    position_s = torch.arange(seq_length, device=device)
+    for batch in microbatches:
         yield {
-            "tokens": tokens.to(device, non_blocking=True),
-            "num_tokens": num_tokens.to(device, non_blocking=True),
-            "positions": position_s.expand(len(microbatch), -1),
+            "tokens": torch.from_numpy(batch.tokens).to(device, non_blocking=True),
+            "num_tokens": torch.from_numpy(batch.num_tokens).to(device, non_blocking=True),
+            "positions": position_s.expand(len(batch.tokens), -1),
         }
 
 
-def _forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward_step(
+    prefixes: tuple[int, ...] | None, data: Iterator[dict[str, Tensor]], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
     batch = next(data)
     output = model(
         input_ids=batch["tokens"][:, :-1].contiguous(),
@@ -88,9 +104,16 @@ def _forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> 
         attention_mask=None,
         labels=batch["tokens"][:, 1:].contiguous(),
     )
-    return output, partial(_loss, batch["num_tokens"])
+    return output, partial(_loss, batch["num_tokens"], prefixes)
 
 
-def _loss(num_tokens_b: Tensor, token_loss_bs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(
+    num_tokens_b: Tensor, prefixes: tuple[int, ...] | None, token_loss_bs: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     sums_b = sum_per_sample(token_loss_bs, num_tokens_b)
-    return sums_b.sum(), num_tokens_b.sum().int(), {"sums": sums_b.detach(), "num_tokens": num_tokens_b}
+    kept = {"sums": sums_b.detach(), "num_tokens": num_tokens_b}
+    if prefixes is not None:
+        counts = [num_tokens_b.clamp(max=prefix) for prefix in prefixes]
+        sums = [sum_per_sample(token_loss_bs, count_b) for count_b in counts]
+        kept = {"sums": torch.stack(sums, dim=1), "num_tokens": torch.stack(counts, dim=1)}
+    return sums_b.sum(), num_tokens_b.sum().int(), kept

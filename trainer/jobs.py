@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data_scoring.config import Config, ScoreConfig
+from data_scoring.origin import Origin
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 
 
@@ -41,6 +42,18 @@ class ScoreJob(Job):
     kind: Literal["score"] = "score"
     score: ScoreConfig
     weights: Path = Field(description="Checkpoint that is scored with.")
+    origin: Origin = Field(description="What the losses files say of where they come from.")
+    prefix: int | None = Field(default=None, description="Tokens of each sample that are looked at; null: all.")
 
 
-AnyJob = Annotated[TrainJob | ScoreJob, Field(discriminator="kind")]
+class CalibrateJob(Job):
+    """Score a random set of samples in full and by prefixes under the model of `checkpoint`."""
+
+    kind: Literal["calibrate"] = "calibrate"
+    score: ScoreConfig
+    weights: Path = Field(description="Checkpoint that is scored with.")
+    origin: Origin = Field(description="What the calibration set's file says of where its losses come from.")
+    round_number: int = Field(description="Number of the round, which decides with the seed what is drawn.")
+
+
+AnyJob = Annotated[TrainJob | ScoreJob | CalibrateJob, Field(discriminator="kind")]

@@ -12,19 +12,20 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
+from data_scoring.calibration import calibrate, candidate_prefixes, draw_calibration_set
 from data_scoring.corpus import Corpus
 from data_scoring.files import explain
 from data_scoring.progress import ProgressFile, silent
-from data_scoring.scoring import score_shards
-from trainer.devices import Device, initialise
-from trainer.jobs import AnyJob, Job, ScoreJob, TrainJob
+from data_scoring.scoring import LossFiles, score_shards
+from trainer.devices import Device, initialise, resolve_precision
+from trainer.jobs import AnyJob, CalibrateJob, Job, ScoreJob, TrainJob
 from trainer.pickles import allow_plain_pickles_only
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
 
 def main(job_path: Path) -> None:
     """Do the job that `job_path` describes, as one of its ranks."""
-    job: TrainJob | ScoreJob = TypeAdapter(AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
+    job: TrainJob | ScoreJob | CalibrateJob = TypeAdapter(AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
     allow_plain_pickles_only()
     end_with_launcher(job)
     stop = StopRequest()
@@ -39,17 +40,16 @@ def main(job_path: Path) -> None:
         raise
 
 
-def _run(job: TrainJob | ScoreJob, stop: StopRequest) -> None:
+def _run(job: TrainJob | ScoreJob | CalibrateJob, stop: StopRequest) -> None:
     device = initialise(job.device, int(os.environ["LOCAL_RANK"]))
     # Nothing of Megatron may be imported before the device is initialised.
     from trainer.checkpoint import load_weights
     from trainer.model import LossKernels, build_model
-    from trainer.score import block_size, is_writer, make_scorer
     from trainer.train import train_round
 
     _initialise_parallel(job, device)
     corpus = Corpus(job.corpus)
-    bf16 = job.precision == "bfloat16" or (job.precision == "auto" and device.kind != "cpu")
+    bf16 = resolve_precision(job.precision, device.kind) == "bfloat16"
     vocab_size = job.model.vocab_size or corpus.vocab_size
     kernels = LossKernels((job.train if isinstance(job, TrainJob) else job.score).loss_kernel, job.score.loss_kernel)
     model = build_model(job.model, vocab_size, corpus.seq_length, job.parallel, device.torch_device, bf16, kernels)
@@ -58,18 +58,25 @@ def _run(job: TrainJob | ScoreJob, stop: StopRequest) -> None:
     else:
         load_weights(job.weights, model)
         model.eval()
-        size = job.score.micro_batch_size
-        score_shards(
-            corpus,
-            job.round_folder,
-            job.fingerprint,
-            make_scorer(model, corpus, size),
-            block_size(size),
-            is_first=torch.distributed.get_rank() == 0,
-            progress=ProgressFile(job.progress) if is_writer() else silent,
-        )
+        _score(job, corpus, model)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _score(job: ScoreJob | CalibrateJob, corpus: Corpus, model: torch.nn.Module) -> None:
+    from trainer.score import ModelScorer, is_writer
+
+    progress = ProgressFile(job.progress) if is_writer() else silent
+    size = job.score.micro_batch_size
+    if isinstance(job, CalibrateJob):
+        num_samples = [corpus.num_samples(shard) for shard in range(corpus.num_shards)]
+        drawn = draw_calibration_set(num_samples, job.score.calibration_samples, job.seed, job.round_number)
+        scorer = ModelScorer(model, corpus, size, (*candidate_prefixes(corpus.seq_length), corpus.seq_length))
+        calibrate(corpus, job.round_folder, drawn, scorer, job.fingerprint, job.origin, progress)
+        return
+    longest = job.prefix or corpus.seq_length
+    files = LossFiles(job.round_folder, corpus, longest, job.fingerprint, job.origin)
+    score_shards(corpus, ModelScorer(model, corpus, size, (longest,)), files, progress)
 
 
 def _initialise_parallel(job: Job, device: Device) -> None:

@@ -5,9 +5,9 @@ import torch
 from megatron.core import parallel_state
 from numpy.typing import NDArray
 
-from data_scoring.corpus import VALIDATION, Corpus
-from data_scoring.scoring import ScoreSamples, score_shard
-from trainer.forward import run_schedule
+from data_scoring.corpus import VALIDATION, Batch, Corpus
+from data_scoring.scoring import Block, score_samples
+from trainer.forward import read_microbatches, run_schedule
 
 # Enough microbatches at a time to fill the pipeline, few enough for progress to move.
 _MICROBATCHES_A_STAGE = 8
@@ -22,43 +22,64 @@ def is_writer() -> bool:
     )
 
 
-def block_size(micro_batch_size: int) -> int:
-    """Return how many samples are scored at a time."""
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    return micro_batch_size * int(parallel_state.get_data_parallel_world_size()) * int(stages) * _MICROBATCHES_A_STAGE
+class ModelScorer:
+    """A `Scorer`: mean next-token losses, nats per token, of samples of `corpus` under `model`, on any layout.
 
-
-def make_scorer(model: torch.nn.Module, corpus: Corpus, micro_batch_size: int) -> ScoreSamples:
-    """Return the function that scores samples of `corpus` under `model`; all ranks call it together.
-
-    It returns mean next-token losses, [n] float32, nats per token, on the rank that `is_writer`, else None.
+    Each sample's loss is taken over its first `prefixes` tokens, one column each; by default over all of them.
     """
 
-    def score(shards: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.float32] | None:
+    def __init__(
+        self, model: torch.nn.Module, corpus: Corpus, micro_batch_size: int, prefixes: tuple[int, ...] = ()
+    ) -> None:
+        self._model, self._corpus, self._micro_batch_size = model, corpus, micro_batch_size
+        self._prefixes = prefixes or (corpus.seq_length,)
+        self._device = next(model.parameters()).device
+        stages, replicas = (
+            int(parallel_state.get_pipeline_model_parallel_world_size()),
+            int(parallel_state.get_data_parallel_world_size()),
+        )
+        self.block_size = micro_batch_size * replicas * stages * _MICROBATCHES_A_STAGE
+        self.is_writer = is_writer()
+
+    def read(self, block: Block) -> list[Batch]:
+        """Return the microbatches of a block that this rank takes; needs neither the model nor the device."""
+        return list(
+            read_microbatches(self._corpus, block.shards, block.samples, self._micro_batch_size, block.seq_length)
+        )
+
+    def score(self, block: Block, share: list[Batch]) -> NDArray[np.float32] | None:
+        """Return the losses of a block, [n, number of prefixes] float32, on the rank that `is_writer`, else None."""
+        count = len(block.samples)
         with torch.no_grad():
-            rows, sums, num_tokens = run_schedule(model, corpus, shards, samples, micro_batch_size, forward_only=True)
+            rows, sums, num_tokens = run_schedule(
+                self._model, share, count, self._micro_batch_size, block.seq_length, True, self._prefixes
+            )
         if not parallel_state.is_pipeline_last_stage():
             return None
-        losses = torch.zeros(len(samples), dtype=torch.float32)
+        losses = torch.zeros((count, len(self._prefixes)), dtype=torch.float32)
         losses[torch.from_numpy(rows)] = sums / num_tokens
-        losses = losses.to(next(model.parameters()).device)
+        losses = losses.to(self._device)
         torch.distributed.all_reduce(losses, group=parallel_state.get_data_parallel_group())
-        return losses.cpu().numpy() if is_writer() else None
+        return losses.cpu().numpy() if self.is_writer else None
 
-    return score
+    def agree(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return, on all ranks, the `numbers` of the rank that `is_writer`, [n] int64."""
+        agreed = torch.from_numpy(numbers if self.is_writer else np.zeros_like(numbers)).to(self._device)
+        torch.distributed.all_reduce(agreed)
+        return agreed.cpu().numpy()
 
 
-def validate(score: ScoreSamples, corpus: Corpus, block: int) -> list[dict[str, object]] | None:
+def validate(scorer: ModelScorer, corpus: Corpus) -> list[dict[str, object]] | None:
     """Return each source's validation loss (mean over its predicted tokens), on the rank that `is_writer`, else None.
 
     Rows have source, loss (nats per token) and num_tokens; sources without validation samples have none.
     """
     total = corpus.num_validation_samples
-    losses = score_shard(score, VALIDATION, total, block, on_block=lambda done: None)
-    if losses is None:
+    lengths = corpus.lengths(VALIDATION)
+    found = score_samples(corpus, scorer, np.full(total, VALIDATION), np.arange(total), lengths)
+    if found is None:
         return None
-    losses = losses.astype(np.float64)
-    lengths = corpus.read(np.full(total, VALIDATION), np.arange(total)).num_tokens
+    losses = found[:, 0].astype(np.float64)
     sources = np.array(corpus.validation_sources)
     rows: list[dict[str, object]] = []
     for source in dict.fromkeys(corpus.validation_sources):

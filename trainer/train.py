@@ -18,11 +18,11 @@ from data_scoring.progress import ProgressFile
 from trainer.checkpoint import TrainingState, find_usable_checkpoint, load_checkpoint, load_weights
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig
-from trainer.forward import run_schedule
+from trainer.forward import read_microbatches, run_schedule
 from trainer.jobs import TrainJob
 from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, remove_seen_after
 from trainer.saver import CheckpointSaver
-from trainer.score import block_size, is_writer, make_scorer, validate
+from trainer.score import ModelScorer, is_writer, validate
 from trainer.stopping import StoppedError, StopRequest
 
 
@@ -173,8 +173,10 @@ class _Round:
         model, optimizer = self.state.model, self.state.optimizer
         model.zero_grad_buffer()
         optimizer.zero_grad()
+        micro_batch_size, seq_length = self.job.train.micro_batch_size, self.corpus.seq_length
+        microbatches = read_microbatches(self.corpus, shards, samples, micro_batch_size, seq_length)
         rows, sums, num_tokens = run_schedule(
-            model, self.corpus, shards, samples, self.job.train.micro_batch_size, forward_only=False
+            model, microbatches, len(samples), micro_batch_size, seq_length, forward_only=False
         )
         loss, total_tokens = self._reduce(sums, num_tokens)
         step += 1
@@ -241,8 +243,7 @@ class _Round:
     def validate(self, step: int) -> None:
         """Measure and record the validation loss of every source."""
         self.state.model.eval()
-        size = self.job.score.micro_batch_size
-        rows = validate(make_scorer(self.state.model, self.corpus, size), self.corpus, block_size(size))
+        rows = validate(ModelScorer(self.state.model, self.corpus, self.job.score.micro_batch_size), self.corpus)
         self.state.model.train()
         if rows is not None:
             assert self.logs.validation is not None

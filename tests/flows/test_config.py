@@ -20,6 +20,8 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("corpus: {sources: [{name: a, path: b, pth: c}]}", [], "sources.0.pth: unknown field; did you mean path?"),
         ("", ["refine.sampling_rate=0"], "refine.sampling_rate: input should be greater than 0 (it is 0); correct it"),
         ("", ["refine.sampling_rate=1.5"], "refine.sampling_rate: input should be less than or equal to 1 (it is 1.5)"),
+        ("", ["score.budget=prefix:0"], "score.budget: string should match pattern"),
+        ("", ["score.budget=prefix:257"], "score.budget: prefix:257 is more than the corpus.seq_length of 256; lower"),
         ("", ["refine=2"], "refine: input should be a valid dictionary"),
         ("", ["refine.policy=hardest"], "refine.policy: input should be 'loss', 'loss_batch', 'top', 'band', "),
         ("", ["seed"], "--set seed: not FIELD=VALUE"),

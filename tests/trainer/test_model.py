@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
@@ -10,7 +11,7 @@ from tests.conftest import TINY_MODEL, Ranks, read_rows
 from trainer.checkpoint_folder import list_checkpoints
 
 
-def plain_losses(ranks: Ranks, checkpoint: Path, shard: int) -> list[float]:
+def plain_losses(ranks: Ranks, checkpoint: Path, shard: int, longest: int = 1_000) -> list[float]:
     tensors = read_checkpoint(checkpoint)
     model = PlainModel(TINY_MODEL, len(tensors["output_layer.weight"])).eval()
     load_megatron_weights(model, tensors)
@@ -19,7 +20,8 @@ def plain_losses(ranks: Ranks, checkpoint: Path, shard: int) -> list[float]:
     tokens = torch.from_numpy(batch.tokens)
     with torch.no_grad():
         losses = model(tokens[:, :-1], tokens[:, 1:])
-    return [float(row[:length].double().mean()) for row, length in zip(losses, batch.num_tokens.tolist(), strict=True)]
+    lengths = np.minimum(batch.num_tokens, longest).tolist()
+    return [float(row[:length].double().mean()) for row, length in zip(losses, lengths, strict=True)]
 
 
 def test_scored_losses_equal_plain_torch(ranks: Ranks, trained: Path, scored: Path) -> None:
@@ -30,6 +32,19 @@ def test_scored_losses_equal_plain_torch(ranks: Ranks, trained: Path, scored: Pa
         lengths |= {row[1] for row in rows}
         np.testing.assert_allclose([row[2] for row in rows], plain_losses(ranks, checkpoint, shard), atol=1e-4)
     assert len(lengths) > 1, "the corpus should have samples shorter than the others"
+
+
+def test_a_calibration_s_losses_equal_plain_torch(ranks: Ranks, trained: Path) -> None:
+    """All samples are calibrated with, on two pipeline stages and two replicas; each prefix has its own losses."""
+    checkpoint = list_checkpoints(trained / "checkpoint")[-1]
+    folder = ranks.calibrate("calibrated", checkpoint, (1, 2, 2))
+    table = pq.read_table(folder / "calibration.parquet").to_pandas()
+    assert table.num_tokens.nunique() > 1
+    for shard in range(ranks.corpus.num_shards):
+        rows = table[table.shard == shard].sort_values("sample")
+        for name, longest in (("prefix:4", 4), ("prefix:8", 8), ("prefix:16", 16), ("loss", 32)):
+            expected = plain_losses(ranks, checkpoint, shard, longest)
+            np.testing.assert_allclose(rows[name], expected, atol=1e-4)
 
 
 def test_training_has_learned(trained: Path) -> None:

@@ -1,0 +1,96 @@
+"""Scoring a round within its budget: in full, by a prefix, by what training saw, or by what a calibration shows."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from data_scoring.budget import (
+    Candidate,
+    calibration_cost,
+    choose,
+    measure_candidates,
+    scoring_cost,
+    write_budget,
+)
+from data_scoring.calibration import calibration_path
+from data_scoring.config import prefix_of
+from data_scoring.corpus import Corpus
+from data_scoring.files import checksum, fingerprint
+from data_scoring.origin import Origin, check_origins
+from data_scoring.progress import Progress
+from data_scoring.scoring import losses_path, parquet_fingerprint
+from data_scoring.seen import write_seen_losses
+from flows.jobs import device_kind, final_checkpoint, job_fields
+from flows.launch import launch
+from flows.run_folder import Run
+from trainer.devices import resolve_precision
+from trainer.jobs import CalibrateJob, ScoreJob
+
+
+def score_round(run: Run, round_number: int, progress: Progress) -> None:
+    """Give every sample its loss after a round by `score.budget`, and note in budget.parquet what that costs.
+
+    What is there already of the same checkpoint, corpus, tokenizer, precision and budget is kept.
+    """
+    corpus, folder = run.corpus(), run.round_folder(round_number)
+    budget, calibration_tokens = run.config.score.budget, None
+    if budget == "auto":
+        candidates = _calibrated(run, round_number, corpus, progress)
+        budget = choose(candidates, run.config.score.min_correlation).name
+        calibration_tokens = calibration_cost(folder)
+    else:
+        candidates = [Candidate(budget, scoring_cost(corpus, budget))]
+    write_budget(folder, candidates, budget, calibration_tokens, run.fingerprint("score", round_number))
+    origin = origin_of(run, round_number, corpus, budget)
+    identity = _identity(run, round_number, "losses", origin)
+    if budget == "seen":
+
+        def on_shard(done: int) -> None:
+            progress("taking seen losses (shards)", done, corpus.num_shards)
+
+        write_seen_losses(corpus, folder, round_number, identity, origin, on_shard)
+        return
+    job = ScoreJob(
+        **job_fields(run, round_number, identity),
+        score=run.config.score,
+        weights=final_checkpoint(run, round_number),
+        origin=origin,
+        prefix=prefix_of(budget),
+    )
+    launch(job, run.folder, f"score-{round_number}", progress, run.config.launch)
+
+
+def _calibrated(run: Run, round_number: int, corpus: Corpus, progress: Progress) -> list[Candidate]:
+    folder = run.round_folder(round_number)
+    origin = origin_of(run, round_number, corpus, "full")
+    identity = _identity(run, round_number, "calibration", origin)
+    if parquet_fingerprint(calibration_path(folder)) != identity:
+        job = CalibrateJob(
+            **job_fields(run, round_number, identity),
+            score=run.config.score,
+            weights=final_checkpoint(run, round_number),
+            origin=origin,
+            round_number=round_number,
+        )
+        launch(job, run.folder, f"calibrate-{round_number}", progress, run.config.launch)
+    return measure_candidates(corpus, folder, round_number, run.config.refine, run.config.seed)
+
+
+def origin_of(run: Run, round_number: int, corpus: Corpus, budget: str) -> Origin:
+    """Return what losses after a round depend on, scored by `budget` on the devices that the run has now."""
+    return Origin(
+        checkpoint=f"{run.fingerprint('train', round_number)}/{final_checkpoint(run, round_number).name}",
+        tokenizer=checksum(corpus.tokenizer_path),
+        corpus=corpus.fingerprint,
+        precision=resolve_precision(run.config.train.precision, device_kind(run.config)),
+        budget=budget,
+    )
+
+
+def _identity(run: Run, round_number: int, what: str, origin: Origin) -> str:
+    """Return the fingerprint of scoring's results: those on another precision, say, are made again, not mixed in."""
+    return fingerprint(what, run.fingerprint("score", round_number), asdict(origin))
+
+
+def check_losses(round_folder: Path, corpus: Corpus) -> None:
+    """Raise ValueError where the losses in a round's folder are of several origins, or of another corpus."""
+    check_origins((losses_path(round_folder, shard) for shard in range(corpus.num_shards)), corpus.fingerprint)
