@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import pyarrow as pa
 
+from data_scoring.budget import CALIBRATION
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.files import commit
 from data_scoring.ledger import query, refresh_ledger
@@ -24,6 +25,8 @@ from flows.config import RunConfig, parse_config
 from flows.run_folder import Run, locked, open_run
 
 _WITHOUT_LOSSES = ("random", "all")
+# An arm that asks for no losses puts no outliers aside either.
+_BLIND = {"outlier_z": None}
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,23 @@ def policy_sweep(text: str) -> Sweep:
     for name in names:
         if name not in get_args(Policy):
             raise ValueError(f"--policies: {name!r} is none of {', '.join(get_args(Policy))}; give some of them")
-    return Sweep("--policies", "compare", tuple(Arm(name, name, {"policy": name}) for name in names))
+    return Sweep("--policies", "compare", tuple(_policy_arm(name) for name in names))
+
+
+def _policy_arm(name: str) -> Arm:
+    return Arm(name, name, {"policy": name, **(_BLIND if name in _WITHOUT_LOSSES else {})})
 
 
 def rate_sweep(text: str) -> Sweep:
     """Return the arms of a list of sampling rates from 0, which is no second round, to 1, which is everything."""
     rates = sorted(_numbers("--sampling-rates", text, 0, 1))
-    arms = tuple(
-        Arm(f"{rate:g}", f"rate-{rate:g}", {"sampling_rate": rate}) if rate else Arm("0", BASE, num_rounds=1)
-        for rate in rates
-    )
-    return Sweep("--sampling-rates", "compare-sampling-rates", arms)
+    arms = [Arm(f"{rate:g}", f"rate-{rate:g}", {"sampling_rate": rate}) for rate in rates]
+    for place, rate in enumerate(rates):
+        if rate == 0:
+            arms[place] = Arm("0", BASE, num_rounds=1)
+        elif rate == 1:
+            arms[place].refine.update(_BLIND)
+    return Sweep("--sampling-rates", "compare-sampling-rates", tuple(arms))
 
 
 def round_sweep(text: str) -> Sweep:
@@ -211,14 +220,19 @@ def equal_tokens(config: RunConfig, bases: list[Run], arms: tuple[Arm, ...], wan
     return wanted
 
 
-def scoring_tokens(run: Run, round_number: int) -> int:
-    """Return the predicted tokens that went through the model to score a round."""
-    return _number(run, f"select sum(num_tokens) from losses where round = {round_number}")
+def scoring_cost(run: Run, round_number: int) -> int:
+    """Return what scoring a round cost, choosing how included, in training-token equivalents."""
+    return _number(
+        run,
+        f"select sum(cost_tokens) from budgets "
+        f"where round = {round_number} and (chosen or candidate = '{CALIBRATION}')",
+    )
 
 
 def needs_losses(refine: RefineConfig) -> bool:
     """Return whether what is kept depends on losses; keeping everything, or some at random, does not."""
-    return refine.policy not in _WITHOUT_LOSSES and refine.sampling_rate < 1
+    is_blind = refine.policy in _WITHOUT_LOSSES or refine.sampling_rate == 1
+    return not is_blind or refine.outlier_z is not None
 
 
 def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
@@ -231,7 +245,7 @@ def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
             sum(num_tokens) filter (round = 1) from rounds""",
     ).fetchall()
     common = dict(zip(("num_steps", "trained_tokens", "round_1_tokens"), map(int, costs), strict=True))
-    common["scored_tokens"] = sum(scoring_tokens(run, number) for number in scored)
+    common["scoring_cost"] = sum(scoring_cost(run, number) for number in scored)
     last = f"select * from validation where round = {run.config.rounds.num_rounds} qualify step = max(step) over ()"
     rows = query(run.folder, f"select source, loss, num_tokens from ({last}) order by source").fetchall()
     names = ("source", "loss", "num_tokens")

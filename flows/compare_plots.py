@@ -85,12 +85,12 @@ def paired_differences(results: duckdb.DuckDBPyConnection) -> Figure | None:
 def costs(results: duckdb.DuckDBPyConnection) -> Figure | None:
     """Draw what each arm cost, in training-token equivalents: training and scoring, means over seeds."""
     rows = results.sql(
-        "select arm, avg(trained_tokens) / 1e6, avg(scored_tokens) / 3e6 from costs group by arm order by arm"
+        "select arm, avg(trained_tokens) / 1e6, avg(scoring_cost) / 1e6 from costs group by arm order by arm"
     ).fetchall()
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.35 * len(rows)))
     arms, trained, scored = zip(*rows, strict=True)
     axes.barh(arms, trained, color=_COLORS[0], label="trained after round 1")
-    axes.barh(arms, scored, left=trained, color=_SCORED, label="scored, at a third each")
+    axes.barh(arms, scored, left=trained, color=_SCORED, label="scoring, as much as training on")
     axes.invert_yaxis()
     axes.set_xlabel("cost after round 1 (millions of training-token equivalents)")
     axes.grid(axis="y", visible=False)

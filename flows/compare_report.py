@@ -156,8 +156,8 @@ def _difference(mean: float, error: float | None, num_lower: int, num_seeds: int
 
 def _costs(results: duckdb.DuckDBPyConnection) -> Table:
     rows = results.sql(
-        """select arm, min(num_steps), max(num_steps), min(trained_tokens), max(trained_tokens), min(scored_tokens),
-            max(scored_tokens), avg(cost), avg(cost / round_1_tokens)
+        """select arm, min(num_steps), max(num_steps), min(trained_tokens), max(trained_tokens), min(scoring_cost),
+            max(scoring_cost), avg(cost), avg(cost / round_1_tokens)
         from costs group by arm order by arm"""
     ).fetchall()
     cells = [
@@ -166,11 +166,11 @@ def _costs(results: duckdb.DuckDBPyConnection) -> Table:
     ]  # fmt: skip
     notes = [
         "Predicted tokens after round 1, which all arms share. A scored token counts as a third of a trained one: a "
-        "forward pass is a third of a forward and a backward pass.",
+        "forward pass is a third of a forward and a backward pass. Losses that training left cost nothing.",
         "Scoring counts where the policy asks for losses. Keeping everything, or drawing at random, needs none: it "
         "counts 0 there, though the base was scored for the others.",
     ]
-    head = ["arm", "steps", "tokens trained", "tokens scored", "cost (training tokens)", "of round 1's"]
+    head = ["arm", "steps", "tokens trained", "scoring (training tokens)", "cost (training tokens)", "of round 1's"]
     return Table("Cost", notes, head, cells)
 
 

@@ -23,12 +23,11 @@ RESULTS = pa.schema(
         ("num_tokens", pa.int64()),
         ("num_steps", pa.int64()),
         ("trained_tokens", pa.int64()),
-        ("scored_tokens", pa.int64()),
+        ("scoring_cost", pa.int64()),
         ("round_1_tokens", pa.int64()),
     ]
 )
 
-# A forward pass takes a third of the arithmetic of a forward and a backward pass.
 _VIEWS = f"""
 create view losses as
     select seed, arm, source, loss, 0 as place from results
@@ -47,8 +46,8 @@ create view differences as
         count(*) filter (difference < 0) as num_lower, count(*) as num_seeds
     from paired group by arm, source, place;
 create view costs as
-    select distinct seed, arm, num_steps, trained_tokens, scored_tokens, round_1_tokens,
-        trained_tokens + scored_tokens / 3 as cost
+    select distinct seed, arm, num_steps, trained_tokens, scoring_cost, round_1_tokens,
+        trained_tokens + scoring_cost as cost
     from results where arm <> '{BASE}';
 """
 
@@ -59,7 +58,7 @@ def open_results(path: Path, arms: list[str]) -> Iterator[duckdb.DuckDBPyConnect
 
     The views: losses (by seed, arm and source, the last two of which are over all sources), spread (over seeds),
     paired and differences (to the arm in `reference`: random where there is one, else the first), and costs (tokens;
-    a scored token counts as a third of a trained one).
+    scoring in training-token equivalents).
     """
     with duckdb.connect() as connection:
         names = ", ".join(literal(name) for name in [BASE, *arms])

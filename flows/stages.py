@@ -55,9 +55,9 @@ def prepare(run: Run, progress: Progress) -> bool:
 
 def check_loss_kernels(config: RunConfig) -> None:
     """Raise ValueError where training or scoring asks for a kernel that is not installed or not for the device."""
-    kind = device_kind(config)
-    check_loss_kernel("train.loss_kernel", config.train.loss_kernel, kind)
-    check_loss_kernel("score.loss_kernel", config.score.loss_kernel, kind)
+    for section, kernel in (("train", config.train.loss_kernel), ("score", config.score.loss_kernel)):
+        if kernel == "triton":
+            check_loss_kernel(f"{section}.loss_kernel", kernel, device_kind(config))
 
 
 def check_vocabulary(config: RunConfig) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -17,8 +16,8 @@ from data_scoring.corpus import Corpus
 from data_scoring.files import write_json
 from data_scoring.mix import Mix
 from data_scoring.progress import silent
-from data_scoring.scoring import losses_path, write_parquet
-from flows import stages
+from data_scoring.scoring import losses_path, write_losses, write_parquet
+from flows import scoring, stages
 from flows.cli import main
 from flows.compare import compare, policy_sweep, rate_sweep, round_sweep, share
 from flows.compare_report import write_comparison
@@ -57,10 +56,10 @@ class FakeRanks:
             train(job, corpus, run_folder.name)
         else:
             for shard in range(corpus.num_shards):
-                rows = pq.read_table(corpus.samples_path, filters=[("shard", "=", shard)])
-                losses = np.arange(len(rows), dtype=np.float32)
-                table = rows.select(["sample", "num_tokens", "source"]).append_column("loss", pa.array(losses))
-                write_parquet(losses_path(job.round_folder, shard), table, job.fingerprint)
+                lengths = corpus.lengths(shard)
+                losses = np.arange(len(lengths), dtype=np.float32)
+                path = losses_path(job.round_folder, shard)
+                write_losses(path, corpus, shard, lengths, losses, job.fingerprint, job.origin)
 
 
 def train(job: TrainJob, corpus: Corpus, run: str) -> None:
@@ -86,6 +85,7 @@ def train(job: TrainJob, corpus: Corpus, run: str) -> None:
 def ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
     fake = FakeRanks()
     monkeypatch.setattr(stages, "launch", fake)
+    monkeypatch.setattr(scoring, "launch", fake)
     return fake
 
 
@@ -120,7 +120,7 @@ def corpus_tokens(run: Path) -> int:
 def test_means_and_paired_differences_are_those_computed_by_hand(config: RunConfig, tmp_path: Path) -> None:
     rows = [
         {"seed": seed, "arm": arm, "source": source, "loss": loss, "num_tokens": num_tokens, "num_steps": 7 + seed,
-         "trained_tokens": 100 + seed, "scored_tokens": 90 if arm == "loss" else 0, "round_1_tokens": 200}
+         "trained_tokens": 100 + seed, "scoring_cost": 30 if arm == "loss" else 0, "round_1_tokens": 200}
         for arm, seeds in LOSSES.items() for seed, losses in seeds.items()
         for source, loss, num_tokens in zip("ab", losses, (300, 100), strict=True)
     ]  # fmt: skip
@@ -149,7 +149,7 @@ def test_means_and_paired_differences_are_those_computed_by_hand(config: RunConf
     for words in ("-0.0750 ± 0.0144, 3 of 3", "at most 102 predicted tokens", "the noise between equals"):
         assert words in page and words in text
     # Cost: 131 on average, of round 1's 200.
-    assert "| loss | 7 to 9 | 100 to 102 | 90 | 131 | 65.5% |" in " ".join(text.split())
+    assert "| loss | 7 to 9 | 100 to 102 | 30 | 131 | 65.5% |" in " ".join(text.split())
     assert text in (tmp_path / "compare.md").read_text()
 
 
@@ -165,8 +165,8 @@ def test_policies_train_on_equal_tokens_from_the_same_round(config: RunConfig, r
             mix = Mix(folder / f"{arm}-seed-{seed}" / "rounds" / "2" / "mix.parquet")
             assert (steps, trained) == (-(-len(mix) // BATCH), pytest.approx(budget, abs=16))
             assert trained <= budget
-            assert scored == (corpora[seed] if arm == "loss" else 0)
-            assert cost == pytest.approx(trained + scored / 3)
+            assert scored == (round(corpora[seed] / 3) if arm == "loss" else 0)
+            assert cost == trained + scored
         measured = dict(results.sql("select arm, loss from losses where source = 'a' and seed = 1").fetchall())
     assert measured == pytest.approx({"base": 5.2, "loss": 4.2, "random": 4.4})
     assert [row.state for row in read_status(folder / "loss-seed-1")] == ["done"] * 7
@@ -203,16 +203,17 @@ def test_sampling_rates_and_rounds_share_what_they_can(config: RunConfig, ranks:
     total = corpus_tokens(page.parent / "base-seed-0")
     assert [job for job in ranks.jobs if "base" not in job] == ["rate-0.5-seed-0 train-2", "rate-1-seed-0 train-2"]
     with open_results(page.with_suffix(".parquet"), ["0", "0.5", "1"]) as results:
-        costs = results.sql("select trained_tokens, scored_tokens, cost from costs order by arm").fetchall()
+        costs = results.sql("select trained_tokens, scoring_cost, cost from costs order by arm").fetchall()
         assert results.sql("from reference").fetchall() == [("0",)]
-    assert (costs[0], costs[2]) == ((0, 0, 0.0), (total, 0, total))
-    assert costs[1][1:] == (total, pytest.approx(costs[1][0] + total / 3))
+    scoring = round(total / 3)
+    assert (costs[0], costs[2]) == ((0, 0, 0), (total, 0, total))
+    assert costs[1][1:] == (scoring, costs[1][0] + scoring)
     ranks.jobs = []
     page = compare(config, round_sweep("1,3,2"), 1, None, silent).page
     assert ranks.jobs == ["rounds-2-seed-0 train-2", "rounds-3-seed-0 score-2", "rounds-3-seed-0 train-3"]
     with open_results(page.with_suffix(".parquet"), ["1", "2", "3"]) as results:
-        scored = results.sql("select scored_tokens from costs order by arm").fetchall()
-    assert scored == [(0,), (total,), (2 * total,)]
+        scored = results.sql("select scoring_cost from costs order by arm").fetchall()
+    assert scored == [(0,), (scoring,), (2 * scoring,)]
     assert {path.name for path in page.parent.glob("*.html")} == {"compare-sampling-rates.html", "compare-rounds.html"}
 
 
