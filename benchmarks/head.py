@@ -28,7 +28,7 @@ BATCH = 8
 MODEL = ModelConfig(num_layers=4, hidden_size=512, num_attention_heads=8, vocab_size=VOCAB_SIZE)
 LLAMA = "Hugging Face LlamaForCausalLM with cross_entropy"
 # Tokens, vocabulary, hidden channels.
-HEADS = [(2048, 48_000, 512), (1024, 151_936, 512)]
+HEADS = [(2048, 48_000, 512), (512, 151_936, 512)]
 GPU_HEADS = [(8192, 131_072, 4096), (8192, 48_000, 1792)]
 
 
