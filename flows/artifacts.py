@@ -57,6 +57,8 @@ def summary(dry: DryRun) -> str:
         f"{dry.random_overlap:.1%} of them would be kept without regard to loss, too; "
         f"{dry.last_mix_overlap:.1%} were in the mix before.",
     ]
+    if dry.config.max_tokens is not None:
+        lines.append(f"Of these the mix takes the first {dry.config.max_tokens:,} tokens (refine.max_tokens).")
     reasons = [[reason, "kept" if kept else "", f"{count:,}"] for reason, kept, count in dry.reasons]
     lines.append(markdown_table(["why", "kept", "samples"], reasons))
     for title, parts in (("source", dry.sources), ("shard", dry.shards)):

@@ -1,6 +1,7 @@
 """The `reprise` command."""
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -152,6 +153,8 @@ def _run(options: argparse.Namespace) -> None:
         return
     # On a terminal the progress says what is going on, and one line says what went wrong.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    # Registered before Prefect's own, it runs after them.
+    atexit.register(_silence)
     from prefect.exceptions import CancelledRun
 
     from flows.pipeline import multi_round
@@ -163,6 +166,15 @@ def _run(options: argparse.Namespace) -> None:
         except CancelledRun:
             raise RanksFailedError("cancelled in Prefect; the same command goes on from here") from None
     print(f"report: {report}")
+
+
+def _silence() -> None:
+    """Drop what is written to standard error from here on: everything was said, and the process is at its end.
+
+    Prefect's threads keep modules alive until then, about which DuckDB's binding writes forty lines.
+    """
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _stage(options: argparse.Namespace) -> None:
