@@ -25,8 +25,11 @@ _FEWEST_FOR_OUTLIERS = 20
 # Makes the median absolute deviation of a normal distribution its standard deviation.
 _MAD_TO_DEVIATION = 1.4826
 
-# Why a sample of a source that joins later is excluded; it is not of the samples that shares are of.
+# Why samples are excluded. Those of a source that joins later are not of the samples that shares are of.
 LATE = "its source joins later"
+SHORT, OUTLIER, REPEATED = "too few tokens", "outlier", "near duplicate"
+WORN, HARDEST = "trained on often enough", "among the hardest"
+EXCLUSIONS = (LATE, SHORT, OUTLIER, REPEATED, WORN, HARDEST)
 
 _SCORES = {
     "loss": "loss",
@@ -189,16 +192,16 @@ def _excluded(draw: Draw, limits: Limits, shard: int) -> str:
     if late:
         cases.append(f"when source in ({_literals(late)}) then '{LATE}'")
     if config.min_tokens > 1:
-        cases.append(f"when num_tokens < {config.min_tokens} then 'too few tokens'")
+        cases.append(f"when num_tokens < {config.min_tokens} then '{SHORT}'")
     if limits.outlier:
         limit = " ".join(f"when {literal(source)} then {value!r}::double" for source, value in limits.outlier.items())
-        cases.append(f"when loss > case source {limit} end then 'outlier'")
+        cases.append(f"when loss > case source {limit} end then '{OUTLIER}'")
     if config.near_duplicates is not None:
-        cases.append("when is_duplicate then 'near duplicate'")
+        cases.append(f"when is_duplicate then '{REPEATED}'")
     if config.max_rounds is not None:
-        cases.append(f"when num_rounds >= {config.max_rounds} then 'trained on often enough'")
+        cases.append(f"when num_rounds >= {config.max_rounds} then '{WORN}'")
     if shard in limits.hardest:
-        cases.append(f"when loss > {limits.hardest[shard]!r}::double then 'among the hardest'")
+        cases.append(f"when loss > {limits.hardest[shard]!r}::double then '{HARDEST}'")
     return f"case {' '.join(cases)} end::varchar" if cases else "null::varchar"
 
 

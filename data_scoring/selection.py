@@ -12,7 +12,7 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from data_scoring.candidates import LATE, Draw, Limits, candidates_query, check_losses, is_joined
+from data_scoring.candidates import EXCLUSIONS, LATE, Draw, Limits, candidates_query, check_losses, is_joined
 from data_scoring.config import RefineConfig
 from data_scoring.sql import literal
 
@@ -36,6 +36,12 @@ REASONS = {
     "all": "everything is kept",
     "sql": "drawn by sql",
 }
+
+
+# As an enumeration, reasons are written several times as fast as strings.
+_REASON_TYPE = ", ".join(
+    literal(reason) for reason in (*REASONS.values(), *EXCLUSIONS, FRESH, FLOOR, CEILING, NOT_DRAWN)
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def num_kept(num_samples: int, config: RefineConfig) -> int:
 def select(connection: duckdb.DuckDBPyConnection, draw: Draw, limits: Limits, shard: int, name: str = "chosen") -> str:
     """Return the SQL whose rows (sample, loss, kept, reason) are the selection from a shard, in the losses' order.
 
-    The tables that it refers to are made on `connection`, their names beginning with `name`. Raises ValueError where
+    A table that it refers to is made on `connection`, its name beginning with `name`. Raises ValueError where
     losses are missing or incomplete, a score is not finite, or floors are above the sampling rate.
     """
     check_losses(connection, draw, shard)
@@ -79,13 +85,13 @@ def select(connection: duckdb.DuckDBPyConnection, draw: Draw, limits: Limits, sh
     if is_joined(draw.config):
         connection.execute(f"create or replace temp table {name}_candidates as from {relation}")
         relation = f"{name}_candidates"
+    connection.execute(f"create type if not exists reason as enum ({_REASON_TYPE})")
     group = _group(draw.config)
     low, width = _range(connection, relation)
     bucket = f"greatest(0, least({_NUM_BUCKETS - 1}, floor((key - {low!r}::double) / {width!r}::double)))::int"
     bucketed = f"(select *, {group} as category, {bucket} as bucket from {relation})"
     cuts = find_cuts(_count(connection, draw, shard, bucketed), draw.config)
-    _decide_boundary(connection, draw.config, cuts, bucketed, f"{name}_boundary")
-    return _selection(draw.config, cuts, bucketed, f"{name}_boundary")
+    return _selection(draw.config, cuts, bucketed, *_find_places(connection, cuts, bucketed))
 
 
 def _group(config: RefineConfig) -> str:
@@ -185,53 +191,80 @@ def _bucket_of(above: NDArray[np.int64], rank: int) -> int:
     return int(np.flatnonzero(above >= rank)[-1]) if rank else _NUM_BUCKETS
 
 
-def _by_group(cuts: Cuts, field: str) -> str:
-    """Return the SQL expression of a field of the cut of a candidate's group."""
-    values = {name: getattr(cut, field) for name, cut in cuts.groups.items()}
+def _by_group(values: dict[str, str]) -> str:
+    """Return the SQL expression that is, for a candidate of each group, the expression in `values`."""
     if len(set(values.values())) <= 1:
-        return str(next(iter(values.values()), _BOTTOM))
+        return next(iter(values.values()), "false")
     return f"case category {' '.join(f'when {literal(name)} then {value}' for name, value in values.items())} end"
 
 
-def _decide_boundary(
-    connection: duckdb.DuckDBPyConnection, config: RefineConfig, cuts: Cuts, bucketed: str, table: str
-) -> None:
-    """Make the table of the candidates in the buckets where groups are cut off: sample, is_kept, why."""
-    floor, ceiling = (_by_group(cuts, field) for field in ("floor", "ceiling"))
-    order = "key desc, bits desc, sample"
-    connection.execute(f"""
-        create or replace temp table {table} as
-        select sample, status = 'floor' or is_chosen as is_kept,
-            case when is_chosen then '{REASONS[config.policy]}' when status = 'floor' then '{FLOOR}'
-                when status = 'ceiling' then '{CEILING}' else '{NOT_DRAWN}' end as why
-        from (
-            select *, status = 'settled' or (status = 'contested' and
-                row_number() over (partition by status order by {order}) <= {cuts.contested}) as is_chosen
-            from (
-                select *, case when rank <= {floor} then 'floor' when rank > {ceiling} then 'ceiling'
-                    when bucket > {cuts.bucket} then 'settled' when bucket = {cuts.bucket} then 'contested'
-                    else 'below' end as status
-                from (
-                    select *, {_by_group(cuts, "above")} + row_number() over (partition by category order by {order})
-                        as rank
-                    from {bucketed}
-                    where excluded is null and not is_fresh and bucket = {_by_group(cuts, "bucket")}
-                )
-            )
-        )""")
+@dataclass(frozen=True)
+class Place:
+    """A candidate's place in the order: by key, then by random bits, then by number."""
+
+    key: float
+    bits: int
+    sample: int
+
+    def or_higher(self) -> str:
+        """Return the SQL condition that a candidate has this place or a higher one."""
+        # Quoted, the number is read back as it was written, to the last bit.
+        key = f"'{self.key!r}'::double"
+        ties = f"bits > {self.bits}::ubigint or (bits = {self.bits}::ubigint and sample <= {self.sample})"
+        return f"(key > {key} or (key = {key} and ({ties})))"
 
 
-def _selection(config: RefineConfig, cuts: Cuts, bucketed: str, boundary: str) -> str:
-    cut, reason = _by_group(cuts, "bucket"), REASONS[config.policy]
-    above = f"case when bucket < {cuts.bucket} then '{FLOOR}' else '{reason}' end" if config.sources else f"'{reason}'"
-    below = (
-        f"case when bucket > {cuts.bucket} then '{CEILING}' else '{NOT_DRAWN}' end"
-        if config.sources
-        else f"'{NOT_DRAWN}'"
+def _find_places(
+    connection: duckdb.DuckDBPyConnection, cuts: Cuts, bucketed: str
+) -> tuple[dict[str, Place], Place | None]:
+    """Return the last place that each group keeps in the bucket where it is cut off, and the last that is contested.
+
+    Groups that keep none there are not listed; without contest there is no last place of it.
+    """
+    cut, above, floor, ceiling = (
+        _by_group({name: str(getattr(group, field)) for name, group in cuts.groups.items()})
+        for field in ("bucket", "above", "floor", "ceiling")
     )
+    order = "key desc, bits desc, sample"
+    rows = connection.sql(f"""
+        with ranked as (
+            select category, bucket, key, bits, sample,
+                {above} + row_number() over (partition by category order by {order}) as rank
+            from {bucketed} where excluded is null and not is_fresh and bucket = {cut}
+        ), judged as (
+            select *, case when rank <= {floor} then 'kept' when rank > {ceiling} then 'dropped'
+                when bucket > {cuts.bucket} then 'kept' when bucket = {cuts.bucket} then 'contested' else 'dropped' end
+                as status
+            from ranked
+        ), decided as (
+            select *, row_number() over (partition by status order by {order}) <= {cuts.contested} as is_won from judged
+        )
+        select category, key, bits, sample, false as is_contested from decided
+        where status = 'kept' or (status = 'contested' and is_won)
+        qualify row_number() over (partition by category order by key, bits, sample desc) = 1
+        union all
+        (select category, key, bits, sample, true from decided where status = 'contested' and is_won
+        order by key, bits, sample desc limit 1)""").fetchall()
+    last = {row[0]: Place(*row[1:4]) for row in rows if not row[4]}
+    return last, next((Place(*row[1:4]) for row in rows if row[4]), None)
+
+
+def _from(bucket: int, place: Place | None) -> str:
+    """Return the SQL condition that a candidate is at `place` or higher, or, where nothing in `bucket` is, above it."""
+    return place.or_higher() if place else f"bucket > {bucket}"
+
+
+def _selection(config: RefineConfig, cuts: Cuts, bucketed: str, last: dict[str, Place], contest: Place | None) -> str:
+    kept = _by_group({name: _from(cut.bucket, last.get(name)) for name, cut in cuts.groups.items()})
+    reason, wins = REASONS[config.policy], _from(cuts.bucket, contest)
+    reasons = f"when is_within then '{reason}'::reason else '{NOT_DRAWN}'::reason"
+    if len(cuts.groups) > 1 or "" not in cuts.groups:
+        reasons = (
+            f"when is_within then case when {wins} then '{reason}'::reason else '{FLOOR}'::reason end "
+            f"when {wins} then '{CEILING}'::reason else '{NOT_DRAWN}'::reason"
+        )
     return f"""
-        select sample, loss,
-            excluded is null and (is_fresh or coalesce(is_kept, bucket > {cut})) as kept,
-            case when excluded is not null then excluded when is_fresh then '{FRESH}' when why is not null then why
-                when bucket > {cut} then {above} else {below} end as reason
-        from {bucketed} left join {boundary} using (sample)"""
+        select sample, loss, excluded is null and (is_fresh or is_within) as kept,
+            case when excluded is not null then excluded::reason when is_fresh then '{FRESH}'::reason {reasons} end
+                as reason
+        from (select *, {kept} as is_within from {bucketed})"""

@@ -12,6 +12,8 @@ from flows.plots import Plot, forgetting_curve, kept_by_source, loss_curves, ren
 from flows.run_folder import Run
 from flows.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
 
+# Characters from which on a table's cell is set as running text.
+_LONG_TEXT = 40
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -184,7 +186,7 @@ def html_table(columns: list[str], rows: list[tuple[object, ...]]) -> str:
 
 
 def _cell(value: object) -> str:
-    kind = " class=text" if isinstance(value, str) else ""
+    kind = " class=text" if isinstance(value, str) and len(value) > _LONG_TEXT else ""
     return f"<td{kind}>{html.escape(_text(value))}"
 
 

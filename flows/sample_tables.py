@@ -6,6 +6,7 @@ from typing import Any
 import duckdb
 import numpy as np
 
+from data_scoring.candidates import OUTLIER
 from data_scoring.tokenizer import open_tokenizer
 from flows.run_folder import Run
 
@@ -37,7 +38,7 @@ def forgotten_samples(run: Run, ledger: duckdb.DuckDBPyConnection, round_number:
 def quarantined_samples(run: Run, ledger: duckdb.DuckDBPyConnection, round_number: int) -> Rows:
     """Return the outliers put aside for a round, the greatest loss first: source, shard, sample, loss, text."""
     rows = ledger.sql(
-        f"""select shard, sample, loss from selection where round = {round_number} and reason = 'outlier'
+        f"""select shard, sample, loss from selection where round = {round_number} and reason = '{OUTLIER}'
         order by loss desc, shard, sample limit {_MOST_ROWS}"""
     ).fetchall()
     return _with_text(run, ledger, rows)
@@ -46,7 +47,7 @@ def quarantined_samples(run: Run, ledger: duckdb.DuckDBPyConnection, round_numbe
 def num_quarantined(ledger: duckdb.DuckDBPyConnection, round_number: int) -> int:
     """Return how many outliers were put aside for a round."""
     [(count,)] = ledger.sql(
-        f"select count(*) from selection where round = {round_number} and reason = 'outlier'"
+        f"select count(*) from selection where round = {round_number} and reason = '{OUTLIER}'"
     ).fetchall()
     return int(count)
 
