@@ -238,6 +238,9 @@ def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
         )
     except ValidationError as error:
         [detail] = error.errors()
+        if not detail["loc"]:
+            # Several fields that do not go together.
+            raise ValueError(f"refine.{detail['ctx']['error']}") from None
         field = str(detail["loc"][0]).replace("_", "-")
         raise ValueError(f"--{field}: {detail['msg']} (it is {detail['input']}); give another") from None
 

@@ -58,8 +58,10 @@ class Run:
             if round_number > 1:
                 before = self.fingerprint("refine", round_number)
             else:
-                late = {rule.name: rule.from_round for rule in config.refine.sources if rule.from_round > 1}
-                before = fingerprint(self.fingerprint("prepare"), late)
+                before = self.fingerprint("prepare")
+                late = sorted(rule.name for rule in config.refine.sources if rule.from_round > 1)
+                if late:
+                    before = fingerprint(before, late)
             return fingerprint("mix", before, self.corpus().fingerprint, config.seed, round_number)
         if stage == "train":
             train = config.train.model_dump(exclude={"micro_batch_size", "loss_kernel", "validate_every_steps"})

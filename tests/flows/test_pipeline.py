@@ -254,6 +254,8 @@ def test_a_round_waits_for_its_approval(
     assert {row.name: row.state for row in read_status(run)}["mix 2"] == "waiting"
     assert main(["approve", str(run), "--sampling-rate", "2"]) == 1
     assert "--sampling-rate: Input should be less than or equal to 1 (it is 2.0)" in capsys.readouterr().err
+    assert main(["approve", str(run), "--policy", "sql"]) == 1
+    assert "error: refine.sql: policy sql needs an expression; give one" in capsys.readouterr().err
     assert main(["approve", str(run), "--sampling-rate", "0.25"]) == 0
     assert main(["refine", str(run)]) == 0
     kept = [row[0] for row in read_rows(run / "rounds" / "2" / "selection", "kept")]
