@@ -36,7 +36,8 @@ _SCORES = {
     "loss_batch": "batch_loss",
     "top": "loss",
     "band": "loss",
-    "forgetting": "loss - seen_loss",
+    # What was never trained on has all of its loss to lose.
+    "forgetting": "loss - coalesce(seen_loss, 0)",
     "excess": "loss - reference_loss",
     "random": "0",
     "all": "0",
@@ -122,7 +123,8 @@ def find_limits(connection: duckdb.DuckDBPyConnection, draw: Draw) -> Limits:
         )
     if config.policy == "band":
         for shard, losses, counts in _counted(connection, "shard"):
-            limits.hardest[shard] = _quantile(losses, counts, 1 - config.drop_hardest)
+            # The bin's upper edge: losses that share the last bin are not told apart, and stay.
+            limits.hardest[shard] = _quantile(losses, counts, 1 - config.drop_hardest) + 0.5 / _BINS_PER_NAT
     if config.outlier_z is not None:
         for source, losses, counts in _counted(connection, "source"):
             median = _quantile(losses, counts, 0.5)
@@ -166,19 +168,26 @@ def candidates_query(draw: Draw, limits: Limits, shard: int) -> str:
     known = f"select * from {draw.losses(shard)} {' '.join(joins)}"
     if config.policy == "loss_batch":
         batch = f"(sample // {config.batch_size})"
-        known = f"""select * from (select *, {excluded} as excluded from ({known})) join (
+        known = f"""select * from (select *, {excluded} as excluded from ({known})) left join (
             select {batch} as batch, sum(loss::double * num_tokens) / sum(num_tokens) as batch_loss
-            from ({known}) where {excluded} is null group by batch) on batch = {batch}"""
+            from ({known}) where {excluded} is null and not {is_fresh} group by batch) on batch = {batch}"""
         excluded = "excluded"
     return f"""select sample, source, loss, {excluded} as excluded, {is_fresh} as is_fresh, {key} as key, bits
         from (select *, {bits} as bits from ({known}))"""
 
 
+def uses_seen_loss(config: RefineConfig) -> bool:
+    """Return whether the policy compares losses with seen losses."""
+    return config.policy == "forgetting" or (
+        config.policy == "sql" and "seen_loss" in check_expression(str(config.sql))
+    )
+
+
 def is_joined(config: RefineConfig) -> bool:
     """Return whether candidates take joins to make, so that making them once is cheaper than at every scan."""
     return (
-        config.policy in ("loss_batch", "forgetting", "excess")
-        or (config.policy == "sql" and "seen_loss" in check_expression(str(config.sql)))
+        config.policy in ("loss_batch", "excess")
+        or uses_seen_loss(config)
         or config.near_duplicates is not None
         or config.max_rounds is not None
     )
@@ -232,7 +241,7 @@ def _guard_joins(draw: Draw, shard: int) -> list[str]:
 
 def _policy_joins(draw: Draw, shard: int) -> list[str]:
     config, joins = draw.config, []
-    if config.policy == "forgetting" or (config.policy == "sql" and "seen_loss" in check_expression(str(config.sql))):
+    if uses_seen_loss(config):
         # The latest time it was trained on is what the model may have forgotten since.
         seen = last_seen(draw.rounds, draw.round_number - 1, f"shard = {shard}")
         joins.append(f"left join (select sample, loss as seen_loss from {seen}) using (sample)")

@@ -144,7 +144,7 @@ class RefineConfig(Config):
         default=None,
         min_length=1,
         description="Round folder with the reference model's losses of the same corpus, such as runs/large/rounds/1, "
-        "for policy excess.",
+        "for policy excess; it has to stay there while the run goes on.",
     )
     sql: str | None = Field(
         default=None,
@@ -164,8 +164,8 @@ class RefineConfig(Config):
         default=None,
         gt=0,
         lt=1,
-        description="Jaccard similarity (of runs of 5 tokens, estimated by MinHash) from which on samples count as "
-        "near duplicates, of which one is kept, such as 0.8; null does not look for them.",
+        description="Jaccard similarity (of runs of 5 tokens, estimated by MinHash) from which on a sample "
+        "is a near duplicate of an earlier one and left out, such as 0.8; null does not look for them.",
     )
     max_rounds: int | None = Field(default=None, ge=1, description="Rounds that a sample may be trained in at most.")
     max_tokens: int | None = Field(

@@ -1,5 +1,6 @@
 """A dry run of refining: what a round would train on, counted and compared, with nothing written."""
 
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,9 @@ from data_scoring.candidates import Draw, find_limits
 from data_scoring.config import RefineConfig
 from data_scoring.selection import select
 from data_scoring.sql import bounded, literal
+
+# A temperature that leaves losses no weight.
+_ONLY_CHANCE = 1e9
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,7 @@ def dry_run(draw: Draw, samples_path: Path) -> DryRun:
     Raises ValueError where losses are missing or incomplete, and for all that refining itself refuses.
     """
     config = draw.config
-    # The same number of the same candidates, and the same random numbers.
-    by_chance = config.model_copy(update={"policy": "all" if config.policy == "all" else "random"})
+    by_chance = _without_losses(config)
     with tempfile.TemporaryDirectory() as folder, bounded(Path(folder), config.memory_gb) as connection:
         connection.execute(
             "create table parts (shard int, source varchar, samples bigint, kept bigint, tokens bigint, loss double, "
@@ -89,9 +92,17 @@ def dry_run(draw: Draw, samples_path: Path) -> DryRun:
             reasons=connection.sql(
                 "select reason, kept, sum(n)::bigint as n from reasons group by all order by n desc, reason"
             ).fetchall(),
-            random_overlap=int(chance) / total.num_kept,
-            last_mix_overlap=int(last) / total.num_kept,
+            random_overlap=int(chance) / total.num_kept if total.num_kept else math.nan,
+            last_mix_overlap=int(last) / total.num_kept if total.num_kept else math.nan,
         )
+
+
+def _without_losses(config: RefineConfig) -> RefineConfig:
+    """Return what draws the same number of the same candidates by the same random numbers alone."""
+    if config.policy == "loss_batch":
+        # Batches share a random number, and so are drawn as batches.
+        return config.model_copy(update={"temperature": _ONLY_CHANCE})
+    return config.model_copy(update={"policy": "all" if config.policy == "all" else "random"})
 
 
 def _parts(connection: duckdb.DuckDBPyConnection, name: str) -> list[Part]:

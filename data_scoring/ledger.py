@@ -156,7 +156,8 @@ DERIVED = {
         ) v using (round) order by s.round""",
     ),
     "forgetting": (
-        "Loss of each sample when it was trained on beside its loss when the round was over.",
+        "Loss of each sample when it was trained on beside its loss after the round; where it was not scored in full (see "
+        "budgets), they are not of the same tokens.",
         {
             **_ROUND_COLUMN,
             "step": ("integer", "Step that trained on the sample."),

@@ -11,16 +11,17 @@ from data_scoring.sql import bounded, literal, random_bits, writing_errors
 
 # Small enough to decode in no time where training needs it, large enough to keep the file's footer small.
 _ROW_GROUP = 1 << 16
-# What the sorting may take; more goes to disk.
-_MEMORY_GB = 4.0
 
 
-def write_mix(path: Path, samples: str, seed: int, round_number: int, max_tokens: int | None = None) -> int:
+def write_mix(
+    path: Path, samples: str, seed: int, round_number: int, max_tokens: int | None = None, memory_gb: float = 4.0
+) -> int:
     """Write the mix of the (shard, sample) rows that the SQL query `samples` yields, in a seeded random order.
 
     Returns their number. The order depends on the seed, the round and the samples alone, not on the rows' order.
     With `max_tokens`, the query yields num_tokens too, and the mix ends before the sample that would exceed it.
-    Raises ValueError where not even the first sample stays within `max_tokens`.
+    Sorting takes `memory_gb` GB at most, and disk beyond that. Raises ValueError where there is no row, or not even the
+    first sample stays within `max_tokens`.
     """
     place = random_bits(seed, round_number, "shard::int", "sample::int", literal("order"))
     query = f"select shard::int as shard, sample::int as sample from ({samples}) order by {place}, shard, sample"
@@ -32,11 +33,16 @@ def write_mix(path: Path, samples: str, seed: int, round_number: int, max_tokens
                     sum(num_tokens) over (order by {place}, shard, sample rows unbounded preceding) as total
                 from ({samples}))
             where total <= {max_tokens} order by place, shard, sample"""
-    with writing(path) as temporary, writing_errors(path), bounded(path.parent, _MEMORY_GB) as connection:
+    with writing(path) as temporary, writing_errors(path), bounded(path.parent, memory_gb) as connection:
         connection.execute(f"copy ({query}) to {literal(temporary)} (format parquet, row_group_size {_ROW_GROUP})")
         count = int(pq.read_metadata(temporary).num_rows)
         if count == 0 and max_tokens is not None:
             raise ValueError(f"refine.max_tokens: {max_tokens} is less than the mix's first sample has; raise it")
+        if count == 0:
+            raise ValueError(
+                f"refine: no sample is left to train round {round_number} on; `select reason, count(*) from selection "
+                "group by all` says why: relax min_tokens, max_rounds or what else it names, in a run of another name"
+            )
     return count
 
 

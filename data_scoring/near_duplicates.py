@@ -1,6 +1,6 @@
 """Near duplicates: samples that share most of their runs of tokens with an earlier sample, found by MinHash."""
 
-import tempfile
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -14,9 +14,12 @@ from data_scoring.progress import Progress
 from data_scoring.scoring import parquet_fingerprint, write_parquet
 from data_scoring.sql import bounded
 
+# The folder beside the result that holds what is temporary.
+SCRATCH = ".near-duplicates"
 _RUN = 5
 _NUM_HASHES = 128
-_CHUNK_SAMPLES = 4096
+_CHUNK_TOKENS = 1 << 20
+_CHUNK_PAIRS = 1 << 14
 # Odd and large, so that products spread over all 64 bits.
 _MULTIPLIERS = np.array([pow(0x9E3779B97F4A7C15, power, 2**64) for power in range(1, _RUN + 1)], np.uint64)
 
@@ -26,22 +29,28 @@ def write_near_duplicates(corpus: Corpus, threshold: float, path: Path, memory_g
 
     Two samples are near duplicates where the Jaccard similarity of their sets of runs of 5 tokens, estimated by 128
     MinHashes (Broder 1997), is `threshold` or more; of samples that are linked so, the first in the corpus' order is
-    not listed. Samples shorter than a run have no near duplicates. Takes 512 bytes a sample of temporary disk space.
+    not listed. Samples shorter than a run have no near duplicates. Takes about a kilobyte a sample of temporary disk
+    space (128 hashes, and 17 bytes for each band of them), and 16 bytes of memory for each pair that shares a band.
     What is there already, of the same corpus, is kept.
     """
     if parquet_fingerprint(path) == corpus.fingerprint:
         return
     sizes = [corpus.num_samples(shard) for shard in range(corpus.num_shards)]
     first = np.cumsum([0, *sizes])
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, bounded(Path(folder), memory_gb) as connection:
+    folder = path.parent / SCRATCH
+    # Of a process that was killed.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with bounded(folder, memory_gb) as connection:
         signatures = np.lib.format.open_memmap(
-            Path(folder) / "signatures.npy", "w+", np.uint32, (int(first[-1]), _NUM_HASHES)
+            folder / "signatures.npy", "w+", np.uint32, (int(first[-1]), _NUM_HASHES)
         )
         rows = _rows_per_band(threshold)
         connection.execute("create table bands (band utinyint, digest ubigint, id bigint)")
+        chunk = max(1, _CHUNK_TOKENS // corpus.seq_length)
         for shard, size in enumerate(sizes):
-            for start in range(0, size, _CHUNK_SAMPLES):
-                samples = np.arange(start, min(start + _CHUNK_SAMPLES, size))
+            for start in range(0, size, chunk):
+                samples = np.arange(start, min(start + chunk, size))
                 ids, digests = _sign(corpus, shard, samples)
                 ids += first[shard]
                 signatures[ids] = digests
@@ -50,6 +59,7 @@ def write_near_duplicates(corpus: Corpus, threshold: float, path: Path, memory_g
                     "looking for near duplicates (samples)", int(first[shard]) + int(samples[-1]) + 1, int(first[-1])
                 )
         ids, similarities = _linked(connection, signatures, threshold)
+    shutil.rmtree(folder)
     shards = np.searchsorted(first, ids, side="right") - 1
     columns = {"shard": shards.astype(np.int32), "sample": (ids - first[shards]).astype(np.int32)}
     write_parquet(path, pa.table({**columns, "similarity": similarities.astype(np.float32)}), corpus.fingerprint)
@@ -100,8 +110,8 @@ def _linked(
     ).fetchnumpy()
     others, ids = pairs["other"].astype(np.int64), pairs["id"].astype(np.int64)
     similarities = np.empty(len(ids))
-    for start in range(0, len(ids), _CHUNK_SAMPLES):
-        part = slice(start, start + _CHUNK_SAMPLES)
+    for start in range(0, len(ids), _CHUNK_PAIRS):
+        part = slice(start, start + _CHUNK_PAIRS)
         similarities[part] = (signatures[others[part]] == signatures[ids[part]]).mean(axis=1)
     near = similarities >= threshold
     # Every pair links to an earlier sample, so that all but the first of a set have a pair of their own.

@@ -9,13 +9,15 @@ not depend on row order, threads or processes. Every policy is a score in the pl
 from pathlib import Path
 
 from data_scoring.candidates import Draw, Limits, find_limits
-from data_scoring.config import SourceRule
+from data_scoring.config import RefineConfig
 from data_scoring.files import remove_leftovers, writing
 from data_scoring.mix import write_mix
 from data_scoring.progress import Progress
 from data_scoring.scoring import FINGERPRINT_KEY, parquet_fingerprint
 from data_scoring.selection import select
 from data_scoring.sql import bounded, literal, writing_errors
+
+_PLAIN = RefineConfig()
 
 
 def selection_path(round_folder: Path, shard: int) -> Path:
@@ -53,25 +55,22 @@ def _refine_shard(draw: Draw, limits: Limits, shard: int, path: Path, fingerprin
             )
 
 
-def mix_all(path: Path, samples_path: Path, seed: int, round_number: int, rules: tuple[SourceRule, ...] = ()) -> int:
+def mix_all(path: Path, samples_path: Path, seed: int, round_number: int, config: RefineConfig = _PLAIN) -> int:
     """Write the mix of every sample of the corpus whose source has joined to `path` and return their number."""
-    late = ", ".join(literal(rule.name) for rule in rules if rule.from_round > round_number)
+    late = ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > round_number)
     where = f"where source not in ({late})" if late else ""
-    return write_mix(
-        path, f"select shard, sample from read_parquet({literal(samples_path)}) {where}", seed, round_number
-    )
+    query = f"select shard, sample from read_parquet({literal(samples_path)}) {where}"
+    return write_mix(path, query, seed, round_number, memory_gb=config.memory_gb)
 
 
-def mix_selection(
-    path: Path, round_folder: Path, samples_path: Path, seed: int, round_number: int, max_tokens: int | None = None
-) -> int:
-    """Write the mix of the samples that the selection in `round_folder` keeps to `path` and return their number.
+def mix_selection(path: Path, draw: Draw, samples_path: Path) -> int:
+    """Write the mix of the samples that the selection for a round keeps to `path` and return their number.
 
-    With `max_tokens` it ends before the sample that would exceed it, by the tokens that `samples_path` lists.
+    With `refine.max_tokens` it ends before the sample that would exceed it, by the tokens that `samples_path` lists.
     """
-    files = round_folder / "selection" / "*.parquet"
+    files, config = draw.target / "selection" / "*.parquet", draw.config
     shard = r"regexp_extract(filename, 'shard=(\d+)', 1)::int"
     query = f"select {shard} as shard, sample from read_parquet({literal(files)}, filename = true) where kept"
-    if max_tokens is not None:
+    if config.max_tokens is not None:
         query = f"select * from ({query}) join read_parquet({literal(samples_path)}) using (shard, sample)"
-    return write_mix(path, query, seed, round_number, max_tokens)
+    return write_mix(path, query, draw.seed, draw.round_number, config.max_tokens, config.memory_gb)

@@ -81,6 +81,18 @@ def select(connection: duckdb.DuckDBPyConnection, draw: Draw, limits: Limits, sh
     losses are missing or incomplete, a score is not finite, or floors are above the sampling rate.
     """
     check_losses(connection, draw, shard)
+    try:
+        return _select(connection, draw, limits, shard, name)
+    except (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{_policy(draw.config)} cannot be computed for every sample ({text}); mend it") from None
+
+
+def _policy(config: RefineConfig) -> str:
+    return f"refine.sql: {config.sql!r}" if config.policy == "sql" else f"refine.policy: {config.policy}"
+
+
+def _select(connection: duckdb.DuckDBPyConnection, draw: Draw, limits: Limits, shard: int, name: str) -> str:
     relation = f"({candidates_query(draw, limits, shard)})"
     if is_joined(draw.config):
         connection.execute(f"create or replace temp table {name}_candidates as from {relation}")
@@ -143,10 +155,9 @@ def _check_finite(connection: duckdb.DuckDBPyConnection, draw: Draw, shard: int,
         where excluded is null and not is_fresh and (key is null or not isfinite(key))"""
     ).fetchall()
     if bad is not None:
-        what = f"refine.sql: {draw.config.sql!r}" if draw.config.policy == "sql" else f"policy {draw.config.policy}"
         raise ValueError(
-            f"{what}: what it gives for sample {bad} of shard {shard} is no finite number (a sample that was never "
-            "trained on has no seen_loss); choose another"
+            f"{_policy(draw.config)}: what it gives for sample {bad} of shard {shard} is no finite number (one never "
+            "trained on has no seen_loss: coalesce(seen_loss, 0) is a way to say what it counts for)"
         )
 
 
@@ -177,7 +188,8 @@ def find_cuts(counts: dict[str, Counts], config: RefineConfig) -> Cuts:
     bucket = int(np.flatnonzero(kept_from >= wanted)[-1]) if counts else 0
     groups, settled = {}, 0
     for name in counts:
-        above = np.append(at_least[name], 0)
+        # Two more, for a group of which nothing is kept is cut off above all buckets.
+        above = np.append(at_least[name], [0, 0])
         settled += min(max(int(above[bucket + 1]), floors[name]), ceilings[name])
         floor_bucket = _bucket_of(above, floors[name]) if floors[name] else _NUM_BUCKETS
         ceiling_bucket = _bucket_of(above, ceilings[name]) if ceilings[name] < above[0] else _BOTTOM
@@ -221,6 +233,8 @@ def _find_places(
 
     Groups that keep none there are not listed; without contest there is no last place of it.
     """
+    if not cuts.groups:
+        return {}, None
     cut, above, floor, ceiling = (
         _by_group({name: str(getattr(group, field)) for name, group in cuts.groups.items()})
         for field in ("bucket", "above", "floor", "ceiling")

@@ -237,7 +237,7 @@ def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
             {**refine.model_dump(), **{field: value for field, value in given.items() if value is not None}}
         )
     except ValidationError as error:
-        [detail] = error.errors()
+        detail, *_ = error.errors()
         if not detail["loc"]:
             # Several fields that do not go together.
             raise ValueError(f"refine.{detail['ctx']['error']}") from None

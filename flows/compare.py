@@ -16,6 +16,7 @@ from data_scoring.budget import CALIBRATION
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.files import commit
 from data_scoring.ledger import query, refresh_ledger
+from data_scoring.near_duplicates import SCRATCH
 from data_scoring.progress import Progress
 from data_scoring.scoring import write_parquet
 from flows import stages
@@ -184,7 +185,7 @@ def share(source: Path, target: Path) -> None:
         return
     temporary = target.with_name(f".{target.name}.sharing")
     shutil.rmtree(temporary, ignore_errors=True)
-    notes = shutil.ignore_patterns(".told-*", ".*.tmp")
+    notes = shutil.ignore_patterns(".told-*", ".*.tmp", SCRATCH)
     shutil.copytree(source, temporary, symlinks=True, ignore=notes, copy_function=_link)
     commit(temporary, target)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from data_scoring.candidates import uses_seen_loss
 from data_scoring.config import (
     Config,
     CorpusConfig,
@@ -127,6 +128,7 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
         check_layout(self.model, self.train, self.parallel)
+        self._check_budget()
         names = [source.name for source in self.corpus.sources]
         for rule in self.refine.sources:
             if rule.name not in names:
@@ -142,6 +144,24 @@ class RunConfig(Config):
         if self.launch.kind == "slurm" and self.device == "auto":
             raise ValueError("device: what Slurm's nodes have is not seen from here; say cuda, npu or cpu, not 'auto'")
         return self
+
+    def _check_budget(self) -> None:
+        budget = self.score.budget
+        if uses_seen_loss(self.refine) and budget != "full":
+            raise ValueError(
+                f"score.budget: {budget!r} gives other losses than policy {self.refine.policy} needs, which compares "
+                "those of whole samples with seen losses; set full"
+            )
+        if budget == "seen" and any(rule.from_round > 1 for rule in self.refine.sources):
+            raise ValueError(
+                "score.budget: 'seen' knows nothing of a source that joins later (refine.sources); take another budget"
+            )
+        prefix = prefix_of(budget)
+        if prefix is not None and prefix < self.refine.min_tokens:
+            raise ValueError(
+                f"score.budget: {budget!r} scores fewer tokens than refine.min_tokens {self.refine.min_tokens} asks "
+                "for; change one of them"
+            )
 
     @property
     def run_name(self) -> str:

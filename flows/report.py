@@ -93,21 +93,26 @@ def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> lis
         _figure(
             run, f"sources-{selected}", kept_by_source(selected), ledger, f"What round {selected} keeps of each source."
         ),
-        _figure(
-            run, f"forgetting-{scored}", forgetting_curve(scored), ledger,
-            "The forgetting curve: where the blue line is above the orange one, the round has unlearned.",
-        ),
         *_forgotten(run, ledger, scored),
         *_quarantine(run, ledger, selected),
     ]  # fmt: skip
 
 
 def _forgotten(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
+    """Return the forgetting curve and tables, where losses are of whole samples, as seen losses are."""
+    chosen = ledger.sql(f"select candidate from budgets where round = {scored} and chosen").fetchall()
+    if chosen not in ([], [("full",)]):
+        return [f"<p>What was forgotten cannot be told: samples were scored by {html.escape(chosen[0][0])}.</p>"]
+    curve = _figure(
+        run, f"forgetting-{scored}", forgetting_curve(scored), ledger,
+        "The forgetting curve: where the blue line is above the orange one, the round has unlearned.",
+    )  # fmt: skip
     sources = forgotten_sources(ledger, scored)
     if not sources:
-        return []
+        return [curve]
     samples = forgotten_samples(run, ledger, scored)
     return [
+        curve,
         "<h3>What was forgotten most</h3>",
         html_table(["Source", "Samples trained on", "Seen loss", "Re-scored loss", "Forgotten"], sources),
         html_table(["Source", "Shard", "Sample", "Seen loss", "Re-scored loss", "Text"], samples)

@@ -16,6 +16,7 @@ import yaml
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.corpus import Corpus
 from data_scoring.files import fingerprint, read_json, remove_leftovers, write_json, writing
+from data_scoring.scoring import losses_path, parquet_fingerprint
 from flows.config import RunConfig, differences, parse_config
 
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
@@ -52,8 +53,13 @@ class Run:
             return fingerprint("prepare", config.corpus.model_dump(), config.tokenizer.model_dump(), config.seed)
         if stage == "refine":
             scored = self.fingerprint("score", round_number - 1)
-            refine = self.refine_config(round_number).model_dump(exclude={"memory_gb"})
-            return fingerprint("refine", scored, refine, config.seed, round_number)
+            refine = self.refine_config(round_number)
+            parts = [scored, refine.model_dump(exclude={"memory_gb"}), config.seed, round_number]
+            if refine.policy == "excess":
+                shards = range(config.corpus.num_shards)
+                reference = Path(str(refine.reference))
+                parts.append([parquet_fingerprint(losses_path(reference, shard)) for shard in shards])
+            return fingerprint("refine", *parts)
         if stage == "mix":
             if round_number > 1:
                 before = self.fingerprint("refine", round_number)

@@ -12,7 +12,8 @@ from data_scoring.budget import (
     write_budget,
 )
 from data_scoring.calibration import calibration_path
-from data_scoring.config import prefix_of
+from data_scoring.candidates import uses_seen_loss
+from data_scoring.config import RefineConfig, prefix_of
 from data_scoring.corpus import Corpus
 from data_scoring.files import checksum, fingerprint
 from data_scoring.origin import Origin, check_origins
@@ -91,6 +92,40 @@ def _identity(run: Run, round_number: int, what: str, origin: Origin) -> str:
     return fingerprint(what, run.fingerprint("score", round_number), asdict(origin))
 
 
-def check_losses(round_folder: Path, corpus: Corpus) -> None:
-    """Raise ValueError where the losses in a round's folder are of several origins, or of another corpus."""
-    check_origins((losses_path(round_folder, shard) for shard in range(corpus.num_shards)), corpus.fingerprint)
+def check_reference(refine: RefineConfig) -> None:
+    """Raise ValueError where there are no losses of the reference model."""
+    if not losses_path(Path(str(refine.reference)), 0).exists():
+        raise ValueError(
+            f"refine.reference: {refine.reference!r} holds no losses; name a round's folder that was scored, such as "
+            "runs/large/rounds/1"
+        )
+
+
+def check_losses(run: Run, round_number: int, refine: RefineConfig) -> None:
+    """Raise ValueError where the losses after a round are not of one origin, or not what `refine` can decide by.
+
+    Those of a reference model have to be of the same corpus and scored alike; and losses that are compared with seen
+    losses, which are of whole samples, have to be of whole samples too.
+    """
+    corpus, folder = run.corpus(), run.round_folder(round_number)
+    origin = _origin(folder, corpus)
+    if uses_seen_loss(refine) and origin.budget != "full":
+        raise ValueError(
+            f"refine.policy: {refine.policy} compares losses with seen losses, and round {round_number} was scored by "
+            f"{origin.budget} (score.budget); take another policy, or score by full in a run of another name"
+        )
+    if refine.policy == "excess":
+        check_reference(refine)
+        reference = _origin(Path(str(refine.reference)), corpus)
+        for field in ("tokenizer", "precision", "budget"):
+            mine, theirs = getattr(origin, field), getattr(reference, field)
+            if mine != theirs:
+                raise ValueError(
+                    f"refine.reference: {refine.reference!r} was scored with {field} {theirs!r} and this run with "
+                    f"{mine!r}; score both alike"
+                )
+
+
+def _origin(round_folder: Path, corpus: Corpus) -> Origin:
+    paths = (losses_path(round_folder, shard) for shard in range(corpus.num_shards))
+    return check_origins(paths, corpus.fingerprint)

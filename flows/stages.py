@@ -22,7 +22,7 @@ from flows.jobs import device_kind, final_checkpoint, job_fields
 from flows.launch import launch, plan
 from flows.report import write_report
 from flows.run_folder import Run
-from flows.scoring import check_losses, score_round
+from flows.scoring import check_losses, check_reference, score_round
 from flows.slurm import check_tools
 from trainer.devices import check_count, check_layers, check_loss_kernel, resolve
 from trainer.jobs import TrainJob
@@ -39,6 +39,8 @@ def prepare(run: Run, progress: Progress) -> bool:
     check_layers(config.model.layers)
     check_loss_kernels(config)
     check_vocabulary(config)
+    if config.refine.policy == "excess":
+        check_reference(config.refine)
     if run.is_complete("prepare"):
         return False
     prepare_corpus(
@@ -86,12 +88,12 @@ def mix(run: Run, round_number: int, progress: Progress) -> bool:
         )
     with _completing(run, "mix", round_number):
         if round_number == 1:
-            rules = run.config.refine.sources
-            count = mix_all(folder / "mix.parquet", run.corpus().samples_path, run.config.seed, round_number, rules)
+            config, samples = run.config, run.corpus().samples_path
+            count = mix_all(folder / "mix.parquet", samples, config.seed, round_number, config.refine)
         else:
             _require(run, "refine", round_number)
-            samples, max_tokens = run.corpus().samples_path, run.refine_config(round_number).max_tokens
-            count = mix_selection(folder / "mix.parquet", folder, samples, run.config.seed, round_number, max_tokens)
+            draw = _draw(run, round_number, run.refine_config(round_number))
+            count = mix_selection(folder / "mix.parquet", draw, run.corpus().samples_path)
         progress("mixing (samples)", count, count)
     return True
 
@@ -138,6 +140,7 @@ def refine(run: Run, round_number: int, progress: Progress) -> bool:
         return False
     _require(run, "score", round_number - 1)
     config = run.refine_config(round_number)
+    check_losses(run, round_number - 1, config)
     with _completing(run, "refine", round_number):
         path = _near_duplicates(run, config, progress, run.corpus_folder)
         refine_shards(_draw(run, round_number, config, path), run.fingerprint("refine", round_number), progress)
@@ -148,6 +151,7 @@ def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> 
     """Return what refining for `round_number` with `config`, by default the run's own, would keep, writing nothing."""
     _require(run, "score", round_number - 1)
     config = config or run.refine_config(round_number)
+    check_losses(run, round_number - 1, config)
     with tempfile.TemporaryDirectory() as folder:
         path = _near_duplicates(run, config, silent, Path(folder))
         return dry_run(_draw(run, round_number, config, path), run.corpus().samples_path)
@@ -165,12 +169,8 @@ def _near_duplicates(run: Run, config: RefineConfig, progress: Progress, folder:
     return path
 
 
-def _draw(run: Run, round_number: int, config: RefineConfig, duplicates: Path | None) -> Draw:
-    """Return what is drawn from, whose losses (and reference losses) are all of one origin and of the run's corpus."""
+def _draw(run: Run, round_number: int, config: RefineConfig, duplicates: Path | None = None) -> Draw:
     corpus = run.corpus()
-    check_losses(run.round_folder(round_number - 1), corpus)
-    if config.policy == "excess":
-        check_losses(Path(str(config.reference)), corpus)
     return Draw(
         rounds=run.folder / "rounds",
         round_number=round_number,

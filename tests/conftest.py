@@ -139,7 +139,7 @@ class Ranks:
         folder = self.folder / name
         folder.mkdir()
         common = self._common(folder, layout, TINY_MODEL)
-        score = ScoreConfig(micro_batch_size=1)
+        score = ScoreConfig(micro_batch_size=1, calibration_samples=10_000)
         job = CalibrateJob(**common, score=score, weights=weights, origin=ORIGIN, round_number=1)
         self.launch(job, f"calibrate-{name}")
         return folder

@@ -127,7 +127,8 @@ def test_the_mix_of_a_selection_ends_at_the_limit_of_tokens(tmp_path: Path) -> N
 
     def order(max_tokens: int | None) -> list[int]:
         path = tmp_path / "mix.parquet"
-        assert mix_selection(path, tmp_path / "2", tmp_path / "samples.parquet", 7, 2, max_tokens) == len(Mix(path))
+        draw = Draw(tmp_path, 2, RefineConfig(max_tokens=max_tokens), 7, [6])
+        assert mix_selection(path, draw, tmp_path / "samples.parquet") == len(Mix(path))
         return Mix(path).read(0, len(Mix(path)))[1].tolist()
 
     first, second, third = order(None)

@@ -224,3 +224,48 @@ def test_equal_scores_are_settled_at_random(rounds: Path) -> None:
 def test_without_guards_there_are_no_limits(rounds: Path) -> None:
     with duckdb.connect() as connection:
         assert find_limits(connection, draw_of(rounds)) == Limits()
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        (SourceRule(name="b", at_most=0.0),),
+        (SourceRule(name="a", at_most=0.0), SourceRule(name="b", at_most=0.0), SourceRule(name="c", at_most=0.0)),
+        tuple(SourceRule(name=name, from_round=4) for name in "abc"),
+        tuple(SourceRule(name=name, from_round=3) for name in "abc"),
+    ],
+)
+def test_groups_of_which_nothing_or_everything_is_kept(rounds: Path, rules: tuple[SourceRule, ...]) -> None:
+    rows, facts = selected(draw_of(rounds, sources=rules)), known(rounds)
+    if rules[0].from_round == 3:
+        assert rows["kept"].all()
+    elif len(rules) == 1:
+        assert rows["kept"].sum() == 1500
+        assert not rows["kept"][facts["source"] == "b"].any()
+    else:
+        assert not rows["kept"].any()
+
+
+def test_batches_without_a_candidate_are_on_record(rounds: Path) -> None:
+    draw = draw_of(rounds, policy="loss_batch", min_tokens=33)
+    rows = selected(draw)
+    assert set(rows["reason"]) == {"too few tokens"}
+    some = selected(draw_of(rounds, policy="loss_batch", min_tokens=32, sampling_rate=0.01))
+    long = known(rounds)["num_tokens"] == 32
+    assert ((some["reason"] == "too few tokens") == ~long).all()
+    assert some["kept"].sum() == 30
+
+
+def test_equal_losses_are_in_the_band(tmp_path: Path) -> None:
+    table = {
+        "sample": np.arange(SIZE, dtype=np.int32), "num_tokens": np.ones(SIZE, np.int32), "source": ["a"] * SIZE,
+        "loss": np.full(SIZE, 3.0008, np.float32),
+    }  # fmt: skip
+    write_parquet(losses_path(tmp_path / "2", 0), pa.table(table), "scored")
+    draw = Draw(tmp_path, 3, RefineConfig(policy="band"), SEED, [SIZE])
+    assert selected(draw, 0)["kept"].sum() == 1500
+
+
+def test_an_expression_that_fails_on_the_way_is_named(rounds: Path) -> None:
+    with pytest.raises(ValueError, match=r"refine.sql: 'source::int' cannot be computed for every sample \(Conversion"):
+        selected(draw_of(rounds, policy="sql", sql="source::int"))

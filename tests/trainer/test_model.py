@@ -35,7 +35,7 @@ def test_scored_losses_equal_plain_torch(ranks: Ranks, trained: Path, scored: Pa
 
 
 def test_a_calibration_s_losses_equal_plain_torch(ranks: Ranks, trained: Path) -> None:
-    """All samples are calibrated with, on two pipeline stages and two replicas; each prefix has its own losses."""
+    """All samples are calibrated with, on two pipeline stages; each prefix has its own losses."""
     checkpoint = list_checkpoints(trained / "checkpoint")[-1]
     folder = ranks.calibrate("calibrated", checkpoint, (1, 2, 1))
     table = pq.read_table(folder / "calibration.parquet").to_pandas()
