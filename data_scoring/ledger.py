@@ -156,7 +156,7 @@ DERIVED = {
         ) v using (round) order by s.round""",
     ),
     "forgetting": (
-        "Loss of each sample when it was trained on beside its loss after the round; where it was not scored in full (see "
+        "Loss of each sample when it was trained on beside its loss after the round; unless scored in full (see "
         "budgets), they are not of the same tokens.",
         {
             **_ROUND_COLUMN,

@@ -10,7 +10,7 @@ from data_scoring.candidates import Draw
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.dry_run import dry_run
 from data_scoring.progress import silent
-from data_scoring.refine import refine
+from data_scoring.refine import mix_selection, refine
 from data_scoring.scoring import losses_path, write_parquet
 from data_scoring.selection import REASONS
 from tests.conftest import read_rows
@@ -74,3 +74,17 @@ def test_it_counts_what_refining_keeps(scored: Path, policy: Policy, rate: float
     assert dry.random_overlap == 1 if policy != "loss" else dry.random_overlap < 1
     mixed = set(read_rows(scored / "1" / "mix.parquet", "shard", "sample"))
     assert dry.last_mix_overlap == pytest.approx(len(kept.keys() & mixed) / len(kept))
+
+
+def test_batches_are_compared_with_batches_drawn_by_chance(scored: Path) -> None:
+    config = RefineConfig(policy="loss_batch", temperature=1e6)
+    assert dry_run(Draw(scored, 2, config, 5, list(SIZES)), scored / "samples.parquet").random_overlap == 1
+
+
+def test_guards_that_leave_nothing_are_no_division_by_zero(scored: Path) -> None:
+    config = RefineConfig(min_tokens=100)
+    dry = dry_run(Draw(scored, 2, config, 5, list(SIZES)), scored / "samples.parquet")
+    assert (dry.total.num_kept, dry.reasons) == (0, [("too few tokens", False, sum(SIZES))])
+    kept_by(scored, config)
+    with pytest.raises(ValueError, match="no sample is left to train round 2 on"):
+        mix_selection(scored / "2" / "mix.parquet", Draw(scored, 2, config, 5, list(SIZES)), scored / "samples.parquet")

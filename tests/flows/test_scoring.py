@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from data_scoring.calibration import calibrate, draw_calibration_set
+from data_scoring.config import RefineConfig
 from data_scoring.corpus import Corpus
 from data_scoring.ledger import query
+from data_scoring.origin import read_origin, with_origin
 from data_scoring.progress import silent
-from data_scoring.scoring import LossFiles, losses_path, score_shards
+from data_scoring.scoring import LossFiles, losses_path, score_shards, write_parquet
 from flows import scoring, stages
 from flows.artifacts import budgets
 from flows.config import RunConfig, parse_config
@@ -165,3 +168,30 @@ def test_a_mix_of_scores_is_refused(prepared: Path, folder: Path, monkeypatch: p
     for look in (lambda: stages.refine(run, 2, silent), lambda: stages.preview(run, 2)):
         with pytest.raises(ValueError, match=r"shard=0001.parquet: .*: precision is 'bfloat16' in the one and 'float3"):
             look()
+
+
+def test_losses_that_cannot_be_compared_are_refused_before_anything_is_drawn(
+    prepared: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "launch", Launches())
+    run = open_trained(prepared, folder, {"budget": "prefix:8"})
+    stages.score(run, 1, silent)
+    with pytest.raises(ValueError, match=r"refine.policy: forgetting compares .* round 1 was scored by prefix:8"):
+        stages.preview(run, 2, RefineConfig(policy="forgetting"))
+    with pytest.raises(ValueError, match="holds no losses; name a round's folder that was scored"):
+        stages.preview(run, 2, RefineConfig(policy="excess", reference=str(tmp_path / "none")))
+    reference = tmp_path / "reference"
+    shutil.copytree(run.round_folder(1), reference)
+    alike = RefineConfig(policy="excess", reference=str(reference))
+    assert 0 < stages.preview(run, 2, alike).total.share < 1
+    excess = Run(run.config.model_copy(update={"refine": alike}), run.folder)
+    before = excess.fingerprint("refine", 2)
+    for shard in range(3):
+        path = losses_path(reference, shard)
+        table = with_origin(pq.read_table(path), replace(read_origin(path), budget="full"))
+        write_parquet(path, table, "scored in full")
+    assert excess.fingerprint("refine", 2) != before
+    with pytest.raises(
+        ValueError, match="was scored with budget 'full' and this run with 'prefix:8'; score both alike"
+    ):
+        stages.preview(run, 2, alike)
