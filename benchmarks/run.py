@@ -19,6 +19,7 @@ from benchmarks.head import head
 from benchmarks.measure import measure_in_turns, ratio, single_rank, topics
 from benchmarks.operation import prefect_overhead, stopping
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
+from benchmarks.scale import scale
 from data_scoring.files import read_json, write_json
 from data_scoring.scoring import Block
 from flows.run_folder import package_versions
@@ -110,6 +111,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "throughput": throughput,
     "head": head,
     "demo": demo,
+    "scale": scale,
     "prefect": prefect_overhead,
     "stopping": stopping,
 }

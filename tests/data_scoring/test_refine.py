@@ -12,10 +12,10 @@ import pytest
 from scipy.stats import chisquare
 
 from data_scoring.candidates import Draw, Limits, candidates_query
-from data_scoring.config import Policy, RefineConfig
+from data_scoring.config import Policy, RefineConfig, SourceRule
 from data_scoring.mix import Mix
 from data_scoring.progress import silent
-from data_scoring.refine import mix_selection, refine, selection_path
+from data_scoring.refine import mix_all, mix_selection, refine, selection_path
 from data_scoring.scoring import losses_path, parquet_fingerprint, write_parquet
 from data_scoring.selection import num_kept, select
 from tests.conftest import read_rows
@@ -135,6 +135,14 @@ def test_the_mix_of_a_selection_ends_at_the_limit_of_tokens(tmp_path: Path) -> N
     assert order(10 + first + 10 + second) == [first, second]
     assert order(10 + first + 10 + second - 1) == [first]
     assert order(30 + first + second + third) == [first, second, third]
+
+
+def test_the_first_mix_has_no_source_that_joins_later(tmp_path: Path) -> None:
+    columns = {"shard": [0, 0, 1, 1], "sample": [0, 1, 0, 1], "source": ["a", "b", "a", "b"], "num_tokens": [9] * 4}
+    write_parquet(tmp_path / "samples.parquet", pa.table(columns), "prepared")
+    config = RefineConfig(sources=(SourceRule(name="b", from_round=2),))
+    assert mix_all(tmp_path / "mix.parquet", tmp_path / "samples.parquet", 7, 1, config) == 2
+    assert read_rows(tmp_path / "mix.parquet", "shard", "sample") == [(0, 0), (1, 0)]
 
 
 def test_missing_and_incomplete_losses_are_named(tmp_path: Path) -> None:
