@@ -9,6 +9,8 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_scoring.config import RefineConfig
@@ -74,22 +76,28 @@ class Draw:
         return f"read_parquet({literal(losses_path(self.scored, shard))})"
 
 
-def check_losses(connection: duckdb.DuckDBPyConnection, draw: Draw, shard: int) -> None:
+def check_losses(draw: Draw, shard: int) -> None:
     """Raise ValueError where a shard's losses, or its reference losses, are missing or incomplete."""
-    _check_file(connection, losses_path(draw.scored, shard), draw.num_samples[shard], "score the round")
+    _check_file(losses_path(draw.scored, shard), draw.num_samples[shard], "score the round")
     if draw.config.policy == "excess":
         path = losses_path(Path(str(draw.config.reference)), shard)
-        _check_file(connection, path, draw.num_samples[shard], "score the reference (refine.reference)")
+        _check_file(path, draw.num_samples[shard], "score the reference (refine.reference)")
 
 
-def _check_file(connection: duckdb.DuckDBPyConnection, path: Path, expected: int, remedy: str) -> None:
+def _check_file(path: Path, expected: int, remedy: str) -> None:
+    """Look at the file's footer alone, which counts rows and what is missing."""
     if not path.exists():
         raise ValueError(f"{path}: no such file; {remedy} first with `reprise score`")
     try:
-        # The column source came with version 0.3.
-        [counted] = connection.sql(f"select count(source), count(loss) from read_parquet({literal(path)})").fetchall()
-    except duckdb.Error as error:
+        metadata = pq.read_metadata(path)
+    except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: cannot be read ({error}); delete it and {remedy} again") from None
+    names = metadata.schema.names
+    if not {"loss", "source"} <= set(names):
+        raise ValueError(f"{path}: holds {', '.join(names)} and no source or loss; delete it and {remedy} again")
+    groups = [metadata.row_group(number).column(names.index("loss")) for number in range(metadata.num_row_groups)]
+    nulls = sum(group.statistics.null_count for group in groups if group.statistics is not None)
+    counted = (metadata.num_rows, metadata.num_rows - nulls)
     if counted != (expected, expected):
         raise ValueError(
             f"{path}: {counted} rows and losses where the shard has {expected} samples; delete it and {remedy} again"
@@ -116,7 +124,7 @@ def find_limits(connection: duckdb.DuckDBPyConnection, draw: Draw) -> Limits:
         return limits
     connection.execute("create or replace temp table loss_counts (shard int, source varchar, bin int, n bigint)")
     for shard in range(len(draw.num_samples)):
-        check_losses(connection, draw, shard)
+        check_losses(draw, shard)
         connection.execute(
             f"insert into loss_counts select {shard}, source, floor(least(loss, 1e6) * {_BINS_PER_NAT})::int as bin, "
             f"count(*) from {draw.losses(shard)} group by source, bin"

@@ -2,8 +2,8 @@
 
 The candidates with the highest keys are to be kept, with floors and ceilings for sources. One scan counts keys in
 buckets; that tells in which bucket each source is cut off. A second scan brings the rows of those buckets alone, which
-are sorted. A third writes every sample's fate. Nothing is ever sorted as a whole (a window over 20 M rows takes several
-times as long), and DuckDB puts on disk what does not fit into memory.
+are sorted. A third writes every sample's fate. Nothing is ever sorted as a whole, which would take memory for all of a
+shard, and DuckDB puts on disk what does not fit into memory.
 """
 
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ def select(connection: duckdb.DuckDBPyConnection, draw: Draw, limits: Limits, sh
     A table that it refers to is made on `connection`, its name beginning with `name`. Raises ValueError where
     losses are missing or incomplete, a score is not finite, or floors are above the sampling rate.
     """
-    check_losses(connection, draw, shard)
+    check_losses(draw, shard)
     try:
         return _select(connection, draw, limits, shard, name)
     except (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException) as error:
