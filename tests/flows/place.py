@@ -69,7 +69,9 @@ class Place:
 
     def stop(self) -> None:
         assert self.server is not None
-        self.server.send_signal(signal.SIGINT)
+        # As Ctrl-C does, unless these tests were started in the background of a script, where nobody heeds it.
+        is_heeded = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        self.server.send_signal(signal.SIGINT if is_heeded else signal.SIGTERM)
         self.server.wait(90)
 
     def processes(self, *words: str) -> list[psutil.Process]:
