@@ -21,7 +21,7 @@ _NUM_HASHES = 128
 _CHUNK_TOKENS = 1 << 20
 _CHUNK_PAIRS = 1 << 14
 # Odd and large, so that products spread over all 64 bits.
-_MULTIPLIERS = np.array([pow(0x9E3779B97F4A7C15, power, 2**64) for power in range(1, _RUN + 1)], np.uint64)
+_MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 def write_near_duplicates(corpus: Corpus, threshold: float, path: Path, memory_gb: float, progress: Progress) -> None:
@@ -69,13 +69,19 @@ def _sign(corpus: Corpus, shard: int, samples: NDArray[np.int64]) -> tuple[NDArr
     """Return those of `samples` that hold a run at least, [n] int64, with their MinHashes, [n, 128] uint32."""
     batch = corpus.read(np.full(len(samples), shard), samples)
     windows = np.lib.stride_tricks.sliding_window_view(batch.tokens.astype(np.uint64), _RUN, axis=1)
-    hashes = (windows * _MULTIPLIERS).sum(axis=2, dtype=np.uint64)
+    hashes = _hash(windows)
     num_runs = np.maximum(0, batch.num_tokens + 2 - _RUN)
     whole = num_runs > 0
     is_run = np.arange(hashes.shape[1]) < num_runs[:, None]
     offsets = np.concatenate([[0], np.cumsum(num_runs[whole])])
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes[is_run].tolist(), offsets.tolist(), _NUM_HASHES, 42)
     return samples[whole], np.array(matrix.to_rows(), np.uint32).reshape(-1, _NUM_HASHES)
+
+
+def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the hashes of the sequences along the last axis."""
+    powers = np.array([pow(_MULTIPLIER, power, 2**64) for power in range(1, values.shape[-1] + 1)], np.uint64)
+    return np.asarray((values * powers).sum(axis=-1, dtype=np.uint64))
 
 
 def _rows_per_band(threshold: float) -> int:
@@ -90,8 +96,7 @@ def _add_bands(
     for band in range(_NUM_HASHES // rows):
         part = np.ascontiguousarray(digests[:, band * rows : (band + 1) * rows])
         # Bands are compared by a hash of theirs; what agrees by chance is found out when signatures are compared.
-        powers = np.array([pow(0x9E3779B97F4A7C15, power, 2**64) for power in range(1, rows + 1)], np.uint64)
-        digest = (part.astype(np.uint64) * powers).sum(axis=1, dtype=np.uint64)
+        digest = _hash(part.astype(np.uint64))
         table = pa.table({"digest": digest, "id": ids})
         connection.register("found", table)
         connection.execute(f"insert into bands select {band}, digest, id from found")

@@ -191,7 +191,7 @@ def find_cuts(counts: dict[str, Counts], config: RefineConfig) -> Cuts:
         # Two more, for a group of which nothing is kept is cut off above all buckets.
         above = np.append(at_least[name], [0, 0])
         settled += min(max(int(above[bucket + 1]), floors[name]), ceilings[name])
-        floor_bucket = _bucket_of(above, floors[name]) if floors[name] else _NUM_BUCKETS
+        floor_bucket = _bucket_of(above, floors[name])
         ceiling_bucket = _bucket_of(above, ceilings[name]) if ceilings[name] < above[0] else _BOTTOM
         cut = min(floor_bucket, max(bucket, ceiling_bucket))
         groups[name] = Cut(cut, int(above[cut + 1]), floors[name], ceilings[name])
@@ -199,7 +199,10 @@ def find_cuts(counts: dict[str, Counts], config: RefineConfig) -> Cuts:
 
 
 def _bucket_of(above: NDArray[np.int64], rank: int) -> int:
-    """Return the bucket that holds the candidate of a rank, from 1; `above` counts those in or above each bucket."""
+    """Return the bucket that holds the candidate of a rank, from 1; for rank 0, one above all.
+
+    `above` counts the candidates in or above each bucket.
+    """
     return int(np.flatnonzero(above >= rank)[-1]) if rank else _NUM_BUCKETS
 
 
