@@ -40,7 +40,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
 
     device.seed(0)
     corpus = topics(folder, SEQ_LENGTH)
-    model_config, train = ModelConfig(), TrainConfig()
+    model_config, train = ModelConfig(), TrainConfig().resolve(SEQ_LENGTH)
     gpt = build_model(
         model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, LossKernels()
     )

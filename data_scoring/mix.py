@@ -37,7 +37,8 @@ def write_mix(
         connection.execute(f"copy ({query}) to {literal(temporary)} (format parquet, row_group_size {_ROW_GROUP})")
         count = int(pq.read_metadata(temporary).num_rows)
         if count == 0 and max_tokens is not None:
-            raise ValueError(f"refine.max_tokens: {max_tokens} is less than the mix's first sample has; raise it")
+            field = "train.max_tokens" if round_number == 1 else "refine.max_tokens"
+            raise ValueError(f"{field}: {max_tokens} is less than the mix's first sample has; raise it")
         if count == 0:
             raise ValueError(
                 f"refine: no sample is left to train round {round_number} on; `select reason, count(*) from selection "

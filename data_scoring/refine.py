@@ -55,12 +55,17 @@ def _refine_shard(draw: Draw, limits: Limits, shard: int, path: Path, fingerprin
             )
 
 
-def mix_all(path: Path, samples_path: Path, seed: int, round_number: int, config: RefineConfig = _PLAIN) -> int:
-    """Write the mix of every sample of the corpus whose source has joined to `path` and return their number."""
-    late = ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > round_number)
+def mix_all(
+    path: Path, samples_path: Path, seed: int, config: RefineConfig = _PLAIN, max_tokens: int | None = None
+) -> int:
+    """Write round 1's mix, of every sample whose source has joined, to `path` and return their number.
+
+    With `max_tokens` it ends before the sample that would exceed it.
+    """
+    late = ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > 1)
     where = f"where source not in ({late})" if late else ""
-    query = f"select shard, sample from read_parquet({literal(samples_path)}) {where}"
-    return write_mix(path, query, seed, round_number, memory_gb=config.memory_gb)
+    query = f"select shard, sample, num_tokens from read_parquet({literal(samples_path)}) {where}"
+    return write_mix(path, query, seed, 1, max_tokens, config.memory_gb)
 
 
 def mix_selection(path: Path, draw: Draw, samples_path: Path) -> int:

@@ -127,7 +127,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
-        check_layout(self.model, self.train, self.parallel)
+        check_layout(self.model, self.resolved_train, self.parallel)
         self._check_budget()
         names = [source.name for source in self.corpus.sources]
         for rule in self.refine.sources:
@@ -156,12 +156,21 @@ class RunConfig(Config):
             raise ValueError(
                 "score.budget: 'seen' knows nothing of a source that joins later (refine.sources); take another budget"
             )
+        if budget == "seen" and self.train.max_tokens is not None:
+            raise ValueError(
+                "score.budget: 'seen' knows nothing of what train.max_tokens leaves out; take another budget"
+            )
         prefix = prefix_of(budget)
         if prefix is not None and prefix < self.refine.min_tokens:
             raise ValueError(
                 f"score.budget: {budget!r} scores fewer tokens than refine.min_tokens {self.refine.min_tokens} asks "
                 "for; change one of them"
             )
+
+    @property
+    def resolved_train(self) -> TrainConfig:
+        """Return `train` with its batch in samples and its learning rates as numbers."""
+        return self.train.resolve(self.corpus.seq_length)
 
     @property
     def run_name(self) -> str:
@@ -247,7 +256,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(detail: Any) -> str:
-    location = [str(part) for part in detail["loc"]]
+    # What is in angle brackets tells apart the forms that a field may have, and is no part of its name.
+    location = [str(part) for part in detail["loc"] if not str(part).startswith("<")]
     field = ".".join(location)
     if detail["type"] == "extra_forbidden":
         known = _fields_of(location[:-1])
@@ -273,7 +283,9 @@ def _fields_of(location: list[str]) -> list[str]:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Return a line for each field in which `new` differs from `old` such that results would differ."""
-    before, after = flatten(old.model_dump()), flatten(new.model_dump())
+    before, after = (
+        flatten({**config.model_dump(), "train": config.resolved_train.model_dump()}) for config in (old, new)
+    )
     return [
         f"{name}: {before.get(name)!r} there, {after.get(name)!r} here"
         for name in sorted(before.keys() | after.keys())
@@ -305,8 +317,9 @@ def check_paths(config: RunConfig, allowed: list[Path]) -> None:
     check_path("output", config.output, allowed)
     if config.tokenizer.path is not None:
         check_path("tokenizer.path", config.tokenizer.path, allowed)
-    if config.refine.reference is not None:
-        check_path("refine.reference", config.refine.reference, allowed)
+    for field, path in (("refine.reference", config.refine.reference), ("model.start_from", config.model.start_from)):
+        if path is not None:
+            check_path(field, path, allowed)
     for number, source in enumerate(config.corpus.sources):
         # A hub name and a kind of Python's text are no paths.
         if source.format != "python" and (source.format != "datasets" or Path(source.path).exists()):

@@ -49,6 +49,9 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
         kind = ", ".join([_kind(field.annotation), *bounds])
         meaning = (field.description or "").replace("|", "\\|")
         yield f"| `{prefix}{name}` | {kind} | {_default(field)} | {meaning} |"
+        for form in map(_plain, get_args(field.annotation)):
+            if isinstance(form, type) and issubclass(form, BaseModel):
+                yield from _rows(form, f"{prefix}{name}.")
 
 
 def _inner(annotation: Any) -> tuple[type[BaseModel] | None, str]:
@@ -58,6 +61,11 @@ def _inner(annotation: Any) -> tuple[type[BaseModel] | None, str]:
     if get_origin(annotation) is tuple:
         return _inner(get_args(annotation)[0])[0], "[]"
     return None, ""
+
+
+def _plain(annotation: Any) -> Any:
+    """Return an annotation without what is annotated to it."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _kind(annotation: Any) -> str:

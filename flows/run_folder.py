@@ -21,6 +21,10 @@ from flows.config import RunConfig, differences, parse_config
 
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
 
+_NOT_IN_WEIGHTS = {"micro_batch_size", "loss_kernel", "validate_every_steps", "global_batch_tokens", "max_tokens"}
+# Fields that came after 0.3, with the value that leaves everything as it was: runs from before go on.
+_NEUTRAL = {"start_from": None}
+
 
 class RanksFailedError(RuntimeError):
     """Ranks ended without finishing their job, through no fault of the user's that they could name."""
@@ -66,16 +70,21 @@ class Run:
             else:
                 before = self.fingerprint("prepare")
                 late = sorted(rule.name for rule in config.refine.sources if rule.from_round > 1)
-                if late:
-                    before = fingerprint(before, late)
+                if late or config.train.max_tokens is not None:
+                    before = fingerprint(before, late, *filter(None, [config.train.max_tokens]))
             return fingerprint("mix", before, self.corpus().fingerprint, config.seed, round_number)
         if stage == "train":
-            train = config.train.model_dump(exclude={"micro_batch_size", "loss_kernel", "validate_every_steps"})
             # The mix stands for the round before too, whose weights this one starts from: it was scored with them.
-            return fingerprint("train", self.fingerprint("mix", round_number), config.model.model_dump(), train)
+            return fingerprint("train", self.fingerprint("mix", round_number), *self.training_inputs())
         assert stage == "score", stage
         budget = config.score.model_dump(include={"budget", "min_correlation", "calibration_samples"})
         return fingerprint("score", self.fingerprint("train", round_number), budget)
+
+    def training_inputs(self) -> list[dict[str, Any]]:
+        """Return what of the model's and training's configuration decides the weights that a round ends with."""
+        train = self.config.resolved_train.model_dump(exclude=_NOT_IN_WEIGHTS)
+        model = self.config.model.model_dump()
+        return [{name: value for name, value in model.items() if _NEUTRAL.get(name, ...) != value}, train]
 
     def refine_config(self, round_number: int) -> RefineConfig:
         """Return how a round is refined: as the configuration says, unless another way was approved."""

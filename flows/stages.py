@@ -24,6 +24,7 @@ from flows.report import write_report
 from flows.run_folder import Run
 from flows.scoring import check_losses, check_reference, score_round
 from flows.slurm import check_tools
+from trainer.checkpoint_folder import RECORD, find_damage
 from trainer.devices import check_count, check_layers, check_loss_kernel, resolve
 from trainer.jobs import TrainJob
 
@@ -41,6 +42,8 @@ def prepare(run: Run, progress: Progress) -> bool:
     check_vocabulary(config)
     if config.refine.policy == "excess":
         check_reference(config.refine)
+    if config.model.start_from is not None:
+        check_start(Path(config.model.start_from))
     if run.is_complete("prepare"):
         return False
     prepare_corpus(
@@ -76,6 +79,16 @@ def check_vocabulary(config: RunConfig) -> None:
         )
 
 
+def check_start(checkpoint: Path) -> None:
+    """Raise ValueError where there is no whole checkpoint for round 1 to start from."""
+    damage = find_damage(checkpoint) if (checkpoint / RECORD).is_file() else f"it has no {RECORD}"
+    if damage is not None:
+        raise ValueError(
+            f"model.start_from: {checkpoint} is no whole checkpoint ({damage}); give a step-… folder, such as those in "
+            "rounds/1/checkpoint of a run"
+        )
+
+
 def mix(run: Run, round_number: int, progress: Progress) -> bool:
     """Make the mix that a round trains on: everything in round 1, else what the round's selection keeps."""
     if run.is_complete("mix", round_number):
@@ -89,7 +102,7 @@ def mix(run: Run, round_number: int, progress: Progress) -> bool:
     with _completing(run, "mix", round_number):
         if round_number == 1:
             config, samples = run.config, run.corpus().samples_path
-            count = mix_all(folder / "mix.parquet", samples, config.seed, round_number, config.refine)
+            count = mix_all(folder / "mix.parquet", samples, config.seed, config.refine, config.train.max_tokens)
         else:
             _require(run, "refine", round_number)
             draw = _draw(run, round_number, run.refine_config(round_number))
@@ -103,7 +116,7 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
     if run.is_complete("train", round_number):
         return False
     _require(run, "mix", round_number)
-    start_from = None
+    start_from = None if run.config.model.start_from is None else Path(run.config.model.start_from).absolute()
     if round_number > 1:
         _require(run, "train", round_number - 1)
         start_from = final_checkpoint(run, round_number - 1)
@@ -117,7 +130,7 @@ def _train_job(run: Run, round_number: int, start_from: Path | None, fingerprint
     config = run.config
     return TrainJob(
         **job_fields(run, round_number, fingerprint),
-        train=config.train,
+        train=config.resolved_train,
         checkpoint=config.checkpoint,
         score=config.score,
         start_from=start_from,

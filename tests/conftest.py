@@ -101,7 +101,7 @@ class Ranks:
         folder = self.folder / name
         if not (folder / "mix.parquet").exists():
             if make_mix is None:
-                mix_all(folder / "mix.parquet", self.corpus.samples_path, 0, 1)
+                mix_all(folder / "mix.parquet", self.corpus.samples_path, 0)
             else:
                 make_mix(folder / "mix.parquet")
         self.launch(self.job(name, layout, start_from, checkpoint, train, model), name)

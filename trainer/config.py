@@ -1,8 +1,8 @@
 """What a user may set about the model, its training and its layout over devices."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from data_scoring.config import Config, LossKernel
 
@@ -25,6 +25,11 @@ class ModelConfig(Config):
     rotary_base: int = Field(default=10_000, ge=1, description="Base of the rotary position embedding.")
     norm_epsilon: float = Field(default=1e-5, gt=0, lt=1, description="Epsilon of RMSNorm.")
     init_std: float = Field(default=0.02, gt=0, lt=10, description="Standard deviation of the initial weights.")
+    start_from: str | None = Field(
+        default=None,
+        description="Checkpoint (a step-… folder) of a model of the same shape, whose weights round 1 starts from; "
+        "null: random ones.",
+    )
     layers: Literal["torch", "transformer_engine"] = Field(
         default="torch", description="What layers are built of; transformer_engine, on CUDA, has to be installed."
     )
@@ -63,13 +68,44 @@ class ModelConfig(Config):
         return self
 
 
+class ScaledLr(Config):
+    """A peak learning rate that follows the batch: (batch / base_tokens)^increment_rate x base_lr (the paper, 5)."""
+
+    rule: Literal["scaled"] = Field(default="scaled", description="What tells this form from a plain number.")
+    increment_rate: float = Field(default=0.5, ge=0, le=2, description="Exponent r of the batch's relative size.")
+    base_lr: float = Field(default=1e-4, gt=0, lt=10, description="Peak learning rate at a batch of base_tokens.")
+    base_tokens: int = Field(default=1_000_000, ge=1, description="Batch, in tokens, to which base_lr belongs.")
+
+    def at(self, batch_tokens: int) -> float:
+        """Return the peak learning rate for batches of `batch_tokens`."""
+        return float(self.base_lr * (batch_tokens / self.base_tokens) ** self.increment_rate)
+
+
 class TrainConfig(Config):
     """How a round is trained: AdamW, linear warm-up and cosine decay over the round."""
 
     global_batch_size: int = Field(default=16, ge=1, le=1_000_000, description="Samples an optimizer step.")
+    global_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens an optimizer step, in place of global_batch_size; a multiple of corpus.seq_length.",
+    )
     micro_batch_size: int = Field(default=2, ge=1, le=4096, description="Samples a forward pass takes at once.")
-    lr: float = Field(default=2e-3, gt=0, lt=10, description="Peak learning rate.")
-    min_lr: float = Field(default=2e-4, ge=0, lt=10, description="Learning rate at the end of a round.")
+    lr: Annotated[
+        Annotated[float, Field(gt=0, lt=10), Tag("<number>")] | Annotated[ScaledLr, Tag("<rule>")],
+        Discriminator(lambda value: "<rule>" if isinstance(value, dict | ScaledLr) else "<number>"),
+    ] = Field(
+        default=2e-3, description="Peak learning rate, or {rule: scaled, …}: one that follows the batch's tokens."
+    )
+    min_lr: float | None = Field(
+        default=None, ge=0, lt=10, description="Learning rate at the end of a round; null: a tenth of the peak."
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Predicted tokens that round 1 trains on at most, of samples drawn at random; null: everything. "
+        "Later rounds have refine.max_tokens.",
+    )
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of a round's steps that warm up.")
     weight_decay: float = Field(default=0.1, ge=0, lt=10, description="AdamW's decoupled weight decay.")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
@@ -89,9 +125,33 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check_rates(self) -> "TrainConfig":
-        if self.min_lr > self.lr:
+        if self.min_lr is not None and isinstance(self.lr, float) and self.min_lr > self.lr:
             raise ValueError(f"min_lr: {self.min_lr} is above lr {self.lr}; lower it")
         return self
+
+    def resolve(self, seq_length: int) -> "TrainConfig":
+        """Return the same with numbers for what follows from others: batch in samples, learning rates.
+
+        Raises ValueError where the batch is no whole number of samples of `seq_length` tokens.
+        """
+        batch_size = self.global_batch_size
+        if self.global_batch_tokens is not None:
+            batch_size, rest = divmod(self.global_batch_tokens, seq_length)
+            if rest or not batch_size:
+                raise ValueError(
+                    f"train.global_batch_tokens: {self.global_batch_tokens} is no multiple of corpus.seq_length "
+                    f"{seq_length}; take {max(1, round(self.global_batch_tokens / seq_length)) * seq_length}"
+                )
+        lr = self.lr.at(batch_size * seq_length) if isinstance(self.lr, ScaledLr) else self.lr
+        min_lr = lr / 10 if self.min_lr is None else self.min_lr
+        if not min_lr <= lr < 10:
+            raise ValueError(
+                f"train.lr: batches of {batch_size * seq_length} tokens make it {lr:.3g}, which is not between min_lr "
+                f"{min_lr:.3g} and 10; change increment_rate, base_lr or the batch"
+            )
+        return self.model_copy(
+            update={"global_batch_size": batch_size, "global_batch_tokens": None, "lr": lr, "min_lr": min_lr}
+        )
 
 
 class ParallelConfig(Config):
@@ -120,7 +180,7 @@ class CheckpointConfig(Config):
 
 
 def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig) -> None:
-    """Raise ValueError where `parallel` does not divide the model's heads or layers, or the batch."""
+    """Raise ValueError where `parallel` divides neither heads nor layers of the model, or not the batch of `train`."""
     groups = model.num_query_groups or model.num_attention_heads
     for count, name in (
         (model.num_attention_heads, "model.num_attention_heads"),

@@ -141,8 +141,24 @@ def test_the_first_mix_has_no_source_that_joins_later(tmp_path: Path) -> None:
     columns = {"shard": [0, 0, 1, 1], "sample": [0, 1, 0, 1], "source": ["a", "b", "a", "b"], "num_tokens": [9] * 4}
     write_parquet(tmp_path / "samples.parquet", pa.table(columns), "prepared")
     config = RefineConfig(sources=(SourceRule(name="b", from_round=2),))
-    assert mix_all(tmp_path / "mix.parquet", tmp_path / "samples.parquet", 7, 1, config) == 2
+    assert mix_all(tmp_path / "mix.parquet", tmp_path / "samples.parquet", 7, config) == 2
     assert read_rows(tmp_path / "mix.parquet", "shard", "sample") == [(0, 0), (1, 0)]
+
+
+def test_the_first_mix_ends_at_its_tokens(tmp_path: Path) -> None:
+    lengths = pa.table({"shard": [0] * 6, "sample": range(6), "num_tokens": [10, 11, 12, 13, 14, 15]})
+    write_parquet(tmp_path / "samples.parquet", lengths, "prepared")
+
+    def order(max_tokens: int | None) -> list[int]:
+        count = mix_all(tmp_path / "mix.parquet", tmp_path / "samples.parquet", 7, max_tokens=max_tokens)
+        return Mix(tmp_path / "mix.parquet").read(0, count)[1].tolist()
+
+    first, second, *_ = whole = order(None)
+    assert sorted(whole) == list(range(6))
+    assert order(10 + first + 10 + second) == [first, second]
+    assert order(10 + first + 10 + second - 1) == [first]
+    with pytest.raises(ValueError, match=r"train\.max_tokens: 3 is less than the mix's first sample has"):
+        order(3)
 
 
 def test_missing_and_incomplete_losses_are_named(tmp_path: Path) -> None:

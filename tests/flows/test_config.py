@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_scoring.files import fingerprint
 from flows.cli import main
 from flows.config import LaunchConfig, RunConfig, check_paths, differences, flatten, parse_config, read_config
 from flows.config_docs import PATH, page
+from flows.run_folder import Run
 
 VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}}
 
@@ -30,6 +32,11 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["parallel.tensor=3"], "parallel.tensor: 3 does not divide model.num_attention_heads 4; choose a divisor"),
         ("", ["parallel.pipeline=3"], "parallel.pipeline: 3 does not divide model.num_layers 4; choose a divisor"),
         ("", ["parallel.data=3"], "train.global_batch_size: 16 is no multiple of train.micro_batch_size 2 x"),
+        ("", ["train.lr=fast"], "train.lr: input should be a valid number"),
+        ("", ["train.lr={rule: scaled, increment_rat: 1}"], "train.lr.increment_rat: unknown field; did you mean incr"),
+        ("", ["train.global_batch_tokens=4000"], "train.global_batch_tokens: 4000 is no multiple of corpus.seq_length"),
+        ("", ["train.lr={rule: scaled}", "train.min_lr=0.01"], "make it 6.4e-06, which is not between min_lr 0.01"),
+        ("", ["score.budget=seen", "train.max_tokens=9"], "score.budget: 'seen' knows nothing of what train.max_tok"),
         ("name: [", [], "not valid YAML"),
         ("- a", [], "holds no configuration"),
         ("", ['output="a\\nb"'], "output: string should match pattern"),
@@ -75,7 +82,29 @@ def test_only_what_changes_results_is_a_difference() -> None:
     layout |= {"train": {"micro_batch_size": 1, "loss_kernel": "chunked"}, "score": {"loss_kernel": "reference"}}
     assert differences(old, parse_config({**VALUES, **layout}, "x")) == []
     changed = parse_config({**VALUES, "seed": 3, "train": {"lr": 0.01}}, "x")
-    assert differences(old, changed) == ["seed: 0 there, 3 here", "train.lr: 0.002 there, 0.01 here"]
+    assert differences(old, changed) == [
+        "seed: 0 there, 3 here",
+        "train.lr: 0.002 there, 0.01 here",
+        "train.min_lr: 0.0002 there, 0.001 here",
+    ]
+
+
+def test_a_run_of_an_earlier_version_is_not_trained_again() -> None:
+    """0.3.0 gave these sections of the default configuration this fingerprint."""
+    run = Run(parse_config(VALUES, "x"), Path("nowhere"))
+    assert fingerprint("train", *run.training_inputs()) == "c4a951c939500a77"
+    another = Run(parse_config({**VALUES, "model": {"start_from": "x"}}, "x"), Path("nowhere"))
+    assert fingerprint("train", *another.training_inputs()) != "c4a951c939500a77"
+
+
+def test_a_scaled_rate_follows_the_batch() -> None:
+    """(batch / base)^r x base rate, at 64 samples of 256 tokens; a tenth of it at the end."""
+    for rate, expected in ((1.0, 1e-4 * 0.016384), (0.5, 1e-4 * 0.128), (0.0, 1e-4)):
+        values = {"lr": {"rule": "scaled", "increment_rate": rate}, "global_batch_tokens": 64 * 256}
+        train = parse_config({**VALUES, "train": values}, "x").resolved_train
+        assert train.global_batch_size == 64
+        assert train.lr == pytest.approx(expected, rel=1e-12)
+        assert train.min_lr == pytest.approx(expected / 10, rel=1e-12)
 
 
 def test_every_field_is_described() -> None:
