@@ -60,16 +60,20 @@ class PlainModel(nn.Module):
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
 
     def forward(self, tokens_bs: Tensor, labels_bs: Tensor) -> Tensor:
+        logits_bsv = self.logits(tokens_bs)
+        return F.cross_entropy(logits_bsv.flatten(0, 1).float(), labels_bs.flatten(), reduction="none").view_as(
+            labels_bs
+        )
+
+    def logits(self, tokens_bs: Tensor) -> Tensor:
         channels = self.config.hidden_size // self.config.num_attention_heads
         frequencies = self.config.rotary_base ** -(torch.arange(0, channels, 2).float() / channels)
         angles = torch.outer(torch.arange(tokens_bs.shape[1]).float(), frequencies).repeat(1, 2)
         x_bsh = self.embedding(tokens_bs)
         for layer in self.layers:
             x_bsh = layer(x_bsh, angles.cos(), angles.sin())
-        logits_bsv = self.head(self.norm(x_bsh))
-        return F.cross_entropy(logits_bsv.flatten(0, 1).float(), labels_bs.flatten(), reduction="none").view_as(
-            labels_bs
-        )
+        logits_bsv: Tensor = self.head(self.norm(x_bsh))
+        return logits_bsv
 
 
 def load_megatron_weights(model: PlainModel, tensors: dict[str, Tensor]) -> None:

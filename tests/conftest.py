@@ -1,5 +1,6 @@
 """What tests share: a tiny corpus, and jobs run on real ranks."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from data_scoring.refine import mix_all
 from flows.launch import launch
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
-from trainer.jobs import CalibrateJob, Job, ScoreJob, TrainJob
+from trainer.jobs import CalibrateJob, GenerateJob, Job, ScoreJob, TrainJob
 
 TINY_MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64)
 TINY_TRAIN = TrainConfig(global_batch_size=8, micro_batch_size=2, lr=1e-2, min_lr=1e-3, validate_every_steps=1000)
@@ -143,6 +144,14 @@ class Ranks:
         job = CalibrateJob(**common, score=score, weights=weights, origin=ORIGIN, round_number=1)
         self.launch(job, f"calibrate-{name}")
         return folder
+
+    def generate(self, name: str, weights: Path, layout: tuple[int, int, int]) -> dict[str, Any]:
+        """Generate 30 tokens for each of 3 random prompts and return what generation.json says."""
+        folder = self.folder / name
+        folder.mkdir()
+        common = self._common(folder, layout, TINY_MODEL)
+        self.launch(GenerateJob(**common, weights=weights, batch_size=3, num_new_tokens=30), f"generate-{name}")
+        return dict(json.loads((folder / "generation.json").read_text()))
 
     def launch(self, job: Job, name: str) -> None:
         """Run `job` to its end."""

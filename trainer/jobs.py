@@ -56,4 +56,14 @@ class CalibrateJob(Job):
     round_number: int = Field(description="Number of the round, which decides with the seed what is drawn.")
 
 
-AnyJob = Annotated[TrainJob | ScoreJob | CalibrateJob, Field(discriminator="kind")]
+class GenerateJob(Job):
+    """Measure how fast the model of `checkpoint` generates, into the round's generation.json."""
+
+    kind: Literal["generate"] = "generate"
+    weights: Path = Field(description="Checkpoint that generates.")
+    batch_size: int = Field(default=20, description="Sequences generated at once.")
+    num_prompt_tokens: int = Field(default=2, description="Tokens each starts with, drawn at random.")
+    num_new_tokens: int = Field(default=510, description="Tokens each goes on for.")
+
+
+AnyJob = Annotated[TrainJob | ScoreJob | CalibrateJob | GenerateJob, Field(discriminator="kind")]

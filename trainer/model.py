@@ -37,13 +37,16 @@ class ScaledDotProductAttention(MegatronModule):
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any) -> Tensor:
-        """Return the attention's output, [seq, batch, heads x channels], from [seq, batch, heads, channels] inputs."""
+        """Return the attention's output, [seq, batch, heads x channels], from [seq, batch, heads, channels] inputs.
+
+        A single query is the last position, which sees all keys.
+        """
         query_bhsd, key_bhsd, value_bhsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         out_bhsd = F.scaled_dot_product_attention(
             query_bhsd,
             key_bhsd,
             value_bhsd,
-            is_causal=True,
+            is_causal=query.shape[0] > 1,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )

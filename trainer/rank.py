@@ -14,18 +14,18 @@ from pydantic import TypeAdapter
 
 from data_scoring.calibration import calibrate, candidate_prefixes, draw_calibration_set
 from data_scoring.corpus import Corpus
-from data_scoring.files import explain
+from data_scoring.files import explain, write_json
 from data_scoring.progress import ProgressFile, silent
 from data_scoring.scoring import LossFiles, score_shards
 from trainer.devices import Device, initialise, resolve_precision
-from trainer.jobs import AnyJob, CalibrateJob, Job, ScoreJob, TrainJob
+from trainer.jobs import AnyJob, CalibrateJob, GenerateJob, Job, ScoreJob, TrainJob
 from trainer.pickles import allow_plain_pickles_only
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
 
 def main(job_path: Path) -> None:
     """Do the job that `job_path` describes, as one of its ranks."""
-    job: TrainJob | ScoreJob | CalibrateJob = TypeAdapter(AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
+    job: AnyJob = TypeAdapter(AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
     allow_plain_pickles_only()
     end_with_launcher(job)
     stop = StopRequest()
@@ -40,7 +40,7 @@ def main(job_path: Path) -> None:
         raise
 
 
-def _run(job: TrainJob | ScoreJob | CalibrateJob, stop: StopRequest) -> None:
+def _run(job: AnyJob, stop: StopRequest) -> None:
     device = initialise(job.device, int(os.environ["LOCAL_RANK"]))
     # Nothing of Megatron may be imported before the device is initialised.
     from trainer.checkpoint import load_weights
@@ -51,14 +51,20 @@ def _run(job: TrainJob | ScoreJob | CalibrateJob, stop: StopRequest) -> None:
     corpus = Corpus(job.corpus)
     bf16 = resolve_precision(job.precision, device.kind) == "bfloat16"
     vocab_size = job.model.vocab_size or corpus.vocab_size
-    kernels = LossKernels((job.train if isinstance(job, TrainJob) else job.score).loss_kernel, job.score.loss_kernel)
+    kernels = LossKernels()
+    if not isinstance(job, GenerateJob):
+        training = (job.train if isinstance(job, TrainJob) else job.score).loss_kernel
+        kernels = LossKernels(training, job.score.loss_kernel)
     model = build_model(job.model, vocab_size, corpus.seq_length, job.parallel, device.torch_device, bf16, kernels)
     if isinstance(job, TrainJob):
         train_round(job, corpus, model, bf16, stop)
     else:
         load_weights(job.weights, model)
         model.eval()
-        _score(job, corpus, model)
+        if isinstance(job, GenerateJob):
+            _generate(job, corpus, model)
+        else:
+            _score(job, corpus, model)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -77,6 +83,19 @@ def _score(job: ScoreJob | CalibrateJob, corpus: Corpus, model: torch.nn.Module)
     longest = job.prefix or corpus.seq_length
     files = LossFiles(job.round_folder, corpus, longest, job.fingerprint, job.origin)
     score_shards(corpus, ModelScorer(model, corpus, size, (longest,)), files, progress)
+
+
+def _generate(job: GenerateJob, corpus: Corpus, model: torch.nn.Module) -> None:
+    from trainer.generate import measure_generation
+    from trainer.score import is_writer
+
+    measured = measure_generation(
+        model, job.batch_size, job.num_prompt_tokens, job.num_new_tokens, corpus.vocab_size, job.seed
+    )
+    if is_writer():
+        numbers = job.model_dump(include={"fingerprint", "batch_size", "num_prompt_tokens", "num_new_tokens", "device"})
+        layout = {"parallel": job.parallel.model_dump()}
+        write_json(job.round_folder / "generation.json", {**numbers, **layout, **measured})
 
 
 def _initialise_parallel(job: Job, device: Device) -> None:

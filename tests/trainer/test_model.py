@@ -11,10 +11,15 @@ from tests.conftest import TINY_MODEL, Ranks, read_rows
 from trainer.checkpoint_folder import list_checkpoints
 
 
-def plain_losses(ranks: Ranks, checkpoint: Path, shard: int, longest: int = 1_000) -> list[float]:
+def plain_model(checkpoint: Path) -> PlainModel:
     tensors = read_checkpoint(checkpoint)
     model = PlainModel(TINY_MODEL, len(tensors["output_layer.weight"])).eval()
     load_megatron_weights(model, tensors)
+    return model
+
+
+def plain_losses(ranks: Ranks, checkpoint: Path, shard: int, longest: int = 1_000) -> list[float]:
+    model = plain_model(checkpoint)
     count = ranks.corpus.num_samples(shard)
     batch = ranks.corpus.read(np.full(count, shard), np.arange(count))
     tokens = torch.from_numpy(batch.tokens)
@@ -45,6 +50,21 @@ def test_a_calibration_s_losses_equal_plain_torch(ranks: Ranks, trained: Path) -
         for name, longest in (("prefix:4", 4), ("prefix:8", 8), ("prefix:16", 16), ("loss", 32)):
             expected = plain_losses(ranks, checkpoint, shard, longest)
             np.testing.assert_allclose(rows[name], expected, atol=1e-4)
+
+
+def test_generation_takes_the_most_probable_token_each_time(ranks: Ranks, trained: Path) -> None:
+    """On four ranks, with a cache; the plain model has none and computes the whole sequence anew."""
+    checkpoint = list_checkpoints(trained / "checkpoint")[-1]
+    measured = ranks.generate("generated", checkpoint, (2, 2, 1))
+    assert measured["tokens_per_second"] > 0
+    tokens = torch.tensor([measured["first_sequence"]])
+    assert tokens.shape == (1, 32)
+    assert len(set(tokens[0, 2:].tolist())) > 3, "a model that repeats one token would hide a wrong position"
+    model = plain_model(checkpoint)
+    with torch.no_grad():
+        logits = model.logits(tokens[:, :-1])[0, 1:, : ranks.corpus.vocab_size]
+    taken = logits.gather(1, tokens[0, 2:, None])[:, 0]
+    torch.testing.assert_close(taken, logits.max(dim=1).values, atol=1e-4, rtol=0)
 
 
 def test_training_has_learned(trained: Path) -> None:
