@@ -8,6 +8,7 @@ import duckdb
 import yaml
 
 from data_scoring.files import writing
+from flows.config import RunConfig
 from flows.plots import Plot, forgetting_curve, kept_by_source, loss_curves, render, selection_histograms
 from flows.run_folder import Run
 from flows.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
@@ -55,6 +56,7 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
         f'<p class="lead">{tokens:,} training tokens from {len(sources)} sources in {config.corpus.num_shards} shards; '
         f"{config.rounds.num_rounds} rounds, policy {config.refine.policy}, sampling rate "
         f"{config.refine.sampling_rate:g}, temperature {config.refine.draw_temperature:g}.</p>",
+        f'<p class="lead">{_model(config, int(manifest["vocab_size"]))}</p>',
         "<h2>Rounds</h2>",
         _table(
             ledger,
@@ -79,6 +81,20 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
         f"<pre>{html.escape(yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False))}</pre>",
     ]
     return sections
+
+
+def _model(config: RunConfig, vocab_size: int) -> str:
+    """Return a sentence about the model and its training, in HTML."""
+    model, train = config.model, config.resolved_train
+    vocab_size = model.vocab_size or vocab_size
+    parameters = model.num_parameters(vocab_size)
+    start = "random weights" if model.start_from is None else f"<code>{html.escape(model.start_from)}</code>"
+    share = 2 * vocab_size * model.hidden_size / parameters
+    return (
+        f"{parameters / 1e6:,.1f} M parameters: {model.num_layers} layers of width {model.hidden_size}, a vocabulary "
+        f"of {vocab_size:,}, whose embedding and head are {share:.0%} of them. Trained from {start}, in batches of "
+        f"{train.global_batch_size * config.corpus.seq_length:,} tokens, at a learning rate of up to {train.lr:.3g}."
+    )
 
 
 def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
