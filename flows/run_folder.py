@@ -21,7 +21,14 @@ from flows.config import RunConfig, differences, parse_config
 
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
 
-_NOT_IN_WEIGHTS = {"micro_batch_size", "loss_kernel", "validate_every_steps", "global_batch_tokens", "max_tokens"}
+_NOT_IN_WEIGHTS = {
+    "micro_batch_size",
+    "loss_kernel",
+    "activation_kernel",
+    "validate_every_steps",
+    "global_batch_tokens",
+    "max_tokens",
+}
 # Fields that came after 0.3, with the value that leaves everything as it was: runs from before go on.
 _NEUTRAL = {"start_from": None}
 
