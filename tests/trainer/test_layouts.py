@@ -44,6 +44,12 @@ def assert_same_training(folder: Path, reference: Path) -> None:
         )
     norms, expected_norms = (read_rows(place / "steps.parquet", "step", "grad_norm") for place in (folder, reference))
     np.testing.assert_allclose(norms, expected_norms, rtol=1e-4)
+    weights, expected_weights = (
+        read_checkpoint(list_checkpoints(place / "checkpoint")[-1]) for place in (folder, reference)
+    )
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in weights.items():
+        print(name, np.abs(weight - expected_weights[name]).max())
 
 
 def test_one_rank_sees_every_sample_of_the_mix_once(reference: Path) -> None:
