@@ -49,7 +49,8 @@ def assert_same_training(folder: Path, reference: Path) -> None:
     )
     assert weights.keys() == expected_weights.keys()
     for name, weight in weights.items():
-        print(name, np.abs(weight - expected_weights[name]).max())
+        # Adam goes 0.01 a step however small the gradient: where that is all but zero, rounding is not far from it.
+        np.testing.assert_allclose(weight, expected_weights[name], atol=1e-3, err_msg=name)
 
 
 def test_one_rank_sees_every_sample_of_the_mix_once(reference: Path) -> None:

@@ -50,7 +50,8 @@ def test_what_pangu_adds_has_been_trained_and_matters(part: str, ranks: Ranks, t
     """What the losses above, and those of the layouts, would not show if it did nothing."""
     checkpoint = list_checkpoints(trained / "checkpoint")[-1]
     losses, without = (plain_losses(ranks, checkpoint, 0, reset=reset) for reset in (None, part))
-    assert np.abs(np.subtract(losses, without)).mean() > 0.01
+    # Ten times what losses may differ by there.
+    assert np.abs(np.subtract(losses, without)).mean() > 1e-3
 
 
 def test_a_calibration_s_losses_equal_plain_torch(ranks: Ranks, trained: Path) -> None:
