@@ -1,4 +1,4 @@
-"""The series informed activation of a gated feed-forward layer (Wang et al. 2023, arXiv 2312.17276, section 4).
+"""The series informed activation of a gated feed-forward layer (Wang et al. 2023, arXiv 2312.17276).
 
 Shapes: n tokens, c channels, t terms.
 """

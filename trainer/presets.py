@@ -19,8 +19,8 @@ def _fields(hidden_size: int, num_layers: int, num_attention_heads: int, vocab_s
     }
 
 
-# The first three are table 1 of "Rethinking Optimization and Architecture for Tiny Language Models"; llama-7b is
-# LLaMA's. Models without a vocabulary take the tokenizer's.
+# The first three are those of "Rethinking Optimization and Architecture for Tiny Language Models"; llama-7b is LLaMA's.
+# Models without a vocabulary take the tokenizer's.
 PRESETS: dict[str, dict[str, Any]] = {
     "pangu-pi-1b": {**_fields(2048, 12, 16, 100_883), **_ADDITIONS},
     "pangu-pi-1b-pro": {**_fields(1792, 21, 14, 48_000), **_ADDITIONS},

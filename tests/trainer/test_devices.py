@@ -85,6 +85,8 @@ def test_kernels_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -
         ValueError, match=r"score.loss_kernel: 'triton' was requested but the device is cpu; use a CUDA"
     ):
         check_kernel("score.loss_kernel", "triton", "cpu", "chunked")
+    with pytest.raises(ValueError, match=r"use a CUDA device, or set train.activation_kernel: reference$"):
+        check_kernel("train.activation_kernel", "triton", "cpu", "reference")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"train.loss_kernel: 'triton' .* not installed; install it with pip install"):
         check_kernel("train.loss_kernel", "triton", "cuda", "chunked")
