@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A tile of 4096 elements: at 8 warps 16 registers a thread for each of the seven tensors of the backward pass.
-_BLOCK_N = 64
+# Tiles small enough for two programs to fit into the registers of an H100's multiprocessor, and large enough for the sums
+# of their gradients, which are written too, to be little beside the inputs.
+_BLOCK_N = 32
 _BLOCK_C = 64
 _NUM_WARPS = 8
 

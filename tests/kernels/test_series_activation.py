@@ -13,7 +13,7 @@ from trainer import config
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
-# Leading dimensions, channels, terms; tiles are of 64 tokens and 64 channels.
+# Leading dimensions, channels, terms; tiles are of 32 tokens and 64 channels.
 SHAPES = [((5, 3), 7, 1), ((65, 2), 70, 2), ((1,), 129, 3), ((200,), 64, 4)]
 # A kernel may be as far from float64 as the reference in the same dtype, and one rounding further.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}

@@ -110,10 +110,15 @@ class _Models:
         return {name: parameter.detach() for name, parameter in self.build(model).named_parameters()}
 
     def logits(self, model: ModelConfig) -> Tensor:
-        """Return what a model gives before it has learned anything."""
-        tokens = _tokens()[:, :-1]
+        """Return what a model gives before it has learned anything, having checked that it keeps nothing for later."""
+        tokens, gpt = _tokens()[:, :-1], self.build(model)
+        keeps_graph: list[bool] = []
+        for layer in gpt.decoder.layers:
+            layer.register_forward_hook(lambda _layer, _inputs, output: keeps_graph.append(output[0].requires_grad))
         with torch.no_grad():
-            return self.build(model)(input_ids=tokens, position_ids=_positions(tokens), attention_mask=None)
+            logits = gpt(input_ids=tokens, position_ids=_positions(tokens), attention_mask=None)
+        assert keeps_graph == [False] * model.num_layers
+        return logits
 
     def passed(self, model: ModelConfig) -> tuple[Any, Tensor]:
         """Return a model of its own for each rank, its gradients computed, and its losses.
