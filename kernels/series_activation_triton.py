@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tiles small enough for two programs to fit into the registers of an H100's multiprocessor, and large enough for the sums
-# of their gradients, which are written too, to be little beside the inputs.
+# Tiles small enough for two programs to fit into the registers of an H100's multiprocessor, and large enough for the
+# sums of their gradients, which are written too, to be little beside the inputs.
 _BLOCK_N = 32
 _BLOCK_C = 64
 _NUM_WARPS = 8
