@@ -65,11 +65,11 @@ def _scoring(corpus: Corpus) -> list[dict[str, Any]]:
 def _reprise(corpus: Corpus) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Tensor]]:
     """Return what scores samples as scoring jobs do, and the model's weights."""
     device = single_rank()
-    from trainer.model import LossKernels, build_model
+    from trainer.model import Kernels, build_model
     from trainer.score import ModelScorer
 
     device.seed(0)
-    gpt = build_model(MODEL, VOCAB_SIZE, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, LossKernels()).eval()
+    gpt = build_model(MODEL, VOCAB_SIZE, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, Kernels()).eval()
     scorer = ModelScorer(gpt, corpus, BATCH)
 
     def score(samples: np.ndarray) -> np.ndarray:

@@ -25,6 +25,14 @@ class PlainLayer(nn.Module):
         self.gate = nn.Linear(hidden, config.ffn_size, bias=False)
         self.up = nn.Linear(hidden, config.ffn_size, bias=False)
         self.down = nn.Linear(config.ffn_size, hidden, bias=False)
+        self.config = config
+        if config.activation_terms > 1:
+            width = config.ffn_size if config.activation_scales == "channel" else 1
+            self.scale = nn.Parameter(torch.zeros(config.activation_terms, width))
+            self.offset = nn.Parameter(torch.zeros(config.activation_terms, width))
+        if config.shortcut_reduction is not None:
+            self.shortcut_down = nn.Linear(hidden, hidden // config.shortcut_reduction, bias=False)
+            self.shortcut_up = nn.Linear(hidden // config.shortcut_reduction, hidden, bias=False)
 
     def forward(self, x_bsh: Tensor, cos_sc: Tensor, sin_sc: Tensor) -> Tensor:
         batch, seq, hidden = x_bsh.shape
@@ -38,9 +46,23 @@ class PlainLayer(nn.Module):
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x_bsh = x_bsh + self.out(attended.transpose(1, 2).reshape(batch, seq, hidden))
+        shortcut = self.shortcut(x_bsh)
+        x_bsh = x_bsh + self.out(attended.transpose(1, 2).reshape(batch, seq, hidden)) + shortcut
         normed = self.ffn_norm(x_bsh)
-        return x_bsh + self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return x_bsh + self.down(self.activate(self.gate(normed)) * self.up(normed))
+
+    def activate(self, gate: Tensor) -> Tensor:
+        if self.config.activation_terms == 1:
+            return gate * torch.sigmoid(gate)
+        z_t = gate[..., None, :] * self.scale + self.offset
+        return (z_t * torch.sigmoid(z_t)).sum(dim=-2)
+
+    def shortcut(self, x_bsh: Tensor) -> Tensor | float:
+        if self.config.shortcut_reduction is None:
+            return 0.0
+        if self.config.shortcut_input == "normalised":
+            x_bsh = x_bsh / (x_bsh.square().mean(dim=-1, keepdim=True) + self.config.norm_epsilon).sqrt()
+        return self.shortcut_up(F.gelu(self.shortcut_down(x_bsh)))
 
 
 def rotate(x_bnsc: Tensor, cos_sc: Tensor, sin_sc: Tensor) -> Tensor:
@@ -76,6 +98,15 @@ class PlainModel(nn.Module):
         return logits_bsv
 
 
+# Names in this model's layers, and in a Megatron checkpoint.
+_ADDITIONS = {
+    "scale": "mlp.activation_func.scale",
+    "offset": "mlp.activation_func.offset",
+    "shortcut_down.weight": "self_attn_bda.down",
+    "shortcut_up.weight": "self_attn_bda.up",
+}
+
+
 def load_megatron_weights(model: PlainModel, tensors: dict[str, Tensor]) -> None:
     """Fill `model` from a Megatron checkpoint's global tensors, whose layers are stacked along the first axis."""
     config = model.config
@@ -106,6 +137,9 @@ def load_megatron_weights(model: PlainModel, tensors: dict[str, Tensor]) -> None
             f"{prefix}.up.weight": up,
             f"{prefix}.down.weight": tensors["decoder.layers.mlp.linear_fc2.weight"][layer],
         }
+        for name, part in _ADDITIONS.items():
+            if f"decoder.layers.{part}" in tensors:
+                state[f"{prefix}.{name}"] = tensors[f"decoder.layers.{part}"][layer]
     model.load_state_dict(state)
 
 
@@ -137,11 +171,13 @@ def stacked_weights(gpt: nn.Module, num_layers: int) -> dict[str, Tensor]:
         "mlp.linear_fc2.weight": "mlp.linear_fc2.weight",
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
         "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+        **{part: part for part in _ADDITIONS.values()},
     }
     stacked = {
         f"decoder.layers.{name}": torch.stack(
             [weights[f"decoder.layers.{layer}.{part}"] for layer in range(num_layers)]
         )
         for name, part in parts.items()
+        if f"decoder.layers.0.{part}" in weights
     }
     return {**weights, **stacked}

@@ -34,7 +34,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     """Return training against a plain torch loop, and scoring against training, of the demo's model on one rank."""
     device = single_rank()
     from trainer.forward import read_microbatches, run_schedule
-    from trainer.model import LossKernels, build_model, padded_vocab_size
+    from trainer.model import Kernels, build_model, padded_vocab_size
     from trainer.score import ModelScorer
     from trainer.train import make_state
 
@@ -42,7 +42,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     corpus = topics(folder, SEQ_LENGTH)
     model_config, train = ModelConfig(), TrainConfig().resolve(SEQ_LENGTH)
     gpt = build_model(
-        model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, LossKernels()
+        model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, Kernels()
     )
     plain = PlainModel(model_config, padded_vocab_size(corpus.vocab_size))
     load_megatron_weights(plain, stacked_weights(gpt, model_config.num_layers))

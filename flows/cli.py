@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.files import explain
 from flows.config import RunConfig, override, read_config
+from flows.model_commands import add_model
 from flows.run_folder import RanksFailedError, Run, locked, open_run, read_run
 from flows.status import read_status
 
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what this machine has, and what it lacks for a configuration")
     doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML configuration")
     doctor.set_defaults(command=_doctor)
+    add_model(commands)
     _add_compare(commands.add_parser("compare", help="train arms that differ in one thing, and say what it is worth"))
     status = commands.add_parser("status", help="say what of a run is done, running or failed")
     status.add_argument("run", type=Path, metavar="RUN", help="run folder")

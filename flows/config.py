@@ -127,7 +127,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
-        check_layout(self.model, self.resolved_train, self.parallel)
+        check_layout(self.model, self.resolved_train, self.parallel, self.corpus.seq_length)
         self._check_budget()
         names = [source.name for source in self.corpus.sources]
         for rule in self.refine.sources:
@@ -190,7 +190,7 @@ class RunConfig(Config):
 _FREE = (
     "name", "output", "device", "parallel", "launch", "checkpoint", "rounds", "refine.memory_gb",
     "score.micro_batch_size", "score.loss_kernel", "train.micro_batch_size", "train.loss_kernel",
-    "train.validate_every_steps",
+    "train.activation_kernel", "train.validate_every_steps", "model.preset",
 )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ field is an error. A field can be overridden on the command line: `--set refine.
 
 A file has to name its run (`name`) and its sources (`corpus`); their defaults are for trying the deployment out.
 A run that goes on may change `device`, `parallel`, `launch`, `checkpoint`, `rounds`, `score.micro_batch_size`,
-`score.loss_kernel`, `train.micro_batch_size`, `train.loss_kernel` and `train.validate_every_steps`; any other change
-needs another `name`.
+`score.loss_kernel`, `train.micro_batch_size`, `train.loss_kernel`, `train.activation_kernel` and
+`train.validate_every_steps`, and a preset's name where its fields are the same; any other change needs another `name`.
 
 | Field | Type and bounds | Default | Meaning |
 |---|---|---|---|

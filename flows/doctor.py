@@ -16,7 +16,7 @@ from data_scoring.sources import check_source
 from flows.config import RunConfig
 from flows.run_folder import package_versions
 from flows.slurm import check_tools
-from flows.stages import check_loss_kernels, check_vocabulary
+from flows.stages import check_kernels, check_vocabulary
 from flows.torchrun import local_address
 from trainer.devices import check_count, check_layers, describe_devices, free_memory, resolve
 
@@ -81,8 +81,9 @@ def _run(config: RunConfig) -> Iterator[Finding]:
     yield _checked(f"{ranks} processes on {config.launch.nodes} hosts", lambda: _check_ranks(config, here))
     yield _checked(f"model.layers {config.model.layers}", lambda: check_layers(config.model.layers))
     yield _checked(
-        f"train.loss_kernel {config.train.loss_kernel}, score.loss_kernel {config.score.loss_kernel}",
-        lambda: check_loss_kernels(config),
+        f"train.loss_kernel {config.train.loss_kernel}, train.activation_kernel {config.train.activation_kernel}, "
+        f"score.loss_kernel {config.score.loss_kernel}",
+        lambda: check_kernels(config),
     )
     yield _checked("tokenizer and vocabulary", lambda: check_vocabulary(config))
     for source in config.corpus.sources:

@@ -24,6 +24,7 @@ def job_fields(run: Run, round_number: int, fingerprint: str) -> dict[str, Any]:
         "parallel": config.parallel,
         "device": device_kind(config),
         "precision": config.train.precision,
+        "activation_kernel": config.train.activation_kernel,
         "seed": config.seed,
         "fingerprint": fingerprint,
         "progress": run.folder / "logs" / "progress.json",

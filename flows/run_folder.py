@@ -21,9 +21,23 @@ from flows.config import RunConfig, differences, parse_config
 
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
 
-_NOT_IN_WEIGHTS = {"micro_batch_size", "loss_kernel", "validate_every_steps", "global_batch_tokens", "max_tokens"}
+_NOT_IN_WEIGHTS = {
+    "micro_batch_size",
+    "loss_kernel",
+    "activation_kernel",
+    "validate_every_steps",
+    "global_batch_tokens",
+    "max_tokens",
+}
 # Fields that came after 0.3, with the value that leaves everything as it was: runs from before go on.
-_NEUTRAL = {"start_from": None}
+_NEUTRAL = {
+    "start_from": None,
+    "init": "gpt2",
+    "activation_terms": 1,
+    "activation_scales": "channel",
+    "shortcut_reduction": None,
+    "shortcut_input": "normalised",
+}
 
 
 class RanksFailedError(RuntimeError):
@@ -83,7 +97,7 @@ class Run:
     def training_inputs(self) -> list[dict[str, Any]]:
         """Return what of the model's and training's configuration decides the weights that a round ends with."""
         train = self.config.resolved_train.model_dump(exclude=_NOT_IN_WEIGHTS)
-        model = self.config.model.model_dump()
+        model = self.config.model.model_dump(exclude={"preset"})
         return [{name: value for name, value in model.items() if _NEUTRAL.get(name, ...) != value}, train]
 
     def refine_config(self, round_number: int) -> RefineConfig:

@@ -25,7 +25,7 @@ from flows.run_folder import Run
 from flows.scoring import check_losses, check_reference, score_round
 from flows.slurm import check_tools
 from trainer.checkpoint_folder import RECORD, find_damage
-from trainer.devices import check_count, check_layers, check_loss_kernel, resolve
+from trainer.devices import check_count, check_kernel, check_layers, resolve
 from trainer.jobs import TrainJob
 
 
@@ -38,7 +38,7 @@ def prepare(run: Run, progress: Progress) -> bool:
     else:
         check_count(resolve(config.device), config.parallel.world_size // config.launch.nodes)
     check_layers(config.model.layers)
-    check_loss_kernels(config)
+    check_kernels(config)
     check_vocabulary(config)
     if config.refine.policy == "excess":
         check_reference(config.refine)
@@ -58,11 +58,15 @@ def prepare(run: Run, progress: Progress) -> bool:
     return True
 
 
-def check_loss_kernels(config: RunConfig) -> None:
+def check_kernels(config: RunConfig) -> None:
     """Raise ValueError where training or scoring asks for a kernel that is not installed or not for the device."""
-    for section, kernel in (("train", config.train.loss_kernel), ("score", config.score.loss_kernel)):
+    for field, kernel, other in (
+        ("train.loss_kernel", config.train.loss_kernel, "chunked"),
+        ("train.activation_kernel", config.train.activation_kernel, "reference"),
+        ("score.loss_kernel", config.score.loss_kernel, "chunked"),
+    ):
         if kernel == "triton":
-            check_loss_kernel(f"{section}.loss_kernel", kernel, device_kind(config))
+            check_kernel(field, kernel, device_kind(config), other)
 
 
 def check_vocabulary(config: RunConfig) -> None:

@@ -20,7 +20,15 @@ from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 from trainer.jobs import CalibrateJob, GenerateJob, Job, ScoreJob, TrainJob
 
-TINY_MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64)
+TINY_MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=64,
+    activation_terms=3,
+    shortcut_reduction=4,
+)
 TINY_TRAIN = TrainConfig(global_batch_size=8, micro_batch_size=2, lr=1e-2, min_lr=1e-3, validate_every_steps=1000)
 
 TINY_CHECKPOINT = CheckpointConfig()
@@ -74,13 +82,16 @@ class Ranks:
 
     def _common(self, round_folder: Path, layout: tuple[int, int, int], model: ModelConfig) -> dict[str, Any]:
         tensor, pipeline, data = layout
+        # Ranks that share layers and stages share the sequence as well: most layouts have it off, one has it on.
+        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, data=data, sequence=tensor > 1 and pipeline > 1)
         return {
             "corpus": self.corpus.folder,
             "round_folder": round_folder,
             "model": model,
-            "parallel": ParallelConfig(tensor=tensor, pipeline=pipeline, data=data),
+            "parallel": parallel,
             "device": "cpu",
             "precision": "float32",
+            "activation_kernel": "reference",
             "seed": 1,
             "fingerprint": "f",
             "progress": self.folder / "progress.json",

@@ -1,15 +1,25 @@
 """What a user may set about the model, its training and its layout over devices."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from data_scoring.config import Config, LossKernel
+from trainer.presets import fill_from_preset
+
+# How the series informed activation is computed; `kernels.series_activation` holds them.
+ActivationKernel = Literal["reference", "triton"]
 
 
 class ModelConfig(Config):
-    """The model: a pre-norm decoder with RMSNorm, SwiGLU, rotary positions, untied embeddings and no biases."""
+    """The model: a pre-norm decoder with RMSNorm, SwiGLU, rotary positions, untied embeddings and no biases.
 
+    PanGu-π's series informed activation and augmented shortcut are options of its layers.
+    """
+
+    preset: str | None = Field(
+        default=None, description="Name of a model (`reprise model` lists them) whose fields hold where none is given."
+    )
     num_layers: int = Field(default=4, ge=1, le=1024, description="Transformer layers (depth).")
     hidden_size: int = Field(default=128, ge=8, le=65_536, description="Width of the residual stream.")
     num_attention_heads: int = Field(default=4, ge=1, le=1024, description="Query heads; divides hidden_size.")
@@ -25,6 +35,30 @@ class ModelConfig(Config):
     rotary_base: int = Field(default=10_000, ge=1, description="Base of the rotary position embedding.")
     norm_epsilon: float = Field(default=1e-5, gt=0, lt=1, description="Epsilon of RMSNorm.")
     init_std: float = Field(default=0.02, gt=0, lt=10, description="Standard deviation of the initial weights.")
+    init: Literal["constant", "gpt2", "internlm"] = Field(
+        default="gpt2",
+        description="Standard deviation of the projections onto the residual stream: constant, the others'; gpt2, that "
+        "by √(2 num_layers); internlm, by √(2 l) in layer l, counted from 1.",
+    )
+    activation_terms: int = Field(
+        default=1, ge=1, le=16, description="Terms n of the series informed activation; 1: plain SwiGLU (PanGu-π: 2)."
+    )
+    activation_scales: Literal["channel", "layer"] = Field(
+        default="channel",
+        description="What has scales and offsets of its own in the series informed activation: every channel of the "
+        "feed-forward layer, or every layer.",
+    )
+    shortcut_reduction: int | None = Field(
+        default=None,
+        ge=1,
+        description="Reduction r of the augmented shortcut around attention, hidden_size to hidden_size / r and back; "
+        "null: none (PanGu-π: 32).",
+    )
+    shortcut_input: Literal["normalised", "residual"] = Field(
+        default="normalised",
+        description="What the augmented shortcut reads: the residual stream, as it is or brought to a root mean "
+        "square of 1.",
+    )
     start_from: str | None = Field(
         default=None,
         description="Checkpoint (a step-… folder) of a model of the same shape, whose weights round 1 starts from; "
@@ -41,11 +75,22 @@ class ModelConfig(Config):
 
     def num_parameters(self, vocab_size: int) -> int:
         """Return the number of weights, with the embedding and the head of `vocab_size` entries, padding left out."""
+        # Scales and offsets of the activation, and the two matrices of the shortcut.
+        additions = 0
+        if self.activation_terms > 1:
+            additions += 2 * self.activation_terms * (self.ffn_size if self.activation_scales == "channel" else 1)
+        if self.shortcut_reduction is not None:
+            additions += 2 * self.hidden_size * (self.hidden_size // self.shortcut_reduction)
         keys_and_values = 2 * self.hidden_size * (self.num_query_groups or self.num_attention_heads)
         keys_and_values = keys_and_values * (self.hidden_size // self.num_attention_heads)
         attention = 2 * self.hidden_size**2 + keys_and_values
-        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size + additions
         return self.num_layers * layer + self.hidden_size + 2 * vocab_size * self.hidden_size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        return fill_from_preset(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check_heads(self) -> "ModelConfig":
@@ -64,6 +109,11 @@ class ModelConfig(Config):
             raise ValueError(
                 f"num_query_groups: {self.num_query_groups} does not divide num_attention_heads "
                 f"{self.num_attention_heads}; choose a divisor"
+            )
+        if self.shortcut_reduction and self.hidden_size % self.shortcut_reduction:
+            raise ValueError(
+                f"shortcut_reduction: {self.shortcut_reduction} does not divide hidden_size {self.hidden_size}; "
+                "choose a divisor, or null for no shortcut"
             )
         return self
 
@@ -122,6 +172,11 @@ class TrainConfig(Config):
         description="How token losses and their gradients are computed: reference holds all logits; chunked, on any "
         "device, a few megabytes of them, each computed twice; triton, on CUDA, has to be installed.",
     )
+    activation_kernel: ActivationKernel = Field(
+        default="reference",
+        description="How the series informed activation is computed, in scoring too: reference keeps intermediates of "
+        "every term for the backward pass; triton, on CUDA, the inputs alone, and has to be installed.",
+    )
 
     @model_validator(mode="after")
     def _check_rates(self) -> "TrainConfig":
@@ -160,6 +215,17 @@ class ParallelConfig(Config):
     tensor: int = Field(default=1, ge=1, le=1024, description="Ranks that share each layer.")
     pipeline: int = Field(default=1, ge=1, le=1024, description="Ranks among which the layers are divided.")
     data: int = Field(default=1, ge=1, le=65_536, description="Copies of the model, each on its part of the batch.")
+    sequence: bool = Field(
+        default=False,
+        description="Whether tensor ranks also share what lies between layers, each a piece of the sequence: less "
+        "memory at the same traffic.",
+    )
+
+    @model_validator(mode="after")
+    def _check_sequence(self) -> "ParallelConfig":
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence: true needs tensor ranks that share the sequence, and tensor is 1; raise it")
+        return self
 
     @property
     def world_size(self) -> int:
@@ -179,8 +245,13 @@ class CheckpointConfig(Config):
     )
 
 
-def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig) -> None:
-    """Raise ValueError where `parallel` divides neither heads nor layers of the model, or not the batch of `train`."""
+def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, seq_length: int) -> None:
+    """Raise ValueError where `parallel` divides heads, layers, the batch of `train` or the sequence into no parts."""
+    if parallel.sequence and seq_length % parallel.tensor:
+        raise ValueError(
+            f"parallel.sequence: parallel.tensor {parallel.tensor} does not divide corpus.seq_length {seq_length}; "
+            "change one of them, or set it to false"
+        )
     groups = model.num_query_groups or model.num_attention_heads
     for count, name in (
         (model.num_attention_heads, "model.num_attention_heads"),

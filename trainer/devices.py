@@ -90,11 +90,14 @@ def check_layers(layers: str) -> None:
         )
 
 
-def check_loss_kernel(field: str, kernel: str, kind: str) -> None:
-    """Raise ValueError where `kernel`, the value of `field`, is not installed or does not run on devices of `kind`."""
+def check_kernel(field: str, kernel: str, kind: str, other: str) -> None:
+    """Raise ValueError where `kernel`, the value of `field`, is not installed or does not run on devices of `kind`.
+
+    `other` is the kernel that the error names instead.
+    """
     if kernel != "triton":
         return
-    remedy = f"or set {field}: chunked"
+    remedy = f"or set {field}: {other}"
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
             f"{field}: 'triton' was requested but it is not installed; install it with pip install 'reprise[triton]', "

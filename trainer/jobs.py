@@ -7,7 +7,7 @@ from pydantic import Field
 
 from data_scoring.config import Config, ScoreConfig
 from data_scoring.origin import Origin
-from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
+from trainer.config import ActivationKernel, CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 
 
 class Job(Config):
@@ -19,6 +19,7 @@ class Job(Config):
     parallel: ParallelConfig
     device: Literal["cuda", "npu", "cpu"]
     precision: Literal["auto", "float32", "bfloat16"]
+    activation_kernel: ActivationKernel
     seed: int
     fingerprint: str = Field(description="Identifies the stage's inputs; results of another are not reused.")
     progress: Path = Field(description="File that says how far the work is.")

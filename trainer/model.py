@@ -12,14 +12,18 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from data_scoring.config import LossKernel
 from kernels.linear_cross_entropy import linear_cross_entropy
-from trainer.config import ModelConfig, ParallelConfig
-from trainer.devices import check_layers, check_loss_kernel
+from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
+from trainer.devices import check_kernel, check_layers
+from trainer.initialisation import initialise, projection_init
+from trainer.pangu import AugmentedShortcut, SeriesActivation
 
 VOCABULARY_MULTIPLE = 128
 
@@ -53,34 +57,56 @@ class ScaledDotProductAttention(MegatronModule):
         return out_bhsd.permute(2, 0, 1, 3).flatten(start_dim=2)
 
 
+class RMSNorm(torch.nn.RMSNorm):
+    """Torch's norm, on a piece of the sequence where tensor-parallel ranks share it."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps)
+        # By this Megatron knows that ranks have each a part of the gradient.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
-class LossKernels:
-    """How token losses are computed in training and, in evaluation mode, in validation and scoring."""
+class Kernels:
+    """How token losses are computed, in training and in evaluation mode (validation, scoring), and the activation."""
 
     training: LossKernel = "reference"
     scoring: LossKernel = "chunked"
+    activation: ActivationKernel = "reference"
+
+    def check(self, kind: str) -> None:
+        """Raise ValueError where one of them is not installed or does not run on devices of `kind`."""
+        check_kernel("train.loss_kernel", self.training, kind, "chunked")
+        check_kernel("score.loss_kernel", self.scoring, kind, "chunked")
+        check_kernel("train.activation_kernel", self.activation, kind, "reference")
 
 
 class Decoder(GPTModel):
     """Megatron's GPTModel, whose output layer and loss are one kernel: where labels are given, logits need not be."""
 
-    def __init__(self, loss_kernels: LossKernels, **arguments: Any) -> None:
+    def __init__(self, kernels: Kernels, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.loss_kernels = loss_kernels
+        self.kernels = kernels
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **arguments: Any) -> Tensor:
         """Return token losses, [batch, seq] float32, nats; without labels, or on an earlier stage, what GPTModel does.
 
-        hidden_states: [seq, batch, hidden], whole on every tensor-parallel rank; labels: [batch, seq].
+        hidden_states: [seq, batch, hidden], the same on every tensor-parallel rank, or the rank's piece of the sequence
+        where ranks share it; labels: [batch, seq].
         """
         if labels is None or not self.post_process:
             return cast(Tensor, super()._postprocess(hidden_states=hidden_states, labels=labels, **arguments))
         group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # The kernel gives every rank the whole gradient, of which each then takes its piece.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=group
+            )
         loss_n = linear_cross_entropy(
             hidden_states.flatten(0, 1),
             self.output_layer.weight,
             labels.t().flatten(),
-            self.loss_kernels.training if self.training else self.loss_kernels.scoring,
+            self.kernels.training if self.training else self.kernels.scoring,
             group if group.size() > 1 else None,
         )
         return loss_n.view_as(labels.t()).t().contiguous()
@@ -102,9 +128,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_std,
+        output_layer_init_method=projection_init(model),
         # Weights are drawn on the CPU, whole, and then cut, so that they do not depend on the tensor-parallel size.
         use_cpu_initialization=True,
         tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -112,6 +140,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         # The gradient is that of the mean over the batch's tokens, whatever the layout and however samples are padded.
         calculate_per_token_loss=True,
         bias_activation_fusion=False,
+        # Megatron's only way to have an activation with weights, whoever made it.
+        use_te_activation_func=model.activation_terms > 1,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -126,16 +156,15 @@ def build_model(
     parallel: ParallelConfig,
     device: torch.device,
     bf16: bool,
-    loss_kernels: LossKernels,
+    kernels: Kernels,
 ) -> MegatronModule:
     """Return this rank's part of the model, freshly initialised, on `device`."""
-    check_loss_kernel("train.loss_kernel", loss_kernels.training, device.type)
-    check_loss_kernel("score.loss_kernel", loss_kernels.scoring, device.type)
+    kernels.check(device.type)
     config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32)
     gpt = Decoder(
-        loss_kernels,
+        kernels,
         config=config,
-        transformer_layer_spec=_layer_spec(model.layers),
+        transformer_layer_spec=_decoder_spec(model, config, kernels.activation),
         vocab_size=padded_vocab_size(vocab_size),
         max_sequence_length=seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -143,15 +172,34 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
         share_embeddings_and_output_weights=False,
-    ).to(device)
+    )
+    initialise(gpt.decoder, model)
+    gpt.to(device)
     return Float16Module(config, gpt) if bf16 else gpt
 
 
-def _layer_spec(layers: str) -> ModuleSpec:
-    """Return Megatron's description of a layer, built of torch's modules or of Transformer Engine's."""
-    check_layers(layers)
-    if layers == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductAttention)
-    return spec
+def _decoder_spec(
+    model: ModelConfig, config: TransformerConfig, kernel: ActivationKernel
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Return Megatron's description of this rank's layers, built of torch's modules or of Transformer Engine's."""
+    check_layers(model.layers)
+    if model.layers == "transformer_engine":
+        layer = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductAttention)
+    if model.activation_terms > 1:
+        layer.submodules.mlp.submodules.activation_func = ModuleSpec(
+            module=SeriesActivation,
+            params={"terms": model.activation_terms, "scales": model.activation_scales, "kernel": kernel},
+        )
+    if model.shortcut_reduction is not None:
+        layer.submodules.self_attn_bda = ModuleSpec(
+            module=AugmentedShortcut,
+            params={"config": config, "reduction": model.shortcut_reduction, "reads": model.shortcut_input},
+        )
+    if model.layers == "transformer_engine":
+        return layer
+    # Megatron would choose the last norm by what else is installed.
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

@@ -44,18 +44,21 @@ def _run(job: AnyJob, stop: StopRequest) -> None:
     device = initialise(job.device, int(os.environ["LOCAL_RANK"]))
     # Nothing of Megatron may be imported before the device is initialised.
     from trainer.checkpoint import load_weights
-    from trainer.model import LossKernels, build_model
+    from trainer.model import Kernels, build_model
     from trainer.train import train_round
 
     _initialise_parallel(job, device)
     corpus = Corpus(job.corpus)
     bf16 = resolve_precision(job.precision, device.kind) == "bfloat16"
     vocab_size = job.model.vocab_size or corpus.vocab_size
-    kernels = LossKernels()
-    if not isinstance(job, GenerateJob):
+    kernels, parallel = Kernels(activation=job.activation_kernel), job.parallel
+    if isinstance(job, GenerateJob):
+        # A token at a time is no sequence that ranks could share.
+        parallel = parallel.model_copy(update={"sequence": False})
+    else:
         training = (job.train if isinstance(job, TrainJob) else job.score).loss_kernel
-        kernels = LossKernels(training, job.score.loss_kernel)
-    model = build_model(job.model, vocab_size, corpus.seq_length, job.parallel, device.torch_device, bf16, kernels)
+        kernels = Kernels(training, job.score.loss_kernel, job.activation_kernel)
+    model = build_model(job.model, vocab_size, corpus.seq_length, parallel, device.torch_device, bf16, kernels)
     if isinstance(job, TrainJob):
         train_round(job, corpus, model, bf16, stop)
     else:

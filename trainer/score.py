@@ -1,5 +1,7 @@
 """Per-sample losses under the model, forward only, on any layout."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from megatron.core import parallel_state
@@ -38,21 +40,28 @@ class ModelScorer:
             int(parallel_state.get_pipeline_model_parallel_world_size()),
             int(parallel_state.get_data_parallel_world_size()),
         )
+        # Where tensor-parallel ranks share the sequence, a batch has to be as long as can be shared.
+        config: Any = model.config
+        self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.block_size = micro_batch_size * replicas * stages * _MICROBATCHES_A_STAGE
         self.is_writer = is_writer()
 
     def read(self, block: Block) -> list[Batch]:
         """Return the microbatches of a block that this rank takes; needs neither the model nor the device."""
         return list(
-            read_microbatches(self._corpus, block.shards, block.samples, self._micro_batch_size, block.seq_length)
+            read_microbatches(self._corpus, block.shards, block.samples, self._micro_batch_size, self._length(block))
         )
+
+    def _length(self, block: Block) -> int:
+        """Return the tokens that the samples of a block are padded to."""
+        return -(-block.seq_length // self._multiple) * self._multiple
 
     def score(self, block: Block, share: list[Batch]) -> NDArray[np.float32] | None:
         """Return the losses of a block, [n, number of prefixes] float32, on the rank that `is_writer`, else None."""
         count = len(block.samples)
         with torch.no_grad():
             rows, sums, num_tokens = run_schedule(
-                self._model, share, count, self._micro_batch_size, block.seq_length, True, self._prefixes
+                self._model, share, count, self._micro_batch_size, self._length(block), True, self._prefixes
             )
         if not parallel_state.is_pipeline_last_stage():
             return None

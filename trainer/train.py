@@ -9,7 +9,13 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from data_scoring.corpus import Corpus
@@ -66,21 +72,21 @@ def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> Tr
         model,
     )
     model.config.finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=train.lr,
-            min_lr=train.min_lr,
-            weight_decay=train.weight_decay,
-            adam_beta1=train.adam_beta1,
-            adam_beta2=train.adam_beta2,
-            clip_grad=train.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=True,
-        ),
-        [wrapped],
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        clip_grad=train.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
     )
+    # Beside what Megatron lets be, vectors such as norms' weights.
+    undecayed = {ParamKey(attr="without_weight_decay"): ParamGroupOverride(wd_mult=0.0)}
+    optimizer = get_megatron_optimizer(config, [wrapped], {**get_standard_config_overrides(config), **undecayed})
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

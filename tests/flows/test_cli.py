@@ -72,6 +72,9 @@ def test_a_vocabulary_larger_than_the_models_is_refused(config: Path, capsys: py
 
 
 def test_a_device_that_is_not_there_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel = ["--set", "device=cpu", "--set", "train.activation_kernel=triton"]
+    assert main(["prepare", str(config), *kernel]) == 1
+    assert "train.activation_kernel: 'triton' was requested but the device is cpu" in one_line(capsys)
     assert main(["prepare", str(config), "--set", "device=npu"]) == 1
     assert "device: 'npu' was requested but torch_npu and mindspeed are not installed; install" in one_line(capsys)
 

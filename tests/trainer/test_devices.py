@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.devices import check_layers, check_loss_kernel
+from trainer.devices import check_kernel, check_layers
 
 FOLDERS = ("flows", "data_scoring", "trainer", "kernels")
 NAMES = {"cuda", "npu", "torch_npu", "mindspeed", "transfer_to_npu"}
@@ -80,11 +80,13 @@ def test_layers_that_are_not_installed_are_named() -> None:
 
 def test_kernels_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in ("reference", "chunked"):
-        check_loss_kernel("score.loss_kernel", kernel, "cpu")
+        check_kernel("score.loss_kernel", kernel, "cpu", "chunked")
     with pytest.raises(
         ValueError, match=r"score.loss_kernel: 'triton' was requested but the device is cpu; use a CUDA"
     ):
-        check_loss_kernel("score.loss_kernel", "triton", "cpu")
+        check_kernel("score.loss_kernel", "triton", "cpu", "chunked")
+    with pytest.raises(ValueError, match=r"use a CUDA device, or set train.activation_kernel: reference$"):
+        check_kernel("train.activation_kernel", "triton", "cpu", "reference")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"train.loss_kernel: 'triton' .* not installed; install it with pip install"):
-        check_loss_kernel("train.loss_kernel", "triton", "cuda")
+        check_kernel("train.loss_kernel", "triton", "cuda", "chunked")

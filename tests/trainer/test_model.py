@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
@@ -11,15 +12,20 @@ from tests.conftest import TINY_MODEL, Ranks, read_rows
 from trainer.checkpoint_folder import list_checkpoints
 
 
-def plain_model(checkpoint: Path) -> PlainModel:
+def plain_model(checkpoint: Path, reset: str | None = None) -> PlainModel:
     tensors = read_checkpoint(checkpoint)
+    for name, tensor in tensors.items():
+        if reset is not None and name.endswith(reset):
+            tensor.zero_()
     model = PlainModel(TINY_MODEL, len(tensors["output_layer.weight"])).eval()
     load_megatron_weights(model, tensors)
     return model
 
 
-def plain_losses(ranks: Ranks, checkpoint: Path, shard: int, longest: int = 1_000) -> list[float]:
-    model = plain_model(checkpoint)
+def plain_losses(
+    ranks: Ranks, checkpoint: Path, shard: int, longest: int = 1_000, reset: str | None = None
+) -> list[float]:
+    model = plain_model(checkpoint, reset)
     count = ranks.corpus.num_samples(shard)
     batch = ranks.corpus.read(np.full(count, shard), np.arange(count))
     tokens = torch.from_numpy(batch.tokens)
@@ -37,6 +43,15 @@ def test_scored_losses_equal_plain_torch(ranks: Ranks, trained: Path, scored: Pa
         lengths |= {row[1] for row in rows}
         np.testing.assert_allclose([row[2] for row in rows], plain_losses(ranks, checkpoint, shard), atol=1e-4)
     assert len(lengths) > 1, "the corpus should have samples shorter than the others"
+
+
+@pytest.mark.parametrize("part", ["activation_func.offset", "activation_func.scale", "self_attn_bda.up"])
+def test_what_pangu_adds_has_been_trained_and_matters(part: str, ranks: Ranks, trained: Path) -> None:
+    """What the losses above, and those of the layouts, would not show if it did nothing."""
+    checkpoint = list_checkpoints(trained / "checkpoint")[-1]
+    losses, without = (plain_losses(ranks, checkpoint, 0, reset=reset) for reset in (None, part))
+    # Ten times what losses may differ by there.
+    assert np.abs(np.subtract(losses, without)).mean() > 1e-3
 
 
 def test_a_calibration_s_losses_equal_plain_torch(ranks: Ranks, trained: Path) -> None:

@@ -1,0 +1,18 @@
+"""What two ranks find out, in one launch for all tests."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_scoring.corpus import Corpus
+from tests.trainer.two_ranks import work
+
+
+@pytest.fixture(scope="session")
+def found(tiny_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks found."""
+    folder: Path = tmp_path_factory.mktemp("two-ranks")
+    torch.multiprocessing.spawn(work, args=(folder, tiny_corpus.folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

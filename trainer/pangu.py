@@ -1,0 +1,124 @@
+"""PanGu-π's two additions to a layer (Wang et al. 2023, arXiv 2312.17276), each on or off by itself.
+
+Both start out as the layer without them, and both are right under tensor, pipeline and sequence parallelism.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from kernels.series_activation import ActivationKernel, series_activation
+
+# What silu gives at the initial offsets: far enough from 0 for terms to differ, far from silu's least value, -0.278.
+_LARGEST_INITIAL_VALUE = 0.1
+
+
+class SeriesActivation(MegatronModule):
+    """The series informed activation in the gated feed-forward layer: (Σ_i silu(a_i x + b_i)) · u.
+
+    The scales a and the offsets b are learned, one pair a term and channel, divided among the tensor-parallel ranks
+    as the channels are, or one a term, the same on all of them. At first a_1 = 1, all others are 0, and the offsets
+    sum up to nothing: the plain activation.
+    """
+
+    def __init__(self, config: TransformerConfig, terms: int, scales: str, kernel: ActivationKernel) -> None:
+        super().__init__(config=config)
+        self.is_per_channel, self.kernel = scales == "channel", kernel
+        self.width = config.ffn_hidden_size // config.tensor_model_parallel_size
+        shape = (terms, self.width if self.is_per_channel else 1)
+        self.scale = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
+        self.offset = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
+        with torch.no_grad():
+            self.scale[0] = 1
+            for term, offset in enumerate(initial_offsets(terms)):
+                self.offset[term] = offset
+        for parameter in (self.scale, self.offset):
+            # Pulled towards zero they would turn the activation off; `trainer.train.make_state` heeds it.
+            parameter.without_weight_decay = True  # type: ignore[attr-defined]
+            if self.is_per_channel:
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=1, stride=1)
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        """Return the activated product, [seq, batch, f], of this rank's f channels of gate and up, [..., 2 f]."""
+        scale, offset = self.scale, self.offset
+        if not self.is_per_channel:
+            # Every rank sees its own channels alone: their gradients are summed up on the way back.
+            scale, offset = (
+                copy_to_tensor_model_parallel_region(each).expand(-1, self.width) for each in (scale, offset)
+            )
+        return series_activation(gate_and_up, scale, offset, self.kernel)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: Any = None
+    ) -> ShardedStateDict:
+        """Return Megatron's description of the parameters in a distributed checkpoint."""
+        axes = {"scale": 1, "offset": 1} if self.is_per_channel else {}
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, axes, sharded_offsets
+        )
+
+
+def initial_offsets(terms: int) -> list[float]:
+    """Return the offsets that the terms start with: 0 for the first, and for the others such that silu sums up to 0.
+
+    Opposite pairs of values, each pair its own, since terms that start alike get the same gradients and stay alike;
+    one left over has 0.
+    """
+    pairs = (terms - 1) // 2
+    values = [_LARGEST_INITIAL_VALUE * pair / pairs for pair in range(1, pairs + 1)]
+    offsets = [_inverse_silu(sign * value) for value in values for sign in (1, -1)]
+    return [0.0, *offsets, *[0.0] * (terms - 1 - len(offsets))]
+
+
+def _inverse_silu(value: float) -> float:
+    """Return x >= -1 with silu(x) = `value`, by Newton's method."""
+    x = 2 * value
+    for _ in range(50):
+        sigmoid = 1 / (1 + math.exp(-x))
+        x -= (x * sigmoid - value) / (sigmoid * (1 + x * (1 - sigmoid)))
+    return x
+
+
+class AugmentedShortcut(MegatronModule):
+    """The augmented shortcut around attention: MSA(Z) + Z + T(Z), with T a bottleneck with GELU.
+
+    Stands where Megatron's layer adds the residual stream Z. T's last matrix starts at zero. T is small, 1/(6 r) of a
+    layer's matrices, so every tensor-parallel rank computes all of it and exchanges nothing; under sequence parallelism
+    every rank computes its piece of the sequence, and Megatron sums the gradients over ranks, as it does a norm's.
+    """
+
+    def __init__(self, config: TransformerConfig, reduction: int, reads: str) -> None:
+        super().__init__(config=config)
+        self.is_normalised = reads == "normalised"
+        width, bottleneck = config.hidden_size, config.hidden_size // reduction
+        # `trainer.initialisation.initialise` draws the first matrix.
+        self.down = torch.nn.Parameter(torch.zeros(bottleneck, width, dtype=config.params_dtype))
+        self.up = torch.nn.Parameter(torch.zeros(width, bottleneck, dtype=config.params_dtype))
+        for parameter in (self.down, self.up):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, training: bool, fused: bool) -> Any:
+        """Return the function that adds: Megatron asks for it before it has what is to be added."""
+        return self.add
+
+    def add(self, attention_and_bias: tuple[Tensor, Tensor | None], stream: Tensor, dropout: float) -> Tensor:
+        """Return attention + stream + T(stream), all [seq, batch, hidden]."""
+        attention, bias = attention_and_bias
+        assert bias is None
+        assert dropout == 0
+        # Megatron turns gradients on here, in scoring too, where they would hold all layers' activations.
+        with torch.set_grad_enabled(attention.requires_grad):
+            z = F.rms_norm(stream, stream.shape[-1:], eps=self.config.layernorm_epsilon)
+            z = F.linear(F.gelu(F.linear(z if self.is_normalised else stream, self.down)), self.up)
+            return stream + attention + z

@@ -1,0 +1,53 @@
+"""Models by name: what `model.preset` fills in where a configuration says nothing else."""
+
+from typing import Any
+
+_ADDITIONS = {"activation_terms": 2, "shortcut_reduction": 32}
+
+
+def _fields(hidden_size: int, num_layers: int, num_attention_heads: int, vocab_size: int | None) -> dict[str, Any]:
+    """Return the fields that say how large a model is, its feed-forward layer 8/3 of the width.
+
+    That is rounded up to a multiple of 256, as InternEvo, with which the paper's models were trained, and LLaMA do.
+    """
+    return {
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_attention_heads": num_attention_heads,
+        "ffn_hidden_size": -(-hidden_size * 8 // (3 * 256)) * 256,
+        "vocab_size": vocab_size,
+    }
+
+
+# The first three are those of "Rethinking Optimization and Architecture for Tiny Language Models"; llama-7b is LLaMA's.
+# Models without a vocabulary take the tokenizer's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "pangu-pi-1b": {**_fields(2048, 12, 16, 100_883), **_ADDITIONS},
+    "pangu-pi-1b-pro": {**_fields(1792, 21, 14, 48_000), **_ADDITIONS},
+    "pangu-pi-1.5b-pro": {**_fields(2048, 22, 16, 48_000), **_ADDITIONS},
+    "pangu-pi-2m": {**_fields(128, 6, 4, None), **_ADDITIONS},
+    "pangu-pi-10m": {**_fields(256, 10, 4, None), **_ADDITIONS},
+    "pangu-pi-30m": {**_fields(384, 14, 6, None), **_ADDITIONS},
+    "llama": {},
+    "llama-2m": _fields(128, 6, 4, None),
+    "llama-10m": _fields(256, 10, 4, None),
+    "llama-30m": _fields(384, 14, 6, None),
+    "llama-150m": _fields(768, 14, 12, 32_000),
+    "llama-400m": _fields(1024, 26, 16, 32_000),
+    "llama-1b": _fields(1792, 22, 14, 32_000),
+    "llama-3b": _fields(2560, 36, 20, 32_000),
+    "llama-7b": _fields(4096, 32, 32, 32_000),
+}
+
+
+def fill_from_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a model with those of its `preset` where it does not give them itself.
+
+    Raises ValueError where there is no preset of that name.
+    """
+    name = values.get("preset")
+    if name is None:
+        return values
+    if name not in PRESETS:
+        raise ValueError(f"preset: {name!r} is none; choose one of {', '.join(PRESETS)}")
+    return {**PRESETS[name], **values}
