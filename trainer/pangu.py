@@ -119,6 +119,7 @@ class AugmentedShortcut(MegatronModule):
         assert dropout == 0
         # Megatron turns gradients on here, in scoring too, where they would hold all layers' activations.
         with torch.set_grad_enabled(attention.requires_grad):
-            z = F.rms_norm(stream, stream.shape[-1:], eps=self.config.layernorm_epsilon)
-            z = F.linear(F.gelu(F.linear(z if self.is_normalised else stream, self.down)), self.up)
-            return stream + attention + z
+            z = stream
+            if self.is_normalised:
+                z = F.rms_norm(stream, stream.shape[-1:], eps=self.config.layernorm_epsilon)
+            return stream + attention + F.linear(F.gelu(F.linear(z, self.down)), self.up)
