@@ -252,3 +252,11 @@ def _open_rows(source: SourceConfig) -> datasets.IterableDataset | datasets.Data
             f"corpus.sources.{source.name}.path: datasets cannot load {source.path!r} ({reason}); "
             "check the name, subset and split"
         ) from None
+
+
+def stamp_files(source: SourceConfig) -> list[tuple[str, int, int]]:
+    """Return name, size and time of change of each local file of a source, which tell whether it is still the same."""
+    if resolve_format(source) in ("datasets", "python"):
+        return []
+    stats = [(name, Path(name).stat()) for name in _files(source) if Path(name).exists()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
