@@ -1,15 +1,12 @@
 """Which tokens a smaller vocabulary keeps, what each size is worth, and which size to take."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_scoring.config import VOCABULARY_MULTIPLE, padded_vocab_size
 from data_scoring.vocabulary import Vocabulary
-
-# Embedding and head are padded to a multiple of this, so smaller steps would save nothing.
-MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def measure_curve(vocabulary: Vocabulary, counts: NDArray[np.int64]) -> Curve:
 
 
 def size_for_coverage(curve: Curve, coverage: float) -> int:
-    """Return the smallest size that covers as much, in steps of `MULTIPLE`.
+    """Return the smallest size that covers as much, in steps of `VOCABULARY_MULTIPLE`.
 
     Raises ValueError where `coverage` is no share.
     """
@@ -123,18 +120,16 @@ def size_for_coverage(curve: Curve, coverage: float) -> int:
         raise ValueError(f"coverage: {coverage} is not above 0 and at most 1; give a share such as 0.9786")
     # What was summed up in floating point may miss 1 by a rounding.
     enough = int(np.argmax(curve.coverage >= coverage - 1e-12))
-    return _round_up(int(curve.sizes[enough]), curve)
+    # What embedding and head are padded to costs nothing more.
+    return min(padded_vocab_size(int(curve.sizes[enough])), int(curve.sizes[-1]))
 
 
 def cheapest_size(curve: Curve, num_parameters: NDArray[np.float64]) -> int:
-    """Return the size at which a byte of text passes through the fewest parameters, in steps of `MULTIPLE`.
+    """Return the size at which a byte of text passes through the fewest parameters, in steps of `VOCABULARY_MULTIPLE`.
 
     `num_parameters`, [num_sizes], is the model's at each size. What training costs per byte is that times a constant.
     """
     costs = curve.lengths * num_parameters
-    steps = np.flatnonzero((curve.sizes % MULTIPLE == 0) | (curve.sizes == curve.sizes[-1]))
+    steps = np.flatnonzero((curve.sizes % VOCABULARY_MULTIPLE == 0) | (curve.sizes == curve.sizes[-1]))
     return int(curve.sizes[steps[np.argmin(costs[steps])]])
 
-
-def _round_up(size: int, curve: Curve) -> int:
-    return min(math.ceil(size / MULTIPLE) * MULTIPLE, int(curve.sizes[-1]))
