@@ -132,4 +132,3 @@ def cheapest_size(curve: Curve, num_parameters: NDArray[np.float64]) -> int:
     costs = curve.lengths * num_parameters
     steps = np.flatnonzero((curve.sizes % VOCABULARY_MULTIPLE == 0) | (curve.sizes == curve.sizes[-1]))
     return int(curve.sizes[steps[np.argmin(costs[steps])]])
-

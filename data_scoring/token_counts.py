@@ -98,7 +98,9 @@ def count_corpus(corpus: Corpus, end_of_document: int, progress: Progress) -> li
     """Return the counts of a prepared corpus' sources, of its shards as they lie; the validation set is left out."""
     totals: dict[str, NDArray[np.int64]] = {}
     places = np.arange(corpus.seq_length + 1)
-    for batch in pq.ParquetFile(corpus.samples_path).iter_batches(_SAMPLES_AT_ONCE, columns=["shard", "sample", "source"]):
+    for batch in pq.ParquetFile(corpus.samples_path).iter_batches(
+        _SAMPLES_AT_ONCE, columns=["shard", "sample", "source"]
+    ):
         shards, samples = batch["shard"].to_numpy(), batch["sample"].to_numpy()
         sources = np.asarray(batch["source"].to_pylist())
         read = corpus.read(shards, samples)

@@ -120,7 +120,9 @@ def _join_pair(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     try:
         model = tokenizers.models.BPE(*tokenizers.models.BPE.read_file(str(vocabulary), str(merges)))
     except Exception as error:  # noqa: BLE001 (what the library raises)
-        raise ValueError(f"{merges}: not the merges of {vocabulary} ({error}); give a pair that belongs together") from None
+        raise ValueError(
+            f"{merges}: not the merges of {vocabulary} ({error}); give a pair that belongs together"
+        ) from None
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

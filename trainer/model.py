@@ -20,6 +20,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from trainer.config import ModelConfig, ParallelConfig
 from trainer.devices import check_layers, check_loss_kernel
 
+
 class ScaledDotProductAttention(MegatronModule):
     """Causal core attention through torch's `scaled_dot_product_attention`, which never holds the scores at once."""
 
