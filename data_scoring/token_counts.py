@@ -59,6 +59,7 @@ def count_source(
 
     `checksum` identifies the tokenizer. Raises ValueError where the source cannot be read.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{source.name}.npz"
     identity = fingerprint(source.model_dump(), stamp_files(source), skip_bad, checksum)
     counts, done, is_complete = _read_part(path, identity, tokenizer.vocab_size)
@@ -116,11 +117,12 @@ def count_corpus(corpus: Corpus, end_of_document: int, progress: Progress) -> li
 
 
 def texts_of(corpus: Corpus, source: str, tokenizer: Tokenizer, num_bytes: int, seed: int) -> Iterator[str]:
-    """Yield samples of a prepared corpus' source, drawn at random, as text, until there are `num_bytes` of it."""
-    rows = duckdb.sql(
-        f"""select shard, sample from {literal(str(corpus.samples_path))} where source = {literal(source)}
-        order by hash(shard, sample, {seed}) limit {max(1, num_bytes // corpus.seq_length)}"""
-    ).fetchnumpy()
+    """Yield samples of a prepared corpus' source, drawn at random, as text, until there are over `num_bytes` of it."""
+    # A token is a byte at least, or next to it.
+    query = f"""select shard, sample from {literal(str(corpus.samples_path))} where source = {literal(source)}
+        order by hash(shard, sample, {seed}) limit {1 + 4 * num_bytes // corpus.seq_length}"""
+    with duckdb.connect() as connection:
+        rows = connection.execute(query).fetchnumpy()
     total = 0
     for shard, sample in zip(rows["shard"], rows["sample"], strict=True):
         read = corpus.read(np.array([shard]), np.array([sample]))
@@ -128,7 +130,7 @@ def texts_of(corpus: Corpus, source: str, tokenizer: Tokenizer, num_bytes: int, 
         text = tokenizer.decode(tokens[tokens != tokenizer.end_of_document].tolist())
         total += len(text.encode())
         yield text
-        if total >= num_bytes:
+        if total > num_bytes:
             return
 
 
@@ -160,4 +162,4 @@ def measure_length(
                     f"{name}: the smaller tokenizer does not bring this text back as the whole one does: "
                     f"{pieces[place][:80]!r}; please report it with the tokenizer, and take another size"
                 )
-    return SourceLength(name, measured, *lengths, is_sample=measured < seen)
+    return SourceLength(name, measured, lengths[0], lengths[1], is_sample=measured < seen)

@@ -1,11 +1,10 @@
-"""A tokenizer's vocabulary, taken apart: what each token is made of, what has to stay, and the tokenizer without the
-rest."""
+"""A tokenizer's vocabulary, taken apart: what has to stay, what a token needs, and the tokenizer without the rest."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-# Tokens of a merge's two sides, in the order in which merges are tried: the lower the earlier; None where there is none.
+# Called with the two sides of a merge; the lower, the earlier it is made; None where there is no such merge.
 Priority = Callable[[str, str], float | None]
 
 

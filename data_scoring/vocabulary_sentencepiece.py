@@ -70,10 +70,8 @@ class SentencePieceVocabulary:
         piece = self._proto.pieces[token].piece
         if token in self.required:
             return ()
-        if len(piece) == 1:
-            parts = byte_pieces(piece)
-        else:
-            parts = parts_of(piece, self._symbol.findall(piece), self._priority)
+        symbols = self._symbol.findall(piece)
+        parts = byte_pieces(piece) if len(piece) == 1 else parts_of(piece, symbols, self._priority)
         # Characters that are no pieces are bytes, which stay anyway.
         return tuple(self._ids[part] for part in parts if part in self._ids)
 

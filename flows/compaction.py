@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_scoring.compact import Choice, Curve, cheapest_size, choose_tokens, measure_curve, size_for_coverage
-from data_scoring.files import commit, write_json
+from data_scoring.files import commit
 from data_scoring.progress import Progress
 from data_scoring.token_counts import SourceCounts, SourceLength, measure_length
 from data_scoring.tokenizer import open_tokenizer

@@ -40,7 +40,6 @@ class CountedText:
         """Return the counts of each source; what was counted so far is kept in `folder`."""
         if self.corpus is not None:
             return count_corpus(self.corpus, self.tokenizer.end_of_document, progress)
-        folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         identity = hashlib.blake2b(read_tokenizer(self.tokenizer_path)).hexdigest()
         return [
@@ -102,7 +101,7 @@ def _sources(path: str) -> tuple[SourceConfig, ...]:
         raise ValueError(f"{path}: is tokenised already; run `reprise prepare` over it and give the run folder")
     files = matching_files(whole)
     # A text file is a document; of files with documents in them, each is a source.
-    if kind == "text" and len(files) > 1 or len(files) > _MOST_SOURCES:
+    if len(files) > (1 if kind == "text" else _MOST_SOURCES):
         return (whole,)
     names = [re.sub(r"[^A-Za-z0-9_.-]|^[^A-Za-z0-9]", "_", Path(file).stem).lstrip("_.-") or "text" for file in files]
     if len(set(names)) < len(names):

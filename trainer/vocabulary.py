@@ -1,14 +1,15 @@
 """A checkpoint for a smaller vocabulary: the rows of embedding and head that stay, in their new order."""
 
-import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -31,8 +32,8 @@ def check_rows(checkpoint: Path, vocab_size: int) -> int:
     if damage is not None:
         raise ValueError(f"{checkpoint}: no whole checkpoint ({damage}); give a step-… folder, or a run folder")
     check_pickles(checkpoint)
-    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    rows = entries[EMBEDDING].size[0] if EMBEDDING in entries else 0
+    entry = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.get(EMBEDDING)
+    rows = entry.size[0] if isinstance(entry, TensorStorageMetadata) else 0
     if rows < vocab_size:
         raise ValueError(
             f"{checkpoint}: its embedding has {rows} rows, fewer than the tokenizer's {vocab_size} tokens; "
@@ -62,8 +63,6 @@ def cut_checkpoint(checkpoint: Path, kept: Sequence[int], counts: Sequence[int],
     """
     rows = check_rows(checkpoint, len(counts))
     allow_plain_pickles_only()
-    # Torch warns that there is but one process, which is meant.
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     state = _read_weights(checkpoint)
     order = torch.tensor(padded_rows(kept, counts, rows))
     for name in (EMBEDDING, HEAD):
@@ -73,7 +72,8 @@ def cut_checkpoint(checkpoint: Path, kept: Sequence[int], counts: Sequence[int],
     target.mkdir(parents=True)
     # Megatron knows no flattened lists.
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    save(state, storage_writer=_Writer(target), planner=planner, no_dist=True)
+    with _alone():
+        save(state, storage_writer=_Writer(target), planner=planner, no_dist=True)
     torch.save({}, target / "common.pt")
     write_json(target / "metadata.json", _BACKENDS)
     record = read_checkpoint_record(checkpoint)
@@ -90,8 +90,19 @@ class _Writer(FileSystemWriter):
 
 # What Megatron-Core writes there of a checkpoint in torch's distributed format.
 _BACKENDS = {
-    "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1
-}  # fmt: skip
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep torch from warning that there is but one process, which is meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _read_weights(checkpoint: Path) -> dict[str, Any]:
@@ -104,5 +115,6 @@ def _read_weights(checkpoint: Path) -> dict[str, Any]:
             state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         elif isinstance(entry, BytesStorageMetadata):
             state[name] = None
-    load(state, storage_reader=reader, no_dist=True)
+    with _alone():
+        load(state, storage_reader=reader, no_dist=True)
     return state
