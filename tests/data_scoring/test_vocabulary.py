@@ -24,7 +24,8 @@ _HAN = "的一是在不了有和人这中大为上个国我以要他时来用们
 # What a JSONL may hold: no lone surrogates, but all else.
 _ODD = [
     "\x00", "\ufeff", "\x1b[0m", "\r\n", "\t\t", " " * 300, "\u200b", "\u0301\u0301", "😀👩\u200d👩\u200d👧", "ﷺ",
-    "\U000e0041", "▁", "<0x41>", "</s>", "<unk>", "<|endoftext|>", "한국어", "العربية", "ＡＢＣ１２３", "½²", "\ud7ff\ue000\uffff",
+    "\U000e0041", "▁", "<0x41>", "</s>", "<unk>", "<|endoftext|>", "한국어", "العربية", "ＡＢＣ１２", "½²",
+    "\ud7ff\ue000\uffff",
 ]  # fmt: skip
 
 
@@ -56,7 +57,8 @@ def train_sentencepiece(path: Path, kind: str, byte_fallback: bool) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(make_texts(400)), model_prefix=str(path.with_suffix("")), vocab_size=900,
         model_type=kind, byte_fallback=byte_fallback, user_defined_symbols=["<end>", "的一"], pad_id=3,
-        character_coverage=0.999, hard_vocab_limit=False, minloglevel=2, normalization_rule_name="nfkc" if kind == "unigram" else "identity",
+        character_coverage=0.999, hard_vocab_limit=False, minloglevel=2,
+        normalization_rule_name="nfkc" if kind == "unigram" else "identity",
     )  # fmt: skip
 
 
