@@ -159,9 +159,9 @@ def _decide(request: Request, curve: Curve, cheapest: int, paper_size: int) -> t
             size,
             f"{size:,} tokens are the fewest, in steps of 128, that cover {request.coverage:.2%} of the corpus.",
         )
-    saved = f"{cheapest:,} tokens make training cheapest per byte of this text: "
     return cheapest, (
-        f"{saved}fewer would save parameters but lengthen the text more, more the other way round "
+        f"{cheapest:,} tokens make training cheapest per byte of this text: with fewer, the longer text would cost "
+        "more than the parameters that are saved, with more it is the other way round "
         f"(the paper's coverage of {PAPER_COVERAGE:.2%} takes {paper_size:,})."
     )
 

@@ -12,9 +12,9 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from data_scoring.compact import choose_tokens, measure_curve, size_for_coverage
-from data_scoring.config import SourceConfig
+from data_scoring.config import SourceConfig, TokenizerConfig
 from data_scoring.sources import read_documents
-from data_scoring.tokenizer import Tokenizer, open_tokenizer, read_tokenizer
+from data_scoring.tokenizer import Tokenizer, install_tokenizer, open_tokenizer, read_tokenizer
 from data_scoring.vocabulary import merge, open_vocabulary, parts_of
 from tests.conftest import make_documents
 
@@ -345,4 +345,7 @@ def test_the_pair_of_gpt2_is_read_as_one_tokenizer(tmp_path: Path) -> None:
     assert pair.encode_batch(texts) == whole.encode_batch(texts)
     assert [pair.decode(ids) for ids in pair.encode_batch(texts)] == texts
     assert pair.end_of_document == 0
+    installed = install_tokenizer(TokenizerConfig(path=str(tmp_path / "my_encoder.json")), [], 0, tmp_path)
+    assert installed.name == "tokenizer.json"
+    assert open_tokenizer(installed, None).encode_batch(texts) == whole.encode_batch(texts)
     assert json.loads(read_tokenizer(tmp_path / "my_encoder.json"))["model"]["vocab"] == content["vocab"]
