@@ -77,7 +77,10 @@ class HuggingFaceVocabulary:
         return self.needs[token]
 
     def save(self, kept: Sequence[int], path: Path) -> None:
-        """Write the `tokenizer.json` of the tokens `kept`."""
+        """Write the `tokenizer.json` of the tokens `kept`.
+
+        Raises ValueError where the library would number them otherwise.
+        """
         new = {piece: number for number, piece in enumerate(self.pieces[token] for token in kept)}
         model = self._model
         vocab = {piece: new[piece] for piece in model["vocab"] if piece in new}
@@ -93,6 +96,11 @@ class HuggingFaceVocabulary:
             "model": {**model, "vocab": vocab, "merges": merges},
         }
         path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+        if tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True) != new:
+            raise ValueError(
+                "the tokenizer's added tokens lie between those of its model, where they cannot be put again; "
+                "number them behind the others, or put them into the model's vocabulary"
+            )
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
