@@ -1,5 +1,6 @@
 """What a user may set about the corpus, its tokenizer, scoring and refining."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,6 +12,14 @@ LossKernel = Literal["reference", "chunked", "triton"]
 
 # How losses become inclusion; `data_scoring.candidates` holds what each means.
 Policy = Literal["loss", "loss_batch", "top", "band", "forgetting", "excess", "random", "all", "sql"]
+
+# Rows of embedding and head come in multiples of this, alike for every tensor-parallel size that divides it.
+VOCABULARY_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Return the rows of the embedding of `vocab_size` tokens."""
+    return math.ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 class Config(BaseModel):

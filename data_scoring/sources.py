@@ -42,7 +42,7 @@ def resolve_format(source: SourceConfig) -> str:
         return source.format
     if Path(f"{source.path}.idx").exists():
         return "megatron"
-    endings = {_ending(name) for name in _files(source)}
+    endings = {_ending(name) for name in matching_files(source)}
     formats = {_FORMAT_OF_ENDING[ending] for ending in endings if ending in _FORMAT_OF_ENDING}
     if len(formats) == 1:
         return formats.pop()
@@ -69,7 +69,7 @@ def check_source(source: SourceConfig) -> None:
                 f"corpus.sources.{source.name}.path: {source.path!r} is no Python text; use one of {', '.join(KINDS)}"
             )
     elif kind != "datasets":
-        _files(source)
+        matching_files(source)
 
 
 def read_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
@@ -103,7 +103,8 @@ def _naming(source: SourceConfig) -> Iterator[None]:
         ) from None
 
 
-def _files(source: SourceConfig) -> list[str]:
+def matching_files(source: SourceConfig) -> list[str]:
+    """Return the names of the files that a source's path stands for. Raises ValueError where there is none."""
     with _naming(source):
         names = _match(source.path)
     if not names:
@@ -148,7 +149,7 @@ def _raw_rows(files: list[str], sample_by: str) -> Iterator[bytes]:
 
 
 def _read_jsonl(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
-    for file in _files(source):
+    for file in matching_files(source):
         for number, line in enumerate(_raw_rows([file], "line"), start=1):
             if not line.strip():
                 continue
@@ -188,7 +189,7 @@ def _decode(line: bytes) -> str:
 
 
 def _read_text(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
-    files = _files(source)
+    files = matching_files(source)
     if source.document == "file":
         for file in files:
             if Path(file).exists() and Path(file).stat().st_size > LARGEST_DOCUMENT_BYTES:
@@ -241,7 +242,7 @@ def _read_rows(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
 
 def _open_rows(source: SourceConfig) -> datasets.IterableDataset | datasets.Dataset:
     if resolve_format(source) == "parquet":
-        return datasets.load_dataset("parquet", data_files=_files(source), split="train", streaming=True)
+        return datasets.load_dataset("parquet", data_files=matching_files(source), split="train", streaming=True)
     if (Path(source.path) / "state.json").exists():
         return datasets.load_from_disk(source.path)
     try:
@@ -252,3 +253,11 @@ def _open_rows(source: SourceConfig) -> datasets.IterableDataset | datasets.Data
             f"corpus.sources.{source.name}.path: datasets cannot load {source.path!r} ({reason}); "
             "check the name, subset and split"
         ) from None
+
+
+def stamp_files(source: SourceConfig) -> list[tuple[str, int, int]]:
+    """Return name, size and time of change of each local file of a source, which tell whether it is still the same."""
+    if resolve_format(source) in ("datasets", "python"):
+        return []
+    stats = [(name, Path(name).stat()) for name in matching_files(source) if Path(name).exists()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

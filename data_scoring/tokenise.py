@@ -70,7 +70,7 @@ def stage_source(
     if record is None or record["fingerprint"] != fingerprint:
         rejects = Rejects(staging / f"{source.name}.rejects.jsonl", skip_bad)
         with writing(tokens_path) as tokens_file, writing(documents_path) as documents_file:
-            documents = read_ahead(_batches(read_documents(source, rejects)))
+            documents = read_ahead(batch_documents(read_documents(source, rejects)))
             counts = _tokenise(source.name, documents, tokenizer, tokens_file, documents_file, progress)
         record = {"fingerprint": fingerprint, **counts, "rejected": rejects.count}
         write_json(record_path, record)
@@ -112,7 +112,7 @@ def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     pieces: list[str] = []
     owners: list[int] = []
     for owner, text in enumerate(texts):
-        for piece in _pieces(text):
+        for piece in split_document(text):
             pieces.append(piece)
             owners.append(owner)
     encoded: list[list[int]] = [[] for _ in texts]
@@ -123,7 +123,8 @@ def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     return encoded
 
 
-def _pieces(text: str) -> Iterator[str]:
+def split_document(text: str) -> Iterator[str]:
+    """Yield a document in the pieces in which it is tokenised, cut at line ends."""
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         cut = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1 or start + _PIECE_CHARACTERS
@@ -132,7 +133,8 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Yield documents in lists that are worth tokenising at once and bounded in memory."""
     batch: list[str] = []
     characters = 0
     for document in documents:

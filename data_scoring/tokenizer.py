@@ -1,9 +1,12 @@
-"""Tokenizers: Hugging Face `tokenizer.json` and SentencePiece `.model`, given or trained on the corpus."""
+"""Tokenizers: Hugging Face `tokenizer.json` and SentencePiece `.model`, given or trained on the corpus.
+
+GPT-2's pair, a JSON vocabulary with its merges in a second file beside it, is read as the `tokenizer.json` it makes.
+"""
 
 import heapq
+import json
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -39,8 +42,9 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path, end_of_document: str | None) -> None:
         # Set before the library's first use of threads: datasets' worker processes make it fall back to one core.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        content = read_tokenizer(path)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # noqa: BLE001 (what the library raises)
             raise ValueError(f"{path}: not a tokenizer.json ({error}); give one of the tokenizers library") from None
         # A special token spelled out in the corpus is text like any other, not an instruction.
@@ -88,6 +92,45 @@ class SentencePieceTokenizer:
         return str(self._processor.decode(ids))
 
 
+def read_tokenizer(path: Path) -> bytes:
+    """Return the content of a tokenizer file; of GPT-2's pair, whose vocabulary `path` is, the `tokenizer.json`.
+
+    Raises ValueError where `path` is a bare vocabulary and its merges are not beside it.
+    """
+    content = path.read_bytes()
+    if path.suffix != ".json":
+        return content
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return content  # For the library to say what is wrong with it.
+    if not isinstance(values, dict) or not values or not all(isinstance(value, int) for value in values.values()):
+        return content
+    prefix = path.stem.removesuffix("encoder").removesuffix("vocab")
+    merges = [file for pattern in ("*.bpe", "*merges.txt") for file in path.parent.glob(f"{prefix}{pattern}")]
+    if len(merges) != 1:
+        raise ValueError(
+            f"{path}: a vocabulary alone, and beside it {len(merges)} files such as {prefix}vocab.bpe or "
+            f"{prefix}merges.txt; put the one that holds its merges there"
+        )
+    return _join_pair(path, merges[0]).to_str(pretty=True).encode()
+
+
+def _join_pair(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
+    try:
+        model = tokenizers.models.BPE(*tokenizers.models.BPE.read_file(str(vocabulary), str(merges)))
+    except Exception as error:  # noqa: BLE001 (what the library raises)
+        raise ValueError(
+            f"{merges}: not the merges of {vocabulary} ({error}); give a pair that belongs together"
+        ) from None
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if tokenizer.token_to_id(_TRAINED_END) is not None:
+        tokenizer.add_special_tokens([_TRAINED_END])
+    return tokenizer
+
+
 def _find_end(path: Path, token_to_id: object, wanted: str | None) -> int:
     assert callable(token_to_id)
     for token in (wanted,) if wanted is not None else _USUAL_ENDS:
@@ -122,17 +165,17 @@ def install_tokenizer(config: TokenizerConfig, texts: Iterable[str], seed: int, 
     if config.path is not None:
         target = folder / f"tokenizer{Path(config.path).suffix}"
         with writing(target) as temporary:
-            shutil.copyfile(config.path, temporary)
+            temporary.write_bytes(read_tokenizer(Path(config.path)))
         return target
     target = folder / "tokenizer.json"
-    sample = _sample_texts(texts, int(config.train_megabytes * 1e6), seed)
+    sample = sample_texts(texts, int(config.train_megabytes * 1e6), seed)
     with writing(target) as temporary:
         _train(sample, config.vocab_size).save(str(temporary))
     return target
 
 
-def _sample_texts(texts: Iterable[str], num_bytes: int, seed: int) -> Iterator[str]:
-    """Yield a uniform random sample of `texts` of about `num_bytes`, holding no more than that in memory."""
+def sample_texts(texts: Iterable[str], num_bytes: int, seed: int) -> Iterator[str]:
+    """Return a uniform random sample of `texts` of about `num_bytes`, holding no more than that in memory."""
     generator = random.Random(seed)  # noqa: S311
     heap: list[tuple[float, int, str]] = []
     total = 0

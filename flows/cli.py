@@ -17,6 +17,7 @@ from flows.config import RunConfig, override, read_config
 from flows.model_commands import add_model
 from flows.run_folder import RanksFailedError, Run, locked, open_run, read_run
 from flows.status import read_status
+from flows.tokenizer_commands import add_tokenizer
 
 _STAGES = {
     "prepare": "make the corpus",
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
     add_model(commands)
     _add_compare(commands.add_parser("compare", help="train arms that differ in one thing, and say what it is worth"))
+    add_tokenizer(commands)
     status = commands.add_parser("status", help="say what of a run is done, running or failed")
     status.add_argument("run", type=Path, metavar="RUN", help="run folder")
     status.set_defaults(command=_status)

@@ -38,8 +38,19 @@ _STYLE: Any = {
 
 def render(plot: Plot, ledger: duckdb.DuckDBPyConnection) -> bytes | None:
     """Return the PNG that `plot` draws from the ledger, or None where there is nothing to draw."""
+    return _render(lambda: plot(ledger))
+
+
+def render_figure(draw: Callable[[], Figure]) -> bytes:
+    """Return the PNG of the figure that `draw` makes, in the style of all."""
+    png = _render(draw)
+    assert png is not None
+    return png
+
+
+def _render(draw: Callable[[], Figure | None]) -> bytes | None:
     with plt.rc_context(_STYLE):
-        figure = plot(ledger)
+        figure = draw()
         if figure is None:
             return None
         buffer = io.BytesIO()

@@ -1,6 +1,5 @@
 """The model: Megatron-Core's GPTModel, configured as a LLaMA-like decoder."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,19 +17,12 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from data_scoring.config import LossKernel
+from data_scoring.config import LossKernel, padded_vocab_size
 from kernels.linear_cross_entropy import linear_cross_entropy
 from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
 from trainer.devices import check_kernel, check_layers
 from trainer.initialisation import initialise, projection_init
 from trainer.pangu import AugmentedShortcut, SeriesActivation
-
-VOCABULARY_MULTIPLE = 128
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Return the embedding's rows: `vocab_size` padded alike for every tensor-parallel size that divides 128."""
-    return math.ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 class ScaledDotProductAttention(MegatronModule):

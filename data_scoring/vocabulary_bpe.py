@@ -1,0 +1,128 @@
+"""The vocabulary of a Hugging Face `tokenizer.json` with a BPE model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from data_scoring.tokenizer import read_tokenizer
+from data_scoring.vocabulary import byte_pieces, parts_of
+
+_UNSUPPORTED = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+
+
+class HuggingFaceVocabulary:
+    """See `data_scoring.vocabulary.Vocabulary`."""
+
+    def __init__(self, path: Path) -> None:
+        content = read_tokenizer(path)
+        self._json: dict[str, Any] = json.loads(content)
+        self._model = self._json["model"]
+        self._check(path)
+        # The library's numbering, not the file's: added tokens that the model lacks are numbered as they are read.
+        self._ids: dict[str, int] = tokenizers.Tokenizer.from_buffer(content).get_vocab(with_added_tokens=True)
+        self.pieces: list[str | None] = [None] * (max(self._ids.values()) + 1)
+        for piece, token in self._ids.items():
+            self.pieces[token] = piece
+        self._ranks = {_pair(merge): rank for rank, merge in enumerate(self._model["merges"])}
+        self.required = self._find_required()
+        self.needs = [self._find_parts(token) for token in range(len(self.pieces))]
+
+    def _check(self, path: Path) -> None:
+        kind = self._model.get("type", "of an unknown kind")
+        if kind != "BPE":
+            raise ValueError(f"{path}: its model is {kind}; give one of BPE, or a SentencePiece .model")
+        for field in _UNSUPPORTED:
+            if self._model.get(field):
+                raise ValueError(
+                    f"{path}: its model has {field} {self._model[field]!r}, with which it cannot be cut down; "
+                    "give one without"
+                )
+
+    def _find_required(self) -> dict[int, str]:
+        ids = self._ids
+        required = {ids[token["content"]]: "added token" for token in self._json.get("added_tokens", [])}
+        if self._model.get("unk_token") in ids:
+            required.setdefault(ids[self._model["unk_token"]], "unknown")
+        in_model: dict[str, int] = self._model["vocab"]
+        if self._model.get("byte_fallback"):
+            for byte in range(256):
+                if f"<0x{byte:02X}>" in in_model:
+                    required.setdefault(ids[f"<0x{byte:02X}>"], "byte")
+            # Decoders turn it into a space before they look at bytes.
+            if "▁" in in_model:
+                required.setdefault(ids["▁"], "space")
+        else:
+            for piece in in_model:
+                if len(piece) == 1:
+                    required.setdefault(ids[piece], "alphabet")
+                elif any(character not in in_model for character in piece):
+                    required.setdefault(ids[piece], "only one with its characters")
+        return required
+
+    def _find_parts(self, token: int) -> tuple[int, ...]:
+        piece = self.pieces[token]
+        if piece is None or token in self.required or piece not in self._model["vocab"]:
+            return ()
+        if len(piece) == 1:
+            parts = byte_pieces(piece)
+        else:
+            parts = parts_of(piece, list(piece), lambda left, right: self._ranks.get((left, right)))
+        return tuple(self._ids[part] for part in parts if part in self._ids)
+
+    def parts(self, token: int, rank: Sequence[int]) -> Sequence[int]:
+        """Return the two that its last merge joins, or the bytes of a character."""
+        return self.needs[token]
+
+    def save(self, kept: Sequence[int], path: Path) -> None:
+        """Write the `tokenizer.json` of the tokens `kept`.
+
+        Raises ValueError where the library would number them otherwise.
+        """
+        new = {piece: number for number, piece in enumerate(self.pieces[token] for token in kept)}
+        model = self._model
+        vocab = {piece: new[piece] for piece in model["vocab"] if piece in new}
+        merges = [
+            merge for merge in model["merges"]
+            if all(piece in vocab for piece in (*_pair(merge), "".join(_pair(merge))))
+        ]  # fmt: skip
+        content = {
+            **self._json,
+            "added_tokens": [{**token, "id": new[token["content"]]} for token in self._json.get("added_tokens", [])],
+            "post_processor": _renumber(self._json.get("post_processor"), new),
+            "padding": _renumber(self._json.get("padding"), new),
+            "model": {**model, "vocab": vocab, "merges": merges},
+        }
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+        if tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True) != new:
+            raise ValueError(
+                "the tokenizer's added tokens lie between those of its model, where they cannot be put again; "
+                "number them behind the others, or put them into the model's vocabulary"
+            )
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _renumber(value: Any, new: dict[str | None, int]) -> Any:
+    """Return a post-processor or a padding with the ids of the tokens that it names as they are in `new`."""
+    if not isinstance(value, dict):
+        return value
+    renumbered = dict(value)
+    for field in ("sep", "cls"):
+        if isinstance(value.get(field), list):
+            renumbered[field] = [value[field][0], new[value[field][0]]]
+    if isinstance(value.get("special_tokens"), dict):
+        renumbered["special_tokens"] = {
+            name: {**token, "ids": [new[piece] for piece in token["tokens"]]}
+            for name, token in value["special_tokens"].items()
+        }
+    if "pad_token" in value:
+        renumbered["pad_id"] = new.get(value["pad_token"], 0)
+    if isinstance(value.get("processors"), list):
+        renumbered["processors"] = [_renumber(processor, new) for processor in value["processors"]]
+    return renumbered
