@@ -333,7 +333,7 @@ def test_a_real_search_is_stopped_and_finished_and_equals_an_unbroken_one(
 @pytest.mark.slow
 def test_a_submitted_search_is_cancelled_and_goes_on(place: Place) -> None:
     config = {**CONFIG, "name": "found", "parallel": {}, "train": {**CONFIG["train"], "max_tokens": 20_000}}
-    search = {"parameters": 60_000, "trials": 2, "min_depth": 1, "max_depth": 4, "jobs": 2}
+    search = {"parameters": 60_000, "trials": 2, "min_depth": 1, "max_depth": 4, "jobs": 2, "generation": False}
     run = place.submit(config, "sweep/sweep", search=search)
     wait_for("two trials at once", lambda: len(place.ranks()) == 2)
     folder = place.folder / "runs" / "found-sweep"
@@ -350,7 +350,7 @@ def test_a_submitted_search_is_cancelled_and_goes_on(place: Place) -> None:
     filters = {"flow_runs": {"id": {"any_": [run]}}}
     artifacts = httpx.post(f"{place.api}/artifacts/filter", json=filters, timeout=30).json()
     tables = [json.loads(each["data"]) for each in artifacts if each["key"] == "found-sweep-trials"]
-    assert any(len(rows) == 2 and all(row["generation (tokens/s)"] for row in rows) for rows in tables)
+    assert any(len(rows) == 2 and all(row["state"] == "trained" and row["loss"] for row in rows) for rows in tables)
     [page] = [each["data"] for each in artifacts if each["key"] == "found-sweep-report"]
     assert "## Recommendation" in page
     tasks = httpx.post(f"{place.api}/task_runs/filter", json=filters, timeout=30).json()
