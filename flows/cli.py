@@ -18,6 +18,7 @@ from flows.model_commands import add_model
 from flows.run_folder import RanksFailedError, Run, locked, open_run, read_run
 from flows.status import read_status
 from flows.tokenizer_commands import add_tokenizer
+from flows.trial_commands import add_trial_commands, silence
 
 _STAGES = {
     "prepare": "make the corpus",
@@ -87,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML configuration")
     doctor.set_defaults(command=_doctor)
     add_model(commands)
-    _add_compare(commands.add_parser("compare", help="train arms that differ in one thing, and say what it is worth"))
     add_tokenizer(commands)
+    add_trial_commands(commands)
     status = commands.add_parser("status", help="say what of a run is done, running or failed")
     status.add_argument("run", type=Path, metavar="RUN", help="run folder")
     status.set_defaults(command=_status)
@@ -119,24 +120,6 @@ def _add_draw(command: argparse.ArgumentParser, prefix: str) -> None:
     command.add_argument("--sampling-rate", type=float, help=f"{prefix}refine.sampling_rate than the run's")
 
 
-def _add_compare(command: argparse.ArgumentParser) -> None:
-    command.add_argument("target", type=Path, metavar="CONFIG", help="YAML configuration; the same command resumes it")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
-    )
-    sweep = command.add_mutually_exclusive_group(required=True)
-    sweep.add_argument("--policies", help="arms that differ in refine.policy, such as loss,random, at equal tokens")
-    sweep.add_argument("--sampling-rates", help="arms that differ in refine.sampling_rate, such as 0,0.25,0.5,0.75,1")
-    sweep.add_argument("--rounds", help="arms that differ in rounds.num_rounds, such as 1,2,3")
-    command.add_argument("--seeds", type=int, default=1, help="seeds, from the configuration's on (default: 1)")
-    command.add_argument(
-        "--tokens",
-        type=int,
-        help="with --policies: tokens of round 2 (default: what all arms reach; name it to add arms or seeds later)",
-    )
-    command.set_defaults(command=_compare)
-
-
 def _config(options: argparse.Namespace) -> RunConfig:
     if not options.target.is_dir():
         return read_config(options.target, options.set)
@@ -158,7 +141,7 @@ def _run(options: argparse.Namespace) -> None:
     # On a terminal the progress says what is going on, and one line says what went wrong.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     # Registered before Prefect's own, it runs after them.
-    atexit.register(_silence)
+    atexit.register(silence)
     from prefect.exceptions import CancelledRun
 
     from flows.pipeline import multi_round
@@ -170,15 +153,6 @@ def _run(options: argparse.Namespace) -> None:
         except CancelledRun:
             raise RanksFailedError("cancelled in Prefect; the same command goes on from here") from None
     print(f"report: {report}")
-
-
-def _silence() -> None:
-    """Drop what is written to standard error from here on: everything was said, and the process is at its end.
-
-    Prefect's threads keep modules alive until then, about which DuckDB's binding writes forty lines.
-    """
-    sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -277,26 +251,6 @@ def _doctor(options: argparse.Namespace) -> None:
     lacks = sum(finding.state == "missing" for finding in findings)
     if lacks:
         raise ValueError(f"{options.config}: {lacks} of what it needs {'is' if lacks == 1 else 'are'} missing here")
-
-
-def _compare(options: argparse.Namespace) -> None:
-    from flows.compare import compare, policy_sweep, rate_sweep, round_sweep
-    from flows.progress import TerminalProgress
-
-    if options.target.is_dir():
-        raise ValueError(f"{options.target}: is a folder; give the configuration that the arms are made from")
-    for option in ("seeds", "tokens"):
-        if (number := getattr(options, option)) is not None and number < 1:
-            raise ValueError(f"--{option}: {number} is less than 1; give more")
-    if options.policies is not None:
-        sweep = policy_sweep(options.policies)
-    elif options.tokens is not None:
-        raise ValueError("--tokens: goes with --policies; other sweeps differ in their tokens")
-    else:
-        sweep = round_sweep(options.rounds) if options.sampling_rates is None else rate_sweep(options.sampling_rates)
-    with TerminalProgress() as progress:
-        comparison = compare(read_config(options.target, options.set), sweep, options.seeds, options.tokens, progress)
-    print(f"{comparison.text}\ncomparison: {comparison.page}")
 
 
 def _join(options: argparse.Namespace) -> None:

@@ -1,11 +1,10 @@
 """Comparing: arms that differ in one thing, each going on from the same first round, over several seeds.
 
 For every seed a base trains and scores round 1 once. An arm is a run of its own beside it: it has the base's corpus and
-first round by hard links, so that its stages find them complete, and does what comes after.
+first round by hard links, so that its stages find them complete, and does what comes after. Arms that differ in how a
+model begins have the corpus alone from their base, and train round 1 themselves.
 """
 
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -14,16 +13,17 @@ import pyarrow as pa
 
 from data_scoring.budget import CALIBRATION
 from data_scoring.config import Policy, RefineConfig
-from data_scoring.files import commit
 from data_scoring.ledger import query, refresh_ledger
-from data_scoring.near_duplicates import SCRATCH
 from data_scoring.progress import Progress
 from data_scoring.scoring import write_parquet
 from flows import stages
-from flows.compare_report import Comparison, write_comparison
+from flows.compare_report import write_comparison
 from flows.compare_results import BASE, RESULTS
-from flows.config import RunConfig, parse_config
+from flows.config import RunConfig
+from flows.pages import Page
 from flows.run_folder import Run, locked, open_run
+from flows.trials import Trial, final_losses, named, prepare_corpus, share, train_trial, trial_config
+from trainer.config import ModelConfig
 
 _WITHOUT_LOSSES = ("random", "all")
 # An arm that asks for no losses puts no outliers aside either.
@@ -32,21 +32,30 @@ _BLIND = {"outlier_z": None}
 
 @dataclass(frozen=True)
 class Arm:
-    """One way on from the base: its name, its folder's name, the fields of `refine` it sets, and its last round."""
+    """One way on from the base: its name, its folder's name, the fields it sets by section, and its last round."""
 
     name: str
     folder: str
-    refine: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
     num_rounds: int = 2
+
+    @property
+    def refine(self) -> dict[str, Any]:
+        """Return the fields of `refine` that the arm sets."""
+        return self.values.get("refine", {})
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Arms that differ in the option `option` alone; `stem` names the files of their result."""
+    """Arms that differ in the option `option` alone; `stem` names the files of their result.
+
+    They go on from the same first round, or begin with one of their own (`shares_round`).
+    """
 
     option: str
     stem: str
     arms: tuple[Arm, ...]
+    shares_round: bool = True
 
 
 _BASE = Arm(BASE, BASE, num_rounds=1)
@@ -54,7 +63,7 @@ _BASE = Arm(BASE, BASE, num_rounds=1)
 
 def policy_sweep(text: str) -> Sweep:
     """Return the arms of a list of policies, such as loss,random. Raises ValueError for one that there is not."""
-    names = _entries("--policies", text)
+    names = entries("--policies", text)
     for name in names:
         if name not in get_args(Policy):
             raise ValueError(f"--policies: {name!r} is none of {', '.join(get_args(Policy))}; give some of them")
@@ -62,13 +71,13 @@ def policy_sweep(text: str) -> Sweep:
 
 
 def _policy_arm(name: str) -> Arm:
-    return Arm(name, name, {"policy": name, **(_BLIND if name in _WITHOUT_LOSSES else {})})
+    return Arm(name, name, {"refine": {"policy": name, **(_BLIND if name in _WITHOUT_LOSSES else {})}})
 
 
 def rate_sweep(text: str) -> Sweep:
     """Return the arms of a list of sampling rates from 0, which is no second round, to 1, which is everything."""
-    rates = sorted(_numbers("--sampling-rates", text, 0, 1))
-    arms = [Arm(f"{rate:g}", f"rate-{rate:g}", {"sampling_rate": rate}) for rate in rates]
+    rates = sorted(numbers("--sampling-rates", text, 0, 1))
+    arms = [Arm(f"{rate:g}", f"rate-{rate:g}", {"refine": {"sampling_rate": rate}}) for rate in rates]
     for place, rate in enumerate(rates):
         if rate == 0:
             arms[place] = Arm("0", BASE, num_rounds=1)
@@ -79,36 +88,49 @@ def rate_sweep(text: str) -> Sweep:
 
 def round_sweep(text: str) -> Sweep:
     """Return the arms of a list of numbers of rounds; each goes on from where the one before it ends."""
-    rounds = sorted(_numbers("--rounds", text, 1, 100))
+    rounds = sorted(numbers("--rounds", text, 1, 100))
     if any(number % 1 for number in rounds):
         raise ValueError(f"--rounds: {text!r} holds a fraction of a round; give whole numbers")
     arms = tuple(Arm(f"{number:g}", f"rounds-{number:g}", {}, int(number)) for number in rounds)
     return Sweep("--rounds", "compare-rounds", arms)
 
 
-def _entries(option: str, text: str) -> list[str]:
-    entries = list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
-    if not entries:
+def init_sweep(text: str) -> Sweep:
+    """Return the arms of a list of initialisations, such as gpt2,internlm. Raises ValueError for one there is not."""
+    names, known = entries("--inits", text), get_args(ModelConfig.model_fields["init"].annotation)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--inits: {name!r} is none of {', '.join(known)}; give some of them")
+    arms = tuple(Arm(name, f"init-{name}", {"model": {"init": name}}, num_rounds=1) for name in names)
+    return Sweep("--inits", "compare-inits", arms, shares_round=False)
+
+
+def entries(option: str, text: str) -> list[str]:
+    """Return the entries of a list with commas, each once. Raises ValueError, naming `option`, where there is none."""
+    found = list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
+    if not found:
         raise ValueError(f"{option}: names nothing; give a list with commas")
-    return entries
+    return found
 
 
-def _numbers(option: str, text: str, least: float, most: float) -> set[float]:
+def numbers(option: str, text: str, least: float, most: float) -> set[float]:
+    """Return the numbers of a list with commas. Raises ValueError where one is none, or not within the bounds."""
     try:
-        numbers = {float(entry) for entry in _entries(option, text)}
+        found = {float(entry) for entry in entries(option, text)}
     except ValueError:
         raise ValueError(f"{option}: {text!r} is no list of numbers; give some with commas between them") from None
-    if not all(least <= number <= most for number in numbers):
+    if not all(least <= number <= most for number in found):
         raise ValueError(f"{option}: {text!r} is not within {least} and {most}; give numbers from there")
-    return numbers
+    return found
 
 
-def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None, progress: Progress) -> Comparison:
+def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None, progress: Progress) -> Page:
     """Train the arms of `sweep` for each of `num_seeds` seeds from `config.seed` on, and return how they compare.
 
     What is complete is not done again, so the same call goes on where one was stopped. Policies are compared at equal
-    tokens: `tokens`, else `refine.max_tokens`, else the most that every arm reaches within the sampling rate. Raises
-    ValueError where an arm cannot reach them, or where a folder was made by another configuration.
+    tokens: `tokens`, else `refine.max_tokens`, else the most that every arm reaches within the sampling rate.
+    Initialisations train on `tokens`, else on `train.max_tokens`, else on everything. Raises ValueError where an arm
+    cannot reach them, or where a folder was made by another configuration.
     """
     folder = config.folder.absolute().with_name(f"{config.run_name}-compare")
     seeds = range(config.seed, config.seed + num_seeds)
@@ -116,38 +138,59 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
     for arm in sweep.arms:
         _config(config, folder, config.seed, arm)
     with locked(folder):
-        bases = {seed: _train_base(_config(config, folder, seed, _BASE), progress) for seed in seeds}
-        arms = sweep.arms
-        if sweep.option == "--policies":
-            tokens = equal_tokens(config, list(bases.values()), arms, tokens or config.refine.max_tokens)
-            arms = tuple(Arm(arm.name, arm.folder, {**arm.refine, "max_tokens": tokens}) for arm in arms)
-        rows = []
-        for seed, base in bases.items():
-            rows += _results(base, seed, _BASE)
-            before = base
-            for arm in arms:
-                run = base
-                if arm.num_rounds > 1:
-                    run = _train_arm(_config(config, folder, seed, arm), before, progress)
-                rows += _results(run, seed, arm)
-                # Only a round that is the same in both can be gone on from.
-                before = run if sweep.option == "--rounds" else base
+        if sweep.shares_round:
+            rows, tokens = _go_on(config, folder, seeds, sweep, tokens, progress)
+        else:
+            rows = _begin(config, folder, seeds, sweep, tokens, progress)
         path = folder / f"{sweep.stem}.parquet"
         write_parquet(path, pa.Table.from_pylist(rows, RESULTS), "")
-        return write_comparison(path, sweep.option, [arm.name for arm in arms], config, tokens)
+        return write_comparison(path, sweep.option, [arm.name for arm in sweep.arms], config, tokens)
+
+
+def _go_on(
+    config: RunConfig, folder: Path, seeds: range, sweep: Sweep, tokens: int | None, progress: Progress
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Return the results of arms that go on from a base's first round, and the tokens that each of them trains on."""
+    bases = {seed: _train_base(_config(config, folder, seed, _BASE), progress) for seed in seeds}
+    arms = sweep.arms
+    if sweep.option == "--policies":
+        tokens = equal_tokens(config, list(bases.values()), arms, tokens or config.refine.max_tokens)
+        arms = tuple(Arm(arm.name, arm.folder, {"refine": {**arm.refine, "max_tokens": tokens}}) for arm in arms)
+    rows = []
+    for seed, base in bases.items():
+        rows += _results(base, seed, _BASE)
+        before = base
+        for arm in arms:
+            run = base
+            if arm.num_rounds > 1:
+                run = _train_arm(_config(config, folder, seed, arm), before, progress)
+            rows += _results(run, seed, arm)
+            # Only a round that is the same in both can be gone on from.
+            before = run if sweep.option == "--rounds" else base
+    return rows, tokens
+
+
+def _begin(
+    config: RunConfig, folder: Path, seeds: range, sweep: Sweep, tokens: int | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """Return the results of arms that train round 1 themselves, over the same corpus in each seed."""
+    rows = []
+    for seed in seeds:
+        corpus = prepare_corpus(config, folder, f"corpus-seed-{seed}", seed, progress)
+        for arm in sweep.arms:
+            values = {**arm.values, "train": {"max_tokens": tokens or config.train.max_tokens}}
+            arm_config = _config(config, folder, seed, Arm(arm.name, arm.folder, values, arm.num_rounds))
+            rows += _results(train_trial(arm_config, corpus, named(arm_config, progress)), seed, arm)
+    return rows
 
 
 def _config(config: RunConfig, folder: Path, seed: int, arm: Arm) -> RunConfig:
     """Return the configuration of an arm's run."""
-    values = config.model_dump()
-    values |= {"name": f"{arm.folder}-seed-{seed}", "output": str(folder), "seed": seed}
-    values["rounds"] |= {"num_rounds": arm.num_rounds, "approval": False}
-    values["refine"] |= arm.refine
-    return parse_config(values, f"arm {arm.name}")
+    return trial_config(config, folder, Trial(f"{arm.folder}-seed-{seed}", arm.values, arm.num_rounds), seed)
 
 
 def _train_base(config: RunConfig, progress: Progress) -> Run:
-    progress = _named(config, progress)
+    progress = named(config, progress)
     with locked(config.folder):
         run = open_run(config)
         stages.prepare(run, progress)
@@ -159,7 +202,7 @@ def _train_base(config: RunConfig, progress: Progress) -> Run:
 
 def _train_arm(config: RunConfig, before: Run, progress: Progress) -> Run:
     """Return the arm's run, its rounds after those of `before` trained."""
-    progress = _named(config, progress)
+    progress = named(config, progress)
     with locked(config.folder):
         for part in ("corpus", *(f"rounds/{number}" for number in range(1, before.config.rounds.num_rounds + 1))):
             share(before.folder / part, config.folder / part)
@@ -170,32 +213,6 @@ def _train_arm(config: RunConfig, before: Run, progress: Progress) -> Run:
             stages.mix(run, number, progress)
             stages.train(run, number, progress)
     return run
-
-
-def _named(config: RunConfig, progress: Progress) -> Progress:
-    return lambda what, done, total: progress(f"{config.name}: {what}", done, total)
-
-
-def share(source: Path, target: Path) -> None:
-    """Make the folder `target` hold what the finished folder `source` does, at once, by hard links where it can.
-
-    Files of a run are replaced and never changed, so neither side sees what the other does later.
-    """
-    if target.exists():
-        return
-    temporary = target.with_name(f".{target.name}.sharing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    notes = shutil.ignore_patterns(".told-*", ".*.tmp", SCRATCH)
-    shutil.copytree(source, temporary, symlinks=True, ignore=notes, copy_function=_link)
-    commit(temporary, target)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another file system, or one that has no links.
-        shutil.copy2(source, target)
 
 
 def equal_tokens(config: RunConfig, bases: list[Run], arms: tuple[Arm, ...], wanted: int | None) -> int:
@@ -247,10 +264,8 @@ def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
     ).fetchall()
     common = dict(zip(("num_steps", "trained_tokens", "round_1_tokens"), map(int, costs), strict=True))
     common["scoring_cost"] = sum(scoring_cost(run, number) for number in scored)
-    last = f"select * from validation where round = {run.config.rounds.num_rounds} qualify step = max(step) over ()"
-    rows = query(run.folder, f"select source, loss, num_tokens from ({last}) order by source").fetchall()
-    names = ("source", "loss", "num_tokens")
-    return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True)), **common} for row in rows]
+    losses = final_losses(run, run.config.rounds.num_rounds)
+    return [{"seed": seed, "arm": arm.name, **row, **common} for row in losses]
 
 
 def _number(run: Run, sql: str) -> int:

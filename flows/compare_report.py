@@ -1,79 +1,35 @@
 """What a comparison found: tables, as text, Markdown and HTML, and plots, from its Parquet file alone."""
 
-import html
-from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 
-from data_scoring.files import writing
-from flows.artifacts import markdown_table
 from flows.compare_plots import PLOTS
 from flows.compare_results import BASE, open_results
 from flows.config import RunConfig
+from flows.pages import Page, Picture, Section, span, write_page
 from flows.plots import render
-from flows.report import html_figure, html_page, html_table
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A comparison that is written: its page, and the same in plain text."""
-
-    page: Path
-    text: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: what it is, what to know about it, and its cells as text."""
-
-    title: str
-    notes: list[str]
-    head: list[str]
-    cells: list[list[str]]
-
-
-def write_comparison(results: Path, option: str, arms: list[str], config: RunConfig, tokens: int | None) -> Comparison:
+def write_comparison(results: Path, option: str, arms: list[str], config: RunConfig, tokens: int | None) -> Page:
     """Write the page, the Markdown and the pictures of the comparison in the Parquet file `results` beside it.
 
     `option` is what the `arms` differ in; `tokens` is how many each trained on at most, where that was the same.
     """
     with open_results(results, arms) as connection:
         lead = _lead(connection, option, config, tokens)
-        made = [make(connection) for make in (_losses, _differences, _spread, _costs)]
-        drawn = [(name, render(plot, connection), caption) for name, (plot, caption) in PLOTS.items()]
+        parts, plots = [_losses, _differences, _spread, _costs], dict(PLOTS)
+        if option == "--inits":
+            # There is nothing after round 1 that could cost anything.
+            parts.remove(_costs)
+            del plots["costs"]
+        made = [make(connection) for make in parts]
+        drawn = [(name, render(plot, connection), caption) for name, (plot, caption) in plots.items()]
     # One seed has no spread, and one arm nothing to differ from.
-    tables = [table for table in made if table.cells]
-    pictures = [(f"{results.stem}-{name}.png", png, caption) for name, png, caption in drawn if png is not None]
-    for name, png, _ in pictures:
-        with writing(results.with_name(name)) as temporary:
-            temporary.write_bytes(png)
+    sections = [section for section in made if section.cells]
+    pictures = [Picture(name, png, caption) for name, png, caption in drawn if png is not None]
     title = f"{config.run_name}: {option.removeprefix('--').replace('-', ' ')} compared"
-    text = "\n\n".join([f"# {title}", *lead, *(_markdown(table) for table in tables)])
-    links = [f"![{caption}]({name})" for name, _, caption in pictures]
-    _write(results.with_suffix(".md"), "\n\n".join([text, *links]) + "\n")
-    figures = [html_figure(png, caption) for _, png, caption in pictures]
-    body = [_paragraphs(lead), *figures, *(_html(table) for table in tables)]
-    _write(results.with_suffix(".html"), html_page(title, "".join(body)))
-    return Comparison(results.with_suffix(".html"), text)
-
-
-def _write(path: Path, content: str) -> None:
-    with writing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
-
-
-def _markdown(table: Table) -> str:
-    return "\n\n".join([f"## {table.title}", *table.notes, markdown_table(table.head, table.cells)])
-
-
-def _html(table: Table) -> str:
-    cells: list[tuple[object, ...]] = [tuple(row) for row in table.cells]
-    return f"<h2>{html.escape(table.title)}</h2>{_paragraphs(table.notes)}{html_table(table.head, cells)}"
-
-
-def _paragraphs(lines: list[str]) -> str:
-    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    return write_page(results.with_suffix(".html"), title, lead, sections, pictures)
 
 
 def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, tokens: int | None) -> list[str]:
@@ -88,11 +44,17 @@ def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, to
         "1 is everything once more. They do not train on equally many tokens; their cost is below.",
         "--rounds": f"Arms differ in the number of rounds, under policy {refine.policy} at sampling rate "
         f"{refine.sampling_rate:g}. They do not train on equally many tokens; their cost is below.",
+        "--inits": "Arms differ in model.init, how weights are drawn. Each trains one round from them, on the same "
+        "samples in the same order.",
     }
+    shared = (
+        f"In each seed all arms go on from the same round 1, trained once on {span(least, most)} predicted tokens."
+        if option != "--inits"
+        else f"In each seed all arms train on {span(least, most)} predicted tokens."
+    )
     lines = [
         differ[option],
-        f"{'Seed' if num_seeds == 1 else 'Seeds'} {_span(first, last)}. In each seed all arms go on from the same "
-        f"round 1, trained once on {_span(least, most)} predicted tokens.",
+        f"{'Seed' if num_seeds == 1 else 'Seeds'} {span(first, last)}. {shared}",
         "A seed decides which documents are held out, too: the spread over seeds has the differences between "
         "validation sets in it. Differences paired by seed have not.",
     ]
@@ -105,32 +67,38 @@ def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, to
     return lines
 
 
-def _losses(results: duckdb.DuckDBPyConnection) -> Table:
+def _losses(results: duckdb.DuckDBPyConnection) -> Section:
     # Where an arm ends with round 1, it is that row.
     rows = results.sql(
         f"""select arm, source, mean from spread
         where arm <> '{BASE}' or not exists (from costs where num_steps = 0) order by arm, place desc, source"""
     ).fetchall()
     sources = list(dict.fromkeys(source for _, source, _ in rows))
-    means = {(arm, source): mean for arm, source, mean in rows}
+    means = {(arm, source): f"{mean:.4f}" for arm, source, mean in rows}
+    best = {source: min(mean for _, name, mean in rows if name == source) for source in sources}
+    for arm, source, mean in rows:
+        if mean == best[source]:
+            means[arm, source] = f"**{mean:.4f}**"
     cells = [
-        ["after round 1" if arm == BASE else arm, *(f"{means[arm, source]:.4f}" for source in sources)]
+        ["after round 1" if arm == BASE else arm, *(means[arm, source] for source in sources)]
         for arm in dict.fromkeys(arm for arm, _, _ in rows)
     ]
-    return Table("Validation loss", ["Nats per token, means over seeds."], ["arm", *sources], cells)
+    return Section(
+        "Validation loss", ["Nats per token, means over seeds; the lowest is bold."], ["arm", *sources], cells
+    )
 
 
-def _spread(results: duckdb.DuckDBPyConnection) -> Table:
+def _spread(results: duckdb.DuckDBPyConnection) -> Section:
     rows = results.sql(
         f"""select source, arm, mean, deviation, least, most from spread
         where arm <> '{BASE}' and deviation is not null order by place desc, source, arm"""
     ).fetchall()
     cells = [[row[0], row[1], *(f"{value:.4f}" for value in row[2:])] for row in rows]
     head = ["source", "arm", "mean", "standard deviation", "least", "most"]
-    return Table("Spread of the validation loss over seeds", ["Nats per token."], head, cells)
+    return Section("Spread of the validation loss over seeds", ["Nats per token."], head, cells)
 
 
-def _differences(results: duckdb.DuckDBPyConnection) -> Table:
+def _differences(results: duckdb.DuckDBPyConnection) -> Section:
     rows = results.sql(
         "select source, arm, mean, error, num_lower, num_seeds from differences order by place desc, source, arm"
     ).fetchall()
@@ -146,7 +114,7 @@ def _differences(results: duckdb.DuckDBPyConnection) -> Table:
         if num_seeds == 1
         else f"{num_seeds} seeds make for a rough standard error: look at whether the seeds agree in sign.",
     ]
-    return Table(f"Difference to arm {reference}, paired by seed", notes, ["source", *arms], cells)
+    return Section(f"Difference to arm {reference}, paired by seed", notes, ["source", *arms], cells)
 
 
 def _difference(mean: float, error: float | None, num_lower: int, num_seeds: int) -> str:
@@ -154,14 +122,14 @@ def _difference(mean: float, error: float | None, num_lower: int, num_seeds: int
     return f"{mean:+.4f}{spread}, {num_lower} of {num_seeds}"
 
 
-def _costs(results: duckdb.DuckDBPyConnection) -> Table:
+def _costs(results: duckdb.DuckDBPyConnection) -> Section:
     rows = results.sql(
         """select arm, min(num_steps), max(num_steps), min(trained_tokens), max(trained_tokens), min(scoring_cost),
             max(scoring_cost), avg(cost), avg(cost / round_1_tokens)
         from costs group by arm order by arm"""
     ).fetchall()
     cells = [
-        [row[0], *(_span(*row[place : place + 2]) for place in (1, 3, 5)), f"{row[7]:,.0f}", f"{row[8]:.1%}"]
+        [row[0], *(span(*row[place : place + 2]) for place in (1, 3, 5)), f"{row[7]:,.0f}", f"{row[8]:.1%}"]
         for row in rows
     ]  # fmt: skip
     notes = [
@@ -171,8 +139,4 @@ def _costs(results: duckdb.DuckDBPyConnection) -> Table:
         "counts 0 there, though the base was scored for the others.",
     ]
     head = ["arm", "steps", "tokens trained", "scoring (training tokens)", "cost (training tokens)", "of round 1's"]
-    return Table("Cost", notes, head, cells)
-
-
-def _span(least: int, most: int) -> str:
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    return Section("Cost", notes, head, cells)

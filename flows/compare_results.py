@@ -10,6 +10,8 @@ import pyarrow as pa
 from data_scoring.sql import literal
 
 BASE = "base"
+# Arms that others are measured against: what one would do without the thing that is compared.
+_PLAIN = ("random", "gpt2")
 # Names that no source can have.
 ALL_TOKENS, MEAN_OF_SOURCES = "all tokens", "mean of sources"
 
@@ -57,15 +59,15 @@ def open_results(path: Path, arms: list[str]) -> Iterator[duckdb.DuckDBPyConnect
     """Yield a connection with the views of the results in the Parquet file `path`; `arms` sort in the given order.
 
     The views: losses (by seed, arm and source, the last two of which are over all sources), spread (over seeds),
-    paired and differences (to the arm in `reference`: random where there is one, else the first), and costs (tokens;
-    scoring in training-token equivalents).
+    paired and differences (to the arm in `reference`: random or gpt2 where there is one, else the first), and costs
+    (tokens; scoring in training-token equivalents).
     """
     with duckdb.connect() as connection:
         names = ", ".join(literal(name) for name in [BASE, *arms])
         connection.execute(f"create type arm as enum ({names})")
         rows = f"select * replace (arm::arm as arm) from read_parquet({literal(path)})"
         connection.execute(f"create table results as {rows}")
-        reference = "random" if "random" in arms else arms[0]
+        reference = next((name for name in _PLAIN if name in arms), arms[0])
         connection.execute(f"create table reference as select {literal(reference)}::arm as arm")
         connection.execute(_VIEWS)
         yield connection

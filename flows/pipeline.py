@@ -4,7 +4,6 @@ Every task wraps a plain function of `flows.stages` that looks into the run fold
 a flow that is run again goes on where the last one stopped, whatever Prefect remembers of it.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from flows import stages
 from flows.approval import ask
 from flows.artifacts import summary
 from flows.config import RunConfig, check_path, check_paths
-from flows.reporting import Reporter, RunCancelledError, has_deployment
+from flows.reporting import Reporter, RunCancelledError, allowed_folders
 from flows.run_folder import Run, locked, open_run, read_run
 
 prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(stages.prepare)
@@ -37,7 +36,7 @@ RefinedRound = Annotated[int, Field(ge=2, le=100, description="Number of the rou
 @flow(name="multi-round", flow_run_name="{config.run_name}")
 def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
     """Train in rounds, each on what the one before left to learn; return the path of the report."""
-    if allowed := _allowed():
+    if allowed := allowed_folders():
         check_paths(config, allowed)
     try:
         with Reporter(config.folder) as progress, locked(config.folder):
@@ -80,7 +79,7 @@ def refine_dry_run(
 ) -> str:
     """Show what refining would keep for a round of an existing run, writing nothing to it; return it as Markdown."""
     run = _open(run_folder)
-    if (allowed := _allowed()) and refine.reference is not None:
+    if (allowed := allowed_folders()) and refine.reference is not None:
         check_path("refine.reference", refine.reference, allowed)
     page = summary(stages.preview(run, round_number, refine))
     create_markdown_artifact(
@@ -89,17 +88,7 @@ def refine_dry_run(
     return page
 
 
-def _allowed() -> list[Path]:
-    """Return the folders that a deployment's flows may use: whoever can submit one need not be who owns the machine.
-
-    Without a deployment, the caller is the owner, and the list is empty.
-    """
-    if not has_deployment():
-        return []
-    return [Path.cwd(), *(Path(folder) for folder in os.environ.get("REPRISE_ALLOW", "").split(os.pathsep) if folder)]
-
-
 def _open(run_folder: str) -> Run:
-    if allowed := _allowed():
+    if allowed := allowed_folders():
         check_path("run_folder", run_folder, allowed)
     return read_run(Path(run_folder))

@@ -31,6 +31,7 @@ from prefect.states import Running
 
 from flows import artifacts
 from flows.log_lines import LogTail
+from flows.pages import Page
 from flows.progress import Pace, TerminalProgress
 from flows.run_folder import Run
 from flows.server import is_private
@@ -52,6 +53,16 @@ def has_deployment() -> bool:
     """Return whether the flow that calls this was submitted to a deployment, rather than called by its owner."""
     context = FlowRunContext.get()
     return context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None
+
+
+def allowed_folders() -> list[Path]:
+    """Return the folders that a deployment's flows may use: whoever can submit one need not be who owns the machine.
+
+    Without a deployment, the caller is the owner, and the list is empty.
+    """
+    if not has_deployment():
+        return []
+    return [Path.cwd(), *(Path(folder) for folder in os.environ.get("REPRISE_ALLOW", "").split(os.pathsep) if folder)]
 
 
 class RunCancelledError(Exception):
@@ -157,6 +168,16 @@ class Reporter:
                 link = f"[Report of {run.folder.name}]({address})\n\n{address}"
                 self._show(f"round-{round_number}-report", "markdown", link, "Where the report is.")
                 self._announce(run, "round", round_number, rows[round_number - 1])
+
+    def tried(self, rows: list[dict[str, Any]], page: Page | None = None) -> None:
+        """Show the trials of a search so far and, once there is one, the page of what it found."""
+        if not self._is_shown:
+            return
+        self._show("trials", "table", json.dumps(rows), "The trials so far, the best first.")
+        if page is not None:
+            address = _address(page.page)
+            content = f"[Report of {self._folder.name}]({address})\n\n{address}\n\n{page.text}"
+            self._show("report", "markdown", content, "What the search found.")
 
     @contextmanager
     def _telling(self, run: Run, stage: str, round_number: int) -> Iterator[bool]:

@@ -73,14 +73,26 @@ def check_vocabulary(config: RunConfig) -> None:
     """Raise ValueError where the tokenizer cannot be opened, or has more entries than the model's vocabulary."""
     if config.model.vocab_size is None:
         return
-    vocab_size = config.tokenizer.vocab_size
-    if config.tokenizer.path is not None:
-        vocab_size = open_tokenizer(Path(config.tokenizer.path), config.tokenizer.end_of_document).vocab_size
+    vocab_size = _tokenizer_size(config)
     if config.model.vocab_size < vocab_size:
         raise ValueError(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}; "
             "raise it, or leave it out"
         )
+
+
+def vocabulary_size(config: RunConfig) -> int:
+    """Return the entries of the model's vocabulary, as far as can be told before there is a corpus.
+
+    A tokenizer that is yet to be trained may come out smaller.
+    """
+    return config.model.vocab_size or _tokenizer_size(config)
+
+
+def _tokenizer_size(config: RunConfig) -> int:
+    if config.tokenizer.path is None:
+        return config.tokenizer.vocab_size
+    return open_tokenizer(Path(config.tokenizer.path), config.tokenizer.end_of_document).vocab_size
 
 
 def check_start(checkpoint: Path) -> None:

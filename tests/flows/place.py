@@ -96,11 +96,11 @@ class Place:
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             return True
 
-    def submit(self, config: dict[str, Any], deployment: str = "multi-round/demo") -> str:
+    def submit(self, config: dict[str, Any], deployment: str = "multi-round/demo", **parameters: Any) -> str:
         found = httpx.get(f"{self.api}/deployments/name/{deployment}").raise_for_status().json()
         answer = httpx.post(
             f"{self.api}/deployments/{found['id']}/create_flow_run",
-            json={"parameters": {"config": config}, "state": {"type": "SCHEDULED"}},
+            json={"parameters": {"config": config, **parameters}, "state": {"type": "SCHEDULED"}},
             timeout=30,
         )
         assert answer.is_success, answer.text

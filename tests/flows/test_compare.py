@@ -1,111 +1,38 @@
 """A comparison's arms, its arithmetic and its resuming, with ranks that write what is asked of them; and a real one."""
 
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
 
-from data_scoring.corpus import Corpus
-from data_scoring.files import write_json
 from data_scoring.mix import Mix
 from data_scoring.progress import silent
-from data_scoring.scoring import losses_path, write_losses, write_parquet
-from flows import scoring, stages
+from data_scoring.scoring import write_parquet
 from flows.cli import main
-from flows.compare import compare, policy_sweep, rate_sweep, round_sweep, share
+from flows.compare import compare, init_sweep, policy_sweep, rate_sweep, round_sweep, share
 from flows.compare_report import write_comparison
 from flows.compare_results import RESULTS, open_results
 from flows.config import RunConfig, parse_config
+from flows.pages import span
 from flows.run_folder import read_run
 from flows.status import read_status
-from tests.conftest import make_documents, read_rows
-from trainer.jobs import Job, TrainJob
-from trainer.records import STEPS, VALIDATION
-
-BATCH = 4
-# What ranks "measure": validation losses of sources a and b, with 300 and 100 validation tokens, by arm and seed.
-LOSSES = {
-    "base": {0: (5.0, 3.0), 1: (5.2, 3.4), 2: (5.1, 3.2)},
-    "loss": {0: (4.0, 2.0), 1: (4.2, 2.4), 2: (4.1, 2.8)},
-    "random": {0: (4.1, 1.9), 1: (4.4, 2.2), 2: (4.2, 2.8)},
-    "all": {0: (4.1, 2.0), 1: (4.3, 2.2), 2: (4.2, 2.7)},
-}
-OTHER = (4.5, 2.5)
-
-
-class FakeRanks:
-    """Writes what ranks would have left, and remembers what it was asked for; fails at the job called `fails_at`."""
-
-    def __init__(self) -> None:
-        self.jobs: list[str] = []
-        self.fails_at = ""
-
-    def __call__(self, job: Job, run_folder: Path, name: str, *_: Any) -> None:
-        self.jobs.append(f"{run_folder.name} {name}")
-        if self.jobs[-1] == self.fails_at:
-            raise ValueError("killed")
-        corpus = Corpus(job.corpus)
-        if isinstance(job, TrainJob):
-            train(job, corpus, run_folder.name)
-        else:
-            for shard in range(corpus.num_shards):
-                lengths = corpus.lengths(shard)
-                losses = np.arange(len(lengths), dtype=np.float32)
-                path = losses_path(job.round_folder, shard)
-                write_losses(path, corpus, shard, lengths, losses, job.fingerprint, job.origin)
-
-
-def train(job: TrainJob, corpus: Corpus, run: str) -> None:
-    mix = Mix(job.round_folder / "mix.parquet")
-    lengths = corpus.read(*mix.read(0, len(mix))).num_tokens
-    steps = [
-        {"step": number + 1, "num_tokens": int(batch.sum()), "num_samples": len(batch)}
-        for number, batch in enumerate(np.split(lengths, range(BATCH, len(lengths), BATCH)))
-    ]
-    write_parquet(job.round_folder / "steps.parquet", pa.Table.from_pylist(steps, STEPS), "")
-    arm, seed = run.rsplit("-seed-", 1)
-    measured = LOSSES.get(arm, {}).get(int(seed), OTHER)
-    validation = [
-        {"step": step, "source": source, "loss": loss + len(steps) - step, "num_tokens": num_tokens}
-        for source, loss, num_tokens in zip("ab", measured, (300, 100), strict=True)
-        for step in (1, len(steps))
-    ]
-    write_parquet(job.round_folder / "validation.parquet", pa.Table.from_pylist(validation, VALIDATION), "")
-    write_json(job.round_folder / "checkpoint" / f"step-{len(steps):08d}" / "reprise.json", {"step": len(steps)})
+from tests.conftest import read_rows
+from tests.flows.fakes import BATCH, LOSSES, FakeRanks, fake_ranks, values, write_texts
 
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
-    fake = FakeRanks()
-    monkeypatch.setattr(stages, "launch", fake)
-    monkeypatch.setattr(scoring, "launch", fake)
-    return fake
+    return fake_ranks(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for name, seed in (("a", 1), ("b", 2)):
-        lines = [json.dumps({"text": document}) for document in make_documents(40, seed)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def values(texts: Path, output: Path) -> dict[str, Any]:
-    sources = [{"name": name, "path": str(texts / f"{name}.jsonl")} for name in ("a", "b")]
-    corpus = {"sources": sources, "seq_length": 16, "num_shards": 2, "validation_fraction": 0.2}
-    return {
-        "name": "x", "output": str(output), "device": "cpu", "corpus": corpus, "tokenizer": {"vocab_size": 280},
-        "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
-        "train": {"global_batch_size": BATCH, "micro_batch_size": 2},
-    }  # fmt: skip
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture
@@ -198,6 +125,29 @@ def test_a_stopped_comparison_goes_on_and_repeats_nothing(
         compare(config, sweep, 1, 9_999_999, silent)
 
 
+def test_initialisations_train_a_first_round_of_their_own_over_one_corpus(config: RunConfig, ranks: FakeRanks) -> None:
+    page = compare(config, init_sweep("constant,gpt2"), 2, 300, silent)
+    folder = page.page.parent
+    assert ranks.jobs == [f"init-{name}-seed-{seed} train-1" for seed in (0, 1) for name in ("constant", "gpt2")]
+    mixes = {(folder / f"init-{name}-seed-0" / "rounds/1/mix.parquet").read_bytes() for name in ("constant", "gpt2")}
+    assert len(mixes) == 1
+    assert read_run(folder / "init-constant-seed-1").config.model.init == "constant"
+    with open_results(page.page.with_suffix(".parquet"), ["constant", "gpt2"]) as results:
+        assert results.sql("from reference").fetchall() == [("gpt2",)]
+        measured = results.sql("select loss from losses where source = 'a' and seed = 0 order by arm").fetchall()
+        [(least, most)] = results.sql("select min(round_1_tokens), max(round_1_tokens) from results").fetchall()
+    assert measured == [(pytest.approx(4.3),), (pytest.approx(4.1),)] and 280 < least <= most <= 300
+    text = " ".join(page.text.split())
+    # Losses of a over both seeds: 4.4 and 4.2; paired: 0.2 and 0.2.
+    assert "| constant | 3.9500 | 3.5000 | 4.4000 | 2.6000 |" in text
+    assert "| gpt2 | **3.7500** | **3.3000** | **4.2000** | **2.4000** |" in text
+    assert "## Difference to arm gpt2, paired by seed" in text and "| a | +0.2000 ± 0.0000, 0 of 2 |" in text
+    assert "Cost" not in text and f"Seeds 0 to 1. In each seed all arms train on {span(least, most)} predicted" in text
+    ranks.jobs = []
+    compare(config, init_sweep("constant,gpt2"), 2, 300, silent)
+    assert ranks.jobs == []
+
+
 def test_sampling_rates_and_rounds_share_what_they_can(config: RunConfig, ranks: FakeRanks) -> None:
     page = compare(config, rate_sweep("1,0,0.5"), 1, None, silent).page
     total = corpus_tokens(page.parent / "base-seed-0")
@@ -243,6 +193,7 @@ def test_sharing_is_all_or_nothing_and_copies_where_there_are_no_links(
         (["--policies", ","], "--policies: names nothing; give a list with commas"),
         (["--sampling-rates", "0,2"], "--sampling-rates: '0,2' is not within 0 and 1"),
         (["--sampling-rates", "half"], "--sampling-rates: 'half' is no list of numbers"),
+        (["--inits", "gpt2,zeros"], "--inits: 'zeros' is none of constant, gpt2, internlm; give some of them"),
         (["--rounds", "1.5"], "--rounds: '1.5' holds a fraction of a round"),
         (["--rounds", "2", "--tokens", "9"], "--tokens: goes with --policies"),
         (["--rounds", "2", "--seeds", "0"], "--seeds: 0 is less than 1"),

@@ -1,0 +1,167 @@
+"""The space that an architecture search draws from: depth and FFN expansion, at one number of parameters.
+
+Width follows from the other two: it is what spends the budget, in whole heads, and the feed-forward width takes up what
+whole heads leave over.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+
+from pydantic import Field, model_validator
+from scipy.stats import qmc
+
+from data_scoring.config import Config
+from trainer.config import ModelConfig, ParallelConfig
+
+_MOST_HEADS, _MOST_WIDTH = 1024, 65_536
+# Feed-forward widths are multiples of this on every rank: what matrix units like.
+_FFN_STEP = 8
+# Points looked at for each trial before the ranges count as exhausted.
+_POINTS_A_TRIAL = 200
+
+
+class SearchConfig(Config):
+    """What an architecture search tries: models of about `parameters` weights that differ in shape."""
+
+    parameters: int = Field(
+        default=1_000_000_000, ge=1, description="Parameters of every model, embedding and head included."
+    )
+    tolerance: float = Field(
+        default=0.03, gt=0, le=0.5, description="Share of `parameters` that a model's may be more or less."
+    )
+    trials: int = Field(default=30, ge=1, le=10_000, description="Models that are trained (paper: 30).")
+    min_depth: int = Field(default=9, ge=1, le=1024, description="Fewest layers (paper: 9).")
+    max_depth: int = Field(default=40, ge=1, le=1024, description="Most layers (paper: 40).")
+    min_expansion: float = Field(default=1.0, gt=0, le=64, description="Least ratio of FFN to width (paper: 1).")
+    max_expansion: float = Field(default=4.0, gt=0, le=64, description="Greatest ratio of FFN to width (paper: 4).")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of what is drawn.")
+    jobs: int = Field(default=1, ge=1, le=1024, description="Trials that train at once.")
+    generation: bool = Field(default=True, description="Whether generation speed is measured.")
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> "SearchConfig":
+        for name in ("depth", "expansion"):
+            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if least > most:
+                raise ValueError(f"{name}: {least:g}-{most:g} ends before it begins; swap the two")
+        return self
+
+
+def draw_models(
+    search: SearchConfig, base: ModelConfig, parallel: ParallelConfig, vocab_size: int
+) -> list[ModelConfig]:
+    """Return `search.trials` distinct models; what is not searched, such as the size of heads, is as in `base`.
+
+    Points come from a scrambled Halton sequence, which is spread evenly over depth and expansion however many are
+    taken: more trials of the same seed are the same ones, and some more. A point at which no model is within
+    `search.tolerance` of the budget and inside the ranges is passed over. Raises ValueError where the budget or the
+    ranges cannot be met.
+    """
+    fitter = _Fitter(search, base, parallel, vocab_size)
+    depths = [depth for depth in range(search.min_depth, search.max_depth + 1) if depth % parallel.pipeline == 0]
+    if not depths:
+        raise ValueError(
+            f"--depth: {search.min_depth}-{search.max_depth} has no multiple of parallel.pipeline "
+            f"{parallel.pipeline}; widen it"
+        )
+    fitter.check_budget(depths[0])
+    found: dict[tuple[int, int, int], ModelConfig] = {}
+    for u, v in _points(search):
+        depth = depths[int(u * len(depths))]
+        expansion = search.min_expansion + v * (search.max_expansion - search.min_expansion)
+        model = fitter.fit(depth, expansion)
+        if model is not None:
+            found.setdefault((model.num_layers, model.hidden_size, model.ffn_size), model)
+        if len(found) == search.trials:
+            return list(found.values())
+    raise ValueError(
+        f"--trials: {len(found)} distinct models of {search.parameters:,} parameters (within {search.tolerance:.0%}) "
+        f"were found with heads of {fitter.head_size} channels, not {search.trials}; ask for fewer, widen --depth, "
+        "--expansion or --tolerance, or make heads smaller (more model.num_attention_heads)"
+    )
+
+
+def _points(search: SearchConfig) -> Iterator[tuple[float, float]]:
+    sequence = qmc.Halton(d=2, rng=search.seed)
+    for _ in range(_POINTS_A_TRIAL):
+        for u, v in sequence.random(search.trials):
+            yield float(u), float(v)
+
+
+class _Fitter:
+    """Finds the width and the feed-forward width that spend the budget at a depth."""
+
+    def __init__(self, search: SearchConfig, base: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> None:
+        self._search, self._base, self._vocab_size = search, base, vocab_size
+        self.head_size = base.hidden_size // base.num_attention_heads
+        self._heads_a_group = base.num_attention_heads // (base.num_query_groups or base.num_attention_heads)
+        # Heads come in whole groups, groups in equal parts for the ranks, and a shortcut's reduction divides the width.
+        heads_step = self._heads_a_group * parallel.tensor
+        reduction = base.shortcut_reduction or 1
+        self._heads_step = heads_step * (reduction // math.gcd(reduction, heads_step * self.head_size))
+        self._ffn_step = _FFN_STEP * parallel.tensor
+
+    def check_budget(self, depth: int) -> None:
+        """Raise ValueError where the smallest model of the ranges, which has this depth, has too many parameters."""
+        least = self._model(depth, 1, self._ffn_sizes(self._width(1)).start)
+        count, budget = least.num_parameters(self._vocab_size), self._search.parameters
+        if count > budget * (1 + self._search.tolerance):
+            embeddings = 2 * self._vocab_size * least.hidden_size
+            raise ValueError(
+                f"--parameters: {budget:,} is less than the smallest model of these ranges has, {count:,} (width "
+                f"{least.hidden_size}, depth {depth}, FFN {least.ffn_size}; embedding and head of {self._vocab_size:,} "
+                f"entries {embeddings:,}); raise it, or make heads or the vocabulary smaller"
+            )
+
+    def fit(self, depth: int, expansion: float) -> ModelConfig | None:
+        """Return the model of this depth nearest to `expansion` that meets the budget, or None if none does."""
+        search = self._search
+
+        def count(step: int) -> int:
+            ffn_size = self._ffn_step * max(1, round(expansion * self._width(step) / self._ffn_step))
+            return self._model(depth, step, ffn_size).num_parameters(self._vocab_size)
+
+        most = min(_MOST_HEADS // self._heads_step, _MOST_WIDTH // self._width(1))
+        steps = range(1, most + 1)
+        below = bisect_right(steps, search.parameters, key=count)
+        models = [self._spend(depth, step) for step in (below, below + 1) if step in steps]
+        return min(
+            (model for model in models if model is not None),
+            key=lambda model: abs(model.ffn_size / model.hidden_size - expansion),
+            default=None,
+        )
+
+    def _spend(self, depth: int, step: int) -> ModelConfig | None:
+        """Return the model of this depth and width whose feed-forward width meets the budget, if one in range does."""
+        sizes = self._ffn_sizes(self._width(step))
+        if not sizes:
+            return None
+        least = self._model(depth, step, sizes[0]).num_parameters(self._vocab_size)
+        a_step = self._model(depth, step, sizes[0] + self._ffn_step).num_parameters(self._vocab_size) - least
+        place = round((self._search.parameters - least) / a_step)
+        if place not in range(len(sizes)):
+            return None
+        model = self._model(depth, step, sizes[place])
+        off = abs(model.num_parameters(self._vocab_size) - self._search.parameters)
+        return model if off <= self._search.tolerance * self._search.parameters else None
+
+    def _width(self, step: int) -> int:
+        return step * self._heads_step * self.head_size
+
+    def _ffn_sizes(self, width: int) -> range:
+        """Return the feed-forward widths that a width may have."""
+        least = math.ceil(self._search.min_expansion * width / self._ffn_step)
+        most = math.floor(self._search.max_expansion * width / self._ffn_step)
+        return range(self._ffn_step * max(1, least), self._ffn_step * most + 1, self._ffn_step)
+
+    def _model(self, depth: int, step: int, ffn_size: int) -> ModelConfig:
+        heads = step * self._heads_step
+        shape = {
+            "num_layers": depth,
+            "hidden_size": self._width(step),
+            "num_attention_heads": heads,
+            "num_query_groups": heads // self._heads_a_group if self._base.num_query_groups else None,
+            "ffn_hidden_size": ffn_size,
+        }
+        return ModelConfig.model_validate({**self._base.model_dump(), **shape})

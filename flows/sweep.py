@@ -1,0 +1,79 @@
+"""The architecture search: which models it tries, how each is trained and measured. Plain functions over its folder."""
+
+from pathlib import Path
+from typing import Any
+
+from data_scoring.files import read_json, write_json
+from data_scoring.progress import Progress
+from flows.config import RunConfig
+from flows.generation import generation_speed
+from flows.run_folder import Run, read_run
+from flows.search_space import SearchConfig, draw_models
+from flows.stages import vocabulary_size
+from flows.trials import TRIAL_ERRORS, Trial, add_result, prepare_corpus, read_result, trial_config
+
+# What may differ when a search goes on: how many of the same trials are taken, and how fast.
+_FREE = {"trials", "jobs", "generation"}
+_RECORD = "sweep.json"
+
+
+def sweep_folder(config: RunConfig) -> Path:
+    """Return the folder of the search that starts from `config`."""
+    return config.folder.absolute().with_name(f"{config.run_name}-sweep")
+
+
+def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
+    """Return the run that has the corpus, all checked that can be before hours of work.
+
+    Raises ValueError where the budget cannot be met, or where the folder is another search's.
+    """
+    folder = sweep_folder(config)
+    if config.model.start_from is not None:
+        raise ValueError("model.start_from: a search trains models of many shapes from random weights; leave it out")
+    plan(config, search, vocabulary_size(config))
+    before: dict[str, Any] | None = read_json(folder / _RECORD)
+    wanted = search.model_dump(exclude=_FREE)
+    if before is not None and before != wanted:
+        different = [f"{name} {before.get(name)} there, {value} here" for name, value in wanted.items()
+                     if before.get(name) != value]  # fmt: skip
+        raise ValueError(
+            f"{folder}: holds another search ({', '.join(different)}); set another name, or delete the folder"
+        )
+    corpus = prepare_corpus(config, folder, "corpus", config.seed, progress)
+    write_json(folder / _RECORD, wanted)
+    return corpus
+
+
+def plan(config: RunConfig, search: SearchConfig, vocab_size: int) -> list[RunConfig]:
+    """Return the configuration of each trial's run. Raises ValueError where there are not as many as asked for."""
+    models = draw_models(search, config.model, config.parallel, vocab_size)
+    folder = sweep_folder(config)
+    return [
+        trial_config(
+            config,
+            folder,
+            Trial(
+                f"depth-{model.num_layers}-width-{model.hidden_size}-ffn-{model.ffn_size}",
+                {"model": model.model_dump()},
+            ),
+            config.seed,
+        )
+        for model in models
+    ]
+
+
+def measure(config: RunConfig, progress: Progress) -> bool:
+    """Add a trained trial's generation speed to its row; return whether there was anything to do.
+
+    Raises one of TRIAL_ERRORS, which is then on record in the row too, where it cannot be measured.
+    """
+    row = read_result(config)
+    if row["state"] != "trained" or row["generation_speed"] is not None:
+        return False
+    try:
+        speed = generation_speed(read_run(config.folder), 1, progress)
+    except TRIAL_ERRORS as error:
+        add_result(config, reason=str(error).splitlines()[0])
+        raise
+    add_result(config, generation_speed=speed, reason=None)
+    return True

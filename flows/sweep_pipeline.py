@@ -1,0 +1,68 @@
+"""The architecture search, as Prefect runs it: one corpus, a task for each trial's training, another for its speed.
+
+As in `flows.pipeline`, the folder says what is done. Tasks are called in threads of our own, not submitted: submitted
+ones are stopped late when the flow is cancelled, and without what should still be tidied up.
+"""
+
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefect import State, flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Cancelled
+
+from data_scoring.progress import Progress
+from flows import sweep
+from flows.config import RunConfig, check_paths
+from flows.reporting import Reporter, RunCancelledError, allowed_folders
+from flows.run_folder import Run, locked
+from flows.search_space import SearchConfig
+from flows.sweep_report import write_sweep_report
+from flows.sweep_results import read_trials, write_views
+from flows.trials import TRIAL_ERRORS, named, run_all, run_trial
+
+prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(sweep.begin)
+train = task(name="train", task_run_name="train {config.name}", cache_policy=NO_CACHE)(run_trial)
+measure = task(name="measure", task_run_name="measure {config.name}", cache_policy=NO_CACHE)(sweep.measure)
+report = task(name="report", task_run_name="report", cache_policy=NO_CACHE)(write_sweep_report)
+
+_DEFAULT = RunConfig()
+_SEARCH = SearchConfig()
+
+
+@flow(name="sweep", flow_run_name="sweep {config.run_name}")
+def architecture_sweep(config: RunConfig = _DEFAULT, search: SearchConfig = _SEARCH) -> Path | State[Any]:
+    """Train models of one size that differ in depth, width and expansion; return the path of what was found."""
+    if allowed := allowed_folders():
+        check_paths(config, allowed)
+    folder = sweep.sweep_folder(config)
+    try:
+        with Reporter(folder) as progress, locked(folder):
+            corpus = prepare(config, search, progress)
+            trials = sweep.plan(config, search, corpus.corpus().vocab_size)
+            write_views(folder)
+            work = {str(trial.name): partial(_train, trial, corpus, progress) for trial in trials}
+            run_all(work, search.jobs, "training (trials)", progress)
+            # One at a time, when nothing trains any more: what runs beside it would be measured too.
+            for trial in trials if search.generation else []:
+                _measure(trial, progress)
+            page = report(folder, config)
+            progress.tried(read_trials(folder), page)
+            return page.page
+    except RunCancelledError as error:
+        return Cancelled(message=str(error))
+
+
+def _train(trial: RunConfig, corpus: Run, reporter: Reporter, progress: Progress) -> None:
+    """Train a trial; one that fails is on record as failed, and ends none of the others."""
+    with suppress(*TRIAL_ERRORS):
+        train(trial, corpus, progress)
+    reporter.tried(read_trials(trial.folder.parent))
+
+
+def _measure(trial: RunConfig, reporter: Reporter) -> None:
+    with suppress(*TRIAL_ERRORS):
+        measure(trial, named(trial, reporter))
+    reporter.tried(read_trials(trial.folder.parent))

@@ -1,0 +1,116 @@
+"""Ranks that write what is asked of them instead of training, and the corpus and configuration that they are given."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data_scoring.corpus import Corpus
+from data_scoring.files import write_json
+from data_scoring.mix import Mix
+from data_scoring.progress import Progress
+from data_scoring.scoring import losses_path, write_losses, write_parquet
+from flows import generation, scoring, stages
+from tests.conftest import make_documents
+from trainer.jobs import GenerateJob, Job, TrainJob
+from trainer.records import STEPS, VALIDATION
+
+BATCH = 4
+# What ranks "measure": validation losses of sources a and b, with 300 and 100 validation tokens, by arm and seed.
+LOSSES = {
+    "base": {0: (5.0, 3.0), 1: (5.2, 3.4), 2: (5.1, 3.2)},
+    "loss": {0: (4.0, 2.0), 1: (4.2, 2.4), 2: (4.1, 2.8)},
+    "random": {0: (4.1, 1.9), 1: (4.4, 2.2), 2: (4.2, 2.8)},
+    "all": {0: (4.1, 2.0), 1: (4.3, 2.2), 2: (4.2, 2.7)},
+}
+INITS = {"init-constant": {0: (4.3, 2.5), 1: (4.5, 2.7)}, "init-gpt2": {0: (4.1, 2.3), 1: (4.3, 2.5)}}
+OTHER = (4.5, 2.5)
+
+
+def of_arm(job: TrainJob, run: str) -> tuple[float, float]:
+    """Return the losses of sources a and b that the arm and seed in a run's name stand for."""
+    arm, seed = run.rsplit("-seed-", 1)
+    return {**LOSSES, **INITS}.get(arm, {}).get(int(seed), OTHER)
+
+
+class FakeRanks:
+    """Writes what ranks would have left, and remembers what it was asked for; fails at the job called `fails_at`.
+
+    `losses` says what they measure; every job goes on for `seconds`, telling how far it is.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: list[str] = []
+        self.fails_at = ""
+        self.losses: Callable[[TrainJob, str], tuple[float, float]] = of_arm
+        self.seconds = 0.0
+
+    def __call__(self, job: Job, run_folder: Path, name: str, progress: Progress, *_: Any) -> None:
+        self.jobs.append(f"{run_folder.name} {name}")
+        if self.jobs[-1] == self.fails_at:
+            raise ValueError("killed")
+        deadline = time.monotonic() + self.seconds
+        while time.monotonic() < deadline:
+            progress("training (steps)", 1, 2)
+            time.sleep(0.01)
+        corpus = Corpus(job.corpus)
+        if isinstance(job, TrainJob):
+            train(job, corpus, self.losses(job, run_folder.name))
+        elif isinstance(job, GenerateJob):
+            speed = {"fingerprint": job.fingerprint, "tokens_per_second": 1000 / job.model.num_layers}
+            write_json(job.round_folder / "generation.json", speed)
+        else:
+            for shard in range(corpus.num_shards):
+                lengths = corpus.lengths(shard)
+                losses = np.arange(len(lengths), dtype=np.float32)
+                path = losses_path(job.round_folder, shard)
+                write_losses(path, corpus, shard, lengths, losses, job.fingerprint, job.origin)
+
+
+def train(job: TrainJob, corpus: Corpus, measured: tuple[float, float]) -> None:
+    mix = Mix(job.round_folder / "mix.parquet")
+    lengths = corpus.read(*mix.read(0, len(mix))).num_tokens
+    batch_size = job.train.global_batch_size
+    steps = [
+        {"step": number + 1, "num_tokens": int(batch.sum()), "num_samples": len(batch), "tokens_per_second": 100.0}
+        for number, batch in enumerate(np.split(lengths, range(batch_size, len(lengths), batch_size)))
+    ]
+    write_parquet(job.round_folder / "steps.parquet", pa.Table.from_pylist(steps, STEPS), "")
+    validation = [
+        {"step": step, "source": source, "loss": loss + len(steps) - step, "num_tokens": num_tokens}
+        for source, loss, num_tokens in zip("ab", measured, (300, 100), strict=True)
+        for step in (1, len(steps))
+    ]
+    write_parquet(job.round_folder / "validation.parquet", pa.Table.from_pylist(validation, VALIDATION), "")
+    write_json(job.round_folder / "checkpoint" / f"step-{len(steps):08d}" / "reprise.json", {"step": len(steps)})
+
+
+def values(texts: Path, output: Path) -> dict[str, Any]:
+    sources = [{"name": name, "path": str(texts / f"{name}.jsonl")} for name in ("a", "b")]
+    corpus = {"sources": sources, "seq_length": 16, "num_shards": 2, "validation_fraction": 0.2}
+    return {
+        "name": "x", "output": str(output), "device": "cpu", "corpus": corpus, "tokenizer": {"vocab_size": 280},
+        "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
+        "train": {"global_batch_size": BATCH, "micro_batch_size": 2},
+    }  # fmt: skip
+
+
+def write_texts(folder: Path) -> Path:
+    """Write the sources a and b into `folder` and return it."""
+    for name, seed in (("a", 1), ("b", 2)):
+        lines = [json.dumps({"text": document}) for document in make_documents(40, seed)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def fake_ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
+    """Return what takes the place of real ranks."""
+    fake = FakeRanks()
+    for module in (stages, scoring, generation):
+        monkeypatch.setattr(module, "launch", fake)
+    return fake
