@@ -39,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RanksFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever reads the output, such as `head`, has seen enough of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         explanation = explain(error)
         if explanation is None:

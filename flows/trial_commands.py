@@ -38,7 +38,7 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", type=int, default=1, help="seeds, from the configuration's on (default: 1)")
     command.add_argument(
         "--tokens",
-        type=int,
+        type=_count,
         help="with --policies: tokens of round 2 (default: what all arms reach; name it to add arms or seeds later); "
         "with --inits: tokens of round 1 (default: train.max_tokens)",
     )
@@ -71,9 +71,12 @@ def _add_grid(command: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     """Return a whole number that may be written as 1e9."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.5
     if number % 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; write 1000000 or 1e6")
     return int(number)
 
 
