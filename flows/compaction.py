@@ -85,9 +85,9 @@ def compact_tokenizer(request: Request, progress: Progress) -> Compaction:
     """
     whole = open_tokenizer(request.tokenizer, request.end_of_document)
     vocabulary = open_vocabulary(request.tokenizer)
-    _check(request, vocabulary)
-    text = open_text(request.corpus, request.tokenizer, whole)
     parent = request.output.parent if request.output is not None else request.tokenizer.parent
+    _check(request, vocabulary, parent)
+    text = open_text(request.corpus, request.tokenizer, whole)
     sources = text.count(parent / f"{request.tokenizer.stem}-counts", progress)
     counts = np.sum([source.counts for source in sources], axis=0)
     curve = measure_curve(vocabulary, counts)
@@ -129,15 +129,15 @@ def parameters_at(model: ModelConfig, curve: Curve) -> NDArray[np.float64]:
     return fixed + per_token * curve.sizes.astype(np.float64)
 
 
-def _check(request: Request, vocabulary: Vocabulary) -> None:
+def _check(request: Request, vocabulary: Vocabulary, parent: Path) -> None:
     """Raise ValueError for what cannot be, before anything is counted."""
     none = np.zeros(len(vocabulary.pieces), np.int64)
     if request.size is not None:
         choose_tokens(vocabulary, none, request.size)
     if request.coverage is not None and not 0 < request.coverage <= 1:
         raise ValueError(f"--coverage: {request.coverage} is not above 0 and at most 1; give a share such as 0.9786")
-    if request.output is not None:
-        _check_output(request.output)
+    if request.output is not None or request.size is not None:
+        _check_output(request.output or parent / f"{request.tokenizer.stem}-{request.size}")
     if request.checkpoint is not None:
         from trainer.vocabulary import check_rows
 

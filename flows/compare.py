@@ -22,7 +22,7 @@ from flows.compare_results import BASE, RESULTS
 from flows.config import RunConfig
 from flows.pages import Page
 from flows.run_folder import Run, locked, open_run
-from flows.trials import Trial, final_losses, named, prepare_corpus, share, train_trial, trial_config
+from flows.trials import Trial, final_losses, named, prepare_corpus, share, train_trial, trial_config, with_tokens
 from trainer.config import ModelConfig
 
 _WITHOUT_LOSSES = ("random", "all")
@@ -134,6 +134,10 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
     """
     folder = config.folder.absolute().with_name(f"{config.run_name}-compare")
     seeds = range(config.seed, config.seed + num_seeds)
+    if not sweep.shares_round:
+        config = with_tokens(config, tokens)
+        if config.model.start_from is not None:
+            raise ValueError("model.start_from: initialisations are compared from random weights; leave it out")
     # What an arm lacks is best known before the bases have trained.
     for arm in sweep.arms:
         _config(config, folder, config.seed, arm)
@@ -141,7 +145,7 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
         if sweep.shares_round:
             rows, tokens = _go_on(config, folder, seeds, sweep, tokens, progress)
         else:
-            rows = _begin(config, folder, seeds, sweep, tokens, progress)
+            rows = _begin(config, folder, seeds, sweep, progress)
         path = folder / f"{sweep.stem}.parquet"
         write_parquet(path, pa.Table.from_pylist(rows, RESULTS), "")
         return write_comparison(path, sweep.option, [arm.name for arm in sweep.arms], config, tokens)
@@ -170,16 +174,13 @@ def _go_on(
     return rows, tokens
 
 
-def _begin(
-    config: RunConfig, folder: Path, seeds: range, sweep: Sweep, tokens: int | None, progress: Progress
-) -> list[dict[str, Any]]:
+def _begin(config: RunConfig, folder: Path, seeds: range, sweep: Sweep, progress: Progress) -> list[dict[str, Any]]:
     """Return the results of arms that train round 1 themselves, over the same corpus in each seed."""
     rows = []
     for seed in seeds:
         corpus = prepare_corpus(config, folder, f"corpus-seed-{seed}", seed, progress)
         for arm in sweep.arms:
-            values = {**arm.values, "train": {"max_tokens": tokens or config.train.max_tokens}}
-            arm_config = _config(config, folder, seed, Arm(arm.name, arm.folder, values, arm.num_rounds))
+            arm_config = _config(config, folder, seed, arm)
             rows += _results(train_trial(arm_config, corpus, named(arm_config, progress)), seed, arm)
     return rows
 

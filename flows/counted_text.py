@@ -8,14 +8,13 @@ from pathlib import Path
 
 from data_scoring.config import SourceConfig
 from data_scoring.corpus import Corpus
-from data_scoring.files import remove_leftovers
 from data_scoring.progress import Progress
 from data_scoring.sources import check_source, matching_files, read_documents, resolve_format
 from data_scoring.token_counts import SourceCounts, count_corpus, count_source, texts_of
 from data_scoring.tokenise import Rejects
 from data_scoring.tokenizer import Tokenizer, read_tokenizer
 from flows.config import RunConfig, read_config
-from flows.run_folder import read_run
+from flows.run_folder import locked, read_run
 from trainer.config import ModelConfig
 
 # Files that are one source each; more of them are one source all together.
@@ -40,11 +39,12 @@ class CountedText:
         """Return the counts of each source; what was counted so far is kept in `folder`."""
         if self.corpus is not None:
             return count_corpus(self.corpus, self.tokenizer.end_of_document, progress)
-        remove_leftovers(folder)
         identity = hashlib.blake2b(read_tokenizer(self.tokenizer_path)).hexdigest()
-        return [
-            count_source(source, self.tokenizer, identity, folder, self.skip_bad, progress) for source in self.sources
-        ]
+        with locked(folder):
+            return [
+                count_source(source, self.tokenizer, identity, folder, self.skip_bad, progress)
+                for source in self.sources
+            ]
 
     def texts(self, name: str, rejects: Path, num_bytes: int, seed: int) -> Iterator[str]:
         """Yield texts of a source: all of its documents or, where they are tokenised, a random sample of their parts.

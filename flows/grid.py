@@ -14,7 +14,17 @@ from flows.config import RunConfig
 from flows.grid_report import write_grid_report
 from flows.pages import Page
 from flows.run_folder import Run, locked
-from flows.trials import TRIAL_ERRORS, Trial, prepare_corpus, read_result, run_all, run_trial, trial_config
+from flows.trials import (
+    TRIAL_ERRORS,
+    Trial,
+    check_trained,
+    prepare_corpus,
+    read_result,
+    run_all,
+    run_trial,
+    trial_config,
+    with_tokens,
+)
 from trainer.config import ScaledLr
 
 
@@ -44,6 +54,7 @@ def train_grid(config: RunConfig, grid: Grid, progress: Progress) -> Page:
     What is complete is not done again. A cell that fails, as one that diverges does, is on record as failed and ends
     none of the others. Raises ValueError, a line for each, where batches are not what the layout can do.
     """
+    config = with_tokens(config, grid.tokens)
     folder = config.folder.absolute().with_name(f"{config.run_name}-grid")
     seeds = range(config.seed, config.seed + grid.num_seeds)
     # What a cell lacks is best known before others have trained.
@@ -60,19 +71,20 @@ def train_grid(config: RunConfig, grid: Grid, progress: Progress) -> Page:
             cell: [read_result(_run_config(config, folder, trial, seed)) for seed in seeds]
             for cell, trial in cells.items()
         }
-        return write_grid_report(folder / "grid.html", config, base_rule(config), rows)
+        page = write_grid_report(folder / "grid.html", config, base_rule(config), rows)
+    check_trained([row for of_cell in rows.values() for row in of_cell], page.page)
+    return page
 
 
 def _cells(config: RunConfig, grid: Grid, folder: Path) -> dict[tuple[int, float], Trial]:
     """Return the trial of each batch size and increment rate. Raises ValueError with a line for each that cannot be."""
     rule = base_rule(config)
-    tokens = grid.tokens or config.train.max_tokens
     cells, mistakes = {}, []
     for batch in grid.batches:
         for rate in grid.rates:
             # At the rule's own batch the rate changes nothing: one trial stands for all.
             lr = rule.model_copy(update={"increment_rate": grid.rates[0] if batch == rule.base_tokens else rate})
-            train = {"global_batch_tokens": batch, "lr": lr.model_dump(), "min_lr": None, "max_tokens": tokens}
+            train = {"global_batch_tokens": batch, "lr": lr.model_dump(), "min_lr": None}
             trial = Trial(f"batch-{batch}-rate-{lr.increment_rate:g}", {"train": train})
             try:
                 _run_config(config, folder, trial, config.seed)

@@ -28,7 +28,8 @@ def add_model(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _describe(options: argparse.Namespace) -> None:
     name: str | None = options.model
-    is_file = name is not None and (Path(name).suffix in (".yaml", ".yml") or Path(name).exists())
+    is_path = name is not None and (Path(name).suffix in (".yaml", ".yml") or Path(name).is_file())
+    is_file = is_path and name not in PRESETS
     if options.set and not is_file:
         raise ValueError("--set: overrides go with a configuration file; give one")
     if options.vocab_size is not None and options.vocab_size < 2:

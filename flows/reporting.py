@@ -120,10 +120,14 @@ class Reporter:
             raise RunCancelledError(f"cancelled in Prefect; the run folder {self._folder} can go on from where it is")
         if self._terminal is not None:
             self._terminal(what, done, total)
-        task = TaskRunContext.get()
-        if task is None or not self._is_shown:
+        if not self._is_shown:
             return
-        line = self._progress.note(f"{self._name}-{task.task_run.name}", task.task_run.id, what, done, total)
+        task = TaskRunContext.get()
+        if task is None:
+            # Of several tasks at once, each of which has a state of its own in the UI.
+            line = f"{what}: {done} of {total}"
+        else:
+            line = self._progress.note(f"{self._name}-{task.task_run.name}", task.task_run.id, what, done, total)
         if time.monotonic() - self._logged > _SECONDS_BETWEEN_LINES:
             self._logged = time.monotonic()
             self._logger.info(line)

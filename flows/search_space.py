@@ -14,7 +14,7 @@ from scipy.stats import qmc
 from data_scoring.config import Config
 from trainer.config import ModelConfig, ParallelConfig
 
-_MOST_HEADS, _MOST_WIDTH = 1024, 65_536
+_MOST_HEADS, _LEAST_WIDTH, _MOST_WIDTH = 1024, 8, 65_536
 # Feed-forward widths are multiples of this on every rank: what matrix units like.
 _FFN_STEP = 8
 # Points looked at for each trial before the ranges count as exhausted.
@@ -101,10 +101,11 @@ class _Fitter:
         reduction = base.shortcut_reduction or 1
         self._heads_step = heads_step * (reduction // math.gcd(reduction, heads_step * self.head_size))
         self._ffn_step = _FFN_STEP * parallel.tensor
+        self._least_step = math.ceil(_LEAST_WIDTH / self._width(1))
 
     def check_budget(self, depth: int) -> None:
         """Raise ValueError where the smallest model of the ranges, which has this depth, has too many parameters."""
-        least = self._model(depth, 1, self._ffn_sizes(self._width(1)).start)
+        least = self._model(depth, self._least_step, self._ffn_sizes(self._width(self._least_step)).start)
         count, budget = least.num_parameters(self._vocab_size), self._search.parameters
         if count > budget * (1 + self._search.tolerance):
             embeddings = 2 * self._vocab_size * least.hidden_size
@@ -123,9 +124,9 @@ class _Fitter:
             return self._model(depth, step, ffn_size).num_parameters(self._vocab_size)
 
         most = min(_MOST_HEADS // self._heads_step, _MOST_WIDTH // self._width(1))
-        steps = range(1, most + 1)
-        below = bisect_right(steps, search.parameters, key=count)
-        models = [self._spend(depth, step) for step in (below, below + 1) if step in steps]
+        steps = range(self._least_step, most + 1)
+        above = self._least_step + bisect_right(steps, search.parameters, key=count)
+        models = [self._spend(depth, step) for step in (above - 1, above) if step in steps]
         return min(
             (model for model in models if model is not None),
             key=lambda model: abs(model.ffn_size / model.hidden_size - expansion),
@@ -140,9 +141,7 @@ class _Fitter:
         least = self._model(depth, step, sizes[0]).num_parameters(self._vocab_size)
         a_step = self._model(depth, step, sizes[0] + self._ffn_step).num_parameters(self._vocab_size) - least
         place = round((self._search.parameters - least) / a_step)
-        if place not in range(len(sizes)):
-            return None
-        model = self._model(depth, step, sizes[place])
+        model = self._model(depth, step, sizes[min(max(place, 0), len(sizes) - 1)])
         off = abs(model.num_parameters(self._vocab_size) - self._search.parameters)
         return model if off <= self._search.tolerance * self._search.parameters else None
 

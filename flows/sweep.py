@@ -45,8 +45,11 @@ def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
 
 
 def plan(config: RunConfig, search: SearchConfig, vocab_size: int) -> list[RunConfig]:
-    """Return the configuration of each trial's run. Raises ValueError where there are not as many as asked for."""
-    models = draw_models(search, config.model, config.parallel, vocab_size)
+    """Return the configuration of each trial's run, for a tokenizer of `vocab_size` entries.
+
+    Raises ValueError where there are not as many as asked for.
+    """
+    models = draw_models(search, config.model, config.parallel, config.model.vocab_size or vocab_size)
     folder = sweep_folder(config)
     return [
         trial_config(
@@ -63,17 +66,20 @@ def plan(config: RunConfig, search: SearchConfig, vocab_size: int) -> list[RunCo
 
 
 def measure(config: RunConfig, progress: Progress) -> bool:
-    """Add a trained trial's generation speed to its row; return whether there was anything to do.
+    """Add a trained trial's generation speed to its row; return whether that changed anything.
 
-    Raises one of TRIAL_ERRORS, which is then on record in the row too, where it cannot be measured.
+    A speed on another device or layout is measured again. Raises one of TRIAL_ERRORS, which is then on record in the
+    row too, where it cannot be measured.
     """
     row = read_result(config)
-    if row["state"] != "trained" or row["generation_speed"] is not None:
+    if row["state"] != "trained":
         return False
     try:
         speed = generation_speed(read_run(config.folder), 1, progress)
     except TRIAL_ERRORS as error:
         add_result(config, reason=str(error).splitlines()[0])
         raise
+    if speed == row["generation_speed"]:
+        return False
     add_result(config, generation_speed=speed, reason=None)
     return True

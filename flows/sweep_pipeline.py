@@ -21,7 +21,7 @@ from flows.run_folder import Run, locked
 from flows.search_space import SearchConfig
 from flows.sweep_report import write_sweep_report
 from flows.sweep_results import read_trials, write_views
-from flows.trials import TRIAL_ERRORS, named, run_all, run_trial
+from flows.trials import TRIAL_ERRORS, check_trained, named, run_all, run_trial
 
 prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(sweep.begin)
 train = task(name="train", task_run_name="train {config.name}", cache_policy=NO_CACHE)(run_trial)
@@ -49,7 +49,9 @@ def architecture_sweep(config: RunConfig = _DEFAULT, search: SearchConfig = _SEA
             for trial in trials if search.generation else []:
                 _measure(trial, progress)
             page = report(folder, config)
-            progress.tried(read_trials(folder), page)
+            rows = read_trials(folder)
+            progress.tried(rows, page)
+            check_trained(rows, page.page)
             return page.page
     except RunCancelledError as error:
         return Cancelled(message=str(error))

@@ -34,7 +34,7 @@ def factors(views: duckdb.DuckDBPyConnection) -> Figure | None:
         for axes, factor in zip(line, FACTORS, strict=True):
             points = [(value, result) for name, other, value, result in rows if (name, other) == (factor, outcome)]
             axes.plot(*zip(*points, strict=True), "o", color=_COLOR, alpha=0.75, markersize=5)
-            correlation = correlations[factor, outcome]
+            correlation = correlations.get((factor, outcome))
             axes.set_title("" if correlation is None else f"Spearman {correlation:+.3f}")
             axes.ticklabel_format(axis="y", useOffset=False)
         line[0].set_ylabel(_AXIS[outcome])

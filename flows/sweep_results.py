@@ -30,7 +30,7 @@ _VIEWS = {
         unpivot (result for outcome in (quality, "generation speed"))""",
     ),
     "correlations": (
-        "Spearman's rank correlation of each factor with each outcome over the trained trials.",
+        "Spearman's rank correlation of each factor with each outcome over the trained trials, three at least.",
         """select factor, outcome, count(*) as num_trials,
             case when isfinite(corr(value_rank, result_rank)) then corr(value_rank, result_rank) end as correlation
         from (
@@ -40,7 +40,7 @@ _VIEWS = {
                 rank() over (partition by factor, outcome order by result)
                     + (count(*) over (partition by factor, outcome, result) - 1) / 2 as result_rank
             from points
-        ) group by factor, outcome order by outcome desc, abs(correlation) desc""",
+        ) group by factor, outcome having count(*) >= 3 order by outcome desc, abs(correlation) desc""",
     ),
     "pareto": (
         "The trials that no other beats in both quality and generation speed, the fastest first.",
@@ -58,15 +58,24 @@ def write_views(folder: Path) -> Path:
     # So that there is something to look at before the first trial is done.
     write_parquet(folder / "none" / "trial.parquet", TRIAL.empty_table(), "")
     with writing(path) as temporary, writing_errors(path), duckdb.connect(str(temporary)) as connection:
-        for name, (comment, sql) in _VIEWS.items():
-            connection.execute(f"create view {name} as {sql.format(files=literal(folder / '*' / 'trial.parquet'))}")
-            connection.execute(f"comment on view {name} is {literal(comment)}")
+        _create_views(connection, folder)
     return path
 
 
+def _create_views(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+    for name, (comment, sql) in _VIEWS.items():
+        connection.execute(f"create view {name} as {sql.format(files=literal(folder / '*' / 'trial.parquet'))}")
+        connection.execute(f"comment on view {name} is {literal(comment)}")
+
+
 def open_views(folder: Path) -> duckdb.DuckDBPyConnection:
-    """Return a read-only connection to the views of the search in `folder`."""
-    return duckdb.connect(str(folder / "sweep.duckdb"), read_only=True)
+    """Return a connection to the views of the search in `folder`.
+
+    They are made anew, in memory: whoever looks at `sweep.duckdb` meanwhile may hold a lock on it.
+    """
+    connection = duckdb.connect()
+    _create_views(connection, folder)
+    return connection
 
 
 def read_trials(folder: Path) -> list[dict[str, object]]:

@@ -126,10 +126,9 @@ def _grid(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    config = _read(options)
-    if options.tokens is not None:
-        train = config.train.model_copy(update={"max_tokens": options.tokens})
-        config = config.model_copy(update={"train": train})
+    from flows.trials import with_tokens
+
+    config = with_tokens(_read(options), options.tokens)
     search = _search(options)
     # As for `reprise run`.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")

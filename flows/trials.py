@@ -82,11 +82,32 @@ def trial_config(config: RunConfig, folder: Path, trial: Trial, seed: int) -> Ru
     return parse_config(values, f"trial {trial.name}")
 
 
+def with_tokens(config: RunConfig, tokens: int | None) -> RunConfig:
+    """Return `config` with round 1 training on `tokens`, if given. Raises ValueError where that cannot be."""
+    if tokens is None:
+        return config
+    values = config.model_dump()
+    values["train"]["max_tokens"] = tokens
+    return parse_config(values, "--tokens")
+
+
+def check_trained(rows: list[dict[str, Any]], page: Path) -> None:
+    """Raise RanksFailedError where none of the trials in `rows` has trained."""
+    if not any(row["state"] == "trained" for row in rows):
+        raise RanksFailedError(f"no trial was trained ({page}); the first said: {rows[0]['reason']}")
+
+
 def prepare_corpus(config: RunConfig, folder: Path, name: str, seed: int, progress: Progress) -> Run:
     """Return the run called `name` in `folder` that does nothing but have the corpus that trials of `seed` share.
 
-    Raises ValueError where it was made by another configuration.
+    Raises ValueError where it was made by another configuration, or where every trial would wait for
+    hosts to join it.
     """
+    if config.launch.kind == "local" and config.launch.nodes > 1:
+        raise ValueError(
+            f"launch.nodes: {config.launch.nodes} hosts would have to join every trial one by one; take one host, or "
+            "launch.kind slurm"
+        )
     base = trial_config(config, folder, Trial(name), seed)
     with locked(base.folder):
         run = open_run(base)
@@ -117,8 +138,10 @@ def run_trial(config: RunConfig, corpus: Run, progress: Progress) -> None:
         if parquet_fingerprint(path) != fingerprint:
             _write(path, {**_settings(config, corpus.corpus().vocab_size), **_results(run)}, fingerprint)
     except TRIAL_ERRORS as error:
-        failure = {"state": "failed", "reason": str(error).splitlines()[0]}
-        _write(path, {**_settings(config, corpus.corpus().vocab_size), **failure}, "")
+        # The row of a trial that has trained stays.
+        if not parquet_fingerprint(path):
+            failure = {"state": "failed", "reason": str(error).splitlines()[0]}
+            _write(path, {**_settings(config, corpus.corpus().vocab_size), **failure}, "")
         raise
 
 

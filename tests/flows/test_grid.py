@@ -1,5 +1,6 @@
 """A grid of batch sizes and learning rates: its rates, its cells that fail, its page, and what it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from data_scoring.progress import silent
 from flows.cli import main
 from flows.config import RunConfig, parse_config
 from flows.grid import Grid, base_rule, train_grid
-from flows.run_folder import read_run
+from flows.run_folder import RanksFailedError, read_run
 from flows.trials import read_result
 from tests.flows.fakes import FakeRanks, fake_ranks, values, write_texts
 from trainer.jobs import TrainJob
@@ -63,6 +64,13 @@ def test_rates_follow_the_batch_and_the_best_cell_is_marked(config: RunConfig, r
     ranks.jobs = []
     train_grid(config, grid, silent)
     assert ranks.jobs == []
+    # Another number of tokens is another grid: it is refused, and what there is stays.
+    with pytest.raises(ValueError, match=r"another configuration \(train.max_tokens: 1500 there, 1400 here\)"):
+        train_grid(config, replace(grid, tokens=1400), silent)
+    assert read_result(run.config) == row
+    ranks.fails_at = "batch-64-rate-0.5-seed-0 train-1"
+    with pytest.raises(RanksFailedError, match=r"no trial was trained .*; the first said: killed"):
+        train_grid(config.model_copy(update={"name": "y"}), Grid((64,), (0.5,), tokens=1500), silent)
 
 
 def test_a_cell_that_fails_ends_none_of_the_others(config: RunConfig, ranks: FakeRanks) -> None:

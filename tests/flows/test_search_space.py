@@ -1,10 +1,13 @@
 """What an architecture search draws: models that meet the budget, counted anew, in range, and distinct."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from flows.config import RunConfig
 from flows.search_space import SearchConfig, draw_models
 from trainer.config import ModelConfig, ParallelConfig
 
@@ -75,8 +78,26 @@ def test_the_papers_search_can_be_drawn() -> None:
     base = ModelConfig(hidden_size=1792, num_attention_heads=14)
     models = draw_models(search, base, ALONE, 48_000)
     counts = [model.num_parameters(48_000) for model in models]
-    assert len(models) == 30 and min(counts) > 0.98e9 and max(counts) < 1.02e9
+    assert len(models) == 30 and min(counts) > 0.97e9 and max(counts) < 1.03e9
     assert {model.hidden_size % 128 for model in models} == {0}
+
+
+def test_a_fixed_expansion_is_met_as_nearly_as_the_tolerance_lets() -> None:
+    search = SearchConfig(parameters=1_000_000_000, trials=3, min_expansion=2.667, max_expansion=2.7, tolerance=0.05)
+    for model in draw_models(search, ModelConfig(hidden_size=1792, num_attention_heads=14), ALONE, 48_000):
+        assert 2.667 <= model.ffn_size / model.hidden_size <= 2.7
+        assert abs(model.num_parameters(48_000) / 1e9 - 1) <= 0.05
+
+
+def test_heads_smaller_than_any_width_are_no_error() -> None:
+    assert all(model.hidden_size >= 8 for model in draw(ModelConfig(hidden_size=64, num_attention_heads=16)))
+
+
+def test_the_deployed_search_can_be_drawn() -> None:
+    deployments = yaml.safe_load(Path("prefect.yaml").read_text())["deployments"]
+    [parameters] = [each["parameters"] for each in deployments if each["name"] == "sweep"]
+    config, search = RunConfig.model_validate(parameters["config"]), SearchConfig.model_validate(parameters["search"])
+    assert len(draw_models(search, config.model, config.parallel, config.tokenizer.vocab_size)) == search.trials
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from flows.config import RunConfig, parse_config
 from flows.run_folder import is_locked
 from flows.search_space import SearchConfig
 from flows.sweep_report import correlations, write_sweep_report
-from flows.sweep_results import open_views, write_views
+from flows.sweep_results import open_views, read_trials, write_views
 from flows.trials import TRIAL, TrialStoppedError, read_result, run_all, run_trial
 from tests.flows.fakes import FakeRanks, fake_ranks, values, write_texts
 from tests.flows.place import CONFIG, Place, wait_for
@@ -186,6 +186,21 @@ def test_trials_leave_rows_and_are_not_done_twice(config: RunConfig, ranks: Fake
     other = config.model_copy(update={"train": config.train.model_copy(update={"max_tokens": 700})})
     with pytest.raises(ValueError, match=r"another configuration \(train.max_tokens: 600 there, 700 here\)"):
         sweep.begin(other, search, silent)
+    # Whoever looks at the views with another program locks them, and holds up nothing.
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print(1, flush=True); input()",
+         str(sweep.sweep_folder(config) / "sweep.duckdb")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout is not None and holder.stdout.readline()
+    assert len(read_trials(sweep.sweep_folder(config))) == 3
+    holder.communicate(b"\n")
+
+
+def test_the_budget_counts_the_model_s_vocabulary(config: RunConfig) -> None:
+    """A vocabulary larger than the tokenizer's is the one that is trained."""
+    config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 1000})})
+    for trial in sweep.plan(config, SearchConfig(parameters=80_000, trials=3, min_depth=2, max_depth=6), 280):
+        assert abs(trial.model.num_parameters(1000) / 80_000 - 1) <= 0.03
 
 
 def test_work_runs_at_once_within_the_limit_and_stops_together() -> None:
