@@ -24,7 +24,7 @@ from flows.report import write_report
 from flows.run_folder import Run
 from flows.scoring import check_losses, check_reference, score_round
 from flows.slurm import check_tools
-from trainer.checkpoint_folder import RECORD, find_damage
+from trainer.checkpoint_shapes import check_start
 from trainer.devices import check_count, check_kernel, check_layers, resolve
 from trainer.jobs import TrainJob
 
@@ -43,7 +43,9 @@ def prepare(run: Run, progress: Progress) -> bool:
     if config.refine.policy == "excess":
         check_reference(config.refine)
     if config.model.start_from is not None:
-        check_start(Path(config.model.start_from))
+        # A tokenizer that is yet to be trained has as many entries as its text lets it have.
+        vocab_size = None if config.tokenizer.path is None else _tokenizer_size(config)
+        check_start(Path(config.model.start_from), config.model, vocab_size)
     if run.is_complete("prepare"):
         return False
     prepare_corpus(
@@ -95,16 +97,6 @@ def _tokenizer_size(config: RunConfig) -> int:
     return open_tokenizer(Path(config.tokenizer.path), config.tokenizer.end_of_document).vocab_size
 
 
-def check_start(checkpoint: Path) -> None:
-    """Raise ValueError where there is no whole checkpoint for round 1 to start from."""
-    damage = find_damage(checkpoint) if (checkpoint / RECORD).is_file() else f"it has no {RECORD}"
-    if damage is not None:
-        raise ValueError(
-            f"model.start_from: {checkpoint} is no whole checkpoint ({damage}); give a step-… folder, such as those in "
-            "rounds/1/checkpoint of a run"
-        )
-
-
 def mix(run: Run, round_number: int, progress: Progress) -> bool:
     """Make the mix that a round trains on: everything in round 1, else what the round's selection keeps."""
     if run.is_complete("mix", round_number):
@@ -132,7 +124,10 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
     if run.is_complete("train", round_number):
         return False
     _require(run, "mix", round_number)
-    start_from = None if run.config.model.start_from is None else Path(run.config.model.start_from).absolute()
+    start_from = None
+    if round_number == 1 and run.config.model.start_from is not None:
+        start_from = Path(run.config.model.start_from).absolute()
+        check_start(start_from, run.config.model, run.corpus().vocab_size)
     if round_number > 1:
         _require(run, "train", round_number - 1)
         start_from = final_checkpoint(run, round_number - 1)

@@ -5,16 +5,21 @@ from typing import Any
 _ADDITIONS = {"activation_terms": 2, "shortcut_reduction": 32}
 
 
-def _fields(hidden_size: int, num_layers: int, num_attention_heads: int, vocab_size: int | None) -> dict[str, Any]:
-    """Return the fields that say how large a model is, its feed-forward layer 8/3 of the width.
+def _ffn_hidden_size(hidden_size: int) -> int:
+    """Return the width of the feed-forward layer, 8/3 of the model's.
 
     That is rounded up to a multiple of 256, as InternEvo, with which the paper's models were trained, and LLaMA do.
     """
+    return -(-hidden_size * 8 // (3 * 256)) * 256
+
+
+def _fields(hidden_size: int, num_layers: int, num_attention_heads: int, vocab_size: int | None) -> dict[str, Any]:
+    """Return the fields that say how large a model is."""
     return {
         "hidden_size": hidden_size,
         "num_layers": num_layers,
         "num_attention_heads": num_attention_heads,
-        "ffn_hidden_size": -(-hidden_size * 8 // (3 * 256)) * 256,
+        "ffn_hidden_size": _ffn_hidden_size(hidden_size),
         "vocab_size": vocab_size,
     }
 
@@ -50,4 +55,11 @@ def fill_from_preset(values: dict[str, Any]) -> dict[str, Any]:
         return values
     if name not in PRESETS:
         raise ValueError(f"preset: {name!r} is none; choose one of {', '.join(PRESETS)}")
-    return {**PRESETS[name], **values}
+    fields = {**PRESETS[name], **values}
+    if (
+        isinstance(values.get("hidden_size"), int)
+        and "ffn_hidden_size" in PRESETS[name]
+        and "ffn_hidden_size" not in values
+    ):
+        fields["ffn_hidden_size"] = _ffn_hidden_size(values["hidden_size"])
+    return fields

@@ -166,6 +166,7 @@ class _Round:
         record = {
             "fingerprint": self.job.fingerprint,
             "num_steps": self.num_steps,
+            "vocab_size": self.corpus.vocab_size,
             "is_validation_due": is_validation_due,
         }
         self.saver.save(step, self.state, record, is_waiting)

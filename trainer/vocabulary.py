@@ -16,10 +16,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from data_scoring.config import padded_vocab_size
 from data_scoring.files import write_json
-from trainer.checkpoint_folder import RECORD, find_damage, read_checkpoint_record, seal_checkpoint
-from trainer.pickles import allow_plain_pickles_only, check_pickles
-
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+from trainer.checkpoint_folder import read_checkpoint_record, seal_checkpoint
+from trainer.checkpoint_shapes import EMBEDDING, HEAD, read_shapes
+from trainer.pickles import allow_plain_pickles_only
 
 
 def check_rows(checkpoint: Path, vocab_size: int) -> int:
@@ -28,18 +27,14 @@ def check_rows(checkpoint: Path, vocab_size: int) -> int:
     Raises ValueError where the checkpoint is damaged, holds pickles that would run code, or is none of a model with
     `vocab_size` tokens.
     """
-    damage = find_damage(checkpoint) if (checkpoint / RECORD).is_file() else f"it has no {RECORD}"
-    if damage is not None:
-        raise ValueError(f"{checkpoint}: no whole checkpoint ({damage}); give a step-… folder, or a run folder")
-    check_pickles(checkpoint)
-    entry = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.get(EMBEDDING)
-    rows = entry.size[0] if isinstance(entry, TensorStorageMetadata) else 0
-    if rows < vocab_size:
+    rows = read_shapes(checkpoint).get(EMBEDDING, (0,))[0]
+    trained_with = read_checkpoint_record(checkpoint).get("vocab_size", vocab_size)
+    if rows < vocab_size or trained_with != vocab_size:
         raise ValueError(
-            f"{checkpoint}: its embedding has {rows} rows, fewer than the tokenizer's {vocab_size} tokens; "
-            "give the tokenizer that it was trained with"
+            f"{checkpoint}: its embedding has {rows} rows for {min(rows, trained_with)} tokens, and the tokenizer has "
+            f"{vocab_size}; give the one that it was trained with"
         )
-    return int(rows)
+    return rows
 
 
 def padded_rows(kept: Sequence[int], counts: Sequence[int], rows: int) -> list[int]:

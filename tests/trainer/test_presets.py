@@ -92,3 +92,11 @@ def test_impossible_layouts_are_named(parallel: ParallelConfig, seq_length: int,
 def test_a_sequence_is_shared_by_several_ranks() -> None:
     with pytest.raises(ValidationError, match="sequence: true needs tensor ranks that share the sequence"):
         ParallelConfig(sequence=True)
+
+
+def test_a_preset_of_another_width_keeps_its_expansion() -> None:
+    """8/3 of 896, rounded up to a multiple of 256, is 2560; a width of the layer that is given stays."""
+    fields = {"preset": "pangu-pi-1b-pro", "hidden_size": 896, "num_attention_heads": 7}
+    assert ModelConfig.model_validate(fields).ffn_size == 2560
+    assert ModelConfig.model_validate({**fields, "ffn_hidden_size": 1024}).ffn_size == 1024
+    assert ModelConfig.model_validate(ModelConfig.model_validate(fields).model_dump()).ffn_size == 2560

@@ -62,7 +62,7 @@ def test_rows_move_bit_for_bit_and_all_else_stays(checkpoint: Path, tmp_path: Pa
 
 def test_checkpoints_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:
     assert check_rows(checkpoint, 300) == 384
-    with pytest.raises(ValueError, match=r"its embedding has 384 rows, fewer than the tokenizer's 385 tokens; "):
+    with pytest.raises(ValueError, match=r"its embedding has 384 rows for 300 tokens, and the tokenizer has 385; "):
         cut_checkpoint(checkpoint, [0], [1] * 385, tmp_path / "cut")
     copy = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
     (copy / "__0_0.distcp").write_bytes(b"short")

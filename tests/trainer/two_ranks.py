@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def work(rank: int, folder: Path, corpus: Path) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     device = initialise("cpu", 0)
     found = alone(device, Corpus(corpus)) | together(device, Corpus(corpus), rank)
-    torch.save(found, folder / f"{rank}.pt")
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()
 
 
