@@ -257,7 +257,10 @@ def _open_rows(source: SourceConfig) -> datasets.IterableDataset | datasets.Data
 
 def stamp_files(source: SourceConfig) -> list[tuple[str, int, int]]:
     """Return name, size and time of change of each local file of a source, which tell whether it is still the same."""
-    if resolve_format(source) in ("datasets", "python"):
+    kind = resolve_format(source)
+    if kind == "python":
         return []
-    stats = [(name, Path(name).stat()) for name in matching_files(source) if Path(name).exists()]
+    # What lies on a hub cannot be told from here.
+    names = sorted(map(str, Path(source.path).rglob("*"))) if kind == "datasets" else matching_files(source)
+    stats = [(name, Path(name).stat()) for name in names if Path(name).exists()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

@@ -1,5 +1,6 @@
 """How often a corpus uses each token: counted source by source, in a stream, and gone on with after a kill."""
 
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from data_scoring.tokenizer import Tokenizer, sample_texts
 # The most that a kill costs.
 _SAVE_SECONDS = 20.0
 _SAMPLES_AT_ONCE = 1024
+# Of the counts that are kept; others are made again.
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ def count_source(
     `checksum` identifies the tokenizer. Raises ValueError where the source cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{source.name}.npz"
-    identity = fingerprint(source.model_dump(), stamp_files(source), skip_bad, checksum)
-    counts, done, is_complete = _read_part(path, identity, tokenizer.vocab_size)
+    # The text that Python carries is another with every version.
+    identity = fingerprint(source.model_dump(), stamp_files(source), skip_bad, checksum, sys.version, _FORMAT)
+    path = folder / f"{source.name}-{identity}.npz"
+    counts, done, is_complete = _read_part(path, identity, (tokenizer.vocab_size,))
     if is_complete:
         return SourceCounts(source.name, counts)
     rejects = Rejects(folder / f"{source.name}.rejects.jsonl", skip_bad)
@@ -80,14 +84,14 @@ def count_source(
     return SourceCounts(source.name, counts)
 
 
-def _read_part(path: Path, identity: str, vocab_size: int) -> tuple[NDArray[np.int64], int, bool]:
+def _read_part(path: Path, identity: str, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], int, bool]:
     try:
         with np.load(path) as part:
             if str(part["identity"]) == identity:
                 return part["counts"], int(part["documents"]), bool(part["is_complete"])
-    except (FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
+    except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         pass  # Not there, or of no use: counted anew.
-    return np.zeros(vocab_size, np.int64), 0, False
+    return np.zeros(shape, np.int64), 0, False
 
 
 def _write_part(path: Path, identity: str, counts: NDArray[np.int64], documents: int, is_complete: bool) -> None:
@@ -95,25 +99,34 @@ def _write_part(path: Path, identity: str, counts: NDArray[np.int64], documents:
         np.savez(file, identity=identity, counts=counts, documents=documents, is_complete=is_complete)
 
 
-def count_corpus(corpus: Corpus, end_of_document: int, progress: Progress) -> list[SourceCounts]:
-    """Return the counts of a prepared corpus' sources, of its shards as they lie; the validation set is left out."""
-    totals: dict[str, NDArray[np.int64]] = {}
-    places = np.arange(corpus.seq_length + 1)
-    for batch in pq.ParquetFile(corpus.samples_path).iter_batches(
-        _SAMPLES_AT_ONCE, columns=["shard", "sample", "source"]
-    ):
-        shards, samples = batch["shard"].to_numpy(), batch["sample"].to_numpy()
+def count_corpus(corpus: Corpus, end_of_document: int, folder: Path, progress: Progress) -> list[SourceCounts]:
+    """Return the counts of a prepared corpus' sources, of its shards as they lie; the validation set is left out.
+
+    Goes on where an earlier call that was ended left off in `folder`.
+    """
+    names = sorted(source["name"] for source in corpus.manifest["sources"])
+    identity = fingerprint(corpus.fingerprint, _FORMAT)
+    path = folder / f"corpus-{identity}.npz"
+    counts, done, is_complete = _read_part(path, identity, (len(names), corpus.vocab_size))
+    batches = pq.ParquetFile(corpus.samples_path).iter_batches(_SAMPLES_AT_ONCE, columns=["shard", "sample", "source"])
+    saved = time.monotonic()
+    for batch in () if is_complete else islice(batches, done, None):
+        shards = batch["shard"].to_numpy()
+        read = corpus.read(shards, batch["sample"].to_numpy())
+        is_real = np.arange(corpus.seq_length + 1) <= read.num_tokens[:, None]
         sources = np.asarray(batch["source"].to_pylist())
-        read = corpus.read(shards, samples)
-        for name in np.unique(sources).tolist():
-            chosen = sources == name
-            tokens = read.tokens[chosen][places <= read.num_tokens[chosen][:, None]]
-            counted = np.bincount(tokens, minlength=corpus.vocab_size)
-            totals[name] = totals.get(name, 0) + counted
+        for row, name in enumerate(names):
+            tokens = read.tokens[is_real & (sources == name)[:, None]]
+            counts[row] += np.bincount(tokens, minlength=corpus.vocab_size)
+        done += 1
         progress("counting the corpus (shards)", int(shards[-1]), corpus.num_shards)
-    for counts in totals.values():
-        counts[end_of_document] = 0
-    return [SourceCounts(name, totals[name]) for name in sorted(totals)]
+        if time.monotonic() - saved > _SAVE_SECONDS:
+            _write_part(path, identity, counts, done, is_complete=False)
+            saved = time.monotonic()
+    if not is_complete:
+        _write_part(path, identity, counts, done, is_complete=True)
+    counts[:, end_of_document] = 0
+    return [SourceCounts(name, row) for name, row in zip(names, counts, strict=True)]
 
 
 def texts_of(corpus: Corpus, source: str, tokenizer: Tokenizer, num_bytes: int, seed: int) -> Iterator[str]:

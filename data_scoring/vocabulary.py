@@ -58,9 +58,13 @@ def parts_of(piece: str, symbols: list[str], priority: Priority) -> list[str]:
     return list(last) if merged == [piece] and last is not None else merged if merged != [piece] else []
 
 
+# What stands for text that no other piece is made for, where a tokenizer falls back to bytes.
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
 def byte_pieces(character: str) -> list[str]:
     """Return the byte-fallback pieces of a character."""
-    return [f"<0x{byte:02X}>" for byte in character.encode("utf-8", "surrogatepass")]
+    return [BYTES[byte] for byte in character.encode("utf-8", "surrogatepass")]
 
 
 def open_vocabulary(path: Path) -> Vocabulary:

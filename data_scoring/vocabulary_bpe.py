@@ -8,8 +8,9 @@ from typing import Any
 import tokenizers
 
 from data_scoring.tokenizer import read_tokenizer
-from data_scoring.vocabulary import byte_pieces, parts_of
+from data_scoring.vocabulary import BYTES, byte_pieces, parts_of
 
+_TEMPLATE = "template"
 _UNSUPPORTED = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
 
 
@@ -20,18 +21,21 @@ class HuggingFaceVocabulary:
         content = read_tokenizer(path)
         self._json: dict[str, Any] = json.loads(content)
         self._model = self._json["model"]
-        self._check(path)
+        read = tokenizers.Tokenizer.from_buffer(content)
+        # Old files do not name the kind, which the library then finds out.
+        self._check(path, type(read.model).__name__)
         # The library's numbering, not the file's: added tokens that the model lacks are numbered as they are read.
-        self._ids: dict[str, int] = tokenizers.Tokenizer.from_buffer(content).get_vocab(with_added_tokens=True)
+        self._ids: dict[str, int] = read.get_vocab(with_added_tokens=True)
         self.pieces: list[str | None] = [None] * (max(self._ids.values()) + 1)
         for piece, token in self._ids.items():
             self.pieces[token] = piece
         self._ranks = {_pair(merge): rank for rank, merge in enumerate(self._model["merges"])}
         self.required = self._find_required()
+        self._require_paths()
         self.needs = [self._find_parts(token) for token in range(len(self.pieces))]
 
-    def _check(self, path: Path) -> None:
-        kind = self._model.get("type", "of an unknown kind")
+    def _check(self, path: Path, kind: str) -> None:
+        kind = self._model.get("type", kind)
         if kind != "BPE":
             raise ValueError(f"{path}: its model is {kind}; give one of BPE, or a SentencePiece .model")
         for field in _UNSUPPORTED:
@@ -46,11 +50,13 @@ class HuggingFaceVocabulary:
         required = {ids[token["content"]]: "added token" for token in self._json.get("added_tokens", [])}
         if self._model.get("unk_token") in ids:
             required.setdefault(ids[self._model["unk_token"]], "unknown")
+        for piece in _named(self._json.get("post_processor")) | _named(self._json.get("padding")):
+            if piece in ids:
+                required.setdefault(ids[piece], _TEMPLATE)
         in_model: dict[str, int] = self._model["vocab"]
-        if self._model.get("byte_fallback"):
-            for byte in range(256):
-                if f"<0x{byte:02X}>" in in_model:
-                    required.setdefault(ids[f"<0x{byte:02X}>"], "byte")
+        if self._model.get("byte_fallback") and all(piece in in_model for piece in BYTES):
+            for piece in BYTES:
+                required.setdefault(ids[piece], "byte")
             # Decoders turn it into a space before they look at bytes.
             if "▁" in in_model:
                 required.setdefault(ids["▁"], "space")
@@ -62,9 +68,19 @@ class HuggingFaceVocabulary:
                     required.setdefault(ids[piece], "only one with its characters")
         return required
 
+    def _require_paths(self) -> None:
+        """Require what tokens that templates name are merged from: they may be plain text as well."""
+        stack = [token for token, reason in self.required.items() if reason == _TEMPLATE]
+        while stack:
+            for part in self._find_parts(stack.pop()):
+                if part not in self.required:
+                    self.required[part] = _TEMPLATE
+                    stack.append(part)
+
     def _find_parts(self, token: int) -> tuple[int, ...]:
         piece = self.pieces[token]
-        if piece is None or token in self.required or piece not in self._model["vocab"]:
+        is_whole = self.required.get(token, _TEMPLATE) != _TEMPLATE
+        if piece is None or is_whole or piece not in self._model["vocab"]:
             return ()
         if len(piece) == 1:
             parts = byte_pieces(piece)
@@ -108,6 +124,20 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
     return left, right
 
 
+def _named(value: Any) -> set[str]:
+    """Return the tokens that a post-processor or a padding names."""
+    if not isinstance(value, dict):
+        return set()
+    names = {value[field][0] for field in ("sep", "cls") if isinstance(value.get(field), list)}
+    for token in (value.get("special_tokens") or {}).values() if isinstance(value.get("special_tokens"), dict) else ():
+        names |= set(token["tokens"])
+    if "pad_token" in value:
+        names.add(value["pad_token"])
+    for processor in value.get("processors") or ():
+        names |= _named(processor)
+    return names
+
+
 def _renumber(value: Any, new: dict[str | None, int]) -> Any:
     """Return a post-processor or a padding with the ids of the tokens that it names as they are in `new`."""
     if not isinstance(value, dict):
@@ -122,7 +152,8 @@ def _renumber(value: Any, new: dict[str | None, int]) -> Any:
             for name, token in value["special_tokens"].items()
         }
     if "pad_token" in value:
-        renumbered["pad_id"] = new.get(value["pad_token"], 0)
+        # A padding token that the vocabulary does not have was never looked up.
+        renumbered["pad_id"] = new.get(value["pad_token"], value["pad_id"])
     if isinstance(value.get("processors"), list):
         renumbered["processors"] = [_renumber(processor, new) for processor in value["processors"]]
     return renumbered

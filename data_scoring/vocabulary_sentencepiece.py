@@ -7,7 +7,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
-from data_scoring.vocabulary import byte_pieces, parts_of
+from data_scoring.vocabulary import BYTES, byte_pieces, parts_of
 
 _Piece = sentencepiece_model.ModelProto.SentencePiece
 _UNIGRAM, _BPE = sentencepiece_model.TrainerSpec.UNIGRAM, sentencepiece_model.TrainerSpec.BPE
@@ -53,7 +53,7 @@ class SentencePieceVocabulary:
         required = {
             token: _REQUIRED[entry.type] for token, entry in enumerate(self._proto.pieces) if entry.type in _REQUIRED
         }
-        if self._proto.trainer_spec.byte_fallback:
+        if self._proto.trainer_spec.byte_fallback and all(piece in self._ids for piece in BYTES):
             # As bytes it would come back as itself, not as a space.
             if _SPACE in self._ids:
                 required.setdefault(self._ids[_SPACE], "space")

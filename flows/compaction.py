@@ -1,7 +1,9 @@
 """A smaller vocabulary, from counting tokens to the folder with the tokenizer, its tables, its page and checkpoint."""
 
 import shutil
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from data_scoring.progress import Progress
 from data_scoring.token_counts import SourceCounts, SourceLength, measure_length
 from data_scoring.tokenizer import open_tokenizer
 from data_scoring.vocabulary import Vocabulary, open_vocabulary
-from flows.counted_text import CountedText, open_text
+from flows.counted_text import CountedText, end_of_document, open_text
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import ModelConfig
 
@@ -83,6 +85,7 @@ def compact_tokenizer(request: Request, progress: Progress) -> Compaction:
 
     Raises ValueError, leaving nothing but the counts for the next try, for what cannot be read or asked for.
     """
+    request = replace(request, end_of_document=request.end_of_document or end_of_document(request.corpus))
     whole = open_tokenizer(request.tokenizer, request.end_of_document)
     vocabulary = open_vocabulary(request.tokenizer)
     parent = request.output.parent if request.output is not None else request.tokenizer.parent
@@ -132,6 +135,9 @@ def parameters_at(model: ModelConfig, curve: Curve) -> NDArray[np.float64]:
 def _check(request: Request, vocabulary: Vocabulary, parent: Path) -> None:
     """Raise ValueError for what cannot be, before anything is counted."""
     none = np.zeros(len(vocabulary.pieces), np.int64)
+    with tempfile.TemporaryDirectory() as folder:
+        # Some numberings cannot be kept, which shows in the smallest vocabulary too.
+        vocabulary.save(sorted(vocabulary.required), Path(folder) / "smallest")
     if request.size is not None:
         choose_tokens(vocabulary, none, request.size)
     if request.coverage is not None and not 0 < request.coverage <= 1:
@@ -172,12 +178,22 @@ def _measure(
     # The token that ends documents is a special one, which stays.
     pair = (text.tokenizer, open_tokenizer(temporary / name, request.end_of_document))
     lengths = []
-    for number, source in enumerate(sources):
-        progress("measuring sequence lengths (sources)", number, len(sources))
-        texts = text.texts(source.name, temporary / f"{source.name}.rejects.jsonl", _MEASURED_BYTES, _SEED)
+    for source in sources:
+        texts = _counted(
+            text.texts(source.name, temporary / f"{source.name}.rejects.jsonl", _MEASURED_BYTES, _SEED),
+            f"drawing text of {source.name} (documents)",
+            progress,
+        )
         lengths.append(measure_length(source.name, texts, pair, _MEASURED_BYTES, _SEED))
         (temporary / f"{source.name}.rejects.jsonl").unlink(missing_ok=True)
     return lengths
+
+
+def _counted(texts: Iterator[str], what: str, progress: Progress) -> Iterator[str]:
+    for number, text in enumerate(texts, start=1):
+        if number % 1000 == 1:
+            progress(what, number, None)
+        yield text
 
 
 def _write_tables(made: Compaction, folder: Path) -> None:

@@ -38,7 +38,8 @@ class CountedText:
     def count(self, folder: Path, progress: Progress) -> list[SourceCounts]:
         """Return the counts of each source; what was counted so far is kept in `folder`."""
         if self.corpus is not None:
-            return count_corpus(self.corpus, self.tokenizer.end_of_document, progress)
+            with locked(folder):
+                return count_corpus(self.corpus, self.tokenizer.end_of_document, folder, progress)
         identity = hashlib.blake2b(read_tokenizer(self.tokenizer_path)).hexdigest()
         with locked(folder):
             return [
@@ -57,21 +58,30 @@ class CountedText:
         return read_documents(source, Rejects(rejects, self.skip_bad))
 
 
+def end_of_document(target: Path) -> str | None:
+    """Return the token that ends documents by what configures `target`; None where nothing says so."""
+    config = _config_of(target)
+    return None if config is None else config.tokenizer.end_of_document
+
+
+def _config_of(target: Path) -> RunConfig | None:
+    if (target / "run.yaml").is_file():
+        return read_run(target).config
+    return read_config(target, []) if target.suffix in (".yaml", ".yml") else None
+
+
 def open_text(target: Path, tokenizer_path: Path, tokenizer: Tokenizer) -> CountedText:
     """Return the text of `target`: a run folder, a configuration, or a file, folder or glob of text.
 
     Raises ValueError where it cannot be read, or was tokenised with another tokenizer.
     """
-    if (target / "run.yaml").is_file():
-        config = read_run(target).config
-        if (target / "corpus" / "manifest.json").is_file():
-            corpus = Corpus(target / "corpus")
-            _check_tokenizer(corpus, tokenizer_path)
-            return CountedText(tokenizer_path, tokenizer, config.corpus.sources, corpus=corpus, model=config.model)
-    elif target.suffix in (".yaml", ".yml"):
-        config = read_config(target, [])
-    else:
+    config = _config_of(target)
+    if config is None:
         return CountedText(tokenizer_path, tokenizer, _sources(str(target)))
+    if (target / "corpus" / "manifest.json").is_file():
+        corpus = Corpus(target / "corpus")
+        _check_tokenizer(corpus, tokenizer_path)
+        return CountedText(tokenizer_path, tokenizer, config.corpus.sources, corpus=corpus, model=config.model)
     return _open_sources(config, tokenizer_path, tokenizer)
 
 

@@ -80,14 +80,18 @@ def train_byte_level(path: Path, ignore_merges: bool = False) -> None:
     tokenizer.save(str(path))
 
 
-def train_llama_like(path: Path) -> None:
-    """Train characters with byte fallback, as LLaMA's tokenizer.json has it."""
+def train_llama_like(path: Path, has_bytes: bool = True) -> None:
+    """Train characters with byte fallback, as LLaMA's tokenizer.json has it.
+
+    Without bytes it falls back to nothing, its template names a token of the model's own, and, as in old files, the
+    model's kind is not said.
+    """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
     tokenizer.decoder = tokenizers.decoders.Sequence(
         [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
     )
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256) if has_bytes)]
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(make_texts(400), trainer)
     content = json.loads(tokenizer.to_str())
@@ -95,6 +99,14 @@ def train_llama_like(path: Path) -> None:
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
     # Older files write a merge as one string.
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    if not has_bytes:
+        del content["model"]["type"]
+        piece, token = max(content["model"]["vocab"].items(), key=lambda item: item[1])
+        template = {"id": piece, "ids": [token], "tokens": [piece]}
+        content["post_processor"] = {
+            "type": "TemplateProcessing", "pair": [], "special_tokens": {piece: template},
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": piece, "type_id": 0}}],
+        }  # fmt: skip
     path.write_text(json.dumps(content))
 
 
@@ -102,6 +114,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "bytes.json": train_byte_level,
     "words.json": lambda path: train_byte_level(path, ignore_merges=True),
     "llama.json": train_llama_like,
+    "no-bytes.json": lambda path: train_llama_like(path, has_bytes=False),
     "bpe.model": lambda path: train_sentencepiece(path, "bpe", True),
     "bpe-unknown.model": lambda path: train_sentencepiece(path, "bpe", False),
     "unigram.model": lambda path: train_sentencepiece(path, "unigram", True),
