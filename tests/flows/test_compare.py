@@ -17,27 +17,12 @@ from flows.cli import main
 from flows.compare import compare, init_sweep, policy_sweep, rate_sweep, round_sweep, share
 from flows.compare_report import write_comparison
 from flows.compare_results import RESULTS, open_results
-from flows.config import RunConfig, parse_config
+from flows.config import RunConfig
 from flows.pages import span
 from flows.run_folder import read_run
 from flows.status import read_status
 from tests.conftest import read_rows
-from tests.flows.fakes import BATCH, LOSSES, FakeRanks, fake_ranks, values, write_texts
-
-
-@pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
-    return fake_ranks(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture
-def config(texts: Path, tmp_path: Path) -> RunConfig:
-    return parse_config(values(texts, tmp_path), "test")
+from tests.flows.fakes import BATCH, LOSSES, FakeRanks, values
 
 
 def corpus_tokens(run: Path) -> int:
@@ -80,7 +65,7 @@ def test_means_and_paired_differences_are_those_computed_by_hand(config: RunConf
     assert text in (tmp_path / "compare.md").read_text()
 
 
-def test_policies_train_on_equal_tokens_from_the_same_round(config: RunConfig, ranks: FakeRanks) -> None:
+def test_policies_train_on_equal_tokens_from_the_same_round(config: RunConfig, fakes: FakeRanks) -> None:
     comparison = compare(config, policy_sweep("loss,random"), 2, None, silent)
     folder = comparison.page.parent
     assert folder == Path(config.output) / "x-compare"
@@ -100,23 +85,23 @@ def test_policies_train_on_equal_tokens_from_the_same_round(config: RunConfig, r
 
 
 def test_a_stopped_comparison_goes_on_and_repeats_nothing(
-    config: RunConfig, ranks: FakeRanks, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, fakes: FakeRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = policy_sweep("loss,random")
-    ranks.fails_at = "random-seed-0 train-2"
+    fakes.fails_at = "random-seed-0 train-2"
     with pytest.raises(ValueError, match="killed"):
         compare(config, sweep, 1, None, silent)
     done = ["base-seed-0 train-1", "base-seed-0 score-1", "loss-seed-0 train-2", "random-seed-0 train-2"]
-    assert ranks.jobs == done
-    ranks.jobs, ranks.fails_at = [], ""
+    assert fakes.jobs == done
+    fakes.jobs, fakes.fails_at = [], ""
     page = compare(config, sweep, 1, None, silent).page
-    assert ranks.jobs == ["random-seed-0 train-2"]
+    assert fakes.jobs == ["random-seed-0 train-2"]
     assert "One seed shows no spread" in page.read_text()
     first, base = (page.parent / f"{arm}-seed-0" / "rounds" / "1" / "mix.parquet" for arm in ("loss", "base"))
     assert first.stat().st_ino == base.stat().st_ino
-    ranks.jobs = []
+    fakes.jobs = []
     compare(config, policy_sweep("random"), 1, read_run(page.parent / "loss-seed-0").config.refine.max_tokens, silent)
-    assert ranks.jobs == []
+    assert fakes.jobs == []
     with pytest.raises(ValueError, match=r"another configuration \(refine.max_tokens: \d+ there, 160 here\)"):
         compare(config, sweep, 1, 160, silent)
     with pytest.raises(
@@ -125,10 +110,10 @@ def test_a_stopped_comparison_goes_on_and_repeats_nothing(
         compare(config, sweep, 1, 9_999_999, silent)
 
 
-def test_initialisations_train_a_first_round_of_their_own_over_one_corpus(config: RunConfig, ranks: FakeRanks) -> None:
+def test_initialisations_train_a_first_round_of_their_own_over_one_corpus(config: RunConfig, fakes: FakeRanks) -> None:
     page = compare(config, init_sweep("constant,gpt2"), 2, 300, silent)
     folder = page.page.parent
-    assert ranks.jobs == [f"init-{name}-seed-{seed} train-1" for seed in (0, 1) for name in ("constant", "gpt2")]
+    assert fakes.jobs == [f"init-{name}-seed-{seed} train-1" for seed in (0, 1) for name in ("constant", "gpt2")]
     mixes = {(folder / f"init-{name}-seed-0" / "rounds/1/mix.parquet").read_bytes() for name in ("constant", "gpt2")}
     assert len(mixes) == 1
     assert read_run(folder / "init-constant-seed-1").config.model.init == "constant"
@@ -143,24 +128,24 @@ def test_initialisations_train_a_first_round_of_their_own_over_one_corpus(config
     assert "| gpt2 | **3.7500** | **3.3000** | **4.2000** | **2.4000** |" in text
     assert "## Difference to arm gpt2, paired by seed" in text and "| a | +0.2000 ± 0.0000, 0 of 2 |" in text
     assert "Cost" not in text and f"Seeds 0 to 1. In each seed all arms train on {span(least, most)} predicted" in text
-    ranks.jobs = []
+    fakes.jobs = []
     compare(config, init_sweep("constant,gpt2"), 2, 300, silent)
-    assert ranks.jobs == []
+    assert fakes.jobs == []
 
 
-def test_sampling_rates_and_rounds_share_what_they_can(config: RunConfig, ranks: FakeRanks) -> None:
+def test_sampling_rates_and_rounds_share_what_they_can(config: RunConfig, fakes: FakeRanks) -> None:
     page = compare(config, rate_sweep("1,0,0.5"), 1, None, silent).page
     total = corpus_tokens(page.parent / "base-seed-0")
-    assert [job for job in ranks.jobs if "base" not in job] == ["rate-0.5-seed-0 train-2", "rate-1-seed-0 train-2"]
+    assert [job for job in fakes.jobs if "base" not in job] == ["rate-0.5-seed-0 train-2", "rate-1-seed-0 train-2"]
     with open_results(page.with_suffix(".parquet"), ["0", "0.5", "1"]) as results:
         costs = results.sql("select trained_tokens, scoring_cost, cost from costs order by arm").fetchall()
         assert results.sql("from reference").fetchall() == [("0",)]
     scoring = round(total / 3)
     assert (costs[0], costs[2]) == ((0, 0, 0), (total, 0, total))
     assert costs[1][1:] == (scoring, costs[1][0] + scoring)
-    ranks.jobs = []
+    fakes.jobs = []
     page = compare(config, round_sweep("1,3,2"), 1, None, silent).page
-    assert ranks.jobs == ["rounds-2-seed-0 train-2", "rounds-3-seed-0 score-2", "rounds-3-seed-0 train-3"]
+    assert fakes.jobs == ["rounds-2-seed-0 train-2", "rounds-3-seed-0 score-2", "rounds-3-seed-0 train-3"]
     with open_results(page.with_suffix(".parquet"), ["1", "2", "3"]) as results:
         scored = results.sql("select scoring_cost from costs order by arm").fetchall()
     assert scored == [(0,), (scoring,), (2 * scoring,)]

@@ -13,23 +13,8 @@ from flows.config import RunConfig, parse_config
 from flows.grid import Grid, base_rule, train_grid
 from flows.run_folder import RanksFailedError, read_run
 from flows.trials import read_result
-from tests.flows.fakes import FakeRanks, fake_ranks, values, write_texts
+from tests.flows.fakes import FakeRanks, values
 from trainer.jobs import TrainJob
-
-
-@pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
-    return fake_ranks(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture
-def config(texts: Path, tmp_path: Path) -> RunConfig:
-    return parse_config(values(texts, tmp_path), "test")
 
 
 def by_rate(job: TrainJob, run: str) -> tuple[float, float]:
@@ -38,8 +23,8 @@ def by_rate(job: TrainJob, run: str) -> tuple[float, float]:
     return loss, loss
 
 
-def test_rates_follow_the_batch_and_the_best_cell_is_marked(config: RunConfig, ranks: FakeRanks) -> None:
-    ranks.losses = by_rate
+def test_rates_follow_the_batch_and_the_best_cell_is_marked(config: RunConfig, fakes: FakeRanks) -> None:
+    fakes.losses = by_rate
     # The configuration's own: 2e-3 at 4 samples of 16 tokens.
     grid = Grid((64, 128), (0.5, 1.0), num_seeds=2, tokens=1500)
     page = train_grid(config, grid, silent)
@@ -54,38 +39,38 @@ def test_rates_follow_the_batch_and_the_best_cell_is_marked(config: RunConfig, r
         assert row["num_steps"] == -(-len(mix) * 16 // batch)
         assert 1400 < row["num_tokens"] <= 1500 and row["loss"] == pytest.approx(4.01 + 100 * abs(lr - 4e-3))
     # At the rule's own batch every rate is the same: it is trained once.
-    assert not (folder / "batch-64-rate-1-seed-0").exists() and len(ranks.jobs) == 6
+    assert not (folder / "batch-64-rate-1-seed-0").exists() and len(fakes.jobs) == 6
     text = " ".join(page.text.split())
     assert "Lowest: batches of 128 tokens at r = 1, peak 0.004, validation loss 4.0050." in text
     assert "**4.0050 ± 0.0071** | 0.004 |" in text
     assert "Batches of 128 tokens make fewer than 20 steps" in text
     assert "(batch / 64)^r × 0.002, after the configuration's own train.lr and batch" in text
     assert page.page.read_text().count("data:image/png;base64,") == 1 and "<b>4.0050" in page.page.read_text()
-    ranks.jobs = []
+    fakes.jobs = []
     train_grid(config, grid, silent)
-    assert ranks.jobs == []
+    assert fakes.jobs == []
     # Another number of tokens is another grid: it is refused, and what there is stays.
     with pytest.raises(ValueError, match=r"another configuration \(train.max_tokens: 1500 there, 1400 here\)"):
         train_grid(config, replace(grid, tokens=1400), silent)
     assert read_result(run.config) == row
-    ranks.fails_at = "batch-64-rate-0.5-seed-0 train-1"
+    fakes.fails_at = "batch-64-rate-0.5-seed-0 train-1"
     with pytest.raises(RanksFailedError, match=r"no trial was trained .*; the first said: killed"):
         train_grid(config.model_copy(update={"name": "y"}), Grid((64,), (0.5,), tokens=1500), silent)
 
 
-def test_a_cell_that_fails_ends_none_of_the_others(config: RunConfig, ranks: FakeRanks) -> None:
-    ranks.losses, ranks.fails_at = by_rate, "batch-128-rate-1-seed-0 train-1"
+def test_a_cell_that_fails_ends_none_of_the_others(config: RunConfig, fakes: FakeRanks) -> None:
+    fakes.losses, fakes.fails_at = by_rate, "batch-128-rate-1-seed-0 train-1"
     rule = {"rule": "scaled", "base_lr": 1e-3, "base_tokens": 32, "increment_rate": 0.7}
     config = parse_config({**config.model_dump(), "train": {**config.train.model_dump(), "lr": rule}}, "test")
     assert base_rule(config).at(64) == pytest.approx(1e-3 * 2**0.7)
     page = train_grid(config, Grid((128,), (0.5, 1.0), tokens=1500), silent)
     text = " ".join(page.text.split())
-    assert len(ranks.jobs) == 2 and "| batch-128-rate-1-seed-0 | killed |" in text and "failed |" in text
+    assert len(fakes.jobs) == 2 and "| batch-128-rate-1-seed-0 | killed |" in text and "failed |" in text
     assert "(batch / 32)^r × 0.001, after train.lr;" in text
     assert "Lowest: batches of 128 tokens at r = 0.5, peak 0.002" in text
-    ranks.jobs, ranks.fails_at = [], ""
+    fakes.jobs, fakes.fails_at = [], ""
     page = train_grid(config, Grid((128,), (0.5, 1.0), tokens=1500), silent)
-    assert ranks.jobs == ["batch-128-rate-1-seed-0 train-1"]
+    assert fakes.jobs == ["batch-128-rate-1-seed-0 train-1"]
     assert "Lowest: batches of 128 tokens at r = 1, peak 0.004" in page.text and "Failures" not in page.text
 
 

@@ -28,24 +28,9 @@ from flows.search_space import SearchConfig
 from flows.sweep_report import correlations, write_sweep_report
 from flows.sweep_results import open_views, read_trials, write_views
 from flows.trials import TRIAL, TrialStoppedError, read_result, run_all, run_trial
-from tests.flows.fakes import FakeRanks, fake_ranks, values, write_texts
+from tests.flows.fakes import FakeRanks, values
 from tests.flows.place import CONFIG, Place, wait_for
 from trainer.jobs import TrainJob
-
-
-@pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
-    return fake_ranks(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture
-def config(texts: Path, tmp_path: Path) -> RunConfig:
-    return parse_config(values(texts, tmp_path), "test")
 
 
 def write_trials(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -148,13 +133,13 @@ def by_depth(job: TrainJob, run: str) -> tuple[float, float]:
     return 6 - job.model.num_layers / 10, 4 - job.model.num_layers / 10
 
 
-def test_trials_leave_rows_and_are_not_done_twice(config: RunConfig, ranks: FakeRanks) -> None:
-    ranks.losses = by_depth
+def test_trials_leave_rows_and_are_not_done_twice(config: RunConfig, fakes: FakeRanks) -> None:
+    fakes.losses = by_depth
     config = config.model_copy(update={"train": config.train.model_copy(update={"max_tokens": 600})})
     search = SearchConfig(parameters=60_000, trials=3, min_depth=2, max_depth=6)
     corpus = sweep.begin(config, search, silent)
     trials = sweep.plan(config, search, corpus.corpus().vocab_size)
-    ranks.fails_at = f"{trials[1].name} train-1"
+    fakes.fails_at = f"{trials[1].name} train-1"
     run_trial(trials[0], corpus, silent)
     with pytest.raises(ValueError, match="killed"):
         run_trial(trials[1], corpus, silent)
@@ -172,10 +157,10 @@ def test_trials_leave_rows_and_are_not_done_twice(config: RunConfig, ranks: Fake
     assert (failed["state"], failed["reason"], failed["loss"]) == ("failed", "killed", None)
     first, base = (run / "corpus" / "shard-0000.bin" for run in (trials[0].folder, corpus.folder))
     assert first.stat().st_ino == base.stat().st_ino
-    ranks.jobs, ranks.fails_at = [], ""
+    fakes.jobs, fakes.fails_at = [], ""
     for trial in trials:
         run_trial(trial, corpus, silent)
-    assert ranks.jobs == [f"{trial.name} train-1" for trial in trials[1:]]
+    assert fakes.jobs == [f"{trial.name} train-1" for trial in trials[1:]]
     assert read_result(trials[0]) == row and read_result(trials[1])["reason"] is None
     with duckdb.connect(str(sweep.sweep_folder(config) / "sweep.duckdb"), read_only=True) as views:
         assert views.sql("select count(*), count(quality) from trials").fetchall() == [(3, 3)]
