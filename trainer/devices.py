@@ -214,7 +214,13 @@ def _adapt_megatron_to_cpu() -> None:
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
 
-    from megatron.core.tensor_parallel import random
+    # Megatron compiles its fusions as they are imported. None of them is used here, and the compiler takes each
+    # rank longer to import than all else.
+    compile_function, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
+    try:
+        from megatron.core.tensor_parallel import random
+    finally:
+        torch.compile = compile_function
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
