@@ -63,7 +63,7 @@ class Compaction:
 
     def share(self, size: int) -> float:
         """Return the share of the model's parameters in embedding and head at a vocabulary of `size`."""
-        return 1 - self.model.num_parameters(0) / self.model.num_parameters(size)
+        return self.model.embedding_share(size)
 
     def parameters(self) -> NDArray[np.float64]:
         """Return the model's parameters at each size of the curve."""

@@ -52,14 +52,12 @@ def _describe(options: argparse.Namespace) -> None:
 
 def _row(name: str, model: ModelConfig, default_vocab_size: int) -> list[str]:
     vocab_size = model.vocab_size or default_vocab_size
-    parameters = model.num_parameters(vocab_size)
-    share = 2 * vocab_size * model.hidden_size / parameters
     return [
         name,
         *(f"{number:,}" for number in (model.num_layers, model.hidden_size, model.num_attention_heads, model.ffn_size)),
         str(model.activation_terms),
         "-" if model.shortcut_reduction is None else str(model.shortcut_reduction),
         f"{vocab_size:,}" if model.vocab_size else "*",
-        f"{parameters / 1e6:,.1f}",
-        f"{share:.1%}",
+        f"{model.num_parameters(vocab_size) / 1e6:,.1f}",
+        f"{model.embedding_share(vocab_size):.1%}",
     ]

@@ -89,10 +89,10 @@ def _model(config: RunConfig, vocab_size: int) -> str:
     vocab_size = model.vocab_size or vocab_size
     parameters = model.num_parameters(vocab_size)
     start = "random weights" if model.start_from is None else f"<code>{html.escape(model.start_from)}</code>"
-    share = 2 * vocab_size * model.hidden_size / parameters
     return (
         f"{parameters / 1e6:,.1f} M parameters: {model.num_layers} layers of width {model.hidden_size}, a vocabulary "
-        f"of {vocab_size:,}, whose embedding and head are {share:.0%} of them. Trained from {start}, in batches of "
+        f"of {vocab_size:,}, whose embedding and head are {model.embedding_share(vocab_size):.0%} of them. "
+        f"Trained from {start}, in batches of "
         f"{train.global_batch_size * config.corpus.seq_length:,} tokens, at a learning rate of up to {train.lr:.3g}."
     )
 

@@ -42,12 +42,12 @@ def prepare(run: Run, progress: Progress) -> bool:
     check_vocabulary(config)
     if config.refine.policy == "excess":
         check_reference(config.refine)
+    if run.is_complete("prepare"):
+        return False
     if config.model.start_from is not None:
         # A tokenizer that is yet to be trained has as many entries as its text lets it have.
         vocab_size = None if config.tokenizer.path is None else _tokenizer_size(config)
         check_start(Path(config.model.start_from), config.model, vocab_size)
-    if run.is_complete("prepare"):
-        return False
     prepare_corpus(
         config.corpus,
         config.tokenizer,

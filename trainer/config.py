@@ -87,6 +87,10 @@ class ModelConfig(Config):
         layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size + additions
         return self.num_layers * layer + self.hidden_size + 2 * vocab_size * self.hidden_size
 
+    def embedding_share(self, vocab_size: int) -> float:
+        """Return the share of the weights that are in embedding and head, of `vocab_size` entries."""
+        return 1 - self.num_parameters(0) / self.num_parameters(vocab_size)
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
