@@ -114,9 +114,10 @@ def load_megatron_weights(model: PlainModel, tensors: dict[str, Tensor]) -> None
     channels = config.hidden_size // config.num_attention_heads
     per_group = config.num_attention_heads // groups
     state = {
-        "embedding.weight": tensors["embedding.word_embeddings.weight"],
+        # The rest is padding.
+        "embedding.weight": tensors["embedding.word_embeddings.weight"][: len(model.head.weight)],
         "norm.weight": tensors["decoder.final_layernorm.weight"],
-        "head.weight": tensors["output_layer.weight"],
+        "head.weight": tensors["output_layer.weight"][: len(model.head.weight)],
     }
     for layer in range(config.num_layers):
         prefix = f"layers.{layer}"

@@ -34,7 +34,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     """Return training against a plain torch loop, and scoring against training, of the demo's model on one rank."""
     device = single_rank()
     from trainer.forward import read_microbatches, run_schedule
-    from trainer.model import Kernels, build_model, padded_vocab_size
+    from trainer.model import Kernels, build_model
     from trainer.score import ModelScorer
     from trainer.train import make_state
 
@@ -44,7 +44,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     gpt = build_model(
         model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, Kernels()
     )
-    plain = PlainModel(model_config, padded_vocab_size(corpus.vocab_size))
+    plain = PlainModel(model_config, corpus.vocab_size)
     load_megatron_weights(plain, stacked_weights(gpt, model_config.num_layers))
     state = make_state(train, gpt, 10_000, bf16=False)
     adam = torch.optim.AdamW(plain.parameters(), lr=train.lr, betas=(0.9, 0.95), weight_decay=0.1)

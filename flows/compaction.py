@@ -244,7 +244,7 @@ def _cut_checkpoint(checkpoint: Path, made: Compaction, folder: Path, progress: 
 
     progress("cutting the checkpoint", 0, 1)
     target = folder / "checkpoint" / checkpoint.name
-    cut_checkpoint(checkpoint, made.choice.kept, made.counts.tolist(), target)
+    cut_checkpoint(checkpoint, made.choice.kept, len(made.counts), target)
     progress("cutting the checkpoint", 1, 1)
 
 

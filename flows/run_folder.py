@@ -37,6 +37,11 @@ _NEUTRAL = {
     "activation_scales": "channel",
     "shortcut_reduction": None,
     "shortcut_input": "normalised",
+    "head_size": None,
+    "tied_embeddings": False,
+    "attention_bias": "none",
+    "ffn_bias": False,
+    "rotary_scaling": None,
 }
 
 

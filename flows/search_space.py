@@ -94,8 +94,8 @@ class _Fitter:
 
     def __init__(self, search: SearchConfig, base: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> None:
         self._search, self._base, self._vocab_size = search, base, vocab_size
-        self.head_size = base.hidden_size // base.num_attention_heads
-        self._heads_a_group = base.num_attention_heads // (base.num_query_groups or base.num_attention_heads)
+        self.head_size = base.channels
+        self._heads_a_group = base.num_attention_heads // base.num_groups
         # Heads come in whole groups, groups in equal parts for the ranks, and a shortcut's reduction divides the width.
         heads_step = self._heads_a_group * parallel.tensor
         reduction = base.shortcut_reduction or 1

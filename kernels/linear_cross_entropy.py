@@ -27,19 +27,30 @@ class Kernel(NamedTuple):
 
 
 def linear_cross_entropy(
-    hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, kernel: LossKernel, group: ProcessGroup | None = None
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    labels_n: Tensor,
+    kernel: LossKernel,
+    group: ProcessGroup | None = None,
+    num_rows: int | None = None,
 ) -> Tensor:
     """Return each token's negative log-likelihood, [n] float32, nats, differentiable.
 
     hidden_nh: [n, h], float32 or bfloat16; weight_vh: [v, h], of the same dtype; labels_n: [n] int64, numbers of rows
-    of the whole vocabulary, which is not checked. With a `group` the loss takes two all-reduces ([n] and [2, n]) and
-    the gradient of `hidden_nh`, which comes back summed over the group, one more of its size.
+    of the whole vocabulary, which is not checked; num_rows: how many of these count, those beyond being padding; None:
+    all. With a `group` the loss takes two all-reduces ([n] and [2, n]) and the gradient of `hidden_nh`, which comes
+    back summed over the group, one more of its size.
     """
     first_row = 0
     if group is not None:
         hidden_nh = _SumGradients.apply(hidden_nh, group)  # type: ignore[no-untyped-call]
         first_row = get_rank(group) * len(weight_vh)
     labels_n = labels_n - first_row
+    if num_rows is not None and first_row + len(weight_vh) > num_rows:
+        weight_vh = weight_vh[: max(0, num_rows - first_row)]
+        if not len(weight_vh):
+            # Nothing but padding: what takes chunks takes none, and exchanges what the other kernels do.
+            kernel = "chunked"
     if kernel == "reference":
         return _reference(hidden_nh, weight_vh, labels_n, group)
     loss: Tensor = _Fused.apply(hidden_nh, weight_vh, labels_n, group, _kernel(kernel))  # type: ignore[no-untyped-call]

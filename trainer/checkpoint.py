@@ -19,6 +19,7 @@ from trainer.pickles import check_pickles, explain_refusal
 
 _LOG = logging.getLogger(__name__)
 
+_EXTRA = "_extra_state"
 # How the optimizer's state is cut: per parameter, so that any layout can load it.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -75,7 +76,11 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
     damage = _find_damage_together(checkpoint)
     if damage is not None:
         raise ValueError(_failure(checkpoint, f"it is damaged: {damage}"))
-    model.load_state_dict(_load(checkpoint, {"model": sharded_weights(model)})["model"])
+    # What layers of other makes would like to keep beside their weights is of no use to those of torch.
+    wanted = {name: part for name, part in sharded_weights(model).items() if not name.endswith(_EXTRA)}
+    missing, unexpected = model.load_state_dict(_load(checkpoint, {"model": wanted})["model"], strict=False)
+    assert not unexpected
+    assert all(name.endswith(_EXTRA) for name in missing), missing
 
 
 def sharded_weights(model: Any) -> ShardedStateDict:

@@ -37,16 +37,21 @@ def read_shapes(checkpoint: Path) -> dict[str, Shape]:
 def shapes_of(model: ModelConfig, rows: int) -> dict[str, Shape]:
     """Return the shapes that the weights of `model` have in a checkpoint, with an embedding of `rows`."""
     width, depth, ffn = model.hidden_size, model.num_layers, model.ffn_size
-    channels = width // model.num_attention_heads
-    keys_and_values = 2 * channels * (model.num_query_groups or model.num_attention_heads)
+    queries, keys_and_values = model.channels * model.num_attention_heads, 2 * model.channels * model.num_groups
     layer: dict[str, Shape] = {
-        "self_attention.linear_qkv.weight": (width + keys_and_values, width),
+        "self_attention.linear_qkv.weight": (queries + keys_and_values, width),
         "self_attention.linear_qkv.layer_norm_weight": (width,),
-        "self_attention.linear_proj.weight": (width, width),
+        "self_attention.linear_proj.weight": (width, queries),
         "mlp.linear_fc1.weight": (2 * ffn, width),
         "mlp.linear_fc1.layer_norm_weight": (width,),
         "mlp.linear_fc2.weight": (width, ffn),
     }
+    if model.attention_bias != "none":
+        layer["self_attention.linear_qkv.bias"] = (queries + keys_and_values,)
+    if model.attention_bias == "all":
+        layer["self_attention.linear_proj.bias"] = (width,)
+    if model.ffn_bias:
+        layer |= {"mlp.linear_fc1.bias": (2 * ffn,), "mlp.linear_fc2.bias": (width,)}
     if model.activation_terms > 1:
         scales = (model.activation_terms, ffn if model.activation_scales == "channel" else 1)
         layer |= {"mlp.activation_func.scale": scales, "mlp.activation_func.offset": scales}
@@ -57,7 +62,7 @@ def shapes_of(model: ModelConfig, rows: int) -> dict[str, Shape]:
         EMBEDDING: (rows, width),
         **{f"decoder.layers.{name}": (depth, *shape) for name, shape in layer.items()},
         "decoder.final_layernorm.weight": (width,),
-        HEAD: (rows, width),
+        **({} if model.tied_embeddings else {HEAD: (rows, width)}),
     }
 
 

@@ -12,9 +12,9 @@ ActivationKernel = Literal["reference", "triton"]
 
 
 class ModelConfig(Config):
-    """The model: a pre-norm decoder with RMSNorm, SwiGLU, rotary positions, untied embeddings and no biases.
+    """The model: a pre-norm decoder with RMSNorm, SwiGLU and rotary positions, as LLaMA is.
 
-    PanGu-π's series informed activation and augmented shortcut are options of its layers.
+    Biases, a tied embedding, and PanGu-π's series informed activation and augmented shortcut are options.
     """
 
     preset: str | None = Field(
@@ -22,7 +22,12 @@ class ModelConfig(Config):
     )
     num_layers: int = Field(default=4, ge=1, le=1024, description="Transformer layers (depth).")
     hidden_size: int = Field(default=128, ge=8, le=65_536, description="Width of the residual stream.")
-    num_attention_heads: int = Field(default=4, ge=1, le=1024, description="Query heads; divides hidden_size.")
+    num_attention_heads: int = Field(
+        default=4, ge=1, le=1024, description="Query heads; divides hidden_size unless head_size is given."
+    )
+    head_size: int | None = Field(
+        default=None, ge=2, le=4096, description="Channels of a head; null: hidden_size / num_attention_heads."
+    )
     num_query_groups: int | None = Field(
         default=None, ge=1, le=1024, description="Key-value heads, for grouped-query attention; null: one a query head."
     )
@@ -32,7 +37,19 @@ class ModelConfig(Config):
     vocab_size: int | None = Field(
         default=None, ge=2, description="Entries of the embedding; null: the tokenizer's. Padded to a multiple of 128."
     )
+    tied_embeddings: bool = Field(default=False, description="Whether the embedding is the head too.")
+    attention_bias: Literal["none", "qkv", "all"] = Field(
+        default="none",
+        description="Which matrices of attention have biases: none, those of queries, keys and values, "
+        "or the output's too.",
+    )
+    ffn_bias: bool = Field(default=False, description="Whether the matrices of the feed-forward layer have biases.")
     rotary_base: int = Field(default=10_000, ge=1, description="Base of the rotary position embedding.")
+    rotary_scaling: float | None = Field(
+        default=None,
+        gt=1,
+        description="Factor by which Llama 3 stretches positions beyond 8192 tokens; null: it does not.",
+    )
     norm_epsilon: float = Field(default=1e-5, gt=0, lt=1, description="Epsilon of RMSNorm.")
     init_std: float = Field(default=0.02, gt=0, lt=10, description="Standard deviation of the initial weights.")
     init: Literal["constant", "gpt2", "internlm"] = Field(
@@ -73,6 +90,16 @@ class ModelConfig(Config):
         """Return the feed-forward width in force."""
         return self.ffn_hidden_size or max(64, round(self.hidden_size * 8 / 3 / 64) * 64)
 
+    @property
+    def channels(self) -> int:
+        """Return the channels of a head in force."""
+        return self.head_size or self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_groups(self) -> int:
+        """Return the number of key-value heads in force."""
+        return self.num_query_groups or self.num_attention_heads
+
     def num_parameters(self, vocab_size: int) -> int:
         """Return the number of weights, with the embedding and the head of `vocab_size` entries, padding left out."""
         # Scales and offsets of the activation, and the two matrices of the shortcut.
@@ -81,11 +108,13 @@ class ModelConfig(Config):
             additions += 2 * self.activation_terms * (self.ffn_size if self.activation_scales == "channel" else 1)
         if self.shortcut_reduction is not None:
             additions += 2 * self.hidden_size * (self.hidden_size // self.shortcut_reduction)
-        keys_and_values = 2 * self.hidden_size * (self.num_query_groups or self.num_attention_heads)
-        keys_and_values = keys_and_values * (self.hidden_size // self.num_attention_heads)
-        attention = 2 * self.hidden_size**2 + keys_and_values
-        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size + additions
-        return self.num_layers * layer + self.hidden_size + 2 * vocab_size * self.hidden_size
+        queries, keys_and_values = self.channels * self.num_attention_heads, 2 * self.channels * self.num_groups
+        attention = self.hidden_size * (2 * queries + keys_and_values)
+        biases = {"none": 0, "qkv": queries + keys_and_values, "all": queries + keys_and_values + self.hidden_size}
+        ffn = 3 * self.hidden_size * self.ffn_size + self.ffn_bias * (2 * self.ffn_size + self.hidden_size)
+        layer = attention + biases[self.attention_bias] + ffn + 2 * self.hidden_size + additions
+        embeddings = (1 if self.tied_embeddings else 2) * vocab_size * self.hidden_size
+        return self.num_layers * layer + self.hidden_size + embeddings
 
     def embedding_share(self, vocab_size: int) -> float:
         """Return the share of the weights that are in embedding and head, of `vocab_size` entries."""
@@ -98,15 +127,17 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _check_heads(self) -> "ModelConfig":
-        if self.hidden_size % self.num_attention_heads:
+        if self.head_size is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
-                "choose a divisor"
+                "choose a divisor, or give head_size"
             )
-        if self.hidden_size // self.num_attention_heads % 2:
+        if self.channels % 2:
+            field, value = (
+                ("head_size", self.head_size) if self.head_size else ("num_attention_heads", self.num_attention_heads)
+            )
             raise ValueError(
-                f"num_attention_heads: {self.num_attention_heads} makes heads of "
-                f"{self.hidden_size // self.num_attention_heads} channels, and rotary positions need an even number; "
+                f"{field}: {value} makes heads of {self.channels} channels, and rotary positions need an even number; "
                 "choose another"
             )
         if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
@@ -256,10 +287,9 @@ def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfi
             f"parallel.sequence: parallel.tensor {parallel.tensor} does not divide corpus.seq_length {seq_length}; "
             "change one of them, or set it to false"
         )
-    groups = model.num_query_groups or model.num_attention_heads
     for count, name in (
         (model.num_attention_heads, "model.num_attention_heads"),
-        (groups, "model.num_query_groups"),
+        (model.num_groups, "model.num_query_groups"),
         (model.ffn_size, "model.ffn_hidden_size"),
         (128, "the vocabulary's padding"),
     ):

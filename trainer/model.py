@@ -76,9 +76,10 @@ class Kernels:
 class Decoder(GPTModel):
     """Megatron's GPTModel, whose output layer and loss are one kernel: where labels are given, logits need not be."""
 
-    def __init__(self, kernels: Kernels, **arguments: Any) -> None:
+    def __init__(self, kernels: Kernels, num_tokens: int, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.kernels = kernels
+        # Of the rows of embedding and head, those beyond are padding, which no loss sees.
+        self.kernels, self.num_tokens = kernels, num_tokens
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **arguments: Any) -> Tensor:
         """Return token losses, [batch, seq] float32, nats; without labels, or on an earlier stage, what GPTModel does.
@@ -94,12 +95,14 @@ class Decoder(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=group
             )
+        tied = self.share_embeddings_and_output_weights
         loss_n = linear_cross_entropy(
             hidden_states.flatten(0, 1),
-            self.output_layer.weight,
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
             labels.t().flatten(),
             self.kernels.training if self.training else self.kernels.scoring,
             group if group.size() > 1 else None,
+            self.num_tokens,
         )
         return loss_n.view_as(labels.t()).t().contiguous()
 
@@ -111,10 +114,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
+        kv_channels=model.channels,
         ffn_hidden_size=model.ffn_size,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.attention_bias != "none",
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         hidden_dropout=0.0,
@@ -155,6 +160,7 @@ def build_model(
     config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32)
     gpt = Decoder(
         kernels,
+        vocab_size,
         config=config,
         transformer_layer_spec=_decoder_spec(model, config, kernels.activation),
         vocab_size=padded_vocab_size(vocab_size),
@@ -163,11 +169,23 @@ def build_model(
         post_process=parallel_state.is_pipeline_last_stage(),
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
-        share_embeddings_and_output_weights=False,
+        rope_scaling=model.rotary_scaling is not None,
+        rope_scaling_factor=model.rotary_scaling or 1.0,
+        share_embeddings_and_output_weights=model.tied_embeddings,
     )
     initialise(gpt.decoder, model)
     gpt.to(device)
     return Float16Module(config, gpt) if bf16 else gpt
+
+
+def with_bias(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """Return Megatron's linear layer with a bias, which Megatron's configuration has for all matrices or none."""
+
+    class WithBias(linear):  # type: ignore[valid-type, misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "bias": True})
+
+    return WithBias
 
 
 def _decoder_spec(
@@ -181,6 +199,11 @@ def _decoder_spec(
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductAttention)
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    if model.attention_bias == "all":
+        attention.linear_proj = with_bias(attention.linear_proj)
+    if model.ffn_bias:
+        mlp.linear_fc1, mlp.linear_fc2 = with_bias(mlp.linear_fc1), with_bias(mlp.linear_fc2)
     if model.activation_terms > 1:
         layer.submodules.mlp.submodules.activation_func = ModuleSpec(
             module=SeriesActivation,

@@ -117,6 +117,23 @@ def test_triton_is_as_exact_as_the_reference_and_bitwise_reproducible(
     assert_as_good_as_the_reference("triton", shape, dtype)
 
 
+@pytest.mark.parametrize("kernel", ["reference", "chunked", "triton"])
+def test_rows_of_padding_count_for_nothing(kernel: LossKernel) -> None:
+    hidden, weight, labels, grad = inputs((7, 40, 12), torch.float32)
+
+    def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels % 33, kernel, num_rows=33)
+
+    def expected_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(hidden @ weight[:33].t(), labels % 33, reduction="none")
+
+    device = DEVICE if kernel == "triton" else "cpu"
+    found = run(loss_of, *[tensor.to(device) for tensor in (hidden, weight, labels, grad)])
+    expected = run(expected_of, hidden.double(), weight.double(), labels, grad)
+    assert max(errors(found, expected)) < TOLERANCE[torch.float32] * 10
+    assert not found[2][33:].any()
+
+
 @pytest.mark.parametrize("shape", VOCABULARIES)
 def test_triton_at_large_vocabularies(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     if IS_INTERPRETED:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
 from tests.conftest import TINY_MODEL, Ranks, read_rows
-from trainer.checkpoint_folder import list_checkpoints
+from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 
 
 def plain_model(checkpoint: Path, reset: str | None = None) -> PlainModel:
@@ -17,7 +17,7 @@ def plain_model(checkpoint: Path, reset: str | None = None) -> PlainModel:
     for name, tensor in tensors.items():
         if reset is not None and name.endswith(reset):
             tensor.zero_()
-    model = PlainModel(TINY_MODEL, len(tensors["output_layer.weight"])).eval()
+    model = PlainModel(TINY_MODEL, read_checkpoint_record(checkpoint)["vocab_size"]).eval()
     load_megatron_weights(model, tensors)
     return model
 

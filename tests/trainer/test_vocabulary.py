@@ -17,7 +17,7 @@ from data_scoring.progress import silent
 from data_scoring.vocabulary import open_vocabulary
 from tests.conftest import TINY_MODEL, Ranks, make_documents
 from trainer.checkpoint_folder import RECORD, find_damage, list_checkpoints, read_checkpoint_record
-from trainer.vocabulary import EMBEDDING, HEAD, check_rows, cut_checkpoint, padded_rows
+from trainer.vocabulary import EMBEDDING, HEAD, check_rows, cut_checkpoint
 
 
 @pytest.fixture
@@ -25,25 +25,10 @@ def checkpoint(trained: Path) -> Path:
     return list_checkpoints(trained / "checkpoint")[-1]
 
 
-def test_padding_takes_the_rows_of_what_occurs_least() -> None:
-    kept = list(range(0, 300, 3))
-    counts = [1000 - token for token in range(300)]
-    rows = padded_rows(kept, counts, 384)
-    assert rows[:100] == kept
-    # Old padding was never a label at all; there is plenty of it.
-    assert rows[100:] == list(range(383, 355, -1))
-    # Without padding of old, the least frequent that are gone.
-    assert padded_rows(kept, counts, 300)[100:] == [token for token in range(299, 0, -1) if token % 3][:28]
-    # And where fewer are gone than padding needs, these over and over; where none are, the rarest that stays.
-    assert padded_rows(list(range(255)), [5] * 256, 256) == list(range(256))
-    assert padded_rows(list(range(129)), [5] * 130, 130)[129:] == [129] * 127
-    assert padded_rows([0, 1, 2], [3, 1, 2], 3)[3:] == [1] * 125
-
-
 def test_rows_move_bit_for_bit_and_all_else_stays(checkpoint: Path, tmp_path: Path) -> None:
     kept = [*range(0, 40), *range(60, 110)]
     target = tmp_path / checkpoint.name
-    cut_checkpoint(checkpoint, kept, [1] * 300, target)
+    cut_checkpoint(checkpoint, kept, 300, target)
     assert find_damage(target) is None
     record, before = read_checkpoint_record(target), read_checkpoint_record(checkpoint)
     assert (record["vocab_size"], record["step"], record["fingerprint"]) == (90, before["step"], before["fingerprint"])
@@ -53,6 +38,8 @@ def test_rows_move_bit_for_bit_and_all_else_stays(checkpoint: Path, tmp_path: Pa
         if name in (EMBEDDING, HEAD):
             assert new[name].shape == (128, TINY_MODEL.hidden_size)
             assert torch.equal(new[name][:90], old[name][kept])
+            # No loss sees what pads them.
+            assert not new[name][90:].any()
         else:
             assert torch.equal(new[name], old[name])
     # The optimizer's state, two moments and the weights once more, is what made it larger.
@@ -63,14 +50,14 @@ def test_rows_move_bit_for_bit_and_all_else_stays(checkpoint: Path, tmp_path: Pa
 def test_checkpoints_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:
     assert check_rows(checkpoint, 300) == 384
     with pytest.raises(ValueError, match=r"its embedding has 384 rows for 300 tokens, and the tokenizer has 385; "):
-        cut_checkpoint(checkpoint, [0], [1] * 385, tmp_path / "cut")
+        cut_checkpoint(checkpoint, [0], 385, tmp_path / "cut")
     copy = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
     (copy / "__0_0.distcp").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"no whole checkpoint \(__0_0.distcp has 5 bytes instead of"):
-        cut_checkpoint(copy, [0], [1] * 300, tmp_path / "cut")
+        cut_checkpoint(copy, [0], 300, tmp_path / "cut")
     (copy / RECORD).unlink()
     with pytest.raises(ValueError, match=r"no whole checkpoint \(it has no reprise.json\); give a step-… folder"):
-        cut_checkpoint(copy, [0], [1] * 300, tmp_path / "cut")
+        cut_checkpoint(copy, [0], 300, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
 
 
@@ -83,7 +70,7 @@ def test_a_round_starts_from_a_cut_checkpoint_where_the_whole_model_left_off(
     counts = np.arange(300)
     kept = choose_tokens(vocabulary, counts, 280).kept
     vocabulary.save(kept, tmp_path / "tokenizer.json")
-    cut_checkpoint(checkpoint, kept, counts.tolist(), tmp_path / "step-00000043")
+    cut_checkpoint(checkpoint, kept, 300, tmp_path / "step-00000043")
     (tmp_path / "text").mkdir()
     for number, document in enumerate(make_documents(100, 5)):
         (tmp_path / "text" / f"{number:03d}.txt").write_text(document)
@@ -100,18 +87,17 @@ def test_a_round_starts_from_a_cut_checkpoint_where_the_whole_model_left_off(
     files = sorted((folder / "seen").glob("*.parquet"))
     seen = [row for file in files for row in pq.read_table(file).to_pylist() if row["step"] == 1]
     assert len(seen) == 8
-    whole = PlainModel(TINY_MODEL, 384)
+    whole = PlainModel(TINY_MODEL, 300)
     load_megatron_weights(whole, read_checkpoint(checkpoint))
-    rows = torch.tensor(padded_rows(kept, counts.tolist(), 384))
     logits: list[torch.Tensor] = []
     whole.head.register_forward_hook(lambda _module, _inputs, output: logits.append(output[0]))
     for row in seen:
         batch = corpus.read(np.array([row["shard"]]), np.array([row["sample"]]))
         num_tokens = int(batch.num_tokens[0])
-        # The same tokens by their old numbers; what is gone is left out of the sum, and padding is in it.
+        # The same tokens by their old numbers; what is gone is left out of the sum.
         tokens = torch.tensor(kept)[torch.tensor(batch.tokens[:, : num_tokens + 1])]
         with torch.no_grad():
             whole(tokens[:, :-1], tokens[:, 1:])
         logits_nv = logits.pop()
-        losses = logits_nv[:, rows].logsumexp(1) - logits_nv.gather(1, tokens[0, 1:, None])[:, 0]
+        losses = logits_nv[:, kept].logsumexp(1) - logits_nv.gather(1, tokens[0, 1:, None])[:, 0]
         assert row["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)

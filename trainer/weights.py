@@ -1,0 +1,163 @@
+"""The weights in a checkpoint, read and written without Megatron: a tensor, or a layer of one, at a time.
+
+Tensors have the names and shapes of `trainer.checkpoint_shapes`: those of layers are stacked along the first axis.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from data_scoring.files import commit, write_json
+from trainer.checkpoint_folder import seal_checkpoint
+from trainer.checkpoint_shapes import Shape, read_shapes
+from trainer.pickles import allow_plain_pickles_only
+
+LAYERS = "decoder.layers."
+# Returns a tensor by its name; of one that is stacked, the layer of that number.
+Produce = Callable[[str, int | None], Tensor]
+
+
+class Weights:
+    """The weights in a checkpoint: names, shapes and dtypes at once, values one at a time."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.shapes = read_shapes(checkpoint)
+        allow_plain_pickles_only()
+        entries: dict[str, Any] = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        self._entries: dict[str, TensorStorageMetadata] = {name: entries[name] for name in self.shapes}
+        self.dtypes = {name: entry.properties.dtype for name, entry in self._entries.items()}
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        """Return the tensor `name`, on the CPU, or of a stacked one its `layer` alone, without that axis."""
+        offsets, shape = [0] * len(self.shapes[name]), list(self.shapes[name])
+        if layer is not None:
+            assert 0 <= layer < shape[0]
+            offsets[0], shape[0] = layer, 1
+        tensor = torch.empty(shape, dtype=self.dtypes[name])
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+        items = create_read_items_for_chunk_list(name, self._entries[name], [chunk])
+        with _alone():
+            planner = _ReadPlanner(items, tensor)
+            load({name: tensor}, storage_reader=FileSystemReader(self.checkpoint), planner=planner, no_dist=True)
+        return tensor if layer is None else tensor[0]
+
+
+def write_weights(
+    target: Path,
+    tensors: Mapping[str, tuple[Shape, torch.dtype]],
+    produce: Produce,
+    record: dict[str, Any],
+) -> None:
+    """Write a checkpoint of the `tensors` described to the new folder `target`, asking `produce` for one at a time.
+
+    `record` is what `seal_checkpoint` adds to it. Nothing is at `target` before all of it is written.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.mkdir(parents=True)
+    with _alone():
+        save({}, storage_writer=_Writer(temporary), planner=_WritePlanner(tensors, produce), no_dist=True)
+    torch.save({}, temporary / "common.pt")
+    write_json(temporary / "metadata.json", _BACKENDS)
+    seal_checkpoint(temporary, record)
+    commit(temporary, target)
+
+
+class _ReadPlanner(DefaultLoadPlanner):
+    """Reads what `items` say into one tensor, a part of what is stored."""
+
+    def __init__(self, items: list[ReadItem], tensor: Tensor) -> None:
+        super().__init__()
+        self._items, self._tensor = items, tensor
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan(self._items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._tensor
+
+
+class _WritePlanner(DefaultSavePlanner):
+    """Writes tensors that are made when it is their turn, each layer of a stacked one by itself, as Megatron does."""
+
+    def __init__(self, tensors: Mapping[str, tuple[Shape, torch.dtype]], produce: Produce) -> None:
+        # Megatron knows no flattened lists.
+        super().__init__(flatten_state_dict=False)
+        self._tensors, self._produce = tensors, produce
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for name, (shape, dtype) in self._tensors.items():
+            parts = range(shape[0]) if name.startswith(LAYERS) else (None,)
+            for layer in parts:
+                offsets = torch.Size([layer or 0] + [0] * (len(shape) - 1))
+                sizes = torch.Size(shape if layer is None else (1, *shape[1:]))
+                data = TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets, sizes),
+                    properties=TensorProperties(dtype=dtype),
+                    size=torch.Size(shape),
+                )
+                items.append(WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        name, data = write_item.index.fqn, write_item.tensor_data
+        assert data is not None
+        assert write_item.index.offset is not None
+        layer = write_item.index.offset[0] if name.startswith(LAYERS) else None
+        tensor = self._produce(name, layer)
+        if layer is not None:
+            tensor = tensor[None]
+        assert (tensor.shape, tensor.dtype) == (data.chunk.sizes, data.properties.dtype), name
+        return tensor.contiguous()
+
+
+class _Writer(FileSystemWriter):
+    """Writes what `check_pickles` lets through: no path object, which torch would put into the metadata."""
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Return what torch keeps of where and when it wrote."""
+        return StorageMeta()
+
+
+# What Megatron-Core writes there of a checkpoint in torch's distributed format.
+_BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep torch from warning that there is but one process, which is meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
