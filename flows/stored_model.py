@@ -1,0 +1,66 @@
+"""A model on disk that others start from: a round of a run, or a folder made by `reprise import hf`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from data_scoring.files import read_json
+from flows.compaction import find_checkpoint
+from flows.run_folder import read_run
+from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
+from trainer.config import ModelConfig
+
+MODEL, ORIGIN = "model.yaml", "import.json"
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A trained model: its shape, its weights, and the tokenizer that it reads with.
+
+    vocab_size: the tokenizer's entries. end_of_document: the token that ends documents, where the tokenizer does not
+    tell.
+    """
+
+    place: Path
+    config: ModelConfig
+    checkpoint: Path
+    tokenizer: Path
+    vocab_size: int
+    end_of_document: str | None
+
+
+def find_model(place: Path, round_number: int | None = None) -> StoredModel:
+    """Return the model that a round of the run in `place`, by default the last, ended with, or that is in the folder.
+
+    Raises ValueError where there is none.
+    """
+    if (place / MODEL).is_file():
+        if round_number is not None:
+            raise ValueError(f"--round: goes with a run folder, which {place} is not; leave it out")
+        return _read_folder(place)
+    if not (place / "run.yaml").is_file():
+        raise ValueError(
+            f"{place}: holds no model; give a run's folder, or one that `reprise import hf` has made (with {MODEL})"
+        )
+    run, checkpoint = read_run(place), find_checkpoint(place, round_number)
+    corpus = run.corpus()
+    vocab_size = int(read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size))
+    end = run.config.tokenizer.end_of_document
+    return StoredModel(place, run.config.model, checkpoint, corpus.tokenizer_path, vocab_size, end)
+
+
+def _read_folder(place: Path) -> StoredModel:
+    try:
+        config = ModelConfig.model_validate(yaml.safe_load((place / MODEL).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ValueError(f"{place / MODEL}: describes no model ({' '.join(str(error).split())}); repair it") from None
+    checkpoints = list_checkpoints(place / "checkpoint")
+    tokenizers = [path for path in (place / "tokenizer.json", place / "tokenizer.model") if path.is_file()]
+    if not checkpoints or not tokenizers:
+        missing = "checkpoint" if not checkpoints else "tokenizer"
+        raise ValueError(f"{place}: its {missing} is missing; import the model again")
+    vocab_size = int(read_checkpoint_record(checkpoints[-1])["vocab_size"])
+    end = (read_json(place / ORIGIN) or {}).get("end_of_document")
+    return StoredModel(place, config, checkpoints[-1], tokenizers[0], vocab_size, end)
