@@ -25,7 +25,8 @@ def padded_vocab_size(vocab_size: int) -> int:
 class Config(BaseModel):
     """A frozen configuration section that refuses unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A field whose name Python keeps for itself is written and read under its alias.
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
 
 class SourceConfig(Config):

@@ -276,9 +276,9 @@ def _fields_of(location: list[str]) -> list[str]:
     for part in location:
         if part.isdigit():
             continue
-        model = model.model_fields[part].annotation
+        model = next(field for name, field in model.model_fields.items() if part in (name, field.alias)).annotation
         model = next((entry for entry in getattr(model, "__args__", ()) if hasattr(entry, "model_fields")), model)
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -317,7 +317,12 @@ def check_paths(config: RunConfig, allowed: list[Path]) -> None:
     check_path("output", config.output, allowed)
     if config.tokenizer.path is not None:
         check_path("tokenizer.path", config.tokenizer.path, allowed)
-    for field, path in (("refine.reference", config.refine.reference), ("model.start_from", config.model.start_from)):
+    inherit = config.model.inherit
+    for field, path in (
+        ("refine.reference", config.refine.reference),
+        ("model.start_from", config.model.start_from),
+        ("model.inherit.from", None if inherit is None else inherit.teacher),
+    ):
         if path is not None:
             check_path(field, path, allowed)
     for number, source in enumerate(config.corpus.sources):

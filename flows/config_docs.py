@@ -35,7 +35,8 @@ def page() -> str:
 
 
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
+    for key, field in model.model_fields.items():
+        name = field.alias or key
         inner, suffix = _inner(field.annotation)
         if inner is not None:
             yield from _rows(inner, f"{prefix}{name}{suffix}.")

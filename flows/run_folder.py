@@ -32,6 +32,7 @@ _NOT_IN_WEIGHTS = {
 # Fields that came after 0.3, with the value that leaves everything as it was: runs from before go on.
 _NEUTRAL = {
     "start_from": None,
+    "inherit": None,
     "init": "gpt2",
     "activation_terms": 1,
     "activation_scales": "channel",

@@ -11,6 +11,43 @@ from trainer.presets import fill_from_preset
 ActivationKernel = Literal["reference", "triton"]
 
 
+# How the neurons that stay are chosen; base: none do, weights are random.
+InheritMethod = Literal["base", "l1", "l2", "taylor", "learned"]
+
+
+class InheritConfig(Config):
+    """How round 1 starts from the layers and neurons of a larger model that matter most (the paper, section 4.1)."""
+
+    teacher: str = Field(
+        alias="from", min_length=1, description="The larger model: a run's folder, or one of `reprise import hf`."
+    )
+    round: int | None = Field(default=None, ge=1, description="Round of that run; null: the last.")
+    layers: Annotated[
+        Annotated[Literal["auto"], Tag("<auto>")] | Annotated[tuple[int, ...], Tag("<numbers>")],
+        Discriminator(lambda value: "<auto>" if isinstance(value, str) else "<numbers>"),
+    ] = Field(
+        default="auto",
+        description="Layers of the larger model that stay, from 0, as many as num_layers; auto: those whose absence "
+        "costs most.",
+    )
+    method: InheritMethod = Field(
+        default="learned",
+        description="How the neurons that stay are chosen: by the size of their weights (l1, l2), by that of weights "
+        "times gradients (taylor), by masks that are trained (learned); base: none, the model starts at random.",
+    )
+    calibration_samples: int = Field(
+        default=256, ge=1, le=1_000_000, description="Samples that layers are measured with, and gradients (taylor)."
+    )
+    mask_steps: int = Field(default=200, ge=1, le=1_000_000, description="Steps that masks are trained for (learned).")
+    mask_lr: float = Field(default=0.05, gt=0, le=10, description="Learning rate of the masks (learned).")
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> "InheritConfig":
+        if self.layers != "auto" and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(f"layers: {list(self.layers)} is not ascending; give layers of the larger model in order")
+        return self
+
+
 class ModelConfig(Config):
     """The model: a pre-norm decoder with RMSNorm, SwiGLU and rotary positions, as LLaMA is.
 
@@ -81,6 +118,9 @@ class ModelConfig(Config):
         description="Checkpoint (a step-… folder) of a model of the same shape, whose weights round 1 starts from; "
         "null: random ones.",
     )
+    inherit: InheritConfig | None = Field(
+        default=None, description="Larger model whose layers and neurons round 1 starts from; null: none."
+    )
     layers: Literal["torch", "transformer_engine"] = Field(
         default="torch", description="What layers are built of; transformer_engine, on CUDA, has to be installed."
     )
@@ -124,6 +164,19 @@ class ModelConfig(Config):
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
         return fill_from_preset(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _check_inheritance(self) -> "ModelConfig":
+        if self.inherit is None:
+            return self
+        if self.start_from is not None:
+            raise ValueError("start_from: the model has model.inherit to start from; leave one of them out")
+        chosen = self.inherit.layers
+        if chosen != "auto" and len(chosen) != self.num_layers:
+            raise ValueError(
+                f"inherit.layers: names {len(chosen)} layers and num_layers is {self.num_layers}; change one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_heads(self) -> "ModelConfig":
