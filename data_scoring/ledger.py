@@ -103,6 +103,23 @@ VIEWS = {
         },
         _plain(f"{_ROUND}, candidate, correlation, overlap, chance_overlap, cost_tokens, chosen"),
     ),
+    "lineage": View(
+        "What of a larger model round 1 starts from, a row a layer; nothing where it starts from no part of one.",
+        "rounds/*/inherit/lineage.parquet",
+        {
+            **_ROUND_COLUMN,
+            "layer": ("integer", "Layer of the model, from 0."),
+            "teacher_layer": ("integer", "Layer of the larger model that it was, from 0."),
+            "teacher": ("varchar", "Folder of the larger model."),
+            "checkpoint": ("varchar", "Checkpoint that its weights are from."),
+            "method": ("varchar", "How the neurons that stay were chosen (model.inherit.method)."),
+            "channels": ("integer[]", "Channels of the residual stream that stay, by their numbers there."),
+            "ffn": ("integer[]", "Neurons of the feed-forward layer that stay, by their numbers there."),
+            "groups": ("integer[]", "Query groups that stay, by their numbers there."),
+            "heads": ("integer[]", "Query heads that stay, by their numbers there."),
+        },
+        _plain(f"{_ROUND}, layer, teacher_layer, teacher, checkpoint, method, channels, ffn, groups, heads"),
+    ),
     "steps": View(
         "The optimizer steps of each round.",
         "rounds/*/steps.parquet",

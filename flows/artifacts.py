@@ -31,6 +31,16 @@ def rounds(run: Run) -> list[dict[str, Any]]:
     return _rows(run, "select * from rounds order by round")
 
 
+def inheritance(run: Run) -> list[dict[str, Any]]:
+    """Return a row for each layer that round 1 inherited: which of the larger model's it was, and what of it stays."""
+    return _rows(
+        run,
+        """select layer, teacher_layer, method, len(channels) as channels, len(ffn) as ffn,
+            array_to_string(heads, ', ') as heads, teacher
+        from lineage order by layer""",
+    )
+
+
 def selection_page(run: Run, dry: DryRun) -> str:
     """Return, as Markdown, what a round keeps of each source and shard, with the picture of it."""
     return "\n\n".join(

@@ -188,6 +188,7 @@ def _stage(options: argparse.Namespace) -> None:
             stages.mix(run, number, progress)
         else:
             if options.stage == "train" and number == 1:
+                stages.inherit(run, progress)
                 stages.mix(run, number, progress)
             work: Callable[..., None] = getattr(stages, options.stage)
             work(run, number, progress)

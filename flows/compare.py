@@ -5,7 +5,7 @@ first round by hard links, so that its stages find them complete, and does what 
 model begins have the corpus alone from their base, and train round 1 themselves.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,12 +18,13 @@ from data_scoring.progress import Progress
 from data_scoring.scoring import write_parquet
 from flows import stages
 from flows.compare_report import write_comparison
-from flows.compare_results import BASE, RESULTS
+from flows.compare_results import BASE, CURVES, RESULTS, curves_path
 from flows.config import RunConfig
+from flows.inheritance import layers_of
 from flows.pages import Page
 from flows.run_folder import Run, locked, open_run
 from flows.trials import Trial, final_losses, named, prepare_corpus, share, train_trial, trial_config, with_tokens
-from trainer.config import ModelConfig
+from trainer.config import InheritConfig, InheritMethod, ModelConfig
 
 _WITHOUT_LOSSES = ("random", "all")
 # An arm that asks for no losses puts no outliers aside either.
@@ -58,7 +59,7 @@ class Sweep:
     shares_round: bool = True
 
 
-_BASE = Arm(BASE, BASE, num_rounds=1)
+_BASE = Arm(BASE, "base", num_rounds=1)
 
 
 def policy_sweep(text: str) -> Sweep:
@@ -80,7 +81,7 @@ def rate_sweep(text: str) -> Sweep:
     arms = [Arm(f"{rate:g}", f"rate-{rate:g}", {"refine": {"sampling_rate": rate}}) for rate in rates]
     for place, rate in enumerate(rates):
         if rate == 0:
-            arms[place] = Arm("0", BASE, num_rounds=1)
+            arms[place] = Arm("0", _BASE.folder, num_rounds=1)
         elif rate == 1:
             arms[place].refine.update(_BLIND)
     return Sweep("--sampling-rates", "compare-sampling-rates", tuple(arms))
@@ -103,6 +104,25 @@ def init_sweep(text: str) -> Sweep:
             raise ValueError(f"--inits: {name!r} is none of {', '.join(known)}; give some of them")
     arms = tuple(Arm(name, f"init-{name}", {"model": {"init": name}}, num_rounds=1) for name in names)
     return Sweep("--inits", "compare-inits", arms, shares_round=False)
+
+
+def inherit_sweep(text: str, inherit: InheritConfig | None) -> Sweep:
+    """Return the arms of a list of methods, such as base,l1,learned, each a way to inherit as `inherit` says.
+
+    Raises ValueError for one that there is not, or where there is nothing to inherit from.
+    """
+    if inherit is None:
+        raise ValueError("model.inherit: names no larger model to inherit from; add one, such as {from: runs/large}")
+    names = entries("--methods", text)
+    for name in names:
+        if name not in get_args(InheritMethod):
+            raise ValueError(f"--methods: {name!r} is none of {', '.join(get_args(InheritMethod))}; give some of them")
+    arms = tuple(Arm(name, f"inherit-{name}", _inheriting(inherit, method=name), num_rounds=1) for name in names)
+    return Sweep("--methods", "compare-inherit", arms, shares_round=False)
+
+
+def _inheriting(inherit: InheritConfig, **fields: Any) -> dict[str, dict[str, Any]]:
+    return {"model": {"inherit": {**inherit.model_dump(), **fields}}}
 
 
 def entries(option: str, text: str) -> list[str]:
@@ -141,12 +161,13 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
     # What an arm lacks is best known before the bases have trained.
     for arm in sweep.arms:
         _config(config, folder, config.seed, arm)
+    path = folder / f"{sweep.stem}.parquet"
     with locked(folder):
         if sweep.shares_round:
             rows, tokens = _go_on(config, folder, seeds, sweep, tokens, progress)
         else:
-            rows = _begin(config, folder, seeds, sweep, progress)
-        path = folder / f"{sweep.stem}.parquet"
+            rows, curves = _begin(config, folder, seeds, sweep, progress)
+            write_parquet(curves_path(path), pa.Table.from_pylist(curves, CURVES), "")
         write_parquet(path, pa.Table.from_pylist(rows, RESULTS), "")
         return write_comparison(path, sweep.option, [arm.name for arm in sweep.arms], config, tokens)
 
@@ -174,15 +195,30 @@ def _go_on(
     return rows, tokens
 
 
-def _begin(config: RunConfig, folder: Path, seeds: range, sweep: Sweep, progress: Progress) -> list[dict[str, Any]]:
-    """Return the results of arms that train round 1 themselves, over the same corpus in each seed."""
-    rows = []
+def _begin(
+    config: RunConfig, folder: Path, seeds: range, sweep: Sweep, progress: Progress
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return results and curves of arms that train round 1 themselves, over the same corpus in each seed."""
+    rows, curves = [], []
     for seed in seeds:
         corpus = prepare_corpus(config, folder, f"corpus-seed-{seed}", seed, progress)
-        for arm in sweep.arms:
+        for arm in _with_layers(sweep, corpus, progress):
             arm_config = _config(config, folder, seed, arm)
-            rows += _results(train_trial(arm_config, corpus, named(arm_config, progress)), seed, arm)
-    return rows
+            run = train_trial(arm_config, corpus, named(arm_config, progress))
+            rows += _results(run, seed, arm)
+            curves += _curve(run, seed, arm)
+    return rows, curves
+
+
+def _with_layers(sweep: Sweep, corpus: Run, progress: Progress) -> tuple[Arm, ...]:
+    """Return the arms, all of which inherit the same layers, measured once over `corpus`, if they inherit any."""
+    inherit = corpus.config.model.inherit
+    if inherit is None or all(arm.name == "base" for arm in sweep.arms):
+        return sweep.arms
+    with locked(corpus.folder):
+        layers = layers_of(corpus, named(corpus.config, progress))
+    values = {arm.name: _inheriting(inherit, method=arm.name, layers=layers) for arm in sweep.arms}
+    return tuple(replace(arm, values=values[arm.name]) for arm in sweep.arms)
 
 
 def _config(config: RunConfig, folder: Path, seed: int, arm: Arm) -> RunConfig:
@@ -195,6 +231,7 @@ def _train_base(config: RunConfig, progress: Progress) -> Run:
     with locked(config.folder):
         run = open_run(config)
         stages.prepare(run, progress)
+        stages.inherit(run, progress)
         stages.mix(run, 1, progress)
         stages.train(run, 1, progress)
         stages.score(run, 1, progress)
@@ -267,6 +304,16 @@ def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
     common["scoring_cost"] = sum(scoring_cost(run, number) for number in scored)
     losses = final_losses(run, run.config.rounds.num_rounds)
     return [{"seed": seed, "arm": arm.name, **row, **common} for row in losses]
+
+
+def _curve(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
+    """Return a row for each step of the run's first round: the tokens trained on up to there, and the step's loss."""
+    steps = query(
+        run.folder,
+        "select step, sum(num_tokens) over (order by step)::bigint, loss from steps where round = 1 order by step",
+    ).fetchall()
+    names = ("step", "num_tokens", "loss")
+    return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True))} for row in steps]
 
 
 def _number(run: Run, sql: str) -> int:

@@ -98,6 +98,27 @@ def costs(results: duckdb.DuckDBPyConnection) -> Figure | None:
     return figure
 
 
+def training_curves(results: duckdb.DuckDBPyConnection) -> Figure | None:
+    """Draw each arm's training loss, smoothed, against the tokens trained on: the mean over seeds, and their range."""
+    [(window,)] = results.sql("select greatest(1, max(step) // 30) from curves").fetchall()
+    rows = results.sql(
+        f"""select arm, avg(num_tokens) / 1e6, avg(smooth), min(smooth), max(smooth) from (
+            select *, avg(loss) over (partition by seed, arm order by step rows {window - 1} preceding) as smooth
+            from curves)
+        where step >= {window} group by arm, step order by arm, step"""
+    ).fetchall()
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    for number, arm in enumerate(dict.fromkeys(row[0] for row in rows)):
+        tokens, mean, low, high = zip(*(row[1:] for row in rows if row[0] == arm), strict=True)
+        color = _COLORS[number % len(_COLORS)]
+        axes.plot(tokens, mean, color=color, linewidth=1.5, label=arm)
+        axes.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.set_xlabel("tokens trained on (millions)")
+    axes.set_ylabel("training loss (nats per token)")
+    axes.legend()
+    return figure
+
+
 PLOTS: dict[str, tuple[Plot, str]] = {
     "losses": (validation_losses, "Validation loss at the end: a dot a seed, the mean as a bar. Scales differ."),
     "differences": (
@@ -105,4 +126,8 @@ PLOTS: dict[str, tuple[Plot, str]] = {
         "Differences paired by seed: a dot a seed, and the mean with its standard error.",
     ),
     "costs": (costs, "Cost of what comes after round 1, which all arms share."),
+    "curves": (
+        training_curves,
+        "Training loss, a moving average over a thirtieth of the steps: means over seeds, and their range.",
+    ),
 }

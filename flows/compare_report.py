@@ -9,6 +9,10 @@ from flows.compare_results import BASE, open_results
 from flows.config import RunConfig
 from flows.pages import Page, Picture, Section, span, write_page
 from flows.plots import render
+from flows.stored_model import find_model
+
+# Options whose arms train a first round of their own.
+_BEGINNINGS = ("--inits", "--methods")
 
 
 def write_comparison(results: Path, option: str, arms: list[str], config: RunConfig, tokens: int | None) -> Page:
@@ -19,10 +23,12 @@ def write_comparison(results: Path, option: str, arms: list[str], config: RunCon
     with open_results(results, arms) as connection:
         lead = _lead(connection, option, config, tokens)
         parts, plots = [_losses, _differences, _spread, _costs], dict(PLOTS)
-        if option == "--inits":
+        if option in _BEGINNINGS:
             # There is nothing after round 1 that could cost anything.
             parts.remove(_costs)
             del plots["costs"]
+        else:
+            del plots["curves"]
         made = [make(connection) for make in parts]
         drawn = [(name, render(plot, connection), caption) for name, (plot, caption) in plots.items()]
     # One seed has no spread, and one arm nothing to differ from.
@@ -46,10 +52,12 @@ def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, to
         f"{refine.sampling_rate:g}. They do not train on equally many tokens; their cost is below.",
         "--inits": "Arms differ in model.init, how weights are drawn. Each trains one round from them, on the same "
         "samples in the same order.",
+        "--methods": "Arms differ in model.inherit.method, which neurons of the larger model they start with; base "
+        f"starts at random. Each trains one round, on the same samples in the same order. {_inherited(config)}",
     }
     shared = (
         f"In each seed all arms go on from the same round 1, trained once on {span(least, most)} predicted tokens."
-        if option != "--inits"
+        if option not in _BEGINNINGS
         else f"In each seed all arms train on {span(least, most)} predicted tokens."
     )
     lines = [
@@ -67,6 +75,19 @@ def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, to
     return lines
 
 
+def _inherited(config: RunConfig) -> str:
+    """Return what the models are and what they are cut from, in a sentence."""
+    model = config.model
+    if model.inherit is None:
+        return ""
+    teacher = find_model(Path(model.inherit.teacher), model.inherit.round)
+    sizes = [
+        f"{each.num_layers} layers of width {each.hidden_size}, {each.num_attention_heads} heads, FFN {each.ffn_size}"
+        for each in (model, teacher.config)
+    ]
+    return f"They have {sizes[0]}; the larger model ({model.inherit.teacher}) has {sizes[1]}."
+
+
 def _losses(results: duckdb.DuckDBPyConnection) -> Section:
     # Where an arm ends with round 1, it is that row.
     rows = results.sql(
@@ -79,10 +100,7 @@ def _losses(results: duckdb.DuckDBPyConnection) -> Section:
     for arm, source, mean in rows:
         if mean == best[source]:
             means[arm, source] = f"**{mean:.4f}**"
-    cells = [
-        ["after round 1" if arm == BASE else arm, *(means[arm, source] for source in sources)]
-        for arm in dict.fromkeys(arm for arm, _, _ in rows)
-    ]
+    cells = [[arm, *(means[arm, source] for source in sources)] for arm in dict.fromkeys(arm for arm, _, _ in rows)]
     return Section(
         "Validation loss", ["Nats per token, means over seeds; the lowest is bold."], ["arm", *sources], cells
     )

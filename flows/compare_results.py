@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from data_scoring.sql import literal
 
-BASE = "base"
+BASE = "after round 1"
 # Arms that others are measured against: what one would do without the thing that is compared.
-_PLAIN = ("random", "gpt2")
+_PLAIN = ("random", "gpt2", "base")
 # Names that no source can have.
 ALL_TOKENS, MEAN_OF_SOURCES = "all tokens", "mean of sources"
 
@@ -27,6 +27,17 @@ RESULTS = pa.schema(
         ("trained_tokens", pa.int64()),
         ("scoring_cost", pa.int64()),
         ("round_1_tokens", pa.int64()),
+    ]
+)
+
+# A row for each step of an arm's first round, where arms begin with one of their own.
+CURVES = pa.schema(
+    [
+        ("seed", pa.int64()),
+        ("arm", pa.string()),
+        ("step", pa.int32()),
+        ("num_tokens", pa.int64()),
+        ("loss", pa.float64()),
     ]
 )
 
@@ -54,13 +65,18 @@ create view costs as
 """
 
 
+def curves_path(results: Path) -> Path:
+    """Return the path of the training losses of the comparison whose results are in `results`."""
+    return results.with_name(f"{results.stem}-curves.parquet")
+
+
 @contextmanager
 def open_results(path: Path, arms: list[str]) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield a connection with the views of the results in the Parquet file `path`; `arms` sort in the given order.
 
     The views: losses (by seed, arm and source, the last two of which are over all sources), spread (over seeds),
-    paired and differences (to the arm in `reference`: random or gpt2 where there is one, else the first), and costs
-    (tokens; scoring in training-token equivalents).
+    paired and differences (to the arm in `reference`: random, gpt2 or base where there is one, else the first), costs
+    (tokens; scoring in training-token equivalents) and, where arms begin with a round of their own, curves.
     """
     with duckdb.connect() as connection:
         names = ", ".join(literal(name) for name in [BASE, *arms])
@@ -70,4 +86,8 @@ def open_results(path: Path, arms: list[str]) -> Iterator[duckdb.DuckDBPyConnect
         reference = next((name for name in _PLAIN if name in arms), arms[0])
         connection.execute(f"create table reference as select {literal(reference)}::arm as arm")
         connection.execute(_VIEWS)
+        curves = curves_path(path)
+        if curves.exists():
+            rows = f"select * replace (arm::arm as arm) from read_parquet({literal(curves)})"
+            connection.execute(f"create table curves as {rows}")
         yield connection

@@ -18,11 +18,13 @@ from flows import stages
 from flows.approval import ask
 from flows.artifacts import summary
 from flows.config import RunConfig, check_path, check_paths
+from flows.inheritance import inherits
 from flows.reporting import Reporter, RunCancelledError, allowed_folders
 from flows.run_folder import Run, locked, open_run, read_run
 
 prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(stages.prepare)
 mix = task(name="mix", task_run_name="mix-{round_number}", cache_policy=NO_CACHE)(stages.mix)
+inherit = task(name="inherit", task_run_name="inherit", cache_policy=NO_CACHE)(stages.inherit)
 train = task(name="train", task_run_name="train-{round_number}", cache_policy=NO_CACHE)(stages.train)
 score = task(name="score", task_run_name="score-{round_number}", cache_policy=NO_CACHE)(stages.score)
 refine = task(name="refine", task_run_name="refine-{round_number}", cache_policy=NO_CACHE)(stages.refine)
@@ -42,6 +44,9 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
         with Reporter(config.folder) as progress, locked(config.folder):
             run = open_run(config)
             prepare(run, progress)
+            if inherits(config.model):
+                inherit(run, progress)
+                progress.inherited(run)
             for number in range(1, config.rounds.num_rounds + 1):
                 if number > 1:
                     score(run, number - 1, progress)

@@ -57,6 +57,7 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
         f"{config.rounds.num_rounds} rounds, policy {config.refine.policy}, sampling rate "
         f"{config.refine.sampling_rate:g}, temperature {config.refine.draw_temperature:g}.</p>",
         f'<p class="lead">{_model(config, int(manifest["vocab_size"]))}</p>',
+        *_inheritance(run, ledger),
         "<h2>Rounds</h2>",
         _table(
             ledger,
@@ -89,12 +90,35 @@ def _model(config: RunConfig, vocab_size: int) -> str:
     vocab_size = model.vocab_size or vocab_size
     parameters = model.num_parameters(vocab_size)
     start = "random weights" if model.start_from is None else f"<code>{html.escape(model.start_from)}</code>"
+    if model.inherit is not None and model.inherit.method != "base":
+        start = f"parts of <code>{html.escape(model.inherit.teacher)}</code>"
     return (
         f"{parameters / 1e6:,.1f} M parameters: {model.num_layers} layers of width {model.hidden_size}, a vocabulary "
         f"of {vocab_size:,}, whose embedding and head are {model.embedding_share(vocab_size):.0%} of them. "
         f"Trained from {start}, in batches of "
         f"{train.global_batch_size * config.corpus.seq_length:,} tokens, at a learning rate of up to {train.lr:.3g}."
     )
+
+
+def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    """Return what of a larger model round 1 started from, where it did."""
+    inherit = run.config.model.inherit
+    rows = ledger.sql("select distinct checkpoint, method, len(channels) from lineage").fetchall()
+    if not rows or inherit is None:
+        return []
+    [(checkpoint, method, width)] = rows
+    how = "as the configuration names them" if inherit.layers != "auto" else "those whose absence costs most"
+    return [
+        "<h2>Inheritance</h2>",
+        f"<p>Round 1 started from <code>{html.escape(checkpoint)}</code>: from these of its layers, {how}, and "
+        f"{width:,} of its channels, heads and neurons chosen by method {html.escape(method)}.</p>",
+        _table(
+            ledger,
+            """select layer as "Layer", teacher_layer as "Layer of the larger model", len(ffn) as "FFN neurons",
+                array_to_string(heads, ', ') as "Heads of the larger model"
+            from lineage order by layer""",
+        ),
+    ]
 
 
 def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:

@@ -132,6 +132,14 @@ class Reporter:
             self._logged = time.monotonic()
             self._logger.info(line)
 
+    def inherited(self, run: Run) -> None:
+        """Show what of a larger model round 1 starts from, unless that was done."""
+        with self._telling(run, "inherit", 1) as is_news:
+            if is_news:
+                rows = artifacts.inheritance(run)
+                self._show("inheritance", "table", json.dumps(rows), "Layers, and what of each round 1 starts from.")
+                self._announce(run, "inherit", 1, {"teacher": rows[0]["teacher"], "layers": len(rows)})
+
     def scored(self, run: Run, round_number: int) -> None:
         """Show the shards' losses after a round, unless that was done."""
         with self._telling(run, "score", round_number) as is_news:

@@ -84,6 +84,9 @@ class Run:
                 reference = Path(str(refine.reference))
                 parts.append([parquet_fingerprint(losses_path(reference, shard)) for shard in shards])
             return fingerprint("refine", *parts)
+        if stage == "inherit":
+            model = config.model.model_dump(exclude={"preset", "start_from"})
+            return fingerprint("inherit", self.corpus().fingerprint, model, config.seed)
         if stage == "mix":
             if round_number > 1:
                 before = self.fingerprint("refine", round_number)

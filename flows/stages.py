@@ -18,6 +18,7 @@ from data_scoring.refine import refine as refine_shards
 from data_scoring.scoring import parquet_fingerprint
 from data_scoring.tokenizer import open_tokenizer
 from flows.config import RunConfig
+from flows.inheritance import check_inheritance, inherited_checkpoint, inherits, make_start
 from flows.jobs import device_kind, final_checkpoint, job_fields
 from flows.launch import launch, plan
 from flows.report import write_report
@@ -44,6 +45,7 @@ def prepare(run: Run, progress: Progress) -> bool:
         check_reference(config.refine)
     if run.is_complete("prepare"):
         return False
+    check_inheritance(config.model, None if config.tokenizer.path is None else Path(config.tokenizer.path))
     if config.model.start_from is not None:
         # A tokenizer that is yet to be trained has as many entries as its text lets it have.
         vocab_size = None if config.tokenizer.path is None else _tokenizer_size(config)
@@ -97,6 +99,15 @@ def _tokenizer_size(config: RunConfig) -> int:
     return open_tokenizer(Path(config.tokenizer.path), config.tokenizer.end_of_document).vocab_size
 
 
+def inherit(run: Run, progress: Progress) -> bool:
+    """Make what round 1 starts from of a larger model, where `model.inherit` names one."""
+    if not inherits(run.config.model) or run.is_complete("inherit", 1):
+        return False
+    with _completing(run, "inherit", 1):
+        make_start(run, progress)
+    return True
+
+
 def mix(run: Run, round_number: int, progress: Progress) -> bool:
     """Make the mix that a round trains on: everything in round 1, else what the round's selection keeps."""
     if run.is_complete("mix", round_number):
@@ -125,7 +136,10 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
         return False
     _require(run, "mix", round_number)
     start_from = None
-    if round_number == 1 and run.config.model.start_from is not None:
+    if round_number == 1 and inherits(run.config.model):
+        _require(run, "inherit", 1)
+        start_from = inherited_checkpoint(run)
+    elif round_number == 1 and run.config.model.start_from is not None:
         start_from = Path(run.config.model.start_from).absolute()
         check_start(start_from, run.config.model, run.corpus().vocab_size)
     if round_number > 1:

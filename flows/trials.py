@@ -121,6 +121,7 @@ def train_trial(config: RunConfig, corpus: Run, progress: Progress) -> Run:
         share(corpus.corpus_folder, config.folder / "corpus")
         run = open_run(config)
         stages.prepare(run, progress)
+        stages.inherit(run, progress)
         stages.mix(run, 1, progress)
         stages.train(run, 1, progress)
     return run

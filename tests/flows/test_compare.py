@@ -16,7 +16,7 @@ from data_scoring.scoring import write_parquet
 from flows.cli import main
 from flows.compare import compare, init_sweep, policy_sweep, rate_sweep, round_sweep, share
 from flows.compare_report import write_comparison
-from flows.compare_results import RESULTS, open_results
+from flows.compare_results import BASE, RESULTS, open_results
 from flows.config import RunConfig
 from flows.pages import span
 from flows.run_folder import read_run
@@ -31,7 +31,8 @@ def corpus_tokens(run: Path) -> int:
 
 def test_means_and_paired_differences_are_those_computed_by_hand(config: RunConfig, tmp_path: Path) -> None:
     rows = [
-        {"seed": seed, "arm": arm, "source": source, "loss": loss, "num_tokens": num_tokens, "num_steps": 7 + seed,
+        {"seed": seed, "arm": arm.replace("base", BASE), "source": source, "loss": loss, "num_tokens": num_tokens,
+         "num_steps": 7 + seed,
          "trained_tokens": 100 + seed, "scoring_cost": 30 if arm == "loss" else 0, "round_1_tokens": 200}
         for arm, seeds in LOSSES.items() for seed, losses in seeds.items()
         for source, loss, num_tokens in zip("ab", losses, (300, 100), strict=True)
@@ -47,7 +48,7 @@ def test_means_and_paired_differences_are_those_computed_by_hand(config: RunConf
     # a: 4.0, 4.2, 4.1; all tokens, (300 a + 100 b) / 400: 3.5, 3.75, 3.775.
     assert spread["loss", "a"] == pytest.approx((4.1, 0.1, 4.0, 4.2))
     assert spread["loss", "all tokens"] == pytest.approx((11.025 / 3, 0.152069, 3.5, 3.775), abs=1e-6)
-    assert spread["base", "mean of sources"] == pytest.approx((24.9 / 6, 0.15, 4.0, 4.3))
+    assert spread[BASE, "mean of sources"] == pytest.approx((24.9 / 6, 0.15, 4.0, 4.3))
     # Less those of random: a: -0.1, -0.2, -0.1; b: 0.1, 0.2, 0.0; all tokens: -0.05, -0.1, -0.075.
     assert differences["loss", "a"] == pytest.approx((-0.4 / 3, 0.1 / 3, 3, 3))
     assert differences["loss", "b"] == pytest.approx((0.1, 0.1 / np.sqrt(3), 0, 3), abs=1e-9)
@@ -80,7 +81,7 @@ def test_policies_train_on_equal_tokens_from_the_same_round(config: RunConfig, f
             assert scored == (round(corpora[seed] / 3) if arm == "loss" else 0)
             assert cost == trained + scored
         measured = dict(results.sql("select arm, loss from losses where source = 'a' and seed = 1").fetchall())
-    assert measured == pytest.approx({"base": 5.2, "loss": 4.2, "random": 4.4})
+    assert measured == pytest.approx({BASE: 5.2, "loss": 4.2, "random": 4.4})
     assert [row.state for row in read_status(folder / "loss-seed-1")] == ["done"] * 7
 
 
