@@ -45,11 +45,6 @@ LINEAGE = pa.schema(
 )
 
 
-def inherits(model: ModelConfig) -> bool:
-    """Return whether a model starts from parts of a larger one."""
-    return model.inherit is not None and model.inherit.method != "base"
-
-
 def inheritance_folder(run: Run) -> Path:
     """Return the folder of what round 1 inherits."""
     return run.round_folder(1) / "inherit"
@@ -68,7 +63,7 @@ def inherited_checkpoint(run: Run) -> Path:
 
 def check_inheritance(model: ModelConfig, tokenizer: Path | None) -> None:
     """Raise ValueError where `model`, reading with `tokenizer`, cannot start from the one that it names."""
-    if model.inherit is None or not inherits(model):
+    if model.inherit is None or not model.inherits:
         return
     teacher = find_model(Path(model.inherit.teacher), model.inherit.round)
     check_student(teacher.config, model)

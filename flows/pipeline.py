@@ -18,7 +18,6 @@ from flows import stages
 from flows.approval import ask
 from flows.artifacts import summary
 from flows.config import RunConfig, check_path, check_paths
-from flows.inheritance import inherits
 from flows.reporting import Reporter, RunCancelledError, allowed_folders
 from flows.run_folder import Run, locked, open_run, read_run
 
@@ -44,7 +43,7 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
         with Reporter(config.folder) as progress, locked(config.folder):
             run = open_run(config)
             prepare(run, progress)
-            if inherits(config.model):
+            if config.model.inherits:
                 inherit(run, progress)
                 progress.inherited(run)
             for number in range(1, config.rounds.num_rounds + 1):

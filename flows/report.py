@@ -90,7 +90,7 @@ def _model(config: RunConfig, vocab_size: int) -> str:
     vocab_size = model.vocab_size or vocab_size
     parameters = model.num_parameters(vocab_size)
     start = "random weights" if model.start_from is None else f"<code>{html.escape(model.start_from)}</code>"
-    if model.inherit is not None and model.inherit.method != "base":
+    if model.inherit is not None and model.inherits:
         start = f"parts of <code>{html.escape(model.inherit.teacher)}</code>"
     return (
         f"{parameters / 1e6:,.1f} M parameters: {model.num_layers} layers of width {model.hidden_size}, a vocabulary "

@@ -18,7 +18,7 @@ from data_scoring.refine import refine as refine_shards
 from data_scoring.scoring import parquet_fingerprint
 from data_scoring.tokenizer import open_tokenizer
 from flows.config import RunConfig
-from flows.inheritance import check_inheritance, inherited_checkpoint, inherits, make_start
+from flows.inheritance import check_inheritance, inherited_checkpoint, make_start
 from flows.jobs import device_kind, final_checkpoint, job_fields
 from flows.launch import launch, plan
 from flows.report import write_report
@@ -101,7 +101,7 @@ def _tokenizer_size(config: RunConfig) -> int:
 
 def inherit(run: Run, progress: Progress) -> bool:
     """Make what round 1 starts from of a larger model, where `model.inherit` names one."""
-    if not inherits(run.config.model) or run.is_complete("inherit", 1):
+    if not run.config.model.inherits or run.is_complete("inherit", 1):
         return False
     with _completing(run, "inherit", 1):
         make_start(run, progress)
@@ -136,7 +136,7 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
         return False
     _require(run, "mix", round_number)
     start_from = None
-    if round_number == 1 and inherits(run.config.model):
+    if round_number == 1 and run.config.model.inherits:
         _require(run, "inherit", 1)
         start_from = inherited_checkpoint(run)
     elif round_number == 1 and run.config.model.start_from is not None:

@@ -23,6 +23,8 @@ def read_status(folder: Path) -> list[StageStatus]:
     """Return the stages of the run in `folder`, in order, up to its last round."""
     run = read_run(folder)
     stages: list[tuple[str, int]] = [("prepare", 0)]
+    if run.config.model.inherits:
+        stages.append(("inherit", 1))
     for number in range(1, run.config.rounds.num_rounds + 1):
         if number > 1:
             stages += [("score", number - 1), ("refine", number)]

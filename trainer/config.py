@@ -140,6 +140,11 @@ class ModelConfig(Config):
         """Return the number of key-value heads in force."""
         return self.num_query_groups or self.num_attention_heads
 
+    @property
+    def inherits(self) -> bool:
+        """Return whether round 1 starts from parts of a larger model."""
+        return self.inherit is not None and self.inherit.method != "base"
+
     def num_parameters(self, vocab_size: int) -> int:
         """Return the number of weights, with the embedding and the head of `vocab_size` entries, padding left out."""
         # Scales and offsets of the activation, and the two matrices of the shortcut.

@@ -1,0 +1,195 @@
+"""A run whose first round starts from parts of a larger model: what it starts from, its lineage, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from benchmarks.plain_model import read_checkpoint
+from data_scoring.config import padded_vocab_size
+from data_scoring.ledger import query
+from data_scoring.progress import silent
+from flows import inheritance, stages
+from flows.cli import main
+from flows.compaction import Request, compact_tokenizer
+from flows.compare import compare, inherit_sweep
+from flows.compare_results import curves_path
+from flows.config import RunConfig, parse_config
+from flows.run_folder import Run, open_run
+from flows.status import read_status
+from tests.conftest import read_rows
+from tests.flows.fakes import FakeRanks
+from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
+from trainer.checkpoint_shapes import EMBEDDING, HEAD, shapes_of
+from trainer.config import ModelConfig
+from trainer.inheritance import Part
+from trainer.jobs import TrainJob
+from trainer.weights import write_weights
+
+LARGE = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48}
+SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16}
+
+
+def write_random_weights(model: ModelConfig, vocab_size: int, target: Path) -> None:
+    """Write a checkpoint of weights drawn at random."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {name: (shape, torch.float32) for name, shape in shapes_of(model, padded_vocab_size(vocab_size)).items()}
+
+    def draw(name: str, layer: int | None) -> torch.Tensor:
+        return torch.randn(shapes[name][0][layer is not None :], generator=generator) * 0.05
+
+    write_weights(target, shapes, draw, {"step": 7, "vocab_size": vocab_size, "fingerprint": ""})
+
+
+@pytest.fixture
+def teacher(config: RunConfig) -> Run:
+    """A run called large, with a corpus and a checkpoint of random weights."""
+    values = config.model_dump()
+    run = open_run(parse_config({**values, "name": "large", "model": LARGE}, "teacher"))
+    stages.prepare(run, silent)
+    write_random_weights(run.config.model, run.corpus().vocab_size, run.round_folder(1) / "checkpoint/step-00000007")
+    return run
+
+
+def student(config: RunConfig, teacher: Run, tokenizer: Path | None = None, **inherit: Any) -> RunConfig:
+    values = config.model_dump()
+    values["tokenizer"]["path"] = str(tokenizer or teacher.corpus().tokenizer_path)
+    values["model"] = {**SMALL, "inherit": {"from": str(teacher.folder), "layers": [0, 3], "method": "l2", **inherit}}
+    values["rounds"] = {"num_rounds": 1}
+    return parse_config(values, "student")
+
+
+def run_all(config: RunConfig) -> Run:
+    run = open_run(config)
+    stages.prepare(run, silent)
+    stages.inherit(run, silent)
+    stages.mix(run, 1, silent)
+    stages.train(run, 1, silent)
+    return run
+
+
+def test_round_1_starts_from_what_is_cut_out_and_the_ledger_knows_it(
+    config: RunConfig, teacher: Run, fakes: FakeRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Path | None] = []
+
+    def train(job: TrainJob, name: str) -> tuple[float, float]:
+        started.append(job.start_from)
+        return 4.0, 3.0
+
+    fakes.losses = train
+    run = run_all(student(config, teacher))
+    [start] = started
+    assert start == inheritance.inherited_checkpoint(run)
+    part = Part.model_validate_json((start.parent.parent / "part.json").read_text())
+    assert part.layers == (0, 3)
+    old, new = (
+        read_checkpoint(list_checkpoints(folder)[-1])
+        for folder in (teacher.round_folder(1) / "checkpoint", start.parent)
+    )
+    channels = list(part.channels)
+    assert torch.equal(new[EMBEDDING], _without_padding(old[EMBEDDING], teacher)[:, channels])
+    fc2 = "decoder.layers.mlp.linear_fc2.weight"
+    for layer, of_teacher in enumerate(part.layers):
+        assert torch.equal(new[fc2][layer], old[fc2][of_teacher][channels][:, list(part.ffn[layer])])
+    rows = query(run.folder, "select * from lineage order by layer").fetchall()
+    assert [row[:3] for row in rows] == [(1, 0, 0), (1, 1, 3)]
+    assert rows[1][3:] == (
+        str(teacher.folder), str(list_checkpoints(teacher.round_folder(1) / "checkpoint")[-1]), "l2", channels,
+        list(part.ffn[1]), list(part.groups[1]), list(part.heads[1]),
+    )  # fmt: skip
+    assert [row.name for row in read_status(run.folder)] == ["prepare", "inherit 1", "mix 1", "train 1"]
+    assert {row.state for row in read_status(run.folder)} == {"done"}
+    page = stages.report(run).read_text()
+    assert "<h2>Inheritance</h2>" in page
+    assert f"from parts of <code>{teacher.folder}</code>" in page
+    assert not stages.inherit(run, silent)
+    assert not (start.parent.parent / "work").exists()
+
+
+def _without_padding(rows: torch.Tensor, teacher: Run) -> torch.Tensor:
+    rows = rows.clone()
+    rows[teacher.corpus().vocab_size :] = 0
+    return rows
+
+
+def test_a_compact_vocabulary_takes_its_rows(
+    config: RunConfig, teacher: Run, texts: Path, tmp_path: Path, fakes: FakeRanks
+) -> None:
+    whole = teacher.corpus()
+    request = Request(whole.tokenizer_path, texts, size=270, output=tmp_path / "compact")
+    made = compact_tokenizer(request, silent)
+    assert len(made.choice.kept) == 270 < whole.vocab_size
+    run = run_all(student(config, teacher, made.tokenizer))
+    start = inheritance.inherited_checkpoint(run)
+    assert read_checkpoint_record(start)["vocab_size"] == 270 == run.corpus().vocab_size
+    old = read_checkpoint(list_checkpoints(teacher.round_folder(1) / "checkpoint")[-1])
+    part = Part.model_validate_json((start.parent.parent / "part.json").read_text())
+    for name, new in read_checkpoint(start).items():
+        if name in (EMBEDDING, HEAD):
+            assert torch.equal(new[:270], old[name][made.choice.kept][:, list(part.channels)])
+
+
+def test_what_cannot_be_inherited_is_one_line(config: RunConfig, teacher: Run, texts: Path, tmp_path: Path) -> None:
+    def refused(config: RunConfig) -> str:
+        with pytest.raises(ValueError) as error:
+            run_all(config)
+        assert not (config.folder / "corpus").exists()
+        return str(error.value)
+
+    good = student(config, teacher)
+    message = refused(good.model_copy(update={"tokenizer": config.tokenizer}))
+    assert message == (
+        "tokenizer.path: a model that inherits reads with the tokenizer of the larger one, or with one cut from it; "
+        f"give {teacher.corpus().tokenizer_path}"
+    )
+    other = compact_tokenizer(Request(teacher.corpus().tokenizer_path, texts, size=270, output=tmp_path / "o"), silent)
+    (other.folder / "vocabulary.parquet").unlink()
+    assert refused(student(config, teacher, other.tokenizer)).startswith(
+        f"tokenizer.path: {other.tokenizer} is neither the tokenizer of model.inherit.from "
+    )
+    nowhere = student(config, teacher, **{"from": str(tmp_path / "nowhere")})
+    assert refused(nowhere).startswith(f"{tmp_path / 'nowhere'}: holds no model; give a run's folder")
+    deep = good.model_copy(update={"model": good.model.model_copy(update={"hidden_size": 64, "head_size": 8})})
+    assert refused(deep).startswith("model.inherit: the model has 64 channels and the teacher 32; ")
+
+
+def test_methods_are_compared_from_the_same_layers_measured_once(
+    config: RunConfig, teacher: Run, fakes: FakeRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measure(run: Run, *_: Any) -> Path:
+        measured.append(run.folder.name)
+        return run.folder
+
+    monkeypatch.setattr(inheritance, "measure_importance", measure)
+    monkeypatch.setattr(inheritance, "keep_layers", lambda path, num_layers: (1, 2))
+    sweep = inherit_sweep("base,l1,l2", student(config, teacher, layers="auto").model.inherit)
+    page = compare(student(config, teacher, layers="auto"), sweep, 2, 300, silent)
+    assert measured == ["corpus-seed-0", "corpus-seed-1"]
+    assert [job for job in fakes.jobs if "train" not in job] == []
+    folder = page.page.parent
+    for name in ("l1", "l2"):
+        [row] = query(
+            folder / f"inherit-{name}-seed-1", "select distinct list_sort(list(teacher_layer)) from lineage"
+        ).fetchall()
+        assert row == ([1, 2],)
+    assert query(folder / "inherit-base-seed-0", "from lineage").fetchall() == []
+    curves = read_rows(curves_path(page.page.with_suffix(".parquet")), "arm", "seed", "step", "num_tokens")
+    assert {row[:2] for row in curves} == {(arm, seed) for arm in ("base", "l1", "l2") for seed in (0, 1)}
+    assert page.page.read_text().count("data:image/png;base64,") == 3
+    assert "## Difference to arm base, paired by seed" in page.text
+    assert "the larger model" in page.text and "4 layers of width 32, 4 heads, FFN 48" in page.text
+
+
+def test_the_command_needs_something_to_inherit_from(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: x\noutput: {tmp_path}\ncorpus: {{sources: [{{name: a, path: {tmp_path}}}]}}\n")
+    assert main(["inherit", "compare", str(path)]) == 1
+    assert "model.inherit: names no larger model to inherit from; add one" in capsys.readouterr().err
