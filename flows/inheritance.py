@@ -1,4 +1,4 @@
-"""Inheritance: round 1 starts from layers and neurons of a larger model (the paper, section 4.1).
+"""Inheritance: round 1 starts from layers and neurons of a larger model (the paper, section 4).
 
 Everything lies in rounds/1/inherit: what was measured (skips.parquet, masks.json), what stays (part.json and, for the
 ledger, lineage.parquet), and the checkpoint itself.

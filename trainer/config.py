@@ -16,7 +16,7 @@ InheritMethod = Literal["base", "l1", "l2", "taylor", "learned"]
 
 
 class InheritConfig(Config):
-    """How round 1 starts from the layers and neurons of a larger model that matter most (the paper, section 4.1)."""
+    """How round 1 starts from the layers and neurons of a larger model that matter most (the paper, section 4)."""
 
     teacher: str = Field(
         alias="from", min_length=1, description="The larger model: a run's folder, or one of `reprise import hf`."

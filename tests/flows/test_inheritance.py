@@ -1,12 +1,11 @@
-"""A run whose first round starts from parts of a larger model: what it starts from, its lineage, and what is refused."""
+"""A run whose first round starts from parts of a larger model: its lineage, and what is refused."""
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from trainer.inheritance import Part
 
 from benchmarks.plain_model import read_checkpoint
 from data_scoring.config import padded_vocab_size
@@ -25,7 +24,6 @@ from tests.flows.fakes import FakeRanks
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD, shapes_of
 from trainer.config import ModelConfig
-from trainer.inheritance import Part
 from trainer.jobs import TrainJob
 from trainer.weights import write_weights
 
