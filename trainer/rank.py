@@ -18,7 +18,7 @@ from data_scoring.files import explain, write_json
 from data_scoring.progress import ProgressFile, silent
 from data_scoring.scoring import LossFiles, score_shards
 from trainer.devices import Device, initialise, resolve_precision
-from trainer.jobs import AnyJob, CalibrateJob, GenerateJob, Job, ScoreJob, TrainJob
+from trainer.jobs import AnyJob, CalibrateJob, GenerateJob, Job, ScoreJob, SkipJob, TrainJob
 from trainer.pickles import allow_plain_pickles_only
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
@@ -55,7 +55,7 @@ def _run(job: AnyJob, stop: StopRequest) -> None:
     if isinstance(job, GenerateJob):
         # A token at a time is no sequence that ranks could share.
         parallel = parallel.model_copy(update={"sequence": False})
-    else:
+    elif not isinstance(job, SkipJob):
         training = (job.train if isinstance(job, TrainJob) else job.score).loss_kernel
         kernels = Kernels(training, job.score.loss_kernel, job.activation_kernel)
     model = build_model(job.model, vocab_size, corpus.seq_length, parallel, device.torch_device, bf16, kernels)
@@ -66,6 +66,8 @@ def _run(job: AnyJob, stop: StopRequest) -> None:
         model.eval()
         if isinstance(job, GenerateJob):
             _generate(job, corpus, model)
+        elif isinstance(job, SkipJob):
+            _skip(job, corpus, model)
         else:
             _score(job, corpus, model)
     torch.distributed.barrier()
@@ -86,6 +88,13 @@ def _score(job: ScoreJob | CalibrateJob, corpus: Corpus, model: torch.nn.Module)
     longest = job.prefix or corpus.seq_length
     files = LossFiles(job.round_folder, corpus, longest, job.fingerprint, job.origin)
     score_shards(corpus, ModelScorer(model, corpus, size, (longest,)), files, progress)
+
+
+def _skip(job: SkipJob, corpus: Corpus, model: torch.nn.Module) -> None:
+    from trainer.layer_skips import measure_skips
+    from trainer.score import is_writer
+
+    measure_skips(job, corpus, model, ProgressFile(job.progress) if is_writer() else silent)
 
 
 def _generate(job: GenerateJob, corpus: Corpus, model: torch.nn.Module) -> None:
