@@ -68,13 +68,18 @@ class GenerateJob(Job):
 
 
 class SkipJob(Job):
-    """Measure what skipping each block of layers does to the loss of `checkpoint`, into the folder's skips.parquet."""
+    """Measure what skipping each block of layers does to the loss of `checkpoint`, into `result`."""
 
     kind: Literal["skip"] = "skip"
     weights: Path = Field(description="Checkpoint whose layers are skipped.")
     num_samples: int = Field(ge=1, description="Samples drawn at random from the shards; all, where there are fewer.")
     micro_batch_size: int = Field(ge=1, description="Samples a rank goes through the layers with at once.")
     longest_block: int = Field(default=3, ge=1, description="Layers, one after another, that are skipped at most.")
+
+    @property
+    def result(self) -> Path:
+        """Return the file that says what skipping costs."""
+        return self.round_folder / "skips.parquet"
 
 
 AnyJob = Annotated[TrainJob | ScoreJob | CalibrateJob | GenerateJob | SkipJob, Field(discriminator="kind")]

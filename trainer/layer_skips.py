@@ -25,7 +25,6 @@ from trainer.forward import deal_rows
 from trainer.jobs import SkipJob
 from trainer.score import ModelScorer
 
-SKIPS = "skips.parquet"
 # One row a block; the first has length 0 and is the whole model. Losses are nats per token.
 _SKIPS = pa.schema(
     [
@@ -86,13 +85,13 @@ def measure_skips(job: SkipJob, corpus: Corpus, model: torch.nn.Module, progress
             progress("skipping layers (samples)", sum(map(len, parts)), len(samples))
     if not scorer.is_writer:
         return
-    found, path = np.concatenate(parts), job.round_folder / SKIPS
-    check_finite(path, shards, samples, found)
+    found = np.concatenate(parts)
+    check_finite(job.result, shards, samples, found)
     rows = [
         {"start": skip.start, "length": skip.length, **row}
         for skip, row in zip(skips, summarise_skips(found, lengths), strict=True)
     ]
-    write_parquet(path, pa.Table.from_pylist(rows, _SKIPS), job.fingerprint)
+    write_parquet(job.result, pa.Table.from_pylist(rows, _SKIPS), job.fingerprint)
 
 
 def summarise_skips(losses: NDArray[np.floating], num_tokens: NDArray[np.integer]) -> list[dict[str, float | None]]:

@@ -1,5 +1,6 @@
 """What two ranks find out about skipped layers, in every layout that two ranks have, and what plain torch says."""
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,13 @@ def _fill(gpt: Any, whole: dict[str, Tensor], rank: int) -> None:
     first = gpt.decoder.layers[0].layer_number - 1
     with torch.no_grad():
         for name, parameter in gpt.named_parameters():
-            if name.startswith("decoder.layers."):
-                *head, layer, tail = name.split(".", 3)
-                name = ".".join([*head, str(int(layer) + first), tail])
-            is_whole = parameter.shape == whole[name].shape
-            parameter.copy_(whole[name] if is_whole else _part(whole[name], parameter, name, rank))
+            number = re.search(r"layers\.(\d+)", name)
+            value = whole[name.replace(number[0], f"layers.{int(number[1]) + first}", 1) if number else name]
+            parameter.copy_(value if parameter.shape == value.shape else _part(value, parameter, name, rank))
 
 
 def _measure(corpus: Corpus, gpt: Any, parallel: ParallelConfig) -> dict[str, Any]:
-    from trainer.layer_skips import SKIPS, measure_skips
+    from trainer.layer_skips import measure_skips
 
     rows_through_layers: list[int] = []
     for layer in gpt.decoder.layers:
@@ -98,8 +97,7 @@ def _measure(corpus: Corpus, gpt: Any, parallel: ParallelConfig) -> dict[str, An
             weights=place, num_samples=NUM_SAMPLES, micro_batch_size=MICRO_BATCH_SIZE,
         )  # fmt: skip
         measure_skips(job, corpus, gpt, silent)
-        path = place / SKIPS
-        rows = pq.read_table(path).to_pylist() if path.exists() else None
+        rows = pq.read_table(job.result).to_pylist() if job.result.exists() else None
     return {"rows": rows, "rows through layers": sum(rows_through_layers)}
 
 
