@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from trainer.inheritance import Part, check_student, cut_depth, slice_checkpoint
 from trainer.neuron_scores import choose
 
-from data_scoring.files import write_json
+from data_scoring.files import read_json, write_json
 from data_scoring.progress import Progress
 from data_scoring.scoring import write_parquet
 from data_scoring.tokenizer import read_tokenizer
@@ -186,7 +186,7 @@ def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Prog
     assert model.inherit is not None
     inherit = model.inherit
     if inherit.method in ("l1", "l2"):
-        return choose(Weights(teacher.checkpoint), teacher.config, model, inherit.method)
+        return choose(Weights(teacher.checkpoint), teacher.config, model, 1 if inherit.method == "l1" else 2)
     fields = {
         **job_fields(run, 1, run.fingerprint("inherit", 1)),
         "round_folder": folder,
@@ -199,12 +199,18 @@ def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Prog
         job = TaylorJob(**fields, num_samples=inherit.calibration_samples)
         launch(job, run.folder, "inherit-taylor", progress, run.config.launch)
         [values] = list_checkpoints(folder / "taylor")
-        part = choose(Weights(values), teacher.config, model, "taylor")
+        part = choose(Weights(values), teacher.config, model)
         shutil.rmtree(folder / "taylor")
         return part
-    masks = MaskJob(**fields, student=model, steps=inherit.mask_steps, lr=inherit.mask_lr)
+    masks = MaskJob(
+        **fields,
+        num_samples=inherit.calibration_samples,
+        student=model,
+        steps=inherit.mask_steps,
+        lr=inherit.mask_lr,
+    )
     launch(masks, run.folder, "inherit-masks", progress, run.config.launch)
-    return Part.model_validate_json((folder / "masks.json").read_text(encoding="utf-8"))
+    return Part.model_validate(read_json(folder / "masks.json")["part"])
 
 
 def _write_lineage(folder: Path, teacher: StoredModel, inherit: InheritConfig, part: Part) -> None:

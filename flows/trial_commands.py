@@ -21,7 +21,7 @@ def add_trial_commands(commands: Any) -> None:
     _add_grid(commands.add_parser("grid", help="train every batch size with every rule for the learning rate"))
 
 
-def _add_config(command: argparse.ArgumentParser) -> None:
+def add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("target", type=Path, metavar="CONFIG", help="YAML configuration; the same command resumes it")
     command.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
@@ -29,7 +29,7 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
-    _add_config(command)
+    add_config(command)
     sweep = command.add_mutually_exclusive_group(required=True)
     sweep.add_argument("--policies", help="arms that differ in refine.policy, such as loss,random, at equal tokens")
     sweep.add_argument("--sampling-rates", help="arms that differ in refine.sampling_rate, such as 0,0.25,0.5,0.75,1")
@@ -38,7 +38,7 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", type=int, default=1, help="seeds, from the configuration's on (default: 1)")
     command.add_argument(
         "--tokens",
-        type=_count,
+        type=count,
         help="with --policies: tokens of round 2 (default: what all arms reach; name it to add arms or seeds later); "
         "with --inits: tokens of round 1 (default: train.max_tokens)",
     )
@@ -46,13 +46,13 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
 
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:
-    _add_config(command)
-    command.add_argument("--parameters", type=_count, required=True, help="parameters of every model, such as 1e9")
+    add_config(command)
+    command.add_argument("--parameters", type=count, required=True, help="parameters of every model, such as 1e9")
     command.add_argument("--tolerance", type=float, help="share of it that a model may be more or less (default: 0.03)")
     command.add_argument("--trials", type=int, help="models to train (default: 30)")
     command.add_argument("--depth", metavar="LEAST-MOST", help="layers to draw from (default: 9-40)")
     command.add_argument("--expansion", metavar="LEAST-MOST", help="FFN by width to draw from (default: 1-4)")
-    command.add_argument("--tokens", type=_count, help="tokens that each trains on (default: train.max_tokens)")
+    command.add_argument("--tokens", type=count, help="tokens that each trains on (default: train.max_tokens)")
     command.add_argument("--seed", type=int, help="seed of what is drawn (default: 0)")
     command.add_argument("--jobs", type=int, help="trials that train at once (default: 1)")
     command.add_argument("--no-generation", action="store_true", help="leave generation speed out")
@@ -60,16 +60,16 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
 
 
 def _add_grid(command: argparse.ArgumentParser) -> None:
-    _add_config(command)
+    add_config(command)
     command.add_argument("--batch-tokens", required=True, help="batch sizes in tokens, such as 4096,8192,16384")
     command.add_argument("--increment-rates", default="0.5,1.0", help="exponents r of the batch (default: 0.5,1.0)")
     command.add_argument("--seeds", type=int, default=1, help="seeds, from the configuration's on (default: 1)")
-    command.add_argument("--tokens", type=_count, help="tokens that each trains on (default: train.max_tokens)")
+    command.add_argument("--tokens", type=count, help="tokens that each trains on (default: train.max_tokens)")
     command.add_argument("--jobs", type=int, default=1, help="trials that train at once (default: 1)")
     command.set_defaults(command=_grid)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """Return a whole number that may be written as 1e9."""
     try:
         number = float(text)
@@ -80,7 +80,7 @@ def _count(text: str) -> int:
     return int(number)
 
 
-def _read(options: argparse.Namespace) -> RunConfig:
+def read_trial_config(options: argparse.Namespace) -> RunConfig:
     if options.target.is_dir():
         raise ValueError(f"{options.target}: is a folder; give the configuration that the trials are made from")
     for option in ("seeds", "tokens", "jobs", "trials"):
@@ -93,7 +93,7 @@ def _compare(options: argparse.Namespace) -> None:
     from flows.compare import compare, init_sweep, policy_sweep, rate_sweep, round_sweep
     from flows.progress import TerminalProgress
 
-    config = _read(options)
+    config = read_trial_config(options)
     if options.policies is not None:
         sweep = policy_sweep(options.policies)
     elif options.inits is not None:
@@ -112,7 +112,7 @@ def _grid(options: argparse.Namespace) -> None:
     from flows.grid import Grid, train_grid
     from flows.progress import TerminalProgress
 
-    config = _read(options)
+    config = read_trial_config(options)
     batches = []
     for entry in entries("--batch-tokens", options.batch_tokens):
         if not entry.isdecimal() or int(entry) < 1:
@@ -128,7 +128,7 @@ def _grid(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     from flows.trials import with_tokens
 
-    config = with_tokens(_read(options), options.tokens)
+    config = with_tokens(read_trial_config(options), options.tokens)
     search = _search(options)
     # As for `reprise run`.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")

@@ -27,7 +27,7 @@ def read_microbatches(
     They are cut and padded to `seq_length` tokens. Only the pipeline's ends need the tokens; elsewhere they are zero.
     """
     edge = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    for microbatch in _deal(len(samples), micro_batch_size):
+    for microbatch in deal_rows(len(samples), micro_batch_size):
         tokens = np.zeros((micro_batch_size, seq_length + 1), np.int64)
         num_tokens = np.zeros(micro_batch_size, np.int64)
         # Rows beyond the last sample fill up the microbatch; none of their tokens counts.
@@ -38,7 +38,7 @@ def read_microbatches(
         yield Batch(tokens, num_tokens)
 
 
-def _deal(num_samples: int, micro_batch_size: int) -> list[NDArray[np.int64]]:
+def deal_rows(num_samples: int, micro_batch_size: int) -> list[NDArray[np.int64]]:
     """Return the rows that this rank's replica takes, microbatch by microbatch; the last may lie beyond the samples."""
     per_round = micro_batch_size * int(parallel_state.get_data_parallel_world_size())
     first = int(parallel_state.get_data_parallel_rank()) * micro_batch_size
@@ -64,7 +64,7 @@ def run_schedule(
     those over the first so many tokens of each sample, [n, len(prefixes)]. The gradient is that of the sum of all
     losses, divided by all predicted tokens in Megatron's `finalize_model_grads`.
     """
-    rows = _deal(num_samples, micro_batch_size)
+    rows = deal_rows(num_samples, micro_batch_size)
     losses: list[dict[str, Tensor]] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, prefixes),
         data_iterator=_on_device(microbatches, seq_length, next(model.parameters()).device),

@@ -67,6 +67,21 @@ class GenerateJob(Job):
     num_new_tokens: int = Field(default=510, description="Tokens each goes on for.")
 
 
+class SkipJob(Job):
+    """Measure what skipping each block of layers does to the loss of `checkpoint`, into `result`."""
+
+    kind: Literal["skip"] = "skip"
+    weights: Path = Field(description="Checkpoint whose layers are skipped.")
+    num_samples: int = Field(ge=1, description="Samples drawn at random from the shards; all, where there are fewer.")
+    micro_batch_size: int = Field(ge=1, description="Samples a rank goes through the layers with at once.")
+    longest_block: int = Field(default=3, ge=1, description="Layers, one after another, that are skipped at most.")
+
+    @property
+    def result(self) -> Path:
+        """Return the file that says what skipping costs."""
+        return self.round_folder / "skips.parquet"
+
+
 class TaylorJob(Job):
     """Measure |weight · gradient| of every weight on random samples, as a checkpoint into the round's taylor/."""
 
@@ -91,4 +106,6 @@ class MaskJob(Job):
     last_temperature: float = Field(default=0.2, gt=0, description="And at the last; it falls geometrically.")
 
 
-AnyJob = Annotated[TrainJob | ScoreJob | CalibrateJob | GenerateJob | TaylorJob | MaskJob, Field(discriminator="kind")]
+AnyJob = Annotated[
+    TrainJob | ScoreJob | CalibrateJob | GenerateJob | SkipJob | TaylorJob | MaskJob, Field(discriminator="kind")
+]

@@ -18,7 +18,7 @@ from data_scoring.files import explain, write_json
 from data_scoring.progress import ProgressFile, silent
 from data_scoring.scoring import LossFiles, score_shards
 from trainer.devices import Device, initialise, resolve_precision
-from trainer.jobs import AnyJob, CalibrateJob, GenerateJob, Job, MaskJob, ScoreJob, TaylorJob, TrainJob
+from trainer.jobs import AnyJob, CalibrateJob, GenerateJob, Job, MaskJob, ScoreJob, SkipJob, TaylorJob, TrainJob
 from trainer.pickles import allow_plain_pickles_only
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
@@ -69,19 +69,21 @@ def _run(job: AnyJob, stop: StopRequest) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _use(
-    job: ScoreJob | CalibrateJob | GenerateJob | TaylorJob | MaskJob, corpus: Corpus, model: torch.nn.Module, bf16: bool
-) -> None:
+def _use(job: AnyJob, corpus: Corpus, model: torch.nn.Module, bf16: bool) -> None:
+    """Do a job with a model that is trained."""
     from trainer.mask_learning import learn_masks
     from trainer.taylor import measure_taylor
 
     if isinstance(job, GenerateJob):
         _generate(job, corpus, model)
+    elif isinstance(job, SkipJob):
+        _skip(job, corpus, model)
     elif isinstance(job, TaylorJob):
         measure_taylor(job, corpus, model, bf16)
     elif isinstance(job, MaskJob):
         learn_masks(job, corpus, model)
     else:
+        assert isinstance(job, ScoreJob | CalibrateJob)
         _score(job, corpus, model)
 
 
@@ -98,6 +100,13 @@ def _score(job: ScoreJob | CalibrateJob, corpus: Corpus, model: torch.nn.Module)
     longest = job.prefix or corpus.seq_length
     files = LossFiles(job.round_folder, corpus, longest, job.fingerprint, job.origin)
     score_shards(corpus, ModelScorer(model, corpus, size, (longest,)), files, progress)
+
+
+def _skip(job: SkipJob, corpus: Corpus, model: torch.nn.Module) -> None:
+    from trainer.layer_skips import measure_skips
+    from trainer.score import is_writer
+
+    measure_skips(job, corpus, model, ProgressFile(job.progress) if is_writer() else silent)
 
 
 def _generate(job: GenerateJob, corpus: Corpus, model: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data_scoring.corpus import VALIDATION, Batch, Corpus
 from data_scoring.scoring import Block, score_samples
@@ -60,16 +61,18 @@ class ModelScorer:
         """Return the losses of a block, [n, number of prefixes] float32, on the rank that `is_writer`, else None."""
         count = len(block.samples)
         with torch.no_grad():
-            rows, sums, num_tokens = run_schedule(
-                self._model, share, count, self._micro_batch_size, self._length(block), True, self._prefixes
-            )
+            rows, sums, num_tokens = self._sum_losses(share, count, self._length(block))
         if not parallel_state.is_pipeline_last_stage():
             return None
-        losses = torch.zeros((count, len(self._prefixes)), dtype=torch.float32)
+        losses = torch.zeros((count, sums.shape[1]), dtype=torch.float32)
         losses[torch.from_numpy(rows)] = sums / num_tokens
         losses = losses.to(self._device)
         torch.distributed.all_reduce(losses, group=parallel_state.get_data_parallel_group())
         return losses.cpu().numpy() if self.is_writer else None
+
+    def _sum_losses(self, share: list[Batch], count: int, length: int) -> tuple[NDArray[np.int64], Tensor, Tensor]:
+        """Return the rows of this replica's samples, their summed losses and numbers of tokens, a column a prefix."""
+        return run_schedule(self._model, share, count, self._micro_batch_size, length, True, self._prefixes)
 
     def agree(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return, on all ranks, the `numbers` of the rank that `is_writer`, [n] int64."""

@@ -15,9 +15,9 @@ from data_scoring.files import write_json
 from data_scoring.mix import Mix
 from data_scoring.progress import Progress
 from data_scoring.scoring import losses_path, write_losses, write_parquet
-from flows import generation, scoring, stages
+from flows import generation, layer_importance, scoring, stages
 from tests.conftest import make_documents
-from trainer.jobs import GenerateJob, Job, TrainJob
+from trainer.jobs import GenerateJob, Job, SkipJob, TrainJob
 from trainer.records import STEPS, VALIDATION
 
 BATCH = 4
@@ -64,6 +64,8 @@ class FakeRanks:
         elif isinstance(job, GenerateJob):
             speed = {"fingerprint": job.fingerprint, "tokens_per_second": 1000 / job.model.num_layers}
             write_json(job.round_folder / "generation.json", speed)
+        elif isinstance(job, SkipJob):
+            write_skips(job.result, job.model.num_layers, job.longest_block, job.fingerprint)
         else:
             for shard in range(corpus.num_shards):
                 lengths = corpus.lengths(shard)
@@ -90,6 +92,18 @@ def train(job: TrainJob, corpus: Corpus, measured: tuple[float, float]) -> None:
     write_json(job.round_folder / "checkpoint" / f"step-{len(steps):08d}" / "reprise.json", {"step": len(steps)})
 
 
+def write_skips(path: Path, num_layers: int, longest: int, fingerprint: str = "", seed: int = 0) -> None:
+    """Write what skipping layers costs: random increases, at times negative, of a loss of 5."""
+    generator = np.random.default_rng(seed)
+    blocks = [(start, n) for n in range(1, min(longest, num_layers) + 1) for start in range(num_layers - n + 1)]
+    increases = [0.0, *generator.normal([length / 2 for _, length in blocks], 0.5).tolist()]
+    rows = [
+        {"start": start, "length": length, "loss": 5 + increase, "increase": increase, "stderr": 0.01 * length}
+        for (start, length), increase in zip([(0, 0), *blocks], increases, strict=True)
+    ]
+    write_parquet(path, pa.Table.from_pylist(rows), fingerprint)
+
+
 def values(texts: Path, output: Path) -> dict[str, Any]:
     sources = [{"name": name, "path": str(texts / f"{name}.jsonl")} for name in ("a", "b")]
     corpus = {"sources": sources, "seq_length": 16, "num_shards": 2, "validation_fraction": 0.2}
@@ -111,6 +125,6 @@ def write_texts(folder: Path) -> Path:
 def fake_ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
     """Return what takes the place of real ranks."""
     fake = FakeRanks()
-    for module in (stages, scoring, generation):
+    for module in (stages, scoring, generation, layer_importance):
         monkeypatch.setattr(module, "launch", fake)
     return fake

@@ -14,6 +14,7 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_we
 from data_scoring.corpus import Corpus
 from data_scoring.scoring import Block
 from kernels.series_activation import initial_offsets
+from tests.trainer.two_ranks_layers import skip_layers
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 from trainer.devices import Device, initialise
 from trainer.presets import PRESETS
@@ -72,6 +73,7 @@ def together(device: Device, corpus: Corpus, rank: int) -> dict[str, Any]:
             for (fields, passed), sequence in itertools.product(zip(ADDITIONS, expected, strict=True), (False, True))
         ],
         "cut together": models.cut(corpus, sequence=True),
+        "skips": skip_layers(device, corpus, rank),
     }
 
 

@@ -1,0 +1,130 @@
+"""`reprise inherit …`: commands about what a model takes over from a larger one."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from data_scoring.progress import Progress
+from flows.config import RunConfig
+from flows.run_folder import Run
+from flows.stored_model import StoredModel
+from flows.trial_commands import add_config, count, read_trial_config
+
+_NUM_SAMPLES = 256
+
+
+def add_inherit(commands: Any) -> None:
+    """Add the commands about inheritance to the parser's `commands`."""
+    parser = commands.add_parser("inherit", help="find out what a smaller model takes over from a larger one")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    importance = actions.add_parser("importance", help="measure what each layer is worth, and say which ones stay")
+    importance.add_argument(
+        "teacher", type=Path, metavar="TEACHER", help="run folder, or model folder of `reprise import hf`"
+    )
+    importance.add_argument(
+        "--config",
+        type=Path,
+        metavar="CONFIG.yaml",
+        help="configuration whose corpus is measured on (default: TEACHER's)",
+    )
+    importance.add_argument("--round", type=int, help="round of the run whose model is meant (default: the last)")
+    importance.add_argument(
+        "--layers", metavar="4,6,8", help="depths to choose layers for (default: three quarters, half, a quarter)"
+    )
+    importance.add_argument(
+        "--samples", type=int, help=f"samples, drawn at random, to measure on (default: {_NUM_SAMPLES}, or all)"
+    )
+    importance.add_argument("--output", type=Path, metavar="FOLDER", help="where it goes (default: TEACHER/importance)")
+    importance.set_defaults(command=_importance)
+    compare = actions.add_parser("compare", help="train a model from random weights and from each choice of neurons")
+    add_config(compare)
+    compare.add_argument(
+        "--methods", default="base,l1,l2,taylor,learned", help="model.inherit.method of the arms (default: all)"
+    )
+    compare.add_argument("--seeds", type=int, default=1, help="seeds, from the configuration's on (default: 1)")
+    compare.add_argument("--tokens", type=count, help="tokens that each trains on (default: train.max_tokens)")
+    compare.set_defaults(command=_compare)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from flows.compare import compare, inherit_sweep
+    from flows.progress import TerminalProgress
+
+    config = read_trial_config(options)
+    sweep = inherit_sweep(options.methods, config.model.inherit)
+    with TerminalProgress() as progress:
+        page = compare(config, sweep, options.seeds, options.tokens, progress)
+    print(f"{page.text}\ncomparison: {page.page}")
+
+
+def _importance(options: argparse.Namespace) -> None:
+    from flows.layer_importance import measure_importance
+    from flows.layer_importance_report import write_importance_report
+    from flows.progress import TerminalProgress
+    from flows.run_folder import locked
+    from flows.stored_model import find_model
+
+    if options.samples is not None and options.samples < 1:
+        raise ValueError(f"--samples: {options.samples} is less than 1; give more")
+    teacher = find_model(options.teacher, options.round)
+    depths = _depths(options.layers, teacher.config.num_layers)
+    folder = options.output or teacher.place / "importance"
+    with TerminalProgress() as progress:
+        run = _calibration_run(teacher, options.config, folder, progress)
+        num_samples = _num_samples(run, options.samples)
+        with locked(run.folder):
+            skips = measure_importance(run, teacher, teacher.checkpoint, folder, num_samples, progress)
+            measured_on = f"{num_samples:,} random samples of {run.corpus_folder}"
+            name = teacher.place.absolute().name
+            page = write_importance_report(folder / "report.html", name, skips, depths, measured_on)
+    print(f"{page.text}\n\nmeasured: {skips}\nreport: {page.page}")
+
+
+def _depths(text: str | None, num_layers: int) -> list[int]:
+    """Return the target depths, each once, the largest first."""
+    if text is None:
+        return sorted({num_layers * quarters // 4 for quarters in (1, 2, 3)} - {0}, reverse=True)
+    depths = set()
+    for entry in text.split(","):
+        if not entry.strip().isdecimal() or not 1 <= int(entry) <= num_layers:
+            raise ValueError(
+                f"--layers: {entry.strip()!r} is no number of layers from 1 to the teacher's {num_layers}; give some "
+                "with commas between them"
+            )
+        depths.add(int(entry))
+    return sorted(depths, reverse=True)
+
+
+def _calibration_run(teacher: StoredModel, config: Path | None, folder: Path, progress: Progress) -> Run:
+    """Return the run whose corpus and layout are measured with: the teacher, or one made in `folder` of `config`."""
+    from flows.config import read_config
+    from flows.run_folder import read_run
+    from flows.trials import prepare_corpus
+
+    if config is not None:
+        read = read_config(config, [])
+        _check_tokenizer(read, teacher)
+        return prepare_corpus(read, folder, "corpus", read.seed, progress)
+    if not (teacher.place / "run.yaml").is_file():
+        raise ValueError(f"--config: {teacher.place} is no run and has no corpus; give the configuration of one")
+    return read_run(teacher.place)
+
+
+def _check_tokenizer(config: RunConfig, teacher: StoredModel) -> None:
+    """Raise ValueError unless the configuration's tokenizer is the teacher's, byte by byte."""
+    from data_scoring.tokenizer import read_tokenizer
+
+    path = config.tokenizer.path
+    is_there = path is not None and Path(path).is_file()
+    if not is_there or read_tokenizer(Path(str(path))) != teacher.tokenizer.read_bytes():
+        raise ValueError(
+            f"tokenizer.path: {path or 'null'} is not the tokenizer of the teacher; set it to {teacher.tokenizer}"
+        )
+
+
+def _num_samples(run: Run, wanted: int | None) -> int:
+    corpus = run.corpus()
+    total = sum(corpus.num_samples(shard) for shard in range(corpus.num_shards))
+    if wanted is not None and wanted > total:
+        raise ValueError(f"--samples: {wanted} is more than the {total} of {run.corpus_folder}; give fewer")
+    return min(wanted or _NUM_SAMPLES, total)

@@ -1,0 +1,97 @@
+"""What skipping layers costs, as a page: a plot and a table of every block, and the layers that stay."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from flows.layer_importance import Skips, keep_layers, predict_increase, read_skips
+from flows.pages import Page, Picture, Section, write_page
+from flows.plots import render_figure
+
+_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
+# Of increases further apart than this, the small ones can be told apart on a logarithmic axis alone.
+_LARGE_RATIO = 20
+
+
+def write_importance_report(path: Path, name: str, skips: Path, depths: list[int], measured_on: str) -> Page:
+    """Write the page `path`, its Markdown and its plot, over what `skips` holds of the model `name`.
+
+    Says which layers stay for each target depth in `depths`; `measured_on` says what losses were measured on.
+    """
+    measured = read_skips(skips)
+    loss = measured.rows[0, 0]["loss"]
+    lead = [
+        f"The loss of all {measured.num_layers} layers is {loss:.4f} nats per token, over {measured_on}. Layers are "
+        "counted from 0.",
+    ]
+    png = render_figure(lambda: importance(measured))
+    caption = "Increase of the loss where layers are skipped, by the first of them, with its standard error."
+    sections = [_choices(skips, depths), _blocks(measured)]
+    return write_page(path, f"{name}: which layers stay", lead, sections, [Picture("increase", png, caption)])
+
+
+def _choices(skips: Path, depths: list[int]) -> Section:
+    num_layers, cells = read_skips(skips).num_layers, []
+    for depth in depths:
+        kept = keep_layers(skips, depth)
+        dropped = [layer for layer in range(num_layers) if layer not in kept]
+        increase = f"{predict_increase(skips, kept):+.4f}"
+        cells.append([str(depth), f"**{list(kept)}**", str(dropped), increase])
+    notes = [
+        "The layers are those whose absence costs least; the first and the last always stay. The increase to be "
+        "expected, in nats per token and before any training, is the sum over the runs of layers that are dropped; of "
+        f"a run of more than {read_skips(skips).longest}, over the fewest measured blocks that make it up.",
+    ]
+    return Section("Which layers stay", notes, ["layers", "stay", "dropped", "increase of the loss"], cells)
+
+
+def _blocks(measured: Skips) -> Section:
+    lengths = range(1, measured.longest + 1)
+    cells = [
+        [str(start), *(_increase(measured, start, length) for length in lengths)]
+        for start in range(measured.num_layers)
+    ]
+    notes = ["Increase of the loss, nats per token, ± its standard error over samples; the least of a column is bold."]
+    return Section("Every block", notes, ["first skipped", *map(_count, lengths)], cells)
+
+
+def _increase(measured: Skips, start: int, length: int) -> str:
+    row = measured.rows.get((start, length))
+    if row is None:
+        return ""
+    error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+    text = f"{row['increase']:+.4f}{error}"
+    return f"**{text}**" if row["increase"] == min(_column(measured, length).values()) else text
+
+
+def _column(measured: Skips, length: int) -> dict[int, float]:
+    """Return the increases of the blocks of `length` layers, by the first of them."""
+    return {start: row["increase"] for (start, other), row in measured.rows.items() if other == length}
+
+
+def _count(length: int) -> str:
+    return "1 layer" if length == 1 else f"{length} layers"
+
+
+def importance(measured: Skips) -> Figure:
+    """Draw the increase of the loss against the first skipped layer, a line for each number of layers."""
+    figure, axes = plt.subplots(figsize=(9, 4.2))
+    increases = [row["increase"] for (_, length), row in measured.rows.items() if length]
+    for length in range(1, measured.longest + 1):
+        column = _column(measured, length)
+        errors = [measured.rows[start, length]["stderr"] or 0.0 for start in column]
+        axes.errorbar(
+            list(column), list(column.values()), yerr=errors, fmt="o-", color=_COLORS[(length - 1) % len(_COLORS)],
+            markersize=4, capsize=2, label=f"{_count(length)} skipped",
+        )  # fmt: skip
+    if min(increases) > 0 and max(increases) > _LARGE_RATIO * min(increases):
+        axes.set_yscale("log")
+    else:
+        axes.axhline(0, color="black", linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("first skipped layer")
+    axes.set_ylabel("increase of the loss (nats per token)")
+    axes.legend()
+    return figure

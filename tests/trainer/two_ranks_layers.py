@@ -1,0 +1,121 @@
+"""What two ranks find out about skipped layers, in every layout that two ranks have, and what plain torch says."""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
+from data_scoring.calibration import draw_calibration_set
+from data_scoring.corpus import Corpus
+from data_scoring.progress import silent
+from trainer.config import ModelConfig, ParallelConfig
+from trainer.devices import Device
+from trainer.jobs import SkipJob
+
+MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=64,
+    activation_terms=2,
+    shortcut_reduction=4,
+)
+# No multiple of the samples that two replicas take at once.
+NUM_SAMPLES, MICRO_BATCH_SIZE, SEED = 21, 4, 3
+# Of four layers in two stages, blocks of three always cross the border.
+LAYOUTS = {
+    "data": ParallelConfig(data=2),
+    "pipeline": ParallelConfig(pipeline=2),
+    "tensor": ParallelConfig(tensor=2),
+    "sequence": ParallelConfig(tensor=2, sequence=True),
+}
+
+
+def skip_layers(device: Device, corpus: Corpus, rank: int) -> dict[str, Any]:
+    """Return what each layout measures, on its writer, the rows that went through layers, and what plain torch says."""
+    _share(ParallelConfig())
+    whole = _build(device, corpus, ParallelConfig())
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            # Far enough from its start for every layer to matter.
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    found: dict[str, Any] = {"plain": _plain_losses(corpus, whole)}
+    for name, parallel in LAYOUTS.items():
+        _share(parallel)
+        gpt = _build(device, corpus, parallel)
+        _fill(gpt, dict(whole.named_parameters()), rank)
+        found[name] = _measure(corpus, gpt, parallel)
+    return found
+
+
+def _share(parallel: ParallelConfig) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
+
+
+def _build(device: Device, corpus: Corpus, parallel: ParallelConfig) -> Any:
+    from trainer.model import Kernels, build_model
+
+    device.seed(5)
+    place = torch.get_default_device()
+    return build_model(MODEL, corpus.vocab_size, corpus.seq_length, parallel, place, False, Kernels()).eval()
+
+
+def _fill(gpt: Any, whole: dict[str, Tensor], rank: int) -> None:
+    """Give a rank's part of the model the weights of the whole one."""
+    from tests.trainer.two_ranks import _part
+
+    first = gpt.decoder.layers[0].layer_number - 1
+    with torch.no_grad():
+        for name, parameter in gpt.named_parameters():
+            number = re.search(r"layers\.(\d+)", name)
+            value = whole[name.replace(number[0], f"layers.{int(number[1]) + first}", 1) if number else name]
+            parameter.copy_(value if parameter.shape == value.shape else _part(value, parameter, name, rank))
+
+
+def _measure(corpus: Corpus, gpt: Any, parallel: ParallelConfig) -> dict[str, Any]:
+    from trainer.layer_skips import measure_skips
+
+    rows_through_layers: list[int] = []
+    for layer in gpt.decoder.layers:
+        layer.register_forward_hook(lambda _layer, _inputs, output: rows_through_layers.append(output[0].shape[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        job = SkipJob(
+            corpus=corpus.folder, round_folder=place, model=MODEL, parallel=parallel, device="cpu", fingerprint="f",
+            precision="float32", activation_kernel="reference", seed=SEED, progress=place, errors=place, lock=place,
+            weights=place, num_samples=NUM_SAMPLES, micro_batch_size=MICRO_BATCH_SIZE,
+        )  # fmt: skip
+        measure_skips(job, corpus, gpt, silent)
+        rows = pq.read_table(job.result).to_pylist() if job.result.exists() else None
+    return {"rows": rows, "rows through layers": sum(rows_through_layers)}
+
+
+def _plain_losses(corpus: Corpus, whole: Any) -> dict[str, Any]:
+    """Return the samples' losses with layers left out of the plain model, by what is left out, and their tokens."""
+    plain = PlainModel(MODEL, corpus.vocab_size)
+    load_megatron_weights(plain, stacked_weights(whole, MODEL.num_layers))
+    drawn = draw_calibration_set(
+        [corpus.num_samples(shard) for shard in range(corpus.num_shards)], NUM_SAMPLES, SEED, 0
+    )
+    batch = corpus.read(*drawn)
+    tokens, layers = torch.from_numpy(batch.tokens), list(plain.layers)
+    losses = {}
+    with torch.no_grad():
+        for start, length in [(0, 0), *((i, n) for n in (1, 2, 3) for i in range(MODEL.num_layers - n + 1))]:
+            plain.layers = torch.nn.ModuleList(layers[:start] + layers[start + length :])
+            token_losses = plain(tokens[:, :-1], tokens[:, 1:]).double().numpy()
+            losses[start, length] = np.array(
+                [row[:count].mean() for row, count in zip(token_losses, batch.num_tokens, strict=True)]
+            )
+    return {"losses": losses, "num_tokens": batch.num_tokens}
