@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from trainer.inheritance import Part, check_student, cut_depth, slice_checkpoint
-from trainer.neuron_scores import choose
 
 from data_scoring.files import read_json, write_json
 from data_scoring.progress import Progress
@@ -26,7 +24,9 @@ from flows.run_folder import Run
 from flows.stored_model import StoredModel, find_model
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import InheritConfig, ModelConfig, check_layout
+from trainer.inheritance import Part, check_student, cut_depth, slice_checkpoint
 from trainer.jobs import MaskJob, TaylorJob
+from trainer.neuron_scores import choose
 from trainer.weights import Weights
 
 # A row a layer: which of the teacher's it was, and which of its structures stay, by their numbers there.

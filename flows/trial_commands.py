@@ -22,6 +22,7 @@ def add_trial_commands(commands: Any) -> None:
 
 
 def add_config(command: argparse.ArgumentParser) -> None:
+    """Add to `command` the configuration that trials are made from."""
     command.add_argument("target", type=Path, metavar="CONFIG", help="YAML configuration; the same command resumes it")
     command.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
@@ -81,6 +82,7 @@ def count(text: str) -> int:
 
 
 def read_trial_config(options: argparse.Namespace) -> RunConfig:
+    """Return that configuration. Raises ValueError where it, or a number among the options, is none."""
     if options.target.is_dir():
         raise ValueError(f"{options.target}: is a folder; give the configuration that the trials are made from")
     for option in ("seeds", "tokens", "jobs", "trials"):

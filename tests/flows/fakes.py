@@ -34,8 +34,8 @@ OTHER = (4.5, 2.5)
 
 def of_arm(job: TrainJob, run: str) -> tuple[float, float]:
     """Return the losses of sources a and b that the arm and seed in a run's name stand for."""
-    arm, seed = run.rsplit("-seed-", 1)
-    return {**LOSSES, **INITS}.get(arm, {}).get(int(seed), OTHER)
+    arm, _, seed = run.rpartition("-seed-")
+    return {**LOSSES, **INITS}.get(arm, {}).get(int(seed), OTHER) if arm else OTHER
 
 
 class FakeRanks:
@@ -79,7 +79,13 @@ def train(job: TrainJob, corpus: Corpus, measured: tuple[float, float]) -> None:
     lengths = corpus.read(*mix.read(0, len(mix))).num_tokens
     batch_size = job.train.global_batch_size
     steps = [
-        {"step": number + 1, "num_tokens": int(batch.sum()), "num_samples": len(batch), "tokens_per_second": 100.0}
+        {
+            "step": number + 1,
+            "loss": 5.0 - number / 100,
+            "num_tokens": int(batch.sum()),
+            "num_samples": len(batch),
+            "tokens_per_second": 100.0,
+        }
         for number, batch in enumerate(np.split(lengths, range(batch_size, len(lengths), batch_size)))
     ]
     write_parquet(job.round_folder / "steps.parquet", pa.Table.from_pylist(steps, STEPS), "")

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from trainer.inheritance import Part
 
 from benchmarks.plain_model import read_checkpoint
 from data_scoring.config import padded_vocab_size
@@ -24,6 +23,7 @@ from tests.flows.fakes import FakeRanks
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD, shapes_of
 from trainer.config import ModelConfig
+from trainer.inheritance import Part
 from trainer.jobs import TrainJob
 from trainer.weights import write_weights
 
