@@ -9,7 +9,15 @@ import yaml
 
 from data_scoring.files import writing
 from flows.config import RunConfig
-from flows.plots import Plot, forgetting_curve, kept_by_source, loss_curves, render, selection_histograms
+from flows.plots import (
+    Plot,
+    forgetting_curve,
+    kept_by_source,
+    loss_curves,
+    render,
+    render_figure,
+    selection_histograms,
+)
 from flows.run_folder import Run
 from flows.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
 
@@ -118,7 +126,22 @@ def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
                 array_to_string(heads, ', ') as "Heads of the larger model"
             from lineage order by layer""",
         ),
+        *_importance(run.round_folder(1) / "inherit" / "skips.parquet"),
     ]
+
+
+def _importance(skips: Path) -> list[str]:
+    """Return the picture of what each block of the larger model's layers is worth, where that was measured."""
+    if not skips.exists():
+        return []
+    # Here, for its own page is made of this module's parts.
+    from flows.layer_importance import read_skips
+    from flows.layer_importance_report import importance
+
+    png = render_figure(lambda: importance(read_skips(skips)))
+    with writing(skips.parents[3] / "report" / "importance.png") as temporary:
+        temporary.write_bytes(png)
+    return [html_figure(png, "Increase of the larger model's loss where layers are skipped, by the first of them.")]
 
 
 def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks.plain_model import read_checkpoint
+from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
 from data_scoring.config import padded_vocab_size
+from data_scoring.files import read_json
 from data_scoring.ledger import query
 from data_scoring.progress import silent
 from flows import inheritance, stages
@@ -16,6 +19,7 @@ from flows.compaction import Request, compact_tokenizer
 from flows.compare import compare, inherit_sweep
 from flows.compare_results import curves_path
 from flows.config import RunConfig, parse_config
+from flows.layer_importance import keep_layers
 from flows.run_folder import Run, open_run
 from flows.status import read_status
 from tests.conftest import read_rows
@@ -191,3 +195,28 @@ def test_the_command_needs_something_to_inherit_from(
     path.write_text(f"name: x\noutput: {tmp_path}\ncorpus: {{sources: [{{name: a, path: {tmp_path}}}]}}\n")
     assert main(["inherit", "compare", str(path)]) == 1
     assert "model.inherit: names no larger model to inherit from; add one" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["taylor", "learned"])
+def test_ranks_measure_and_choose_and_train(config: RunConfig, teacher: Run, method: str) -> None:
+    """Two ranks share layers and stages of the larger model, and round 1 starts at the loss of what was cut out."""
+    values = student(config, teacher, layers="auto", method=method, calibration_samples=16, mask_steps=3).model_dump()
+    values["parallel"] = {"tensor": 2}
+    run = run_all(parse_config(values, "ranks"))
+    folder = inheritance.inheritance_folder(run)
+    part = Part.model_validate_json((folder / "part.json").read_text())
+    assert part.layers == keep_layers(folder / "skips.parquet", 2)
+    start = inheritance.inherited_checkpoint(run)
+    plain = PlainModel(run.config.model, run.corpus().vocab_size).eval()
+    load_megatron_weights(plain, read_checkpoint(start))
+    rows = [row for path in sorted((run.round_folder(1) / "seen").glob("*")) for row in pq.read_table(path).to_pylist()]
+    for row in (row for row in rows if row["step"] == 1):
+        batch = run.corpus().read(np.array([row["shard"]]), np.array([row["sample"]]))
+        tokens = torch.from_numpy(batch.tokens[:, : int(batch.num_tokens[0]) + 1])
+        with torch.no_grad():
+            assert row["loss"] == pytest.approx(plain(tokens[:, :-1], tokens[:, 1:]).mean().item(), abs=1e-5)
+    page = stages.report(run).read_text()
+    assert "where layers are skipped" in page and (run.folder / "report" / "importance.png").exists()
+    if method == "learned":
+        assert len(read_json(folder / "masks.json")["losses"]) == 3
