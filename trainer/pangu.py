@@ -115,10 +115,11 @@ class AugmentedShortcut(MegatronModule):
     def add(self, attention_and_bias: tuple[Tensor, Tensor | None], stream: Tensor, dropout: float) -> Tensor:
         """Return attention + stream + T(stream), all [seq, batch, hidden]."""
         attention, bias = attention_and_bias
-        assert bias is None
         assert dropout == 0
         # Megatron turns gradients on here, in scoring too, where they would hold all layers' activations.
         with torch.set_grad_enabled(attention.requires_grad):
+            if bias is not None:
+                attention = attention + bias
             z = stream
             if self.is_normalised:
                 z = F.rms_norm(stream, stream.shape[-1:], eps=self.config.layernorm_epsilon)
