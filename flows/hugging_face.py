@@ -168,10 +168,11 @@ def _give_tokenizer(stored: StoredModel, folder: Path) -> dict[str, Any]:
     original = stored.place / _ORIGINAL
     if (original / "config.json").is_file():
         known = read_object(original / "config.json")
-        length = known.get("max_position_embeddings")
+    elif (stored.place / MODEL).is_file():
+        known = {}
     else:
         known = {"max_position_embeddings": read_run(stored.place).corpus().seq_length}
-        length = known["max_position_embeddings"]
+    length = known.get("max_position_embeddings")
     end = export_tokenizer(stored.tokenizer, stored.end_of_document, length, folder)
     known = {"bos_token_id": end, "eos_token_id": end, **known}
     if reads_as_qwen2(stored.tokenizer):

@@ -127,7 +127,7 @@ def split(name: str, tensor: Tensor, model: ModelConfig) -> Sequence[Tensor]:
     if count == 3:
         groups = tensor.reshape(model.num_groups, -1, *tensor.shape[1:])
         queries = model.channels * model.num_attention_heads // model.num_groups
-        return [part.flatten(0, 1) for part in groups.split([queries, model.channels, model.channels], dim=1)]
+        return [part.flatten(0, 1) for part in torch.split(groups, [queries, model.channels, model.channels], dim=1)]
     return tensor.chunk(count)
 
 

@@ -81,8 +81,8 @@ class RepriseDecoderLayer(LlamaDecoderLayer):
         if self.shortcut is not None:
             attended = attended + self.shortcut(stream)
         stream = stream + attended
-        activated: Tensor = self.mlp(self.post_attention_layernorm(stream))
-        return stream + activated
+        output: Tensor = stream + self.mlp(self.post_attention_layernorm(stream))
+        return output
 
 
 class RepriseModel(LlamaModel):
