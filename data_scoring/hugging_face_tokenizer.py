@@ -41,7 +41,7 @@ def export_tokenizer(path: Path, end_of_document: str | None, max_length: int | 
             content["post_processor"] = None
         _write(folder, content, _token(tokenizers.Tokenizer.from_str(json.dumps(content)).id_to_token(end)), max_length)
         return end
-    proto = sentencepiece_model.ModelProto.FromString(path.read_bytes())
+    proto = _read(path)
     token = _token(sentencepiece.SentencePieceProcessor(model_file=str(path)).id_to_piece(end))
     if converts_exactly(proto):
         _write(folder, json.loads(convert(proto).to_str()), token, max_length)
@@ -52,13 +52,18 @@ def export_tokenizer(path: Path, end_of_document: str | None, max_length: int | 
     return end
 
 
-def reads_as_qwen2(path: Path) -> bool:
-    """Return whether a tokenizer divides text into words as transformers makes every tokenizer of a Qwen2 do."""
+def misreading_families(path: Path) -> tuple[str, ...]:
+    """Return the families of models whose tokenizer transformers makes something else of than `path` says.
+
+    A Qwen2's divides text into words as Qwen does, whatever its file says, and no SentencePiece model is left as it is
+    for it, nor for a Mistral.
+    """
     if path.suffix != ".json":
-        return False
-    content = json.loads(path.read_bytes())
+        return ("qwen2",) if converts_exactly(_read(path)) else ("qwen2", "mistral")
+    content = json.loads(read_tokenizer(path))
     divides = (content.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
-    return (content.get("normalizer") or {}).get("type") == "NFC" and divides[0].get("pattern") == {"Regex": _QWEN2}
+    is_qwen2 = (content.get("normalizer") or {}).get("type") == "NFC" and divides[0].get("pattern") == {"Regex": _QWEN2}
+    return () if is_qwen2 else ("qwen2",)
 
 
 def converts_exactly(proto: Any) -> bool:
@@ -93,6 +98,8 @@ def _has_ambiguous_ties(proto: Any) -> bool:
         if entry.type == _Piece.NORMAL and len(entry.piece) > 1:
             by_score[entry.score].append(entry.piece)
     for group in by_score.values():
+        if _are_runs(group):
+            continue
         ends: dict[str, set[str]] = defaultdict(set)
         for piece in group:
             for start in range(1, len(piece)):
@@ -105,12 +112,20 @@ def _has_ambiguous_ties(proto: Any) -> bool:
     return False
 
 
+def _are_runs(group: list[str]) -> bool:
+    """Return whether pieces are one character two, three, … times: Llama's spaces, to which any number adds up.
+
+    From left to right is the longest first there, which `convert` makes it.
+    """
+    return len({*"".join(group)}) == 1 and sorted(map(len, group)) == list(range(2, len(group) + 2))
+
+
 def convert(proto: Any) -> tokenizers.Tokenizer:
     """Return a SentencePiece model, of which `converts_exactly` is true, as one of the tokenizers library."""
     ids = {entry.piece: token for token, entry in enumerate(proto.pieces)}
     scores = {entry.piece: entry.score for entry in proto.pieces if entry.type == _Piece.NORMAL}
     merges = sorted(
-        (-score, ids[piece[:cut]], ids[piece[cut:]])
+        (-score, -len(piece), ids[piece[:cut]], ids[piece[cut:]])
         for piece, score in scores.items()
         for cut in range(1, len(piece))
         if piece[:cut] in scores and piece[cut:] in scores
@@ -119,7 +134,7 @@ def convert(proto: Any) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(
         models.BPE(
             vocab=ids,
-            merges=[(names[left], names[right]) for _, left, right in merges],
+            merges=[(names[left], names[right]) for _, _, left, right in merges],
             unk_token=names[proto.trainer_spec.unk_id],
             fuse_unk=True,
             byte_fallback=True,
@@ -134,6 +149,10 @@ def convert(proto: Any) -> tokenizers.Tokenizer:
     tokenizer.add_tokens(list(_added(proto, _Piece.USER_DEFINED)))
     tokenizer.add_special_tokens(list(_added(proto, _Piece.CONTROL)))
     return tokenizer
+
+
+def _read(path: Path) -> Any:
+    return sentencepiece_model.ModelProto.FromString(path.read_bytes())
 
 
 def _added(proto: Any, kind: int) -> Iterable[AddedToken]:
@@ -155,6 +174,12 @@ def _write(folder: Path, content: dict[str, Any], token: dict[str, str | None], 
 
 
 def _write_config(folder: Path, config: dict[str, Any], max_length: int | None) -> None:
-    plain = {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+    plain = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        # A special token spelled out in a text is text, as it was in training.
+        "split_special_tokens": True,
+    }
     length = {} if max_length is None else {"model_max_length": max_length}
     write_json(folder / "tokenizer_config.json", {**config, **plain, **length})

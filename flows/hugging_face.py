@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from data_scoring.files import commit, write_json
-from data_scoring.hugging_face_tokenizer import export_tokenizer, reads_as_qwen2
+from data_scoring.hugging_face_tokenizer import export_tokenizer, misreading_families
 from data_scoring.tokenizer import Tokenizer, open_tokenizer, read_tokenizer
 from flows.run_folder import read_run
 from flows.stored_model import MODEL, ORIGIN, StoredModel, find_model
@@ -104,8 +104,11 @@ def export_model(
         from trainer.hugging_face_weights import SHARD_BYTES, export_weights
         from trainer.weights import Weights
 
-        known = _give_tokenizer(stored, folder)
-        family = family_of(stored.config, known.get("model_type"))
+        known = _known(stored)
+        end, barred = _give_tokenizer(stored, known.get("max_position_embeddings"), folder)
+        known = {"bos_token_id": end, "eos_token_id": end, **known}
+        _give_generation(stored, known, folder)
+        family = family_of(stored.config, known.get("model_type"), barred)
         weights = Weights(stored.checkpoint)
         wanted = None if dtype == "keep" else getattr(torch, dtype)
         export_weights(weights, stored.config, family, rows, wanted, folder, shard_bytes or SHARD_BYTES)
@@ -163,33 +166,38 @@ def _end_of_sequence(source: Path) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _give_tokenizer(stored: StoredModel, folder: Path) -> dict[str, Any]:
-    """Write the tokenizer to `folder`, and what is generated with; return what is known for `config.json`."""
+def _known(stored: StoredModel) -> dict[str, Any]:
+    """Return what of `config.json` the weights do not say: the original one, or the positions trained for."""
+    original = stored.place / _ORIGINAL / "config.json"
+    if original.is_file():
+        return read_object(original)
+    if (stored.place / MODEL).is_file():
+        return {}
+    return {"max_position_embeddings": read_run(stored.place).corpus().seq_length}
+
+
+def _give_tokenizer(stored: StoredModel, length: int | None, folder: Path) -> tuple[int, tuple[str, ...]]:
+    """Write the tokenizer to `folder`; return the id that ends documents, and families that would misread it."""
     original = stored.place / _ORIGINAL
-    if (original / "config.json").is_file():
-        known = read_object(original / "config.json")
-    elif (stored.place / MODEL).is_file():
-        known = {}
-    else:
-        known = {"max_position_embeddings": read_run(stored.place).corpus().seq_length}
-    length = known.get("max_position_embeddings")
     end = export_tokenizer(stored.tokenizer, stored.end_of_document, length, folder)
-    known = {"bos_token_id": end, "eos_token_id": end, **known}
-    if reads_as_qwen2(stored.tokenizer):
-        known.setdefault("model_type", "qwen2")
-    if stored.tokenizer.suffix == ".json" and (original / "tokenizer_config.json").is_file():
-        # As it came, with the tokens that it adds.
-        (folder / "tokenizer.json").write_bytes(stored.tokenizer.read_bytes())
-        for name in _TOKENIZER_FILES:
-            if (original / name).is_file():
-                shutil.copyfile(original / name, folder / name)
-        _drop_code(folder / "tokenizer_config.json")
-    if (original / "generation_config.json").is_file():
-        shutil.copyfile(original / "generation_config.json", folder / "generation_config.json")
+    if stored.tokenizer.suffix != ".json" or not (original / "tokenizer_config.json").is_file():
+        return end, misreading_families(stored.tokenizer)
+    # As it came, with the tokens that it adds, and for the family that it came with.
+    shutil.copyfile(stored.tokenizer, folder / "tokenizer.json")
+    for name in _TOKENIZER_FILES:
+        if (original / name).is_file():
+            shutil.copyfile(original / name, folder / name)
+    _drop_code(folder / "tokenizer_config.json")
+    return end, ()
+
+
+def _give_generation(stored: StoredModel, known: dict[str, Any], folder: Path) -> None:
+    original = stored.place / _ORIGINAL / "generation_config.json"
+    if original.is_file():
+        shutil.copyfile(original, folder / original.name)
     else:
         ids = {name: known[name] for name in ("bos_token_id", "eos_token_id") if known[name] is not None}
-        write_json(folder / "generation_config.json", ids)
-    return known
+        write_json(folder / original.name, ids)
 
 
 def _drop_code(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Hugging Face's description of a model, `config.json`, as ours, and ours as theirs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,20 +143,20 @@ def _notes(fields: _Fields, family: str) -> list[str]:
     return notes
 
 
-def family_of(model: ModelConfig, preferred: str | None = None) -> str:
+def family_of(model: ModelConfig, preferred: str | None = None, barred: Sequence[str] = ()) -> str:
     """Return the family that `model` is written as: `preferred` where it can be, else the plainest that it fits.
 
-    Nobody gets a Qwen2 who does not prefer it: transformers reads its texts as Qwen does, whatever the tokenizer says.
+    barred: families that it must not be of, for its tokenizer's sake.
     """
     bias, is_plain = model.attention_bias, model.activation_terms == 1 and model.shortcut_reduction is None
     fitting = {
+        "qwen2": bias == "qkv" and not model.ffn_bias,
         # transformers refuses a Llama whose heads do not divide the width, whatever their size.
-        "llama": is_plain and model.hidden_size % model.num_attention_heads == 0,
-        "mistral": is_plain and bias == "none" and not model.ffn_bias,
-        "qwen2": is_plain and bias == "qkv" and not model.ffn_bias,
+        "llama": model.hidden_size % model.num_attention_heads == 0,
+        "mistral": bias == "none" and not model.ffn_bias,
     }
-    order = [preferred, "llama", "mistral"]
-    return next((name for name in order if name is not None and fitting.get(name)), "reprise")
+    names = [name for name, fits in fitting.items() if fits and is_plain and name not in barred]
+    return preferred if preferred in names else [*names, "reprise"][0]
 
 
 def has_zero_bias(model: ModelConfig, family: str) -> bool:

@@ -1,6 +1,5 @@
 """Imported models against transformers, under every layout."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
