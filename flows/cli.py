@@ -15,6 +15,7 @@ from data_scoring.config import Policy, RefineConfig
 from data_scoring.files import explain
 from flows.config import RunConfig, override, read_config
 from flows.inherit_commands import add_inherit
+from flows.hugging_face_commands import add_hugging_face
 from flows.model_commands import add_model
 from flows.run_folder import RanksFailedError, Run, locked, open_run, read_run
 from flows.status import read_status
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
     add_model(commands)
     add_tokenizer(commands)
+    add_hugging_face(commands)
     add_trial_commands(commands)
     add_inherit(commands)
     status = commands.add_parser("status", help="say what of a run is done, running or failed")

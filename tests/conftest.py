@@ -187,6 +187,16 @@ def scored(ranks: Ranks, trained: Path) -> Path:
     return ranks.score("scored", list_checkpoints(trained / "checkpoint")[-1])
 
 
+@pytest.fixture(scope="session")
+def hugging_face(tiny_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of models that transformers made, and Reprise's copies of them: see `make_models`."""
+    from tests.hugging_face_models import make_models
+
+    folder = tmp_path_factory.mktemp("hugging-face")
+    make_models(folder, tiny_corpus.tokenizer_path)
+    return folder
+
+
 def read_rows(pattern: Path, *columns: str) -> list[tuple[Any, ...]]:
     """Return the rows of the Parquet files under `pattern` (a file or a folder), sorted."""
     files = sorted(pattern.glob("*.parquet")) if pattern.is_dir() else [pattern]

@@ -3,6 +3,7 @@
 Tensors have the names and shapes of `trainer.checkpoint_shapes`: those of layers are stacked along the first axis.
 """
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -81,7 +83,13 @@ def write_weights(
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.mkdir(parents=True)
     with _alone():
-        save({}, storage_writer=_Writer(temporary), planner=_WritePlanner(tensors, produce), no_dist=True)
+        try:
+            save({}, storage_writer=_Writer(temporary), planner=_WritePlanner(tensors, produce), no_dist=True)
+        except CheckpointException as error:
+            # What `produce` raised, of the only process that there is.
+            shutil.rmtree(temporary)
+            [(cause, _)] = error.failures.values()
+            raise cause from None
     torch.save({}, temporary / "common.pt")
     write_json(temporary / "metadata.json", _BACKENDS)
     seal_checkpoint(temporary, record)

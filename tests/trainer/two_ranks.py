@@ -15,6 +15,7 @@ from data_scoring.corpus import Corpus
 from data_scoring.scoring import Block
 from kernels.series_activation import initial_offsets
 from tests.trainer.two_ranks_layers import skip_layers
+from tests.trainer.two_ranks_hugging_face import LAYOUTS, agree
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 from trainer.devices import Device, initialise
 from trainer.presets import PRESETS
@@ -32,13 +33,14 @@ def with_fields(**fields: Any) -> ModelConfig:
     return SMALL.model_copy(update=fields)
 
 
-def work(rank: int, folder: Path, corpus: Path) -> None:
+def work(rank: int, folder: Path, corpus: Path, hugging_face: Path) -> None:
     """Leave in `folder` what this rank found."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     device = initialise("cpu", 0)
     found = alone(device, Corpus(corpus)) | together(device, Corpus(corpus), rank)
+    found |= {f"hugging face {layout}": agree(layout, hugging_face) for layout in LAYOUTS}
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()
 

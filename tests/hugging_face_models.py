@@ -1,0 +1,81 @@
+"""Small random models of transformers, what they compute, and Reprise's copies of them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flows.hugging_face import import_model
+
+# No multiple of 128, and more than the tokenizer's.
+ROWS = 301
+_SIZES = {
+    "vocab_size": ROWS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16_384,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    # Such that channels of each of the three kinds are there: kept, stretched, and between.
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-5},
+    "llama-tied": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+        "num_key_value_heads": 4,
+        "rope_parameters": _LLAMA3,
+    },
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1_000_000.0},
+    "mistral": {"model_type": "mistral", "head_dim": 12, "sliding_window": 64, "dtype": "bfloat16"},
+}
+TIED = ("llama-tied", "qwen2")
+
+
+def make_models(folder: Path, tokenizer: Path) -> None:
+    """Leave in `folder`, by name, each model as transformers saves it, Reprise's model folder of it, and what it gives.
+
+    <name>.pt has tokens, [2, 33], logits, [2, 32, rows], losses, [2, 32], and the gradients of their mean.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for number, (name, fields) in enumerate(MODELS.items()):
+        torch.manual_seed(number)
+        config = AutoConfig.for_model(**{**_SIZES, **fields})
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+        dtype = getattr(torch, fields.get("dtype", "float32"))
+        model.to(dtype).save_pretrained(folder / name)
+        shutil.copy(tokenizer, folder / name / "tokenizer.json")
+        (folder / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+        # Cast there and back, a model would keep positions of the lower precision.
+        opened = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        torch.save(_compute(opened), folder / f"{name}.pt")
+        import_model(folder / name, folder / f"{name}-imported")
+
+
+def _compute(model: Any) -> dict[str, Any]:
+    tokens = torch.randint(0, ROWS, (2, 33), generator=torch.Generator().manual_seed(1))
+    logits = model(tokens[:, :-1]).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    losses.mean().backward()
+    return {
+        "tokens": tokens,
+        "logits": logits.detach(),
+        "losses": losses.detach().view(2, 32),
+        "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
+    }
