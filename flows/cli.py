@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.files import explain
 from flows.config import RunConfig, override, read_config
-from flows.inherit_commands import add_inherit
 from flows.hugging_face_commands import add_hugging_face
+from flows.inherit_commands import add_inherit
 from flows.model_commands import add_model
 from flows.run_folder import RanksFailedError, Run, locked, open_run, read_run
 from flows.status import read_status

@@ -14,8 +14,8 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_we
 from data_scoring.corpus import Corpus
 from data_scoring.scoring import Block
 from kernels.series_activation import initial_offsets
-from tests.trainer.two_ranks_layers import skip_layers
 from tests.trainer.two_ranks_hugging_face import LAYOUTS, agree
+from tests.trainer.two_ranks_layers import skip_layers
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 from trainer.devices import Device, initialise
 from trainer.presets import PRESETS
