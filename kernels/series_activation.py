@@ -3,6 +3,7 @@
 Shapes: n tokens, c channels, t terms.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 # reference is torch's autograd, which keeps intermediates of every term; triton keeps the inputs alone.
 ActivationKernel = Literal["reference", "triton"]
+
+# What silu gives at the initial offsets: far enough from 0 for terms to differ, far from silu's least value, -0.278.
+_LARGEST_INITIAL_VALUE = 0.1
 
 
 def series_activation(gate_and_up: Tensor, scale_tc: Tensor, offset_tc: Tensor, kernel: ActivationKernel) -> Tensor:
@@ -30,6 +34,27 @@ def reference(gate_and_up: Tensor, scale_tc: Tensor, offset_tc: Tensor) -> Tenso
     gate, up = gate_and_up.chunk(2, dim=-1)
     terms = [F.silu(scale * gate + offset) for scale, offset in zip(scale_tc, offset_tc, strict=True)]
     return sum(terms[1:], terms[0]) * up
+
+
+def initial_offsets(terms: int) -> list[float]:
+    """Return the offsets that the terms start with: 0 for the first, and for the others such that silu sums up to 0.
+
+    Opposite pairs of values, each pair its own, since terms that start alike get the same gradients and stay alike;
+    one left over has 0.
+    """
+    pairs = (terms - 1) // 2
+    values = [_LARGEST_INITIAL_VALUE * pair / pairs for pair in range(1, pairs + 1)]
+    offsets = [_inverse_silu(sign * value) for value in values for sign in (1, -1)]
+    return [0.0, *offsets, *[0.0] * (terms - 1 - len(offsets))]
+
+
+def _inverse_silu(value: float) -> float:
+    """Return x >= -1 with silu(x) = `value`, by Newton's method."""
+    x = 2 * value
+    for _ in range(50):
+        sigmoid = 1 / (1 + math.exp(-x))
+        x -= (x * sigmoid - value) / (sigmoid * (1 + x * (1 - sigmoid)))
+    return x
 
 
 class _Fused(torch.autograd.Function):

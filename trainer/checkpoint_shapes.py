@@ -1,5 +1,6 @@
 """Whether the weights in a checkpoint are those of a model: their shapes, told without loading any."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -80,13 +81,21 @@ def check_start(checkpoint: Path, model: ModelConfig, vocab_size: int | None) ->
         )
     vocab_size = model.vocab_size or vocab_size
     rows = found.get(EMBEDDING, (0,))[0] if vocab_size is None else padded_vocab_size(vocab_size)
-    wanted = shapes_of(model, rows)
+    difference = find_difference(found, shapes_of(model, rows))
+    if difference is not None:
+        name, own, others = difference
+        raise ValueError(
+            f"model.start_from: {checkpoint} has {own} as {name}, and the model {others}; describe the model that it "
+            "is of, or start from another"
+        )
+
+
+def find_difference(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> tuple[str, str, str] | None:
+    """Return the first weight that is not of the same shape in both, or None: its name, and both shapes in words."""
     for name in [*wanted, *sorted(found.keys() - wanted.keys())]:
         if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"model.start_from: {checkpoint} has {_describe(found.get(name))} as {name}, and the model "
-                f"{_describe(wanted.get(name))}; describe the model that it is of, or start from another"
-            )
+            return name, _describe(found.get(name)), _describe(wanted.get(name))
+    return None
 
 
 def _describe(shape: Shape | None) -> str:

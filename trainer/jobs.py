@@ -67,4 +67,28 @@ class GenerateJob(Job):
     num_new_tokens: int = Field(default=510, description="Tokens each goes on for.")
 
 
-AnyJob = Annotated[TrainJob | ScoreJob | CalibrateJob | GenerateJob, Field(discriminator="kind")]
+class TaylorJob(Job):
+    """Measure |weight · gradient| of every weight on random samples, as a checkpoint into the round's taylor/."""
+
+    kind: Literal["taylor"] = "taylor"
+    weights: Path = Field(description="Checkpoint that is measured.")
+    num_samples: int = Field(ge=1, description="Samples drawn at random from the training shards.")
+    micro_batch_size: int = Field(ge=1, description="Samples a forward pass takes at once.")
+
+
+class MaskJob(Job):
+    """Learn with frozen weights which neurons a smaller model is best made of, into the round's masks.json."""
+
+    kind: Literal["masks"] = "masks"
+    weights: Path = Field(description="Checkpoint of the larger model, with as many layers as the smaller one.")
+    student: ModelConfig = Field(description="The smaller model.")
+    num_samples: int = Field(ge=1, description="Samples drawn at random from the training shards, gone through anew.")
+    micro_batch_size: int = Field(ge=1, description="Samples a forward pass takes at once.")
+    steps: int = Field(default=200, ge=1, description="Steps of Adam.")
+    batch_size: int = Field(default=16, ge=1, description="Samples a step.")
+    lr: float = Field(default=0.1, gt=0, description="Adam's learning rate, of the masks' logits.")
+    first_temperature: float = Field(default=2.0, gt=0, description="Temperature of the relaxation at the first step.")
+    last_temperature: float = Field(default=0.2, gt=0, description="And at the last; it falls geometrically.")
+
+
+AnyJob = Annotated[TrainJob | ScoreJob | CalibrateJob | GenerateJob | TaylorJob | MaskJob, Field(discriminator="kind")]

@@ -3,7 +3,6 @@
 Both start out as the layer without them, and both are right under tensor, pipeline and sequence parallelism.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -18,10 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from kernels.series_activation import ActivationKernel, series_activation
-
-# What silu gives at the initial offsets: far enough from 0 for terms to differ, far from silu's least value, -0.278.
-_LARGEST_INITIAL_VALUE = 0.1
+from kernels.series_activation import ActivationKernel, initial_offsets, series_activation
 
 
 class SeriesActivation(MegatronModule):
@@ -69,27 +65,6 @@ class SeriesActivation(MegatronModule):
         )
 
 
-def initial_offsets(terms: int) -> list[float]:
-    """Return the offsets that the terms start with: 0 for the first, and for the others such that silu sums up to 0.
-
-    Opposite pairs of values, each pair its own, since terms that start alike get the same gradients and stay alike;
-    one left over has 0.
-    """
-    pairs = (terms - 1) // 2
-    values = [_LARGEST_INITIAL_VALUE * pair / pairs for pair in range(1, pairs + 1)]
-    offsets = [_inverse_silu(sign * value) for value in values for sign in (1, -1)]
-    return [0.0, *offsets, *[0.0] * (terms - 1 - len(offsets))]
-
-
-def _inverse_silu(value: float) -> float:
-    """Return x >= -1 with silu(x) = `value`, by Newton's method."""
-    x = 2 * value
-    for _ in range(50):
-        sigmoid = 1 / (1 + math.exp(-x))
-        x -= (x * sigmoid - value) / (sigmoid * (1 + x * (1 - sigmoid)))
-    return x
-
-
 class AugmentedShortcut(MegatronModule):
     """The augmented shortcut around attention: MSA(Z) + Z + T(Z), with T a bottleneck with GELU.
 
@@ -115,11 +90,16 @@ class AugmentedShortcut(MegatronModule):
     def add(self, attention_and_bias: tuple[Tensor, Tensor | None], stream: Tensor, dropout: float) -> Tensor:
         """Return attention + stream + T(stream), all [seq, batch, hidden]."""
         attention, bias = attention_and_bias
-        assert bias is None
         assert dropout == 0
         # Megatron turns gradients on here, in scoring too, where they would hold all layers' activations.
         with torch.set_grad_enabled(attention.requires_grad):
-            z = stream
-            if self.is_normalised:
-                z = F.rms_norm(stream, stream.shape[-1:], eps=self.config.layernorm_epsilon)
-            return stream + attention + F.linear(F.gelu(F.linear(z, self.down)), self.up)
+            if bias is not None:
+                attention = attention + bias
+            return stream + attention + self.transform(stream)
+
+    def transform(self, stream: Tensor) -> Tensor:
+        """Return T(stream), [seq, batch, hidden] as it."""
+        z = stream
+        if self.is_normalised:
+            z = F.rms_norm(stream, stream.shape[-1:], eps=self.config.layernorm_epsilon)
+        return F.linear(F.gelu(F.linear(z, self.down)), self.up)

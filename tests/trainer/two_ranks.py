@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
 from data_scoring.corpus import Corpus
 from data_scoring.scoring import Block
+from kernels.series_activation import initial_offsets
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 from trainer.devices import Device, initialise
 from trainer.presets import PRESETS
@@ -44,7 +45,6 @@ def work(rank: int, folder: Path, corpus: Path) -> None:
 def alone(device: Device, corpus: Corpus) -> dict[str, Any]:
     """Return what a rank finds that has a model of its own."""
     models = _Models(device, tensor=1)
-    from trainer.pangu import initial_offsets
 
     models.check_gradients()
     return {
