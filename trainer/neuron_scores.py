@@ -1,0 +1,117 @@
+"""Which neurons matter most, by sums over all weights that touch them: of |w| (L1), of w² (L2), or of given values.
+
+Reads a checkpoint, of weights or of |weight · gradient| (Taylor), tensor by tensor in one process: what is found does
+not depend on the layout that wrote it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint_folder import read_checkpoint_record
+from trainer.checkpoint_shapes import EMBEDDING, HEAD
+from trainer.config import ModelConfig
+from trainer.inheritance import AXES, Part, bottleneck_size
+from trainer.weights import LAYERS, Weights
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A number for everything that may stay or go, float64: channels [h]; the rest [layers, how many there are]."""
+
+    channels: Tensor
+    ffn: Tensor
+    groups: Tensor
+    heads: Tensor
+    bottleneck: Tensor
+
+
+def choose(values: Weights, teacher: ModelConfig, student: ModelConfig, power: Literal[1, 2] = 1) -> Part:
+    """Return the student's part of the teacher by the sums of |value|^power of all `values` that touch a neuron.
+
+    values: a checkpoint of the teacher's weights, or of as many values, the teacher having the student's layers.
+    """
+    return keep_best(sum_values(values, teacher, power), teacher, student)
+
+
+def keep_best(scores: Scores, teacher: ModelConfig, student: ModelConfig) -> Part:
+    """Return the part with the highest scores, as many of each kind as `student` has; of equal ones the first stay.
+
+    Within each query group that stays, the best of its heads do.
+    """
+    assert student.num_layers == teacher.num_layers
+    groups = [_best(row, student.num_groups) for row in scores.groups]
+    size = teacher.num_attention_heads // teacher.num_groups
+    count = student.num_attention_heads // student.num_groups
+    heads = [
+        [group * size + head for group in kept for head in _best(row[group * size : (group + 1) * size], count)]
+        for row, kept in zip(scores.heads, groups, strict=True)
+    ]
+    # A teacher without a shortcut has nothing to choose from: the student's starts anew.
+    units = bottleneck_size(student) if bottleneck_size(teacher) else 0
+    return Part(
+        layers=tuple(range(teacher.num_layers)),
+        channels=tuple(_best(scores.channels, student.hidden_size)),
+        ffn=tuple(tuple(_best(row, student.ffn_size)) for row in scores.ffn),
+        groups=tuple(tuple(each) for each in groups),
+        heads=tuple(tuple(each) for each in heads),
+        bottleneck=tuple(tuple(_best(row, units)) for row in scores.bottleneck),
+    )
+
+
+def _best(scores: Tensor, count: int) -> list[int]:
+    return sorted(torch.sort(scores, descending=True, stable=True).indices[:count].tolist())
+
+
+def sum_values(values: Weights, model: ModelConfig, power: Literal[1, 2]) -> Scores:
+    """Return the sums of |value|^power over all values that touch a neuron, for power 2 their square roots."""
+    depth, heads, groups = model.num_layers, model.num_attention_heads, model.num_groups
+    sums = {
+        "channels": torch.zeros(model.hidden_size, dtype=torch.float64),
+        "ffn": torch.zeros(depth, model.ffn_size, dtype=torch.float64),
+        "groups": torch.zeros(depth, groups, dtype=torch.float64),
+        "heads": torch.zeros(depth, heads, dtype=torch.float64),
+        "bottleneck": torch.zeros(depth, bottleneck_size(model), dtype=torch.float64),
+    }
+    # Rows that pad the vocabulary were never trained.
+    vocab_size = read_checkpoint_record(values.checkpoint)["vocab_size"]
+    for name in values.shapes:
+        if not name.startswith(LAYERS):
+            tensor = values.read(name)[:vocab_size] if name in (EMBEDDING, HEAD) else values.read(name)
+            sums["channels"] += _along(tensor, tensor.ndim - 1, power)
+            continue
+        axes = AXES[name.removeprefix(LAYERS)]
+        for layer in range(depth):
+            tensor = values.read(name, layer)
+            for axis, kind in enumerate(axes):
+                # Of scales that a layer has in common there is one, which is nobody's.
+                if kind != "terms" and not (kind == "ffn" and tensor.shape[axis] == 1):
+                    _add({**sums, **_rows(sums, layer)}, kind, _along(tensor, axis, power))
+    return Scores(**{kind: each.sqrt() if power == 2 else each for kind, each in sums.items()})
+
+
+def _rows(sums: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    return {kind: each[layer] for kind, each in sums.items() if kind != "channels"}
+
+
+def _along(tensor: Tensor, axis: int, power: int) -> Tensor:
+    """Return the sums of |value|^power over all axes but one, float64."""
+    powers = tensor.double().abs() ** power
+    return powers.movedim(axis, 0).reshape(tensor.shape[axis], -1).sum(dim=1)
+
+
+def _add(sums: dict[str, Tensor], kind: str, found: Tensor) -> None:
+    """Add what was `found` along an axis of that kind to the sums, [how many there are] each, that it is part of."""
+    if kind == "gate_and_up":
+        sums["ffn"] += found.view(2, -1).sum(dim=0)
+    elif kind in ("qkv", "attended"):
+        groups = len(sums["groups"])
+        size = len(sums["heads"]) // groups
+        # A group's blocks: its query heads and, of those that are not outputs, its key and its value.
+        blocks = found.view(groups, size + 2 if kind == "qkv" else size, -1).sum(dim=2)
+        sums["groups"] += blocks.sum(dim=1)
+        sums["heads"] += blocks[:, :size].flatten()
+    else:
+        sums[kind] += found
