@@ -41,6 +41,12 @@ def draw_calibration_set(
     return np.repeat(np.arange(len(num_samples)), quotas), np.concatenate(samples).astype(np.int64)
 
 
+def draw_from(corpus: Corpus, count: int, seed: int, round_number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return a random set of the training shards' samples, as `draw_calibration_set` does."""
+    num_samples = [corpus.num_samples(shard) for shard in range(corpus.num_shards)]
+    return draw_calibration_set(num_samples, count, seed, round_number)
+
+
 def calibrate(
     corpus: Corpus,
     round_folder: Path,

@@ -4,6 +4,7 @@ Reads a checkpoint, of weights or of |weight · gradient| (Taylor), tensor by te
 not depend on the layout that wrote it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD
 from trainer.config import ModelConfig
-from trainer.inheritance import AXES, Part, bottleneck_size
+from trainer.inheritance import AXES, DOWN, UP, Part, bottleneck_size
 from trainer.weights import LAYERS, Weights
 
 
@@ -65,8 +66,16 @@ def _best(scores: Tensor, count: int) -> list[int]:
     return sorted(torch.sort(scores, descending=True, stable=True).indices[:count].tolist())
 
 
-def sum_values(values: Weights, model: ModelConfig, power: Literal[1, 2]) -> Scores:
-    """Return the sums of |value|^power over all values that touch a neuron, for power 2 their square roots."""
+def sum_bottlenecks(values: Weights, model: ModelConfig) -> Tensor:
+    """Return the scores of the bottlenecks' units by L2, [layers, units], reading the shortcuts' weights alone."""
+    return sum_values(values, model, 2, [name for name in values.shapes if name.endswith((DOWN, UP))]).bottleneck
+
+
+def sum_values(values: Weights, model: ModelConfig, power: Literal[1, 2], names: Iterable[str] | None = None) -> Scores:
+    """Return the sums of |value|^power over all values that touch a neuron, for power 2 their square roots.
+
+    names: of the tensors that are read, by default all.
+    """
     depth, heads, groups = model.num_layers, model.num_attention_heads, model.num_groups
     sums = {
         "channels": torch.zeros(model.hidden_size, dtype=torch.float64),
@@ -77,7 +86,7 @@ def sum_values(values: Weights, model: ModelConfig, power: Literal[1, 2]) -> Sco
     }
     # Rows that pad the vocabulary were never trained.
     vocab_size = read_checkpoint_record(values.checkpoint)["vocab_size"]
-    for name in values.shapes:
+    for name in values.shapes if names is None else names:
         if not name.startswith(LAYERS):
             tensor = values.read(name)[:vocab_size] if name in (EMBEDDING, HEAD) else values.read(name)
             sums["channels"] += _along(tensor, tensor.ndim - 1, power)

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from data_scoring.calibration import calibrate, candidate_prefixes, draw_calibration_set
+from data_scoring.calibration import calibrate, candidate_prefixes, draw_from
 from data_scoring.corpus import Corpus
 from data_scoring.files import explain, write_json
 from data_scoring.progress import ProgressFile, silent
 from data_scoring.scoring import LossFiles, score_shards
 from trainer.devices import Device, initialise, resolve_precision
-from trainer.jobs import AnyJob, CalibrateJob, GenerateJob, Job, ScoreJob, TrainJob
+from trainer.jobs import AnyJob, CalibrateJob, GenerateJob, Job, MaskJob, ScoreJob, TaylorJob, TrainJob
 from trainer.pickles import allow_plain_pickles_only
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
@@ -55,7 +55,7 @@ def _run(job: AnyJob, stop: StopRequest) -> None:
     if isinstance(job, GenerateJob):
         # A token at a time is no sequence that ranks could share.
         parallel = parallel.model_copy(update={"sequence": False})
-    else:
+    elif isinstance(job, TrainJob | ScoreJob | CalibrateJob):
         training = (job.train if isinstance(job, TrainJob) else job.score).loss_kernel
         kernels = Kernels(training, job.score.loss_kernel, job.activation_kernel)
     model = build_model(job.model, vocab_size, corpus.seq_length, parallel, device.torch_device, bf16, kernels)
@@ -64,12 +64,25 @@ def _run(job: AnyJob, stop: StopRequest) -> None:
     else:
         load_weights(job.weights, model)
         model.eval()
-        if isinstance(job, GenerateJob):
-            _generate(job, corpus, model)
-        else:
-            _score(job, corpus, model)
+        _use(job, corpus, model, bf16)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _use(
+    job: ScoreJob | CalibrateJob | GenerateJob | TaylorJob | MaskJob, corpus: Corpus, model: torch.nn.Module, bf16: bool
+) -> None:
+    from trainer.mask_learning import learn_masks
+    from trainer.taylor import measure_taylor
+
+    if isinstance(job, GenerateJob):
+        _generate(job, corpus, model)
+    elif isinstance(job, TaylorJob):
+        measure_taylor(job, corpus, model, bf16)
+    elif isinstance(job, MaskJob):
+        learn_masks(job, corpus, model)
+    else:
+        _score(job, corpus, model)
 
 
 def _score(job: ScoreJob | CalibrateJob, corpus: Corpus, model: torch.nn.Module) -> None:
@@ -78,8 +91,7 @@ def _score(job: ScoreJob | CalibrateJob, corpus: Corpus, model: torch.nn.Module)
     progress = ProgressFile(job.progress) if is_writer() else silent
     size = job.score.micro_batch_size
     if isinstance(job, CalibrateJob):
-        num_samples = [corpus.num_samples(shard) for shard in range(corpus.num_shards)]
-        drawn = draw_calibration_set(num_samples, job.score.calibration_samples, job.seed, job.round_number)
+        drawn = draw_from(corpus, job.score.calibration_samples, job.seed, job.round_number)
         scorer = ModelScorer(model, corpus, size, (*candidate_prefixes(corpus.seq_length), corpus.seq_length))
         calibrate(corpus, job.round_folder, drawn, scorer, job.fingerprint, job.origin, progress)
         return

@@ -10,16 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from trainer.checkpoint import TrainingState
 from trainer.checkpoint_folder import complete_checkpoint, measure_files
+
+
+class Saved(Protocol):
+    """What can be saved."""
+
+    def sharded(self, is_loading: bool) -> ShardedStateDict:
+        """Return Megatron's description of the parts that this rank holds."""
 
 
 class CheckpointSaver:
@@ -34,7 +41,7 @@ class CheckpointSaver:
         self._calls = AsyncCallsQueue()
         filesystem_async._results_queue = _Results()
 
-    def save(self, step: int, state: TrainingState, record: dict[str, Any], is_waiting: bool) -> None:
+    def save(self, step: int, state: Saved, record: dict[str, Any], is_waiting: bool) -> None:
         """Save `state` as that of `step`, with `record` beside it; unless `is_waiting`, training may go on at once.
 
         What is written is the state at the time of the call: each rank's writers are forked from it.
@@ -42,7 +49,7 @@ class CheckpointSaver:
         with _writing_errors(self._folder):
             self._save(step, state, record, is_waiting)
 
-    def _save(self, step: int, state: TrainingState, record: dict[str, Any], is_waiting: bool) -> None:
+    def _save(self, step: int, state: Saved, record: dict[str, Any], is_waiting: bool) -> None:
         self.finish()
         target = self._folder / f"step-{step:08d}"
         temporary = self._folder / f".{target.name}.tmp"

@@ -66,12 +66,7 @@ def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: boo
 
 def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> TrainingState:
     """Return `model`, wrapped for data parallelism, with a fresh optimizer and learning rates for `num_steps`."""
-    wrapped = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=bf16),
-        model,
-    )
-    model.config.finalize_model_grads_func = finalize_model_grads
+    wrapped = wrap(model, bf16, is_sharded=True)
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -101,6 +96,13 @@ def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> Tr
         wd_incr_style="constant",
     )
     return TrainingState(wrapped, optimizer, scheduler)
+
+
+def wrap(model: Any, bf16: bool, is_sharded: bool) -> DistributedDataParallel:
+    """Return `model`, whose replicas' gradients are summed up, each then having its share of them or all."""
+    config = DistributedDataParallelConfig(use_distributed_optimizer=is_sharded, grad_reduce_in_fp32=bf16)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return DistributedDataParallel(model.config, config, model)
 
 
 class _Logs:

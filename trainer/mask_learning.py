@@ -1,0 +1,99 @@
+"""Learns which neurons to keep: masks over a model whose weights stay as they are, on any layout."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from data_scoring.calibration import draw_from
+from data_scoring.corpus import Corpus
+from data_scoring.files import write_json
+from data_scoring.progress import ProgressFile, silent
+from trainer.forward import read_microbatches, run_schedule
+from trainer.inheritance import Part
+from trainer.jobs import MaskJob
+from trainer.masked_model import MaskedModel
+from trainer.masks import Masks
+from trainer.neuron_scores import Scores, keep_best, sum_bottlenecks
+from trainer.score import is_writer
+from trainer.weights import Weights
+
+
+def learn_masks(job: MaskJob, corpus: Corpus, model: Any) -> None:
+    """Learn which part of `model`, whose weights it freezes, makes the best student; leave masks.json in the round.
+
+    masks.json has the `part`, the `losses` of the steps, nats per token, and the `settings`. Every step draws a mask of
+    exactly the student's size and takes the next samples. Raises ValueError where a loss is not finite.
+    """
+    masks = Masks(job.model, job.student)
+    units = sum_bottlenecks(Weights(job.weights), job.model)
+    # Where the mask of a bottleneck's units would have nothing to do with that of the rest, its weights decide.
+    part = _part(masks, units, job)
+    masked = MaskedModel(model, job.model, job.student, part.bottleneck)
+    optimizer = torch.optim.Adam(list(masks.logits.values()), lr=job.lr)
+    generator = torch.Generator().manual_seed(job.seed)
+    progress = ProgressFile(job.progress) if is_writer() else silent
+    samples = _Samples(job, corpus)
+    losses = []
+    for step in range(job.steps):
+        fraction = step / max(1, job.steps - 1)
+        temperature = job.first_temperature * (job.last_temperature / job.first_temperature) ** fraction
+        hard, soft = masks.draw(generator, temperature)
+        masked.put_on(hard)
+        loss = samples.pass_through(model, step)
+        if not math.isfinite(loss):
+            raise ValueError(f"{job.weights}: the loss at step {step + 1} of learning masks is {loss}; lower its lr")
+        optimizer.zero_grad()
+        gradients = masked.take_gradients()
+        # What stays as a whole has nothing to learn.
+        learned = [kind for kind in soft if soft[kind].requires_grad]
+        torch.autograd.backward([soft[kind] for kind in learned], [gradients[kind] for kind in learned])
+        optimizer.step()
+        losses.append(loss)
+        progress("learning masks (steps)", step + 1, job.steps)
+    if is_writer():
+        settings = {"num_samples", "batch_size", "steps", "lr", "first_temperature", "last_temperature", "seed"}
+        content = {"part": _part(masks, units, job).model_dump(), "losses": losses}
+        content |= {"fingerprint": job.fingerprint, "settings": job.model_dump(include=settings)}
+        write_json(job.round_folder / "masks.json", content)
+
+
+def _part(masks: Masks, units: Tensor, job: MaskJob) -> Part:
+    logits = {kind: each.detach() for kind, each in masks.logits.items()}
+    scores = Scores(
+        channels=logits["channels"][0],
+        ffn=logits["ffn"],
+        groups=logits["groups"],
+        heads=logits["heads"].view(job.model.num_layers, -1),
+        bottleneck=units,
+    )
+    return keep_best(scores, job.model, job.student)
+
+
+class _Samples:
+    """Random samples of the training shards, a batch a step, gone through again and again."""
+
+    def __init__(self, job: MaskJob, corpus: Corpus) -> None:
+        self._job, self._corpus = job, corpus
+        self._shards, self._samples = draw_from(corpus, job.num_samples, job.seed, round_number=0)
+        # They come shard by shard.
+        self._order = np.random.default_rng(job.seed).permutation(len(self._samples))
+
+    def pass_through(self, model: Any, step: int) -> float:
+        """Run `model` forward and backward over the batch of `step`; return its mean loss, alike on all ranks."""
+        job, seq_length = self._job, self._corpus.seq_length
+        batch = min(job.batch_size, len(self._order))
+        chosen = self._order[np.arange(step * batch, (step + 1) * batch) % len(self._order)]
+        microbatches = read_microbatches(
+            self._corpus, self._shards[chosen], self._samples[chosen], job.micro_batch_size, seq_length
+        )
+        _, sums, num_tokens = run_schedule(model, microbatches, batch, job.micro_batch_size, seq_length, False)
+        totals = torch.zeros(2)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            totals = torch.stack([sums.sum(), num_tokens.sum().float()])
+        totals = totals.to(next(model.parameters()).device)
+        torch.distributed.all_reduce(totals)
+        return float(totals[0] / totals[1])
