@@ -14,6 +14,7 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_we
 from data_scoring.corpus import Corpus
 from data_scoring.scoring import Block
 from kernels.series_activation import initial_offsets
+from tests.trainer import two_ranks_masks
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 from trainer.devices import Device, initialise
 from trainer.presets import PRESETS
@@ -38,6 +39,7 @@ def work(rank: int, folder: Path, corpus: Path) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     device = initialise("cpu", 0)
     found = alone(device, Corpus(corpus)) | together(device, Corpus(corpus), rank)
+    found["masks"] = two_ranks_masks.find(device, Corpus(corpus), folder / "masks", rank)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()
 
