@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.two_ranks_masks import GROUPED, LAYOUTS, NUM_SAMPLES, STUDENTS, TEACHERS
+from tests.trainer.two_ranks_masks import GROUPED, LAYOUTS, NUM_SAMPLES, QUARTER, STUDENTS, TEACHERS
 from trainer.inheritance import Part
 from trainer.masks import KINDS, Masks, keep_highest, relax
 
@@ -91,7 +91,7 @@ def test_gradients_of_masks_are_the_same_under_every_layout_and_on_every_rank(
 
 @pytest.mark.parametrize("layout", JOB_LAYOUTS)
 def test_gradients_of_masks_are_those_of_what_they_scale(layout: str, found: Found) -> None:
-    """Where nothing is masked, a mask's gradient is Σ weight · gradient of the matrix that it scales, of plain torch."""
+    """Where nothing is masked, a mask's gradient is Σ weight · gradient, in plain torch, of the matrix that it scales."""
     plain, gradients = found[0]["masks"]["plain"], found[0]["masks"][f"grouped {layout}"]["gradients of everything"]
     tokens = float(plain["tokens"])
 
@@ -126,3 +126,17 @@ def test_learned_masks_are_the_same_under_every_layout(name: str, layout: str, f
     assert (len(part.channels), {len(each) for each in part.ffn}) == (student.hidden_size, {student.ffn_size})
     assert {len(each) for each in part.groups} == {student.num_groups}
     assert {len(each) for each in part.heads} == {student.num_attention_heads}
+
+
+@pytest.mark.parametrize("method", ["weights", "values", "masks"])
+def test_what_does_nothing_goes_by_every_method(method: str, found: Found) -> None:
+    """Half of the channels, neurons and groups are zeros: of what is left, which has been trained, half stays."""
+    half_dead = found[0]["masks"]["half dead"]
+    parts = [Part(**half_dead["masks"]["part"])] if method == "masks" else half_dead[f"by {method}"]
+    for part in parts:
+        assert min(part.channels) >= QUARTER.hidden_size * 2
+        assert all(min(each) >= QUARTER.ffn_size * 2 for each in part.ffn)
+        assert all(min(each) >= 2 for each in part.groups)
+    if method == "masks":
+        losses = half_dead["masks"]["losses"]
+        assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.5

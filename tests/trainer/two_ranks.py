@@ -32,14 +32,14 @@ def with_fields(**fields: Any) -> ModelConfig:
     return SMALL.model_copy(update=fields)
 
 
-def work(rank: int, folder: Path, corpus: Path) -> None:
+def work(rank: int, folder: Path, corpus: Path, trained: Path) -> None:
     """Leave in `folder` what this rank found."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     device = initialise("cpu", 0)
     found = alone(device, Corpus(corpus)) | together(device, Corpus(corpus), rank)
-    found["masks"] = two_ranks_masks.find(device, Corpus(corpus), folder / "masks", rank)
+    found["masks"] = two_ranks_masks.find(device, Corpus(corpus), trained, folder / "masks", rank)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()
 

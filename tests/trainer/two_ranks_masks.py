@@ -11,13 +11,15 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, read_check
 from data_scoring.calibration import draw_from
 from data_scoring.corpus import Corpus
 from data_scoring.files import read_json
+from tests.conftest import TINY_MODEL
 from tests.trainer.test_inheritance import random_part
 from trainer.checkpoint_shapes import shapes_of
 from trainer.config import ModelConfig, ParallelConfig
 from trainer.devices import Device
 from trainer.inheritance import Part, slice_checkpoint, whole_layers
 from trainer.jobs import MaskJob, TaylorJob
-from trainer.weights import write_weights
+from trainer.neuron_scores import choose
+from trainer.weights import Weights, write_weights
 
 # Of two query heads a group, and the additions; and of all biases, one matrix for embedding and head.
 GROUPED = ModelConfig(
@@ -59,11 +61,30 @@ LAYOUTS = {
     "pipeline": ParallelConfig(pipeline=2),
 }
 NUM_SAMPLES = 12
+# Enough for masks to tell what does nothing.
+STEPS = 60
 
 
-def find(device: Device, corpus: Corpus, folder: Path, rank: int) -> dict[str, Any]:
+# Twice as wide as the tests' trained model, with nothing in the first half of everything; and half as wide.
+HALF_DEAD = TINY_MODEL.model_copy(
+    update={
+        "hidden_size": 2 * TINY_MODEL.hidden_size,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "head_size": 8,
+        "ffn_hidden_size": 2 * TINY_MODEL.ffn_size,
+        "shortcut_reduction": 8,
+    }
+)
+QUARTER = HALF_DEAD.model_copy(
+    update={"hidden_size": 16, "num_attention_heads": 1, "num_query_groups": 1, "ffn_hidden_size": 32}
+)
+
+
+def find(device: Device, corpus: Corpus, trained: Path, folder: Path, rank: int) -> dict[str, Any]:
     """Return losses of masked and of sliced models, and gradients, by teacher and layout."""
     if rank == 0:
+        _write_half_dead(folder / "half dead" / "teacher" / "step-00000000", trained, corpus.vocab_size)
         for name, teacher in TEACHERS.items():
             _write_random(folder / name / "teacher" / "step-00000000", teacher, corpus.vocab_size)
             part = random_part(teacher, STUDENTS[name], range(2), seed=7)
@@ -75,6 +96,14 @@ def find(device: Device, corpus: Corpus, folder: Path, rank: int) -> dict[str, A
     for layout, parallel in LAYOUTS.items():
         for name in TEACHERS:
             found[f"{name} {layout}"] = _Layout(device, corpus, folder / name, parallel).find(name, layout)
+    alive = _Layout(device, corpus, folder / "half dead", LAYOUTS["sequence"])
+    found["half dead"] = alive.jobs(HALF_DEAD, QUARTER, "sequence", num_samples=100, steps=STEPS, batch_size=16)
+    if rank == 0:
+        for method, place in (
+            ("weights", alive.weights),
+            ("values", folder / "half dead" / "sequence" / "taylor" / "step-00000000"),
+        ):
+            found["half dead"][f"by {method}"] = [choose(Weights(place), HALF_DEAD, QUARTER, power) for power in (1, 2)]
     return found
 
 
@@ -117,7 +146,15 @@ class _Layout:
         self.pass_through(model, is_forward_only=False)
         return {"gradients of everything": masked.take_gradients()}
 
-    def jobs(self, teacher: ModelConfig, student: ModelConfig, layout: str) -> dict[str, Any]:
+    def jobs(
+        self,
+        teacher: ModelConfig,
+        student: ModelConfig,
+        layout: str,
+        num_samples: int = NUM_SAMPLES,
+        steps: int = 3,
+        batch_size: int = 5,
+    ) -> dict[str, Any]:
         """Return what the two jobs leave: values by their names, and what is in masks.json."""
         from trainer.mask_learning import learn_masks
         from trainer.taylor import measure_taylor
@@ -136,11 +173,11 @@ class _Layout:
             "errors": self.folder,
             "lock": self.folder / ".ranks.lock",
             "weights": self.weights,
-            "num_samples": NUM_SAMPLES,
+            "num_samples": num_samples,
             "micro_batch_size": 2,
         }
         measure_taylor(TaylorJob(**common), self.corpus, self.build(teacher, self.weights), bf16=False)
-        job = MaskJob(**common, student=student, steps=3, batch_size=5)
+        job = MaskJob(**common, student=student, steps=steps, batch_size=batch_size)
         learn_masks(job, self.corpus, self.build(teacher, self.weights))
         torch.distributed.barrier()
         values = read_checkpoint(self.folder / layout / "taylor" / "step-00000000")
@@ -188,6 +225,37 @@ def hard_masks(teacher: ModelConfig, part: Part) -> dict[str, Tensor]:
     }
 
 
+def _write_half_dead(folder: Path, trained: Path, vocab_size: int) -> None:
+    """Write a checkpoint that computes what the `trained` one does, with as many zeros before all that it has."""
+    tensors = {}
+    for name, tensor in read_checkpoint(trained).items():
+        # Norms are over twice as many channels.
+        scaled = tensor * 0.5**0.5 if "norm" in name or name.endswith("bda.down") else tensor
+        parts = scaled.chunk(2, dim=1) if "linear_fc1.weight" in name else [scaled]
+        tensors[name] = torch.cat([_after_zeros(name, part) for part in parts], dim=1 if len(parts) > 1 else 0)
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    assert {name: shape for name, (shape, _) in shapes.items()} == shapes_of(HALF_DEAD, 384)
+    record = {"step": 0, "vocab_size": vocab_size}
+    write_weights(folder, shapes, lambda name, layer: tensors[name] if layer is None else tensors[name][layer], record)
+
+
+def _after_zeros(name: str, tensor: Tensor) -> Tensor:
+    # Layers stay as many, and so do tokens, terms and the bottleneck's units.
+    fixed = {
+        "word_embeddings.weight": [0],
+        "output_layer.weight": [0],
+        "scale": [1],
+        "offset": [1],
+        "down": [1],
+        "up": [2],
+    }
+    axes = next((axes for ending, axes in fixed.items() if name.endswith(ending)), [])
+    for axis in range(1 if name.startswith("decoder.layers.") else 0, tensor.ndim):
+        if axis not in axes:
+            tensor = torch.cat([torch.zeros_like(tensor), tensor], dim=axis)
+    return tensor
+
+
 def _plain(checkpoint: Path, corpus: Corpus) -> dict[str, Tensor]:
     """Return the weights and the gradients of the mean loss of plain torch's model, as `name` and `name.grad`."""
     model = PlainModel(GROUPED, corpus.vocab_size)
@@ -197,7 +265,7 @@ def _plain(checkpoint: Path, corpus: Corpus) -> dict[str, Tensor]:
     losses = model(tokens[:, :-1], tokens[:, 1:])
     is_predicted = torch.arange(corpus.seq_length) < torch.from_numpy(batch.num_tokens)[:, None]
     (losses * is_predicted).sum().div(batch.num_tokens.sum()).backward()
-    return {name: tensor for name, tensor in _with_gradients(model)} | {"tokens": torch.tensor(batch.num_tokens.sum())}
+    return {**dict(_with_gradients(model)), "tokens": torch.tensor(batch.num_tokens.sum())}
 
 
 def _with_gradients(model: PlainModel) -> Iterator[tuple[str, Tensor]]:
