@@ -91,7 +91,7 @@ def test_gradients_of_masks_are_the_same_under_every_layout_and_on_every_rank(
 
 @pytest.mark.parametrize("layout", JOB_LAYOUTS)
 def test_gradients_of_masks_are_those_of_what_they_scale(layout: str, found: Found) -> None:
-    """Where nothing is masked, a mask's gradient is Σ weight · gradient, in plain torch, of the matrix that it scales."""
+    """Where nothing is masked, a mask's gradient is Σ weight · gradient of what it scales, in plain torch."""
     plain, gradients = found[0]["masks"]["plain"], found[0]["masks"][f"grouped {layout}"]["gradients of everything"]
     tokens = float(plain["tokens"])
 
