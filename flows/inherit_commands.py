@@ -8,7 +8,7 @@ from data_scoring.progress import Progress
 from flows.config import RunConfig
 from flows.run_folder import Run
 from flows.stored_model import StoredModel
-from flows.trial_commands import add_config, count, read_trial_config
+from flows.trial_options import add_config, count, read_trial_config
 
 _NUM_SAMPLES = 256
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.config import RunConfig, read_config
 from flows.run_folder import RanksFailedError
+from flows.trial_options import add_config, count, read_trial_config
 
 
 def add_trial_commands(commands: Any) -> None:
@@ -19,14 +19,6 @@ def add_trial_commands(commands: Any) -> None:
     _add_compare(commands.add_parser("compare", help="train arms that differ in one thing, and say what it is worth"))
     _add_sweep(commands.add_parser("sweep", help="search for depth, width and expansion at one number of parameters"))
     _add_grid(commands.add_parser("grid", help="train every batch size with every rule for the learning rate"))
-
-
-def add_config(command: argparse.ArgumentParser) -> None:
-    """Add to `command` the configuration that trials are made from."""
-    command.add_argument("target", type=Path, metavar="CONFIG", help="YAML configuration; the same command resumes it")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
-    )
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
@@ -68,27 +60,6 @@ def _add_grid(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokens", type=count, help="tokens that each trains on (default: train.max_tokens)")
     command.add_argument("--jobs", type=int, default=1, help="trials that train at once (default: 1)")
     command.set_defaults(command=_grid)
-
-
-def count(text: str) -> int:
-    """Return a whole number that may be written as 1e9."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.5
-    if number % 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; write 1000000 or 1e6")
-    return int(number)
-
-
-def read_trial_config(options: argparse.Namespace) -> RunConfig:
-    """Return that configuration. Raises ValueError where it, or a number among the options, is none."""
-    if options.target.is_dir():
-        raise ValueError(f"{options.target}: is a folder; give the configuration that the trials are made from")
-    for option in ("seeds", "tokens", "jobs", "trials"):
-        if (number := getattr(options, option, None)) is not None and number < 1:
-            raise ValueError(f"--{option}: {number} is less than 1; give more")
-    return read_config(options.target, options.set)
 
 
 def _compare(options: argparse.Namespace) -> None:

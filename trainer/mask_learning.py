@@ -29,10 +29,9 @@ def learn_masks(job: MaskJob, corpus: Corpus, model: Any) -> None:
     exactly the student's size and takes the next samples. Raises ValueError where a loss is not finite.
     """
     masks = Masks(job.model, job.student)
+    # Units of the shortcut's bottleneck have no mask: their weights decide, beforehand.
     units = sum_bottlenecks(Weights(job.weights), job.model)
-    # Where the mask of a bottleneck's units would have nothing to do with that of the rest, its weights decide.
-    part = _part(masks, units, job)
-    masked = MaskedModel(model, job.model, job.student, part.bottleneck)
+    masked = MaskedModel(model, job.model, job.student, _part(masks, units, job).bottleneck)
     optimizer = torch.optim.Adam(list(masks.logits.values()), lr=job.lr)
     generator = torch.Generator().manual_seed(job.seed)
     progress = ProgressFile(job.progress) if is_writer() else silent

@@ -1,5 +1,6 @@
 """Which layers stay: the choice against every choice there is, the command with real ranks, and its errors."""
 
+import json
 import shutil
 from itertools import combinations
 from pathlib import Path
@@ -136,7 +137,7 @@ def run(config: RunConfig, fakes: FakeRanks) -> Run:
     run = open_run(config.model_copy(update={"model": model}))
     for stage in (lambda *_: stages.prepare(run, lambda *_: None), stages.mix, stages.train):
         stage(run, 1, lambda *_: None)
-    record = '{"step": 1, "vocab_size": %d}' % run.corpus().vocab_size
+    record = json.dumps({"step": 1, "vocab_size": run.corpus().vocab_size})
     [checkpoint] = list_checkpoints(run.round_folder(1) / "checkpoint")
     (checkpoint / "reprise.json").write_text(record)
     return run
