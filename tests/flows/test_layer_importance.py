@@ -14,6 +14,8 @@ import yaml
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
 from data_scoring.calibration import draw_calibration_set
 from data_scoring.corpus import Corpus
+from data_scoring.files import write_json
+from data_scoring.progress import silent
 from data_scoring.scoring import write_parquet
 from flows import stages
 from flows.cli import main
@@ -93,7 +95,7 @@ def teacher(trained: Path, tiny_corpus: Corpus, tmp_path_factory: pytest.TempPat
 def corpus_config(teacher: Path, config: RunConfig, tmp_path: Path) -> dict[str, Any]:
     """A configuration of another corpus in the teacher's tokens."""
     values = config.model_dump(mode="json", include={"name", "output", "device", "corpus"})
-    return {**values, "tokenizer": {"path": str(teacher / "tokenizer.json")}, "parallel": {"data": 2}}
+    return {**values, "tokenizer": {"path": str(teacher / "tokenizer.json")}}
 
 
 def test_a_model_is_measured_on_the_corpus_of_a_configuration(
@@ -124,21 +126,19 @@ def test_a_model_is_measured_on_the_corpus_of_a_configuration(
     # Nothing is measured again for another depth.
     assert main([*command, "--samples", "9", "--layers", "1"]) == 0
     assert (folder / "skips.parquet").stat().st_mtime_ns == written
-    assert "| 1 | **[" in capsys.readouterr().out
+    assert "| 1 | **[" in " ".join(capsys.readouterr().out.split())
     content = (folder / "report.html").read_text()
     assert content.count("data:image/png;base64,") == 1 and (folder / "report-increase.png").exists()
 
 
 @pytest.fixture
 def run(config: RunConfig, fakes: FakeRanks) -> Run:
-    """A run of a model of five layers whose first round has trained."""
+    """A run of a model of five layers that has a checkpoint."""
     model = config.model.model_copy(update={"num_layers": 5})
     run = open_run(config.model_copy(update={"model": model}))
-    for stage in (lambda *_: stages.prepare(run, lambda *_: None), stages.mix, stages.train):
-        stage(run, 1, lambda *_: None)
-    record = '{"step": 1, "vocab_size": %d}' % run.corpus().vocab_size
-    [checkpoint] = list_checkpoints(run.round_folder(1) / "checkpoint")
-    (checkpoint / "reprise.json").write_text(record)
+    stages.prepare(run, silent)
+    checkpoint = run.round_folder(1) / "checkpoint" / "step-00000001"
+    write_json(checkpoint / "reprise.json", {"step": 1, "vocab_size": run.corpus().vocab_size})
     return run
 
 
@@ -148,10 +148,8 @@ def test_a_run_is_measured_on_its_own_corpus(run: Run, fakes: FakeRanks, capsys:
     folder = run.folder / "importance"
     text = capsys.readouterr().out
     for depth in (1, 2, 3):
-        assert f"| {depth} | **{list(keep_layers(folder / 'skips.parquet', depth))}** |" in text
-    corpus = run.corpus()
-    total = sum(corpus.num_samples(shard) for shard in range(corpus.num_shards))
-    assert total < 256 and f"over {total} random samples" in text
+        assert f"| {depth} | **{list(keep_layers(folder / 'skips.parquet', depth))}** |" in " ".join(text.split())
+    assert "over 256 random samples of" in text
     assert main(command) == 0
     assert fakes.jobs.count(f"{run.folder.name} importance") == 1
     # Other samples are another question.
