@@ -28,28 +28,15 @@ from tests.flows.test_cli import one_line
 from trainer.checkpoint_folder import list_checkpoints
 
 
-def compositions(length: int) -> list[tuple[int, ...]]:
-    """Return every way to write `length` as a sum of ones, twos and threes."""
-    if length == 0:
-        return [()]
-    return [(part, *rest) for part in (1, 2, 3) if part <= length for rest in compositions(length - part)]
-
-
 def cost_of(dropped: tuple[int, ...], increases: dict[tuple[int, int], float]) -> float:
-    """Return what dropping layers costs, each run by itself, by every way to cut it that has the fewest pieces."""
-    runs: list[list[int]] = []
-    for layer in dropped:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
+    """Return what dropping layers costs, each run by itself: all blocks of three, less what two have in common."""
+    starts = [layer for layer in dropped if layer - 1 not in dropped]
     total = 0.0
-    for run in runs:
-        ways = compositions(len(run))
-        fewest = [way for way in ways if len(way) == min(map(len, ways))]
-        total += min(
-            sum(increases[run[0] + sum(way[:place]), part] for place, part in enumerate(way)) for way in fewest
-        )
+    for start in starts:
+        length = next(n for n in range(1, len(dropped) + 1) if start + n not in dropped)
+        blocks = range(start, start + length - 2)
+        total += sum(increases[first, 3] for first in blocks) - sum(increases[first, 2] for first in blocks[1:])
+        total += increases[start, length] if length < 3 else 0.0
     return total
 
 
@@ -78,6 +65,8 @@ def test_of_choices_that_cost_the_same_the_earlier_layers_go(tmp_path: Path) -> 
     write_parquet(tmp_path / "skips.parquet", pa.Table.from_pylist(rows), "")
     assert keep_layers(tmp_path / "skips.parquet", 4) == (0, 3, 4, 5)
     assert predict_increase(tmp_path / "skips.parquet", (0, 1, 5)) == pytest.approx(0.3)
+    # Four in a row: twice three, less the two that both have.
+    assert predict_increase(tmp_path / "skips.parquet", (0, 5)) == pytest.approx(0.3 + 0.3 - 0.2)
 
 
 @pytest.fixture(scope="module")
