@@ -42,8 +42,8 @@ def _choices(skips: Path, depths: list[int]) -> Section:
     notes = [
         "The layers are those whose absence costs least; the first and the last always stay. The increase to be "
         "expected, in nats per token and before any training, is the sum over the runs of layers that are dropped. Of "
-        f"a run of more than {read_skips(skips).longest} layers, every layer adds what it does to the longest block that "
-        "ends with it.",
+        f"a run of more than {read_skips(skips).longest} layers, each adds what it does to the longest block that ends "
+        "with it.",
     ]
     return Section("Which layers stay", notes, ["layers", "stay", "dropped", "increase of the loss"], cells)
 
