@@ -1,9 +1,7 @@
 """Which layers of a model stay: what skipping each block of them costs, and the set whose absence costs least."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,75 +77,71 @@ class Skips:
         """Return the layers of the longest block."""
         return max(length for _, length in self.rows)
 
+    def added(self, layer: int, before: int) -> int:
+        """Return what skipping `layer` adds where the `before` layers just before it are skipped as well, in units.
+
+        Those further away than blocks were measured are left out of account.
+        """
+        before = min(before, self.longest - 1)
+        return self._increase(layer - before, before + 1) - self._increase(layer - before, before)
+
+    def _increase(self, start: int, length: int) -> int:
+        value: float = self.rows[start, length]["increase"] if length else 0.0
+        return round(value * _UNITS_PER_NAT)
+
 
 def read_skips(path: Path) -> Skips:
     """Return what a skips.parquet holds."""
     return Skips({(row["start"], row["length"]): row for row in pq.read_table(path).to_pylist()})
 
 
-def keep_layers(skips: Path, num_layers: int) -> tuple[int, ...]:
-    """Return the layers, counted from 0, that stay in a model of `num_layers`: those whose absence costs least.
+def predict_increase(skips: Path, layers: Sequence[int]) -> float:
+    """Return the increase of the loss, nats per token, to be expected if but the `layers`, counted from 0, stay.
 
-    First and last stay, unless only one does. What the others cost is the sum, over runs of dropped layers, of the
-    increase measured with that run skipped. A run longer than any that was measured is cut into as few measured ones as
-    can be, in the cheapest way. Of sets that cost the same, to a billionth of a nat, that which drops earlier layers.
-    Raises ValueError where the model has not as many layers.
+    Runs of skipped layers add up. A run costs what was measured of it; of a longer one than any that was measured,
+    every layer adds what it does to the longest measured block that ends with it.
+    """
+    measured = read_skips(skips)
+    total = before = 0
+    for layer in range(measured.num_layers):
+        if layer in layers:
+            before = 0
+        else:
+            total += measured.added(layer, before)
+            before += 1
+    return total / _UNITS_PER_NAT
+
+
+def keep_layers(skips: Path, num_layers: int) -> tuple[int, ...]:
+    """Return the layers, counted from 0, that stay in a model of `num_layers`: those that `predict_increase` favours.
+
+    First and last stay, unless only one does. Of sets that cost the same, to a billionth of a nat, the one that drops
+    the earlier layers. Raises ValueError where the larger model has not as many layers.
     """
     measured = read_skips(skips)
     depth = measured.num_layers
     if not 1 <= num_layers <= depth:
         raise ValueError(f"num_layers: {num_layers} is not between 1 and the {depth} layers of the larger model")
-    first = 1 if num_layers > 1 else 0
-    dropped = _cheapest_drop(measured, first, depth - first, depth - num_layers)
+    inner = range(1, depth - 1) if num_layers > 1 else range(depth)
+    dropped = _cheapest_drop(measured, inner, depth - num_layers)
     return tuple(layer for layer in range(depth) if layer not in dropped)
 
 
-def predict_increase(skips: Path, layers: Sequence[int]) -> float:
-    """Return the increase of the loss, nats per token, to be expected if but the `layers`, counted from 0, stay.
+def _cheapest_drop(measured: Skips, layers: range, count: int) -> tuple[int, ...]:
+    """Return the `count` of the `layers` whose absence costs least.
 
-    The sum that `keep_layers` minimises.
+    A dynamic programme: for each number of layers dropped so far, and of those just before the next one as far as they
+    count, the least cost and the layers dropped for it.
     """
-    measured = read_skips(skips)
-    cost = _run_costs(measured)
-    edges = [-1, *layers, measured.num_layers]
-    runs = ((before + 1, after) for before, after in pairwise(edges) if after > before + 1)
-    return sum(cost(start, end) for start, end in runs) / _UNITS_PER_NAT
-
-
-def _run_costs(measured: Skips) -> Callable[[int, int], int]:
-    """Return the function that gives what skipping the layers from `start` to before `end` costs, in units."""
-    longest = measured.longest
-
-    @cache
-    def cost(start: int, end: int) -> int:
-        length = end - start
-        if length <= longest:
-            increase: float = measured.rows[start, length]["increase"]
-            return round(increase * _UNITS_PER_NAT)
-        # Layers skipped together mostly cost more than the sum of each by itself: the fewer cuts the better.
-        shortest = length - longest * (-(-length // longest) - 1)
-        return min(cost(start, cut) + cost(cut, end) for cut in range(start + shortest, start + longest + 1))
-
-    return cost
-
-
-def _cheapest_drop(measured: Skips, first: int, last: int, count: int) -> tuple[int, ...]:
-    """Return the `count` layers from `first` to before `last` whose absence costs least.
-
-    A dynamic programme from the back: `best[layer][n]` is the cheapest way to drop n of the layers from `layer` on,
-    given that the one before stays.
-    """
-    cost = _run_costs(measured)
-    best: list[dict[int, tuple[int, tuple[int, ...]]]] = [{0: (0, ())} for _ in range(last + 2)]
-    for layer in range(last - 1, first - 1, -1):
-        options = best[layer + 1].copy()  # What is possible where this layer stays.
-        for end in range(layer + 1, min(last, layer + count) + 1):
-            run = tuple(range(layer, end))
-            # The layer at `end` stays, so what follows begins behind it.
-            for number, (rest, dropped) in best[end + 1].items():
-                option = (cost(layer, end) + rest, run + dropped)
-                total = number + len(run)
-                if total <= count:
-                    options[total] = min(options.get(total, option), option)
-        best[layer] = options
-    return best[first][count][1]
+    best: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {(0, 0): (0, ())}
+    for layer in layers:
+        options: list[tuple[tuple[int, int], tuple[int, tuple[int, ...]]]] = []
+        for (number, before), (cost, dropped) in best.items():
+            options.append(((number, 0), (cost, dropped)))
+            if number < count:
+                state = (number + 1, min(before + 1, measured.longest - 1))
+                options.append((state, (cost + measured.added(layer, before), (*dropped, layer))))
+        best = {}
+        for state, option in options:
+            best[state] = min(best.get(state, option), option)
+    return min(option for (number, _), option in best.items() if number == count)[1]

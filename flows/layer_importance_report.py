@@ -41,8 +41,9 @@ def _choices(skips: Path, depths: list[int]) -> Section:
         cells.append([str(depth), f"**{list(kept)}**", str(dropped), increase])
     notes = [
         "The layers are those whose absence costs least; the first and the last always stay. The increase to be "
-        "expected, in nats per token and before any training, is the sum over the runs of layers that are dropped; of "
-        f"a run of more than {read_skips(skips).longest}, over the fewest measured blocks that make it up.",
+        "expected, in nats per token and before any training, is the sum over the runs of layers that are dropped. Of "
+        f"a run of more than {read_skips(skips).longest} layers, each adds what it does to the longest block that ends "
+        "with it.",
     ]
     return Section("Which layers stay", notes, ["layers", "stay", "dropped", "increase of the loss"], cells)
 

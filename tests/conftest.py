@@ -18,7 +18,7 @@ from data_scoring.refine import mix_all
 from flows.launch import launch
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
-from trainer.jobs import CalibrateJob, GenerateJob, Job, ScoreJob, TrainJob
+from trainer.jobs import CalibrateJob, GenerateJob, Job, ScoreJob, SkipJob, TrainJob
 
 TINY_MODEL = ModelConfig(
     num_layers=2,
@@ -163,6 +163,13 @@ class Ranks:
         common = self._common(folder, layout, TINY_MODEL)
         self.launch(GenerateJob(**common, weights=weights, batch_size=3, num_new_tokens=30), f"generate-{name}")
         return dict(json.loads((folder / "generation.json").read_text()))
+
+    def skip(self, name: str, weights: Path, layout: tuple[int, int, int], model: ModelConfig) -> Path:
+        """Measure what skipping layers costs, on 50 samples, and return the file that says so."""
+        common = self._common(self.folder / name, layout, model)
+        job = SkipJob(**common, weights=weights, num_samples=50, micro_batch_size=4)
+        self.launch(job, name)
+        return job.result
 
     def launch(self, job: Job, name: str) -> None:
         """Run `job` to its end."""

@@ -5,7 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_scoring.mix import write_mix
+from tests.conftest import TINY_MODEL, Ranks, read_rows
 from tests.trainer.two_ranks_layers import LAYOUTS, MICRO_BATCH_SIZE, MODEL, NUM_SAMPLES
+from trainer.checkpoint_folder import list_checkpoints
 
 Found = list[dict[str, Any]]
 
@@ -32,6 +35,12 @@ def test_losses_are_those_of_plain_models_without_the_layers(layout: str, found:
     assert rows[0]["increase"] == rows[0]["stderr"] == 0
 
 
+def test_losses_in_bfloat16_are_about_the_same(found: Found) -> None:
+    exact, rounded = (found[1]["skips"][name]["rows"] for name in ("pipeline", "bfloat16"))
+    differences = [abs(one["loss"] - other["loss"]) for one, other in zip(exact, rounded, strict=True)]
+    assert 1e-5 < max(differences) < 0.03
+
+
 @pytest.mark.parametrize(("layout", "replicas", "tensor"), [("data", 2, 1), ("pipeline", 1, 1), ("sequence", 1, 2)])
 def test_no_layer_sees_a_sample_again_that_a_cache_could_know(
     layout: str, replicas: int, tensor: int, found: Found
@@ -44,3 +53,20 @@ def test_no_layer_sees_a_sample_again_that_a_cache_could_know(
     # The last batch is filled up.
     num_rows = -(-NUM_SAMPLES // at_once) * at_once
     assert sum(rank["skips"][layout]["rows through layers"] for rank in found) == tensor * num_rows * per_sample
+
+
+@pytest.mark.slow
+def test_jobs_of_four_ranks_measure_what_one_does(ranks: Ranks) -> None:
+    """Of stages of one layer each, blocks of three layers cross two borders."""
+    model = TINY_MODEL.model_copy(update={"num_layers": 4})
+    some = f"select shard, sample from '{ranks.corpus.samples_path}' where sample < 40"
+    trained = ranks.train("four-layers", make_mix=lambda path: write_mix(path, some, 0, 1), model=model)
+    weights = list_checkpoints(trained / "checkpoint")[-1]
+    one, *others = (
+        read_rows(
+            ranks.skip(f"skips-{number}", weights, layout, model), "start", "length", "loss", "increase", "stderr"
+        )
+        for number, layout in enumerate([(1, 1, 1), (1, 4, 1), (2, 2, 1)])
+    )
+    for rows in others:
+        np.testing.assert_allclose(rows, one, atol=1e-5)

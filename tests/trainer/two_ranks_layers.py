@@ -49,11 +49,20 @@ def skip_layers(device: Device, corpus: Corpus, rank: int) -> dict[str, Any]:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
     found: dict[str, Any] = {"plain": _plain_losses(corpus, whole)}
     for name, parallel in LAYOUTS.items():
-        _share(parallel)
-        gpt = _build(device, corpus, parallel)
-        _fill(gpt, dict(whole.named_parameters()), rank)
-        found[name] = _measure(corpus, gpt, parallel)
+        found[name] = _measure(corpus, _shared(device, corpus, parallel, whole, rank), parallel)
+    stages = LAYOUTS["pipeline"]
+    found["bfloat16"] = _measure(corpus, _shared(device, corpus, stages, whole, rank, bf16=True), stages)
     return found
+
+
+def _shared(
+    device: Device, corpus: Corpus, parallel: ParallelConfig, whole: Any, rank: int, bf16: bool = False
+) -> torch.nn.Module:
+    """Return this rank's part of a model that has the weights of the whole one."""
+    _share(parallel)
+    model = _build(device, corpus, parallel, bf16)
+    _fill(model.module if bf16 else model, dict(whole.named_parameters()), rank)
+    return model
 
 
 def _share(parallel: ParallelConfig) -> None:
@@ -63,12 +72,12 @@ def _share(parallel: ParallelConfig) -> None:
     parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
 
 
-def _build(device: Device, corpus: Corpus, parallel: ParallelConfig) -> Any:
+def _build(device: Device, corpus: Corpus, parallel: ParallelConfig, bf16: bool = False) -> Any:
     from trainer.model import Kernels, build_model
 
     device.seed(5)
     place = torch.get_default_device()
-    return build_model(MODEL, corpus.vocab_size, corpus.seq_length, parallel, place, False, Kernels()).eval()
+    return build_model(MODEL, corpus.vocab_size, corpus.seq_length, parallel, place, bf16, Kernels()).eval()
 
 
 def _fill(gpt: Any, whole: dict[str, Tensor], rank: int) -> None:
@@ -83,11 +92,12 @@ def _fill(gpt: Any, whole: dict[str, Tensor], rank: int) -> None:
             parameter.copy_(value if parameter.shape == value.shape else _part(value, parameter, name, rank))
 
 
-def _measure(corpus: Corpus, gpt: Any, parallel: ParallelConfig) -> dict[str, Any]:
+def _measure(corpus: Corpus, model: torch.nn.Module, parallel: ParallelConfig) -> dict[str, Any]:
     from trainer.layer_skips import measure_skips
 
     rows_through_layers: list[int] = []
-    for layer in gpt.decoder.layers:
+    layers = [module for module in model.modules() if type(module).__name__ == "TransformerLayer"]
+    for layer in layers:
         layer.register_forward_hook(lambda _layer, _inputs, output: rows_through_layers.append(output[0].shape[1]))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -96,7 +106,7 @@ def _measure(corpus: Corpus, gpt: Any, parallel: ParallelConfig) -> dict[str, An
             precision="float32", activation_kernel="reference", seed=SEED, progress=place, errors=place, lock=place,
             weights=place, num_samples=NUM_SAMPLES, micro_batch_size=MICRO_BATCH_SIZE,
         )  # fmt: skip
-        measure_skips(job, corpus, gpt, silent)
+        measure_skips(job, corpus, model, silent)
         rows = pq.read_table(job.result).to_pylist() if job.result.exists() else None
     return {"rows": rows, "rows through layers": sum(rows_through_layers)}
 
