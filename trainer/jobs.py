@@ -101,7 +101,7 @@ class MaskJob(Job):
     micro_batch_size: int = Field(ge=1, description="Samples a forward pass takes at once.")
     steps: int = Field(default=200, ge=1, description="Steps of Adam.")
     batch_size: int = Field(default=16, ge=1, description="Samples a step.")
-    lr: float = Field(default=0.1, gt=0, description="Adam's learning rate, of the masks' logits.")
+    lr: float = Field(default=0.05, gt=0, description="Adam's learning rate, of the masks' logits.")
     first_temperature: float = Field(default=2.0, gt=0, description="Temperature of the relaxation at the first step.")
     last_temperature: float = Field(default=0.2, gt=0, description="And at the last; it falls geometrically.")
 

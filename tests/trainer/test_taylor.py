@@ -68,7 +68,6 @@ def test_workers_measure_and_learn_what_a_student_starts_from(ranks: Ranks, trai
         slice_checkpoint(weights, TINY_MODEL, STUDENT, part, target)
         scored = ranks.score(f"score-{name}", target, model=STUDENT)
         losses[name] = np.mean([row[0] for row in read_rows(scored / "losses", "loss")])
-    print(losses)
     # No worse than all its neighbours: masks of the last steps, which have noise.
     assert losses["learned"] < np.mean(read_json(folder / "masks.json")["losses"][-10:]) + 0.05
     assert losses["learned"] < losses["taylor"] + 0.1
