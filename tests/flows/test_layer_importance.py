@@ -1,6 +1,5 @@
 """Which layers stay: the choice against every choice there is, the command with real ranks, and its errors."""
 
-import json
 import shutil
 from itertools import combinations
 from pathlib import Path
