@@ -63,6 +63,7 @@ LAYOUTS = {
 NUM_SAMPLES = 12
 # Enough for masks to tell what does nothing.
 STEPS = 50
+SIZES = {"num_samples": NUM_SAMPLES, "steps": 3, "batch_size": 5, "micro_batch_size": 2}
 
 
 # Twice as wide as the tests' trained model, with nothing in the first half of everything; and half as wide.
@@ -97,7 +98,8 @@ def find(device: Device, corpus: Corpus, trained: Path, folder: Path, rank: int)
         for name in TEACHERS:
             found[f"{name} {layout}"] = _Layout(device, corpus, folder / name, parallel).find(name, layout)
     alive = _Layout(device, corpus, folder / "half dead", LAYOUTS["data"])
-    found["half dead"] = alive.jobs(HALF_DEAD, QUARTER, "data", num_samples=100, steps=STEPS, batch_size=16)
+    sizes = {"num_samples": 100, "steps": STEPS, "batch_size": 16, "micro_batch_size": 8}
+    found["half dead"] = alive.jobs(HALF_DEAD, QUARTER, "data", sizes)
     if rank == 0:
         for method, place in (
             ("weights", alive.weights),
@@ -154,9 +156,7 @@ class _Layout:
         teacher: ModelConfig,
         student: ModelConfig,
         layout: str,
-        num_samples: int = NUM_SAMPLES,
-        steps: int = 3,
-        batch_size: int = 5,
+        sizes: dict[str, int] = SIZES,
     ) -> dict[str, Any]:
         """Return what the two jobs leave: values by their names, and what is in masks.json."""
         from trainer.mask_learning import learn_masks
@@ -176,11 +176,10 @@ class _Layout:
             "errors": self.folder,
             "lock": self.folder / ".ranks.lock",
             "weights": self.weights,
-            "num_samples": num_samples,
-            "micro_batch_size": 2,
         }
-        measure_taylor(TaylorJob(**common), self.corpus, self.build(teacher, self.weights), bf16=False)
-        job = MaskJob(**common, student=student, steps=steps, batch_size=batch_size)
+        of_samples = {name: sizes[name] for name in ("num_samples", "micro_batch_size")}
+        measure_taylor(TaylorJob(**common, **of_samples), self.corpus, self.build(teacher, self.weights), bf16=False)
+        job = MaskJob(**common, student=student, **sizes)
         learn_masks(job, self.corpus, self.build(teacher, self.weights))
         torch.distributed.barrier()
         values = read_checkpoint(self.folder / layout / "taylor" / "step-00000000")
