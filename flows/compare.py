@@ -5,7 +5,7 @@ first round by hard links, so that its stages find them complete, and does what 
 model begins have the corpus alone from their base, and train round 1 themselves.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +23,7 @@ from flows.config import RunConfig
 from flows.inheritance import layers_of
 from flows.pages import Page
 from flows.run_folder import Run, locked, open_run
+from flows.teacher import check_inheritance
 from flows.trials import Trial, final_losses, named, prepare_corpus, share, train_trial, trial_config, with_tokens
 from trainer.config import InheritConfig, InheritMethod, ModelConfig
 
@@ -156,20 +157,28 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
     seeds = range(config.seed, config.seed + num_seeds)
     if not sweep.shares_round:
         config = with_tokens(config, tokens)
+        if config.model.inherits and sweep.option == "--inits":
+            raise ValueError("model.inherit: initialisations are compared from random weights; leave it out")
         if config.model.start_from is not None:
             raise ValueError("model.start_from: initialisations are compared from random weights; leave it out")
     # What an arm lacks is best known before the bases have trained.
     for arm in sweep.arms:
-        _config(config, folder, config.seed, arm)
+        check_inheritance(_config(config, folder, config.seed, arm))
     path = folder / f"{sweep.stem}.parquet"
     with locked(folder):
+        layers = None
+        if sweep.option == "--methods" and any(arm.name != "base" for arm in sweep.arms):
+            layers = _measure_layers(config, folder, progress)
+            assert config.model.inherit is not None
+            inherit = config.model.inherit.model_copy(update={"layers": tuple(layers)})
+            sweep = inherit_sweep(",".join(arm.name for arm in sweep.arms), inherit)
         if sweep.shares_round:
             rows, tokens = _go_on(config, folder, seeds, sweep, tokens, progress)
         else:
             rows, curves = _begin(config, folder, seeds, sweep, progress)
             write_parquet(curves_path(path), pa.Table.from_pylist(curves, CURVES), "")
         write_parquet(path, pa.Table.from_pylist(rows, RESULTS), "")
-        return write_comparison(path, sweep.option, [arm.name for arm in sweep.arms], config, tokens)
+        return write_comparison(path, sweep.option, [arm.name for arm in sweep.arms], config, tokens, layers)
 
 
 def _go_on(
@@ -202,7 +211,7 @@ def _begin(
     rows, curves = [], []
     for seed in seeds:
         corpus = prepare_corpus(config, folder, f"corpus-seed-{seed}", seed, progress)
-        for arm in _with_layers(sweep, corpus, progress):
+        for arm in sweep.arms:
             arm_config = _config(config, folder, seed, arm)
             run = train_trial(arm_config, corpus, named(arm_config, progress))
             rows += _results(run, seed, arm)
@@ -210,15 +219,11 @@ def _begin(
     return rows, curves
 
 
-def _with_layers(sweep: Sweep, corpus: Run, progress: Progress) -> tuple[Arm, ...]:
-    """Return the arms, all of which inherit the same layers, measured once over `corpus`, if they inherit any."""
-    inherit = corpus.config.model.inherit
-    if inherit is None or all(arm.name == "base" for arm in sweep.arms):
-        return sweep.arms
+def _measure_layers(config: RunConfig, folder: Path, progress: Progress) -> list[int]:
+    """Return the layers that all arms inherit in all seeds, measured once, over the corpus of the first."""
+    corpus = prepare_corpus(config, folder, f"corpus-seed-{config.seed}", config.seed, progress)
     with locked(corpus.folder):
-        layers = layers_of(corpus, named(corpus.config, progress))
-    values = {arm.name: _inheriting(inherit, method=arm.name, layers=layers) for arm in sweep.arms}
-    return tuple(replace(arm, values=values[arm.name]) for arm in sweep.arms)
+        return layers_of(corpus, named(corpus.config, progress))
 
 
 def _config(config: RunConfig, folder: Path, seed: int, arm: Arm) -> RunConfig:

@@ -9,19 +9,29 @@ from flows.compare_results import BASE, open_results
 from flows.config import RunConfig
 from flows.pages import Page, Picture, Section, span, write_page
 from flows.plots import render
-from flows.stored_model import find_model
+from flows.teacher import find_teacher
 
 # Options whose arms train a first round of their own.
 _BEGINNINGS = ("--inits", "--methods")
 
 
-def write_comparison(results: Path, option: str, arms: list[str], config: RunConfig, tokens: int | None) -> Page:
+def write_comparison(
+    results: Path,
+    option: str,
+    arms: list[str],
+    config: RunConfig,
+    tokens: int | None,
+    layers: list[int] | None = None,
+) -> Page:
     """Write the page, the Markdown and the pictures of the comparison in the Parquet file `results` beside it.
 
-    `option` is what the `arms` differ in; `tokens` is how many each trained on at most, where that was the same.
+    `option` is what the `arms` differ in; `tokens` is how many each trained on at most, where that was the same;
+    `layers` are those of a larger model that arms inherit.
     """
     with open_results(results, arms) as connection:
         lead = _lead(connection, option, config, tokens)
+        if layers is not None:
+            lead.insert(1, _inherited(config, layers))
         parts, plots = [_losses, _differences, _spread, _costs], dict(PLOTS)
         if option in _BEGINNINGS:
             # There is nothing after round 1 that could cost anything.
@@ -53,7 +63,7 @@ def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, to
         "--inits": "Arms differ in model.init, how weights are drawn. Each trains one round from them, on the same "
         "samples in the same order.",
         "--methods": "Arms differ in model.inherit.method, which neurons of the larger model they start with; base "
-        f"starts at random. Each trains one round, on the same samples in the same order. {_inherited(config)}",
+        "starts at random. Each trains one round, on the same samples in the same order.",
     }
     shared = (
         f"In each seed all arms go on from the same round 1, trained once on {span(least, most)} predicted tokens."
@@ -75,17 +85,20 @@ def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, to
     return lines
 
 
-def _inherited(config: RunConfig) -> str:
-    """Return what the models are and what they are cut from, in a sentence."""
+def _inherited(config: RunConfig, layers: list[int]) -> str:
+    """Return what the models are and what they are cut from, in two sentences."""
     model = config.model
-    if model.inherit is None:
-        return ""
-    teacher = find_model(Path(model.inherit.teacher), model.inherit.round)
+    assert model.inherit is not None
+    teacher = find_teacher(model.inherit)
     sizes = [
         f"{each.num_layers} layers of width {each.hidden_size}, {each.num_attention_heads} heads, FFN {each.ffn_size}"
         for each in (model, teacher.config)
     ]
-    return f"They have {sizes[0]}; the larger model ({model.inherit.teacher}) has {sizes[1]}."
+    how = "those whose absence costs most" if model.inherit.layers == "auto" else "as configured"
+    return (
+        f"They have {sizes[0]}; the larger model ({teacher.checkpoint}) has {sizes[1]}. They inherit its layers "
+        f"{', '.join(map(str, layers))}, counted from 0, {how}."
+    )
 
 
 def _losses(results: duckdb.DuckDBPyConnection) -> Section:

@@ -5,26 +5,25 @@ ledger, lineage.parquet), and the checkpoint itself.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from data_scoring.files import read_json, write_json
+from data_scoring.files import checksum, fingerprint, read_json, write_json
 from data_scoring.progress import Progress
-from data_scoring.scoring import write_parquet
-from data_scoring.tokenizer import read_tokenizer
-from data_scoring.vocabulary import open_vocabulary
+from data_scoring.scoring import parquet_fingerprint, write_parquet
 from flows.jobs import job_fields
 from flows.launch import launch
 from flows.layer_importance import keep_layers, measure_importance
 from flows.run_folder import Run
-from flows.stored_model import StoredModel, find_model
-from trainer.checkpoint_folder import list_checkpoints
-from trainer.config import InheritConfig, ModelConfig, check_layout
-from trainer.inheritance import Part, check_student, cut_depth, slice_checkpoint
+from flows.stored_model import StoredModel
+from flows.teacher import check_inheritance, check_vocabulary, find_teacher
+from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record
+from trainer.config import InheritConfig, ModelConfig
+from trainer.inheritance import Part, cut_depth, slice_checkpoint
 from trainer.jobs import MaskJob, TaylorJob
 from trainer.neuron_scores import choose
 from trainer.weights import Weights
@@ -61,18 +60,17 @@ def inherited_checkpoint(run: Run) -> Path:
     return checkpoints[-1]
 
 
-def check_inheritance(model: ModelConfig, tokenizer: Path | None) -> None:
-    """Raise ValueError where `model`, reading with `tokenizer`, cannot start from the one that it names."""
-    if model.inherit is None or not model.inherits:
-        return
-    teacher = find_model(Path(model.inherit.teacher), model.inherit.round)
-    check_student(teacher.config, model)
-    if tokenizer is None:
-        raise ValueError(
-            "tokenizer.path: a model that inherits reads with the tokenizer of the larger one, or with one cut from "
-            f"it; give {teacher.tokenizer}"
-        )
-    kept_tokens(tokenizer, teacher)
+def is_current(run: Run) -> bool:
+    """Return whether what round 1 starts from was cut from the larger model that is there now.
+
+    One that is gone cannot be cut again.
+    """
+    assert run.config.model.inherit is not None
+    try:
+        teacher = find_teacher(run.config.model.inherit)
+    except ValueError:
+        return True
+    return parquet_fingerprint(inheritance_folder(run) / "lineage.parquet") == checksum(teacher.checkpoint / RECORD)
 
 
 def make_start(run: Run, progress: Progress) -> None:
@@ -82,33 +80,48 @@ def make_start(run: Run, progress: Progress) -> None:
     """
     model = run.config.model
     assert model.inherit is not None
-    teacher = find_model(Path(model.inherit.teacher), model.inherit.round)
-    check_student(teacher.config, model)
-    _check_ranks(run, teacher)
+    check_inheritance(run.config)
+    teacher = find_teacher(model.inherit)
     folder = inheritance_folder(run)
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    with_tokens = _with_tokens(run, teacher, folder / "work")
-    layers = _choose_layers(run, with_tokens, folder, progress)
-    is_shallower = len(layers) < teacher.config.num_layers
-    shallow = _cut(with_tokens, layers, folder / "work" / "layers") if is_shallower else with_tokens
-    part = _choose_neurons(run, shallow, folder, progress)
-    progress("cutting the larger model (checkpoints)", 0, 1)
-    target = folder / "checkpoint" / "step-00000000"
-    slice_checkpoint(shallow.checkpoint, shallow.config, model, part, target, seed=run.config.seed)
-    progress("cutting the larger model (checkpoints)", 1, 1)
+    with _working(folder) as work:
+        with_tokens = _with_tokens(run, teacher, work)
+        layers = _choose_layers(run, with_tokens, folder, progress)
+        is_shallower = len(layers) < teacher.config.num_layers
+        shallow = _cut(with_tokens, layers, work / "layers") if is_shallower else with_tokens
+        part = _choose_neurons(run, shallow, folder, progress)
+        progress("cutting the larger model (checkpoints)", 0, 1)
+        origin = {"checkpoint": str(teacher.checkpoint), "layers": list(layers), "method": model.inherit.method}
+        target = folder / "checkpoint" / "step-00000000"
+        slice_checkpoint(
+            shallow.checkpoint, shallow.config, model, part, target, None, run.config.seed, {"inherited_from": origin}
+        )
+        progress("cutting the larger model (checkpoints)", 1, 1)
     _write_lineage(folder, teacher, model.inherit, part.model_copy(update={"layers": tuple(layers)}))
-    shutil.rmtree(folder / "work", ignore_errors=True)
 
 
 def layers_of(run: Run, progress: Progress) -> list[int]:
     """Return the layers that a run inherits, measured over its corpus where the configuration names none."""
-    model, folder = run.config.model, inheritance_folder(run)
-    assert model.inherit is not None
-    teacher = find_model(Path(model.inherit.teacher), model.inherit.round)
-    _check_ranks(run, teacher)
-    layers = _choose_layers(run, _with_tokens(run, teacher, folder / "work"), folder, progress)
-    shutil.rmtree(folder / "work", ignore_errors=True)
-    return list(layers)
+    assert run.config.model.inherit is not None
+    teacher, folder = find_teacher(run.config.model.inherit), inheritance_folder(run)
+    with _working(folder) as work:
+        is_measured = _needs_measuring(run.config.model, teacher)
+        return list(_choose_layers(run, _with_tokens(run, teacher, work) if is_measured else teacher, folder, progress))
+
+
+@contextmanager
+def _working(folder: Path) -> Iterator[Path]:
+    """Yield a folder for what is needed on the way alone."""
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _needs_measuring(model: ModelConfig, teacher: StoredModel) -> bool:
+    return model.inherit is not None and model.inherit.layers == "auto" and model.num_layers < teacher.config.num_layers
 
 
 def _choose_layers(run: Run, teacher: StoredModel, folder: Path, progress: Progress) -> Sequence[int]:
@@ -118,53 +131,20 @@ def _choose_layers(run: Run, teacher: StoredModel, folder: Path, progress: Progr
     """
     model = run.config.model
     assert model.inherit is not None
-    if model.inherit.layers != "auto":
-        return model.inherit.layers
-    if model.num_layers == teacher.config.num_layers:
-        return range(model.num_layers)
+    if not _needs_measuring(model, teacher):
+        return range(model.num_layers) if model.inherit.layers == "auto" else model.inherit.layers
     samples = model.inherit.calibration_samples
     skips = measure_importance(run, teacher, teacher.checkpoint, folder, samples, progress)
     return keep_layers(skips, model.num_layers)
 
 
-def kept_tokens(tokenizer: Path, teacher: StoredModel) -> list[int] | None:
-    """Return the teacher's tokens in the order of `tokenizer`, which was cut from the teacher's; None: all as they are.
-
-    Raises ValueError where it is another tokenizer.
-    """
-    if read_tokenizer(tokenizer) == teacher.tokenizer.read_bytes():
-        return None
-    table = tokenizer.parent / "vocabulary.parquet"
-    if table.is_file():
-        rows = pq.read_table(table, columns=["id", "piece", "new_id"]).to_pylist()
-        pieces = [(token, piece) for token, piece in enumerate(open_vocabulary(teacher.tokenizer).pieces) if piece]
-        if [(row["id"], row["piece"]) for row in rows] == pieces:
-            kept = [(row["new_id"], row["id"]) for row in rows if row["new_id"] is not None]
-            return [token for _, token in sorted(kept)]
-    raise ValueError(
-        f"tokenizer.path: {tokenizer} is neither the tokenizer of model.inherit.from ({teacher.tokenizer}) nor one "
-        "that `reprise tokenizer compact` has cut from it; give one of these"
-    )
-
-
-def _check_ranks(run: Run, teacher: StoredModel) -> None:
-    config = run.config
-    try:
-        check_layout(teacher.config, config.resolved_train, config.parallel, config.corpus.seq_length)
-    except ValueError as error:
-        raise ValueError(f"model.inherit.from: ranks share the larger model as well: {error}") from None
-
-
 def _with_tokens(run: Run, teacher: StoredModel, work: Path) -> StoredModel:
     """Return the larger model with the run's vocabulary."""
     # Not its copy in the corpus: a tokenizer that was cut from another has its table beside it.
-    kept = kept_tokens(Path(str(run.config.tokenizer.path)), teacher)
-    num_tokens, wanted = teacher.vocab_size if kept is None else len(kept), run.config.model.vocab_size
-    if wanted not in (None, num_tokens):
-        raise ValueError(
-            f"model.vocab_size: {wanted} is not what the larger model has for this tokenizer ({num_tokens}); leave it "
-            "out"
-        )
+    kept = check_vocabulary(run.config, teacher)
+    if kept is None and "vocab_size" not in read_checkpoint_record(teacher.checkpoint):
+        # Checkpoints of earlier versions do not say how many of their rows are tokens.
+        kept = list(range(teacher.vocab_size))
     if kept is None:
         return teacher
     return _cut(teacher, range(teacher.config.num_layers), work / "tokens", kept)
@@ -172,7 +152,6 @@ def _with_tokens(run: Run, teacher: StoredModel, work: Path) -> StoredModel:
 
 def _cut(teacher: StoredModel, layers: Sequence[int], folder: Path, tokens: Sequence[int] | None = None) -> StoredModel:
     """Return the larger model with some of its layers and tokens alone."""
-    shutil.rmtree(folder, ignore_errors=True)
     target = folder / "step-00000000"
     whole = teacher.config.model_copy(update={"vocab_size": None, "preset": None})
     config = cut_depth(teacher.checkpoint, whole, layers, target, tokens)
@@ -187,8 +166,9 @@ def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Prog
     inherit = model.inherit
     if inherit.method in ("l1", "l2"):
         return choose(Weights(teacher.checkpoint), teacher.config, model, 1 if inherit.method == "l1" else 2)
+    identity = fingerprint("neurons", run.fingerprint("inherit", 1), checksum(teacher.checkpoint / RECORD))
     fields = {
-        **job_fields(run, 1, run.fingerprint("inherit", 1)),
+        **job_fields(run, 1, identity),
         "round_folder": folder,
         "model": teacher.config,
         "weights": teacher.checkpoint,
@@ -209,8 +189,11 @@ def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Prog
         steps=inherit.mask_steps,
         lr=inherit.mask_lr,
     )
-    launch(masks, run.folder, "inherit-masks", progress, run.config.launch)
-    return Part.model_validate(read_json(folder / "masks.json")["part"])
+    learned = read_json(folder / "masks.json")
+    if learned is None or learned["fingerprint"] != identity:
+        launch(masks, run.folder, "inherit-masks", progress, run.config.launch)
+        learned = read_json(folder / "masks.json")
+    return Part.model_validate(learned["part"])
 
 
 def _write_lineage(folder: Path, teacher: StoredModel, inherit: InheritConfig, part: Part) -> None:
@@ -232,5 +215,6 @@ def _write_lineage(folder: Path, teacher: StoredModel, inherit: InheritConfig, p
         }
         for layer, teacher_layer in enumerate(part.layers)
     ]
-    write_parquet(folder / "lineage.parquet", pa.Table.from_pylist(rows, LINEAGE), "")
+    identity = checksum(teacher.checkpoint / RECORD)
+    write_parquet(folder / "lineage.parquet", pa.Table.from_pylist(rows, LINEAGE), identity)
     write_json(folder / "part.json", part.model_dump(mode="json"))

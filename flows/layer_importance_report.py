@@ -40,8 +40,9 @@ def _choices(skips: Path, depths: list[int]) -> Section:
         increase = f"{predict_increase(skips, kept):+.4f}"
         cells.append([str(depth), f"**{list(kept)}**", str(dropped), increase])
     notes = [
-        "The layers are those whose absence costs least; the first and the last always stay. The increase to be "
-        "expected, in nats per token and before any training, is the sum over the runs of layers that are dropped. Of "
+        "Those stay whose absence would cost most, the first and the last among them unless one alone stays. The "
+        "increase to be expected, in nats per token and before any training, is the sum over the runs of layers that "
+        "are dropped. Of "
         f"a run of more than {read_skips(skips).longest} layers, each adds what it does to the longest block that ends "
         "with it.",
     ]

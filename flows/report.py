@@ -115,7 +115,8 @@ def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
     if not rows or inherit is None:
         return []
     [(checkpoint, method, width)] = rows
-    how = "as the configuration names them" if inherit.layers != "auto" else "those whose absence costs most"
+    skips = run.round_folder(1) / "inherit" / "skips.parquet"
+    how = "those whose absence costs most" if inherit.layers == "auto" and skips.exists() else "as configured"
     return [
         "<h2>Inheritance</h2>",
         f"<p>Round 1 started from <code>{html.escape(checkpoint)}</code>: from these of its layers, {how}, and "
@@ -126,7 +127,7 @@ def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
                 array_to_string(heads, ', ') as "Heads of the larger model"
             from lineage order by layer""",
         ),
-        *_importance(run.round_folder(1) / "inherit" / "skips.parquet"),
+        *_importance(skips),
     ]
 
 

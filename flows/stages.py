@@ -18,13 +18,15 @@ from data_scoring.refine import refine as refine_shards
 from data_scoring.scoring import parquet_fingerprint
 from data_scoring.tokenizer import open_tokenizer
 from flows.config import RunConfig
-from flows.inheritance import check_inheritance, inherited_checkpoint, make_start
+from flows.inheritance import inherited_checkpoint, is_current, make_start
 from flows.jobs import device_kind, final_checkpoint, job_fields
 from flows.launch import launch, plan
 from flows.report import write_report
 from flows.run_folder import Run
 from flows.scoring import check_losses, check_reference, score_round
 from flows.slurm import check_tools
+from flows.teacher import check_inheritance
+from trainer.checkpoint_folder import list_checkpoints
 from trainer.checkpoint_shapes import check_start
 from trainer.devices import check_count, check_kernel, check_layers, resolve
 from trainer.jobs import TrainJob
@@ -45,7 +47,7 @@ def prepare(run: Run, progress: Progress) -> bool:
         check_reference(config.refine)
     if run.is_complete("prepare"):
         return False
-    check_inheritance(config.model, None if config.tokenizer.path is None else Path(config.tokenizer.path))
+    check_inheritance(config)
     if config.model.start_from is not None:
         # A tokenizer that is yet to be trained has as many entries as its text lets it have.
         vocab_size = None if config.tokenizer.path is None else _tokenizer_size(config)
@@ -101,7 +103,10 @@ def _tokenizer_size(config: RunConfig) -> int:
 
 def inherit(run: Run, progress: Progress) -> bool:
     """Make what round 1 starts from of a larger model, where `model.inherit` names one."""
-    if not run.config.model.inherits or run.is_complete("inherit", 1):
+    if not run.config.model.inherits:
+        return False
+    has_begun = bool(list_checkpoints(run.round_folder(1) / "checkpoint"))
+    if run.is_complete("inherit", 1) and (has_begun or is_current(run)):
         return False
     with _completing(run, "inherit", 1):
         make_start(run, progress)

@@ -36,6 +36,8 @@ def find_model(place: Path, round_number: int | None = None) -> StoredModel:
 
     Raises ValueError where there is none.
     """
+    # What is made of it says where it is from, wherever that is read.
+    place = place.absolute()
     if (place / MODEL).is_file():
         if round_number is not None:
             raise ValueError(f"--round: goes with a run folder, which {place} is not; leave it out")

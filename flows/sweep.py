@@ -30,6 +30,8 @@ def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
     folder = sweep_folder(config)
     if config.model.start_from is not None:
         raise ValueError("model.start_from: a search trains models of many shapes from random weights; leave it out")
+    if config.model.inherits:
+        raise ValueError("model.inherit: a search trains models of many shapes from random weights; leave it out")
     plan(config, search, vocabulary_size(config))
     before: dict[str, Any] | None = read_json(folder / _RECORD)
     wanted = search.model_dump(exclude=_FREE)

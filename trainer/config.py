@@ -15,6 +15,9 @@ ActivationKernel = Literal["reference", "triton"]
 InheritMethod = Literal["base", "l1", "l2", "taylor", "learned"]
 
 
+LayerNumber = Annotated[int, Field(ge=0)]
+
+
 class InheritConfig(Config):
     """How round 1 starts from the layers and neurons of a larger model that matter most (the paper, section 4)."""
 
@@ -23,7 +26,7 @@ class InheritConfig(Config):
     )
     round: int | None = Field(default=None, ge=1, description="Round of that run; null: the last.")
     layers: Annotated[
-        Annotated[Literal["auto"], Tag("<auto>")] | Annotated[tuple[int, ...], Tag("<numbers>")],
+        Annotated[Literal["auto"], Tag("<auto>")] | Annotated[tuple[LayerNumber, ...], Tag("<numbers>")],
         Discriminator(lambda value: "<auto>" if isinstance(value, str) else "<numbers>"),
     ] = Field(
         default="auto",
@@ -36,7 +39,10 @@ class InheritConfig(Config):
         "times gradients (taylor), by masks that are trained (learned); base: none, the model starts at random.",
     )
     calibration_samples: int = Field(
-        default=256, ge=1, le=1_000_000, description="Samples that layers are measured with, and gradients (taylor)."
+        default=256,
+        ge=1,
+        le=1_000_000,
+        description="Samples that layers are measured with, and gradients (taylor) or masks (learned).",
     )
     mask_steps: int = Field(default=200, ge=1, le=1_000_000, description="Steps that masks are trained for (learned).")
     mask_lr: float = Field(default=0.05, gt=0, le=10, description="Learning rate of the masks (learned).")

@@ -189,7 +189,7 @@ def slice_checkpoint(
         target,
         {name: (shape, dtypes[name]) for name, shape in shapes.items()},
         produce,
-        {**(record or {}), "step": 0, "vocab_size": len(kept), "inherited_from": inherited},
+        {"inherited_from": inherited, **(record or {}), "step": 0, "vocab_size": len(kept)},
     )
 
 

@@ -44,7 +44,10 @@ def learn_masks(job: MaskJob, corpus: Corpus, model: Any) -> None:
         masked.put_on(hard)
         loss = samples.pass_through(model, step)
         if not math.isfinite(loss):
-            raise ValueError(f"{job.weights}: the loss at step {step + 1} of learning masks is {loss}; lower its lr")
+            raise ValueError(
+                f"{job.weights}: the larger model's loss is {loss} with some neurons left out (step {step + 1}); set "
+                "train.precision to float32, model.inherit.method to l1, or take another model"
+            )
         optimizer.zero_grad()
         gradients = masked.take_gradients()
         # What stays as a whole has nothing to learn.

@@ -133,9 +133,11 @@ def test_the_demo_is_the_default_path() -> None:
 
 
 def test_the_readme_s_own_example_is_valid() -> None:
-    example, launches = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    example, small, launches = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     values = yaml.safe_load(example)
     assert parse_config(values, "README.md").name == "mine"
+    model = parse_config({**values, **yaml.safe_load(small), "parallel": {"tensor": 2}}, "README.md").model
+    assert model.inherits and model.channels == 64
     for line in launches.splitlines():
         launch = parse_config({**values, "device": "cuda", **yaml.safe_load(line)}, "README.md").launch
         assert launch.nodes == 2

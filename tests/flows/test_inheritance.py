@@ -1,5 +1,6 @@
 """A run whose first round starts from parts of a larger model: its lineage, and what is refused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
 from data_scoring.config import padded_vocab_size
-from data_scoring.files import read_json
+from data_scoring.files import read_json, write_json
 from data_scoring.ledger import query
 from data_scoring.progress import silent
 from flows import inheritance, stages
 from flows.cli import main
 from flows.compaction import Request, compact_tokenizer
-from flows.compare import compare, inherit_sweep
+from flows.compare import compare, inherit_sweep, init_sweep
 from flows.compare_results import curves_path
 from flows.config import RunConfig, parse_config
 from flows.layer_importance import keep_layers
@@ -24,7 +25,7 @@ from flows.run_folder import Run, open_run
 from flows.status import read_status
 from tests.conftest import read_rows
 from tests.flows.fakes import FakeRanks
-from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
+from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD, shapes_of
 from trainer.config import ModelConfig
 from trainer.inheritance import Part
@@ -35,9 +36,9 @@ LARGE = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
 SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16}
 
 
-def write_random_weights(model: ModelConfig, vocab_size: int, target: Path) -> None:
+def write_random_weights(model: ModelConfig, vocab_size: int, target: Path, seed: int = 3) -> None:
     """Write a checkpoint of weights drawn at random."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     shapes = {name: (shape, torch.float32) for name, shape in shapes_of(model, padded_vocab_size(vocab_size)).items()}
 
     def draw(name: str, layer: int | None) -> torch.Tensor:
@@ -109,6 +110,10 @@ def test_round_1_starts_from_what_is_cut_out_and_the_ledger_knows_it(
     assert "<h2>Inheritance</h2>" in page
     assert f"from parts of <code>{teacher.folder}</code>" in page
     assert not stages.inherit(run, silent)
+    assert read_checkpoint_record(start)["inherited_from"] == {
+        "checkpoint": str(list_checkpoints(teacher.round_folder(1) / "checkpoint")[-1]), "layers": [0, 3],
+        "method": "l2",
+    }  # fmt: skip
     assert not (start.parent.parent / "work").exists()
 
 
@@ -116,6 +121,20 @@ def _without_padding(rows: torch.Tensor, teacher: Run) -> torch.Tensor:
     rows = rows.clone()
     rows[teacher.corpus().vocab_size :] = 0
     return rows
+
+
+def test_what_was_cut_from_another_model_is_cut_anew_until_training_begins(config: RunConfig, teacher: Run) -> None:
+    run = open_run(student(config, teacher))
+    stages.prepare(run, silent)
+    assert stages.inherit(run, silent)
+    before = read_checkpoint(inheritance.inherited_checkpoint(run))
+    [checkpoint] = list_checkpoints(teacher.round_folder(1) / "checkpoint")
+    shutil.rmtree(checkpoint)
+    assert not stages.inherit(run, silent)
+    write_random_weights(teacher.config.model, teacher.corpus().vocab_size, checkpoint, seed=4)
+    assert stages.inherit(run, silent)
+    assert not torch.equal(read_checkpoint(inheritance.inherited_checkpoint(run))[HEAD], before[HEAD])
+    assert not stages.inherit(run, silent)
 
 
 def test_a_compact_vocabulary_takes_its_rows(
@@ -154,7 +173,24 @@ def test_what_cannot_be_inherited_is_one_line(config: RunConfig, teacher: Run, t
         f"tokenizer.path: {other.tokenizer} is neither the tokenizer of model.inherit.from "
     )
     nowhere = student(config, teacher, **{"from": str(tmp_path / "nowhere")})
-    assert refused(nowhere).startswith(f"{tmp_path / 'nowhere'}: holds no model; give a run's folder")
+    assert refused(nowhere).startswith(
+        f"model.inherit.from: {tmp_path / 'nowhere'}: holds no model; give a run's folder"
+    )
+    assert refused(student(config, teacher, layers=[0, 9])) == (
+        "model.inherit.layers: 9 is no layer of the larger model, which has 0 to 3; name some of these"
+    )
+    [checkpoint] = list_checkpoints(teacher.round_folder(1) / "checkpoint")
+    wrong = good.model_copy(update={"model": good.model.model_copy(update={"vocab_size": 999})})
+    assert refused(wrong).startswith("model.vocab_size: 999 is not the ")
+    record = read_checkpoint_record(checkpoint)
+    write_json(checkpoint / RECORD, {**record, "num_steps": 9})
+    assert refused(good) == (
+        f"model.inherit.from: {checkpoint} is of step 7 of 9; let its round end, or name one that has "
+        "(model.inherit.round)"
+    )
+    write_json(checkpoint / RECORD, record)
+    (checkpoint / "__0_0.distcp").write_bytes(b"short")
+    assert refused(good).startswith(f"model.inherit.from: {checkpoint}: no whole checkpoint (__0_0.distcp has 5 bytes")
     deep = good.model_copy(update={"model": good.model.model_copy(update={"hidden_size": 64, "head_size": 8})})
     assert refused(deep).startswith("model.inherit: the model has 64 channels and the teacher 32; ")
 
@@ -172,7 +208,7 @@ def test_methods_are_compared_from_the_same_layers_measured_once(
     monkeypatch.setattr(inheritance, "keep_layers", lambda path, num_layers: (1, 2))
     sweep = inherit_sweep("base,l1,l2", student(config, teacher, layers="auto").model.inherit)
     page = compare(student(config, teacher, layers="auto"), sweep, 2, 300, silent)
-    assert measured == ["corpus-seed-0", "corpus-seed-1"]
+    assert measured == ["corpus-seed-0"]
     assert [job for job in fakes.jobs if "train" not in job] == []
     folder = page.page.parent
     for name in ("l1", "l2"):
@@ -186,6 +222,10 @@ def test_methods_are_compared_from_the_same_layers_measured_once(
     assert page.page.read_text().count("data:image/png;base64,") == 3
     assert "## Difference to arm base, paired by seed" in page.text
     assert "the larger model" in page.text and "4 layers of width 32, 4 heads, FFN 48" in page.text
+    assert "its layers 1, 2, counted from 0, those whose absence costs most" in page.text
+    assert compare(student(config, teacher, layers="auto"), sweep, 2, 300, silent).text == page.text
+    with pytest.raises(ValueError, match=r"model.inherit: initialisations are compared from random weights; leave it"):
+        compare(student(config, teacher), init_sweep("gpt2,constant"), 1, 300, silent)
 
 
 def test_the_command_needs_something_to_inherit_from(
