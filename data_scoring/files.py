@@ -46,7 +46,7 @@ def making(folder: Path) -> Iterator[Path]:
         with suppress(OSError):
             for parent in absent:
                 parent.rmdir()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno:
             error.filename = str(error.filename or folder).replace(str(temporary), str(folder))
         raise
 

@@ -33,7 +33,8 @@ def export_tokenizer(path: Path, end_of_document: str | None, max_length: int | 
     a text. max_length: the longest sequence, in tokens, that the model was trained for.
     """
     end = open_tokenizer(path, end_of_document).end_of_document
-    token = dict.fromkeys(("eos_token", "bos_token"), name_token(path, end))
+    name = name_token(path, end)
+    token = {"eos_token": name, "bos_token": name}
     if path.suffix == ".json":
         content = json.loads(read_tokenizer(path))
         # Others than the byte-level one, which moves offsets alone, add tokens.

@@ -134,6 +134,6 @@ def _check_end(source: Path, path: Path, tokenizer: Tokenizer, ends: list[int]) 
     if end not in ends:
         raise ValueError(
             f"{source / 'config.json'}: eos_token_id is {', '.join(map(str, ends))}, and {name_token(path, end)!r}, "
-            f"which ends a sequence for {path.name}, is {end}; give this model's tokenizer, or name the token that ends "
-            "documents with --end-of-document"
+            f"which ends a sequence for {path.name}, is {end}; give this model's tokenizer, or name the token that "
+            "ends documents with --end-of-document"
         )

@@ -1,6 +1,5 @@
 """Hugging Face's description of a model, `config.json`, as ours, and ours as theirs."""
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,10 +149,10 @@ def _read_rotary(fields: _Fields) -> tuple[int, float | None]:
         raise ValueError(f"{fields.path}: {name} is of type {kind!r}; only default and llama3 can be imported")
     for field, value in _LLAMA3.items():
         if rope.get(field) != value:
-            raise fields.refuse(field, f"only {value} can be imported", rope)
-    factor = rope.get("factor")
-    if type(factor) not in (int, float) or not math.isfinite(factor):
-        raise fields.refuse("factor", "give the number by which llama3 stretches positions", rope)
+            raise fields.refuse(field, f"only {value:g} can be imported", rope)
+    factor: Any = rope.get("factor")
+    if type(factor) not in (int, float) or not 1 < factor < 2**63:
+        raise fields.refuse("factor", "give the number, more than 1, by which llama3 stretches positions", rope)
     return int(base), float(factor)
 
 

@@ -166,11 +166,10 @@ def _writing_errors(target: Path) -> Iterator[None]:
         if isinstance(cause, ValueError):
             raise cause from None
         # The writer, closing its file, hides why it has to.
-        reasons, each = [], cause
-        while each is not None:
-            reasons.append(str(each))
-            each = each.__context__
-        raise disk_error(" ".join(reasons), target) or cause from None
+        reason, context = str(cause), cause.__context__
+        while context is not None:
+            reason, context = f"{reason} {context}", context.__context__
+        raise disk_error(reason, target) or cause from None
 
 
 @contextmanager
