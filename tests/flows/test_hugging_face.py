@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
@@ -487,9 +488,12 @@ def test_a_full_disk_is_told_in_a_line(
             yield stream
 
     monkeypatch.setattr(FileSystem, "create_stream", full)
-    monkeypatch.setattr(
-        "trainer.hugging_face_files.save_file", lambda tensors, _, metadata: save_file(tensors, "/dev/full", metadata)
-    )
+
+    # What safetensors raises then; it must not be given that device, for it would put a file in its place.
+    def fail(*_: object, metadata: dict[str, str]) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("trainer.hugging_face_files.save_file", fail)
     made = tmp_path / "made" / "model"
     for arguments, name in (
         (["import", "hf", str(hugging_face / "llama")], "checkpoint/step-00000000"),
