@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,30 @@ def writing(path: Path) -> Iterator[Path]:
         commit(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder; on success it appears as `folder`, on failure it is removed, with parents made for it.
+
+    OSErrors name what was to be made. One process at a time makes the same folder.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    absent = [parent for parent in folder.parents if not parent.exists()]
+    # What a killed process left.
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        commit(temporary, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for parent in absent:
+                parent.rmdir()
+        if isinstance(error, OSError) and error.errno:
+            error.filename = str(error.filename or folder).replace(str(temporary), str(folder))
         raise
 
 
@@ -76,6 +101,14 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def disk_error(reason: str, path: Path) -> OSError | None:
+    """Return the OSError, naming `path`, that a library which writes files has put into words, or None."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+        if os.strerror(number) in reason:
+            return OSError(number, os.strerror(number), str(path))
+    return None
+
+
 def explain(error: OSError) -> str | None:
     """Return one line with the remedy for an error that the user can mend (no space, no access), else None."""
     remedies = {
@@ -83,6 +116,7 @@ def explain(error: OSError) -> str | None:
         errno.EDQUOT: "raise your quota or free some space, and run the same command again: what is complete is kept",
         errno.EACCES: "give yourself access to it, or name another folder",
         errno.EROFS: "name a folder that can be written to",
+        errno.ENOTDIR: "something on the way there is a file: name another folder",
     }
     # Arrow's errors have the number in their text alone.
     numbers = [error.errno] if error.errno else [number for number in remedies if f"[errno {number}]" in str(error)]

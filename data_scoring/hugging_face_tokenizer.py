@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from data_scoring.files import write_json
-from data_scoring.tokenizer import open_tokenizer, read_tokenizer
+from data_scoring.tokenizer import name_token, open_tokenizer, read_tokenizer
 from data_scoring.vocabulary import BYTES
 
 _Piece = sentencepiece_model.ModelProto.SentencePiece
@@ -34,15 +33,16 @@ def export_tokenizer(path: Path, end_of_document: str | None, max_length: int | 
     a text. max_length: the longest sequence, in tokens, that the model was trained for.
     """
     end = open_tokenizer(path, end_of_document).end_of_document
+    name = name_token(path, end)
+    token = {"eos_token": name, "bos_token": name}
     if path.suffix == ".json":
         content = json.loads(read_tokenizer(path))
         # Others than the byte-level one, which moves offsets alone, add tokens.
         if (content.get("post_processor") or {}).get("type") != "ByteLevel":
             content["post_processor"] = None
-        _write(folder, content, _token(tokenizers.Tokenizer.from_str(json.dumps(content)).id_to_token(end)), max_length)
+        _write(folder, content, token, max_length)
         return end
     proto = _read(path)
-    token = _token(sentencepiece.SentencePieceProcessor(model_file=str(path)).id_to_piece(end))
     if converts_exactly(proto):
         _write(folder, json.loads(convert(proto).to_str()), token, max_length)
     else:
@@ -161,10 +161,6 @@ def _added(proto: Any, kind: int) -> Iterable[AddedToken]:
         for entry in proto.pieces
         if entry.type == kind
     )
-
-
-def _token(name: str | None) -> dict[str, str | None]:
-    return {"eos_token": name, "bos_token": name}
 
 
 def _write(folder: Path, content: dict[str, Any], token: dict[str, str | None], max_length: int | None) -> None:

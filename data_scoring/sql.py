@@ -1,13 +1,13 @@
 """Values inside SQL text, for the places where DuckDB takes no parameters, and DuckDB's errors in ours."""
 
-import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
+
+from data_scoring.files import disk_error
 
 
 @contextmanager
@@ -16,10 +16,8 @@ def writing_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
-            if os.strerror(number) in str(error):
-                raise OSError(number, os.strerror(number), str(path)) from None
-        raise ValueError(f"{path}: cannot be written ({' '.join(str(error).split())}); mend it and go on") from None
+        other = ValueError(f"{path}: cannot be written ({' '.join(str(error).split())}); mend it and go on")
+        raise disk_error(str(error), path) or other from None
 
 
 @contextmanager

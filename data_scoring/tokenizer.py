@@ -42,11 +42,7 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path, end_of_document: str | None) -> None:
         # Set before the library's first use of threads: datasets' worker processes make it fall back to one core.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        content = read_tokenizer(path)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # noqa: BLE001 (what the library raises)
-            raise ValueError(f"{path}: not a tokenizer.json ({error}); give one of the tokenizers library") from None
+        self._tokenizer = _load_json(path)
         # A special token spelled out in the corpus is text like any other, not an instruction.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -68,10 +64,7 @@ class SentencePieceTokenizer:
     """A SentencePiece `.model`."""
 
     def __init__(self, path: Path, end_of_document: str | None) -> None:
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a SentencePiece model ({error}); give a .model file") from None
+        self._processor = _load_sentencepiece(path)
         self.vocab_size = self._processor.vocab_size()
         if end_of_document is None and self._processor.eos_id() >= 0:
             self.end_of_document = self._processor.eos_id()
@@ -92,6 +85,29 @@ class SentencePieceTokenizer:
         return str(self._processor.decode(ids))
 
 
+def _load_json(path: Path) -> tokenizers.Tokenizer:
+    content = read_tokenizer(path)
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # noqa: BLE001 (what the library raises)
+        raise ValueError(f"{path}: not a tokenizer.json ({error}); give one of the tokenizers library") from None
+
+
+def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a SentencePiece model ({error}); give a .model file") from None
+
+
+def name_token(path: Path, token: int) -> str | None:
+    """Return what the token of the id `token` is called in the tokenizer in `path`, or None where it has none."""
+    if path.suffix == ".json":
+        return _load_json(path).id_to_token(token)
+    processor = _load_sentencepiece(path)
+    return str(processor.id_to_piece(token)) if token < processor.vocab_size() else None
+
+
 def read_tokenizer(path: Path) -> bytes:
     """Return the content of a tokenizer file; of GPT-2's pair, whose vocabulary `path` is, the `tokenizer.json`.
 
@@ -102,7 +118,7 @@ def read_tokenizer(path: Path) -> bytes:
         return content
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return content  # For the library to say what is wrong with it.
     if not isinstance(values, dict) or not values or not all(isinstance(value, int) for value in values.values()):
         return content

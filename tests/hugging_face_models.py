@@ -19,6 +19,9 @@ _SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 16_384,
+    # The tokenizer's.
+    "bos_token_id": 0,
+    "eos_token_id": 0,
 }
 _LLAMA3 = {
     "rope_type": "llama3",

@@ -1,5 +1,6 @@
 """Hugging Face's description of a model, `config.json`, as ours, and ours as theirs."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,20 @@ FAMILIES = {
 ADDITIONS = ("activation_terms", "activation_scales", "shortcut_reduction", "shortcut_input")
 MODELLING = "modeling_reprise"
 # What Megatron-Core's Llama 3 positions have fixed.
-_LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# What fields of ours that errors name are called there.
+_THEIR_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "head_size": "head_dim",
+    "num_query_groups": "num_key_value_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "rotary_base": "rope_theta",
+    "rotary_scaling": "factor",
+    "norm_epsilon": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+# The window of a Mistral that names none.
+_MISTRAL_WINDOW = 4096
 # Of an original description: what its weights were stored in, code of others, and what is written in another form.
 _NOT_KEPT = ("dtype", "torch_dtype", "auto_map", "rope_parameters", "transformers_version", "_name_or_path")
 # What of an original description holds for a model of another family too.
@@ -34,18 +48,19 @@ def read_description(path: Path) -> tuple[ModelConfig, list[str]]:
     """
     fields = _Fields(path)
     family = fields.values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise fields.refuse("model_type", f"one of {', '.join(FAMILIES)} can be imported")
     for name, value in (("hidden_act", "silu"), ("quantization_config", None)):
         if fields.values.get(name, value) != value:
             raise fields.refuse(name, f"only {value} can be imported" if value else "only plain weights can")
     rotary_base, rotary_scaling = _read_rotary(fields)
-    heads = fields.number("num_attention_heads")
+    heads, width = fields.number("num_attention_heads"), fields.number("hidden_size")
+    channels = fields.number("head_dim", 0)
     described = {
         "num_layers": fields.number("num_hidden_layers"),
-        "hidden_size": fields.number("hidden_size"),
+        "hidden_size": width,
         "num_attention_heads": heads,
-        "head_size": fields.number("head_dim", 0) or None,
+        "head_size": None if channels * heads == width else channels or None,
         # Without it, Llama has a key-value head a query head; others have numbers of their own, which nobody means.
         "num_query_groups": fields.number("num_key_value_heads", heads if family == "llama" else None),
         "ffn_hidden_size": fields.number("intermediate_size"),
@@ -55,7 +70,7 @@ def read_description(path: Path) -> tuple[ModelConfig, list[str]]:
         "ffn_bias": family in ("llama", "reprise") and fields.flag("mlp_bias"),
         "rotary_base": rotary_base,
         "rotary_scaling": rotary_scaling,
-        "norm_epsilon": fields.values.get("rms_norm_eps", 1e-6),
+        "norm_epsilon": 1e-6 if fields.values.get("rms_norm_eps") is None else fields.values["rms_norm_eps"],
         "init_std": fields.values.get("initializer_range") or 0.02,
     }
     if family == "reprise":
@@ -63,10 +78,19 @@ def read_description(path: Path) -> tuple[ModelConfig, list[str]]:
     try:
         model = ModelConfig.model_validate(described)
     except ValidationError as error:
-        detail, *_ = error.errors()
-        field = ".".join(map(str, detail["loc"]))
-        raise ValueError(f"{path}: {field} {detail['msg'].removeprefix('Value error, ')}".replace("  ", " ")) from None
+        raise ValueError(f"{path}: {_in_their_words(error)}") from None
     return model, _notes(fields, family)
+
+
+def _in_their_words(error: ValidationError) -> str:
+    """Return what is wrong with our description of a model, in the names that `config.json` has for its fields."""
+    detail, *_ = error.errors()
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["loc"]:
+        message = f"{detail['loc'][0]} is {detail['input']!r}; {message.replace('Input should be', 'give one that is')}"
+    for ours, theirs in _THEIR_NAMES.items():
+        message = re.sub(rf"\b{ours}\b", theirs, message)
+    return message
 
 
 class _Fields:
@@ -113,7 +137,8 @@ def _read_rotary(fields: _Fields) -> tuple[int, float | None]:
         raise fields.refuse(name, "give what transformers writes there")
     every = {**fields.values, **rope}
     base = every.get("rope_theta", 10_000)
-    if not isinstance(base, int | float) or base != int(base):
+    # What is no number at all, such as NaN, is not between them either.
+    if type(base) not in (int, float) or not 1 <= base < 2**63 or base != int(base):
         raise fields.refuse("rope_theta", "only whole numbers can be imported", every)
     if every.get("partial_rotary_factor") not in (None, 1):
         raise fields.refuse("partial_rotary_factor", "only 1, all channels turned, can be imported", every)
@@ -124,13 +149,16 @@ def _read_rotary(fields: _Fields) -> tuple[int, float | None]:
         raise ValueError(f"{fields.path}: {name} is of type {kind!r}; only default and llama3 can be imported")
     for field, value in _LLAMA3.items():
         if rope.get(field) != value:
-            raise fields.refuse(field, f"only {value} can be imported", rope)
-    return int(base), rope.get("factor")
+            raise fields.refuse(field, f"only {value:g} can be imported", rope)
+    factor: Any = rope.get("factor")
+    if type(factor) not in (int, float) or not 1 < factor < 2**63:
+        raise fields.refuse("factor", "give the number, more than 1, by which llama3 stretches positions", rope)
+    return int(base), float(factor)
 
 
 def _notes(fields: _Fields, family: str) -> list[str]:
     notes, values = [], fields.values
-    window = values.get("sliding_window")
+    window = values.get("sliding_window", _MISTRAL_WINDOW if family == "mistral" else None)
     if family == "qwen2" and not values.get("use_sliding_window"):
         window = None
     if window is not None:
@@ -172,7 +200,8 @@ def describe(model: ModelConfig, family: str, rows: int, dtype: str, original: d
     """
     is_same = family == original.get("model_type")
     kept = {name: value for name, value in original.items() if is_same or name in _OF_ANY_FAMILY}
-    rope = None if model.rotary_scaling is None else {"rope_type": "llama3", "factor": model.rotary_scaling, **_LLAMA3}
+    scaling = {"rope_type": "llama3", "factor": model.rotary_scaling, **_LLAMA3} if model.rotary_scaling else None
+    base = float(model.rotary_base)
     described = {
         "model_type": family,
         "architectures": [FAMILIES[family]],
@@ -185,16 +214,18 @@ def describe(model: ModelConfig, family: str, rows: int, dtype: str, original: d
         "hidden_act": "silu",
         "vocab_size": rows,
         "tie_word_embeddings": model.tied_embeddings,
-        "rope_theta": float(model.rotary_base),
-        "rope_scaling": rope,
+        # The first two for transformers 4, the third for 5.
+        "rope_theta": base,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": base, **(scaling or {"rope_type": "default"})},
         "rms_norm_eps": model.norm_epsilon,
         "initializer_range": model.init_std,
         "torch_dtype": dtype,
     }
     if family in ("llama", "reprise"):
         described |= {"attention_bias": model.attention_bias != "none", "mlp_bias": model.ffn_bias}
-    if family == "mistral":
-        described["sliding_window"] = kept.get("sliding_window")
+    if family == "mistral" and not is_same:
+        described["sliding_window"] = None
     if has_zero_bias(model, family):
         # No field of transformers, but one by which `read_description` knows.
         described["attention_output_bias"] = False

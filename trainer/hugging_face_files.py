@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_scoring.files import write_json
+from data_scoring.files import disk_error, write_json
 from trainer.checkpoint_shapes import Shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -99,7 +99,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file; give a folder of a Hugging Face model")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds no JSON object; fetch it again")
@@ -122,7 +122,10 @@ def write_tensors(
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: tensor for part in shard for name, tensor in produce(part).items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise disk_error(str(error), folder / file) or error from None
         places |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": places})

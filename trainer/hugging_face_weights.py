@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from data_scoring.config import padded_vocab_size
-from trainer.checkpoint_shapes import EMBEDDING, HEAD, Shape, shapes_of
+from trainer.checkpoint_shapes import EMBEDDING, HEAD, Shape, find_difference, shapes_of
 from trainer.config import ModelConfig
 from trainer.hugging_face import has_zero_bias
 from trainer.hugging_face_files import TensorFiles, write_tensors
 from trainer.weights import LAYERS, Weights, write_weights
 
 # A file that is opened without an index, and of which memory holds the whole as it is written.
-SHARD_BYTES = 2_000_000_000
+SHARD_BYTES = 500_000_000
 _HEAD, _OUTPUT_BIAS = "lm_head.weight", ".self_attn.o_proj.bias"
 # Our tensors, and those of Hugging Face that each is made of.
 _OUTER = {EMBEDDING: "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight", HEAD: _HEAD}
@@ -84,7 +84,13 @@ def export_weights(
     rows: of embedding and head that are kept; the others pad the vocabulary. dtype: None leaves types as they are.
     Raises ValueError where the weights are not those of the model.
     """
-    _check_shapes(weights, shapes_of(model, padded_vocab_size(rows)))
+    difference = find_difference(weights.shapes, shapes_of(model, padded_vocab_size(rows)))
+    if difference is not None:
+        name, own, others = difference
+        raise ValueError(
+            f"{weights.checkpoint}: {name} is {own}, and the model's description makes it {others}; describe the model "
+            "that it is of"
+        )
     shapes = shapes_of(model, rows)
     pieces = _pieces(shapes)
     with_zeros = has_zero_bias(model, family)
@@ -153,16 +159,6 @@ def _shapes(piece: Piece, shapes: dict[str, Shape], model: ModelConfig) -> dict[
     ours = torch.empty(shapes[name] if layer is None else shapes[name][1:], device="meta")
     parts = split(name, ours, model)
     return {part: tuple(each.shape) for part, each in zip(_names(piece), parts, strict=True)}
-
-
-def _check_shapes(weights: Weights, wanted: dict[str, Shape]) -> None:
-    for name in [*wanted, *sorted(weights.shapes.keys() - wanted.keys())]:
-        found, shape = weights.shapes.get(name), wanted.get(name)
-        if found != shape:
-            raise ValueError(
-                f"{weights.checkpoint}: {name} is {found or 'missing'}, and the model's description makes it "
-                f"{shape or 'none of its tensors'}; describe the model that it is of"
-            )
 
 
 def _is_superfluous(name: str, model: ModelConfig) -> bool:

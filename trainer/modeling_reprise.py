@@ -1,7 +1,8 @@
 """A Llama with PanGu-π's two additions (arXiv 2312.17276), for Hugging Face transformers 5.
 
 Goes with models that Reprise exports; load them with `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`.
-It adds to transformers' Llama, each by a field of config.json,
+It is for loading those and for going on from them: weights that transformers makes are not the ones that Reprise starts
+training from. It adds to transformers' Llama, each by a field of config.json,
 
 - the series informed activation in the gated feed-forward layer, (Σ_i silu(a_i · gate + b_i)) · up, where
   `activation_terms` is more than 1; scales a and offsets b are one a channel, or a layer, as `activation_scales` says;
@@ -40,6 +41,9 @@ class SeriesActivation(nn.Module):
         width = config.intermediate_size if config.activation_scales == "channel" else 1
         self.scale = nn.Parameter(torch.zeros(config.activation_terms, width))
         self.offset = nn.Parameter(torch.zeros(config.activation_terms, width))
+        # Starts as plain silu, as in Reprise.
+        with torch.no_grad():
+            self.scale[0] = 1
 
     def forward(self, gate: Tensor) -> Tensor:
         """Return the sum over terms, of the shape of `gate`."""

@@ -1,7 +1,5 @@
 """Saving checkpoints: Megatron's distributed format, written while the ranks wait or while they train on."""
 
-import errno
-import os
 import pickle
 import queue
 import shutil
@@ -19,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
+from data_scoring.files import disk_error
 from trainer.checkpoint_folder import complete_checkpoint, measure_files
 
 
@@ -99,10 +98,7 @@ def _writing_errors(folder: Path) -> Iterator[None]:
         # Only the first rank has been told why.
         reason = [str(error)]
         torch.distributed.broadcast_object_list(reason)
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
-            if os.strerror(number) in reason[0]:
-                raise OSError(number, os.strerror(number), str(folder)) from None
-        raise
+        raise disk_error(reason[0], folder) or error from None
 
 
 def _write(temporary: Path, write: Any, rank: int, buckets: list[Any], results: "_Results") -> None:

@@ -3,7 +3,6 @@
 Tensors have the names and shapes of `trainer.checkpoint_shapes`: those of layers are stacked along the first axis.
 """
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from data_scoring.files import commit, write_json
+from data_scoring.files import disk_error, making, write_json
 from trainer.checkpoint_folder import seal_checkpoint
 from trainer.checkpoint_shapes import Shape, read_shapes
 from trainer.pickles import allow_plain_pickles_only
@@ -78,22 +77,15 @@ def write_weights(
 ) -> None:
     """Write a checkpoint of the `tensors` described to the new folder `target`, asking `produce` for one at a time.
 
-    `record` is what `seal_checkpoint` adds to it. Nothing is at `target` before all of it is written.
+    `record` is what `seal_checkpoint` adds to it. Nothing is at `target` before all of it is written. Raises what
+    `produce` does, and OSError where the disk is full.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.mkdir(parents=True)
-    with _alone():
-        try:
+    with making(target) as temporary, _writing_errors(target):
+        with _alone():
             save({}, storage_writer=_Writer(temporary), planner=_WritePlanner(tensors, produce), no_dist=True)
-        except CheckpointException as error:
-            # What `produce` raised, of the only process that there is.
-            shutil.rmtree(temporary)
-            [(cause, _)] = error.failures.values()
-            raise cause from None
-    torch.save({}, temporary / "common.pt")
-    write_json(temporary / "metadata.json", _BACKENDS)
-    seal_checkpoint(temporary, record)
-    commit(temporary, target)
+        torch.save({}, temporary / "common.pt")
+        write_json(temporary / "metadata.json", _BACKENDS)
+        seal_checkpoint(temporary, record)
 
 
 class _ReadPlanner(DefaultLoadPlanner):
@@ -161,6 +153,23 @@ _BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+
+
+@contextmanager
+def _writing_errors(target: Path) -> Iterator[None]:
+    """Raise what `produce` raised, as it was, and what torch's writer makes of a full disk as an OSError."""
+    try:
+        yield
+    except (CheckpointException, RuntimeError) as error:
+        # Of the only process that there is.
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(cause, ValueError):
+            raise cause from None
+        # The writer, closing its file, hides why it has to.
+        reason, context = str(cause), cause.__context__
+        while context is not None:
+            reason, context = f"{reason} {context}", context.__context__
+        raise disk_error(reason, target) or cause from None
 
 
 @contextmanager

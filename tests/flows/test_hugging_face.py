@@ -2,15 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
 from data_scoring.corpus import Corpus
@@ -20,7 +24,7 @@ from flows.config import parse_config
 from flows.hugging_face import export_model, import_model
 from flows.run_folder import open_run
 from flows.stored_model import find_model
-from tests.conftest import TINY_MODEL, Ranks
+from tests.conftest import TINY_MODEL, Ranks, make_documents
 from tests.hugging_face_models import MODELS
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD
@@ -59,10 +63,9 @@ def test_what_describes_a_model_survives_the_way_there_and_back(name: str, huggi
 
     export_model(hugging_face / f"{name}-imported", None, tmp_path / "out", "bfloat16")
     before, after = (AutoConfig.from_pretrained(folder).to_dict() for folder in (hugging_face / name, tmp_path / "out"))
-    assert (before.pop("dtype"), after.pop("dtype")) == (
-        torch.bfloat16 if name == "mistral" else torch.float32,
-        torch.bfloat16,
-    )
+    # transformers has had them as words and as torch's types.
+    dtypes = [str(each.pop("dtype")).removeprefix("torch.") for each in (before, after)]
+    assert dtypes == ["bfloat16" if name == "mistral" else "float32", "bfloat16"]
     # Written in full.
     assert after.pop("head_dim") == before.pop("head_dim", 8)
     different = {field for field in before | after if before.get(field) != after.get(field)}
@@ -132,6 +135,8 @@ def test_a_pangu_model_opens_with_the_modelling_file_and_gives_our_logits(
         generated = model.generate(tokens[:, :20], max_new_tokens=6, do_sample=False, eos_token_id=None)
         following = plain.logits(generated[:, :-1])[:, 19:].argmax(dim=-1)
     assert torch.equal(generated[:, 20:], following)
+    # Made anew, its activation is silu, as Reprise's is before training.
+    assert type(model)(model.config).model.layers[0].mlp.act_fn.scale[:, 5].tolist() == [1, 0, 0]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert (tokenizer.eos_token, tokenizer.model_max_length) == ("<|endoftext|>", 32)
     # Our own import takes it back.
@@ -283,6 +288,7 @@ def take_another_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     (change_config(model_type="gpt2"), "config.json: model_type is 'gpt2'; one of llama, qwen2, mistral, reprise can"),
     (change_config(hidden_act="gelu"), "config.json: hidden_act is 'gelu'; only silu can be imported"),
@@ -297,13 +303,22 @@ REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (change_config(num_hidden_layers="2"), "config.json: num_hidden_layers is '2'; give a whole number"),
     (change_config(num_attention_heads=5, head_dim=None), "config.json: num_attention_heads: 5 does not divide hidden"),
-    (change_config(num_hidden_layers=3), ": model.layers.2.input_layernorm.weight is missing, which config.json asks "),
+    (change_config(num_hidden_layers=3), ": model.layers.2.self_attn.q_proj.weight is missing, which config.json asks"),
     (change_config(num_hidden_layers=1), "model.safetensors: model.layers.1.input_layernorm.weight is no part of the "),
     (change_config(intermediate_size=128), "mlp.gate_proj.weight is 64 x 32, and config.json makes it 128 x 32; fetch"),
     (change_config(attention_bias=False), "model.layers.0.self_attn.k_proj.bias is no part of the model that config.j"),
     (change_config(tie_word_embeddings=True), "lm_head.weight is not model.embed_tokens.weight, and config.json says "),
     (change_config(attention_output_bias=False), "model.layers.0.self_attn.o_proj.bias is not zero; leave attention_o"),
+    (change_config(model_type=["llama"]), "config.json: model_type is ['llama']; one of llama, qwen2, mistral"),
+    (change_config(rope_parameters={"rope_type": "llama3", **LLAMA3}), "config.json: factor is None; give the number,"),
+    (change_config(rope_parameters={"rope_theta": float("inf")}), "config.json: rope_theta is inf; only whole numbers"),
+    (change_config(rope_parameters={"rope_theta": float("nan")}), "config.json: rope_theta is nan; only whole numbers"),
+    (change_config(num_hidden_layers=0), "config.json: num_hidden_layers is 0; give one that is greater than"),
+    (change_config(rms_norm_eps=2.5), "config.json: rms_norm_eps is 2.5; give one that is less than 1"),
+    (change_config(num_key_value_heads=3), "config.json: num_key_value_heads: 3 does not divide num_attention_heads 4"),
+    (change_config(eos_token_id=[5, 6]), "config.json: eos_token_id is 5, 6, and '<|endoftext|>', which ends a sequen"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
+    (lambda folder: (folder / "config.json").write_text("[" * 99_999), "config.json: not valid JSON"),
     (lambda folder: (folder / "config.json").unlink(), "config.json: no such file; give a folder of a Hugging Face mo"),
     (change_tensors(drop), ": model.layers.1.mlp.up_proj.weight is missing, which config.json asks for; fetch all"),
     (change_tensors(cut), "model.safetensors: model.layers.0.self_attn.k_proj.weight is 8 x 32, and config.json makes"),
@@ -331,7 +346,7 @@ def test_what_cannot_be_imported_is_named_in_a_line_and_leaves_nothing(
     source = Path(shutil.copytree(hugging_face / "llama", tmp_path / "source"))
     change(source)
     (tmp_path / "made").mkdir()
-    assert main(["import", "hf", str(source), "--output", str(tmp_path / "made" / "model")]) == 1
+    assert main(["import", "hf", str(source), "--output", str(tmp_path / "made" / "deeper" / "model")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {source}")
     assert message in error
@@ -356,12 +371,17 @@ def test_what_cannot_be_exported_is_named_in_a_line_and_leaves_nothing(
     fields = yaml.safe_load((folder / "model.yaml").read_text())
     (folder / "model.yaml").write_text(yaml.safe_dump({**fields, "ffn_hidden_size": 128}))
     assert (
-        "decoder.layers.mlp.linear_fc1.weight is (2, 128, 32), and the model's description makes it (2, 256" in export()
+        "decoder.layers.mlp.linear_fc1.weight is 2 x 128 x 32, and the model's description makes it 2 x 256 x"
+        in export()
     )
     (folder / "model.yaml").write_text(yaml.safe_dump(fields))
     [part] = (folder / "checkpoint" / "step-00000000").glob("*.distcp")
     part.write_bytes(part.read_bytes()[:-1])
     assert "no whole checkpoint" in export()
+    shutil.rmtree(folder)
+    shutil.copytree(hugging_face / "llama-imported", folder)
+    take_another_tokenizer(folder)
+    assert "tokenizer.json: has 302 entries, and the model's embedding 301 rows; put back the tokenizer" in export()
     target.mkdir()
     assert main(["export", "hf", str(folder), "--output", str(target)]) == 1
     assert "out: is there already; delete it, or name another folder with --output" in capsys.readouterr().err
@@ -374,18 +394,117 @@ def test_code_that_comes_with_a_model_is_left_where_it_is(
     (source / "evil.py").write_text("raise SystemExit('run')")
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((source / name).read_text())
-        (source / name).write_text(json.dumps({**content, "auto_map": {"AutoConfig": "evil.Config"}}))
+        code = {"auto_map": {"AutoConfig": "evil.Config"}, "tokenizer_class": "Evil"}
+        (source / name).write_text(json.dumps({**content, **code}))
     assert main(["import", "hf", str(source), "--output", str(tmp_path / "in")]) == 0
-    assert "note: auto_map is left out: no code that comes with a model is ever run" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "note: auto_map is left out: no code that comes with a model is ever run" in output
+    assert "note: code that tokenizer_config.json names is left out: the tokenizer is what tokenizer.json" in output
     export_model(tmp_path / "in", None, tmp_path / "out")
     assert not any("auto_map" in path.read_text() for path in (tmp_path / "out").glob("*.json"))
     assert not list((tmp_path / "out").glob("*.py"))
+    config = read_json(tmp_path / "out" / "tokenizer_config.json")
+    assert config == {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def test_the_end_of_documents_is_the_one_asked_for(hugging_face: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer.end_of_document: '<end>' is not a token of"):
-        import_model(hugging_face / "llama", tmp_path / "in", "<end>")
-    import_model(hugging_face / "llama", tmp_path / "in", "the")
+    source = hugging_face / "llama"
+    with pytest.raises(
+        ValueError, match=rf"--end-of-document: '<end>' is not a token of {source}/tokenizer.json; name"
+    ):
+        import_model(source, tmp_path / "in", "<end>")
+    # What a killed import left is in nobody's way.
+    (tmp_path / ".in.tmp" / "checkpoint" / ".step-00000000.tmp").mkdir(parents=True)
+    [note] = import_model(source, tmp_path / "in", "x").notes
+    assert note == "'x' is to end documents, which is not what config.json's eos_token_id [0] says"
+    assert not list(tmp_path.glob(".*"))
     stored = find_model(tmp_path / "in")
-    assert stored.end_of_document == "the"
+    assert stored.end_of_document == "x"
     assert read_checkpoint_record(stored.checkpoint)["vocab_size"] == stored.vocab_size == 300
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_a_model_stays_of_its_family_whatever_its_tokenizer(name: str, hugging_face: Path, tmp_path: Path) -> None:
+    """Nor are fields added that it did not have, by which transformers would make another model of it."""
+    source = Path(shutil.copytree(hugging_face / name, tmp_path / "source"))
+    (source / "tokenizer_config.json").unlink()
+    fields = read_json(source / "config.json")
+    for field in ("sliding_window", "dtype"):
+        fields.pop(field, None)
+    (source / "config.json").write_text(json.dumps({**fields, "rms_norm_eps": None}))
+
+    def widen(tensors: dict[str, Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+
+    change_tensors(widen)(source)
+    notes = import_model(source, tmp_path / "in").notes
+    assert [note[:23] for note in notes] == (["sliding_window is 4096:"] if name == "mistral" else [])
+    stored = find_model(tmp_path / "in")
+    # By its id in config.json.
+    assert (stored.end_of_document, stored.config.norm_epsilon) == ("<|endoftext|>", 1e-6)
+    assert export_model(tmp_path / "in", None, tmp_path / "out").family == name
+    assert_same(read_all(tmp_path / "out"), read_all(source))
+    exported = read_json(tmp_path / "out" / "config.json")
+    assert "sliding_window" not in exported
+    # The embedding's would be bfloat16.
+    assert exported["torch_dtype"] == "float32"
+
+
+def test_a_sentencepiece_model_comes_back_as_it_came(hugging_face: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(hugging_face / "llama", tmp_path / "source"))
+    (source / "tokenizer.json").unlink()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(make_documents(50)), model_prefix=str(source / "tokenizer"), vocab_size=100,
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    change_config(eos_token_id=2)(source)
+    decoder = {"2": {"content": "</s>"}}
+    content = {"eos_token": {"content": "</s>"}, "chat_template": "{{ 1 }}", "added_tokens_decoder": decoder}
+    (source / "tokenizer_config.json").write_text(json.dumps(content))
+    [note] = import_model(source, tmp_path / "in").notes
+    assert "entries, and the embedding 301 rows: make sure" in note
+    export_model(tmp_path / "in", None, tmp_path / "out")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    # With code, it is written as any tokenizer of ours.
+    (tmp_path / "in" / "original" / "tokenizer_config.json").write_text(json.dumps({**content, "auto_map": {"a": "b"}}))
+    export_model(tmp_path / "in", None, tmp_path / "other")
+    assert read_json(tmp_path / "other" / "tokenizer_config.json")["eos_token"] == "</s>"
+    # What is added is not in the file.
+    (source / "added_tokens.json").write_text(json.dumps({"<pad>": 300}))
+    with pytest.raises(
+        ValueError, match=r"tokenizer.model: tokens are added to its .* entries, such as '<pad>', which"
+    ):
+        import_model(source, tmp_path / "again")
+
+
+def test_a_full_disk_is_told_in_a_line(
+    hugging_face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def full(_: object, path: str, mode: str) -> Iterator[Any]:
+        with Path("/dev/full" if mode == "wb" else path).open(mode) as stream:
+            yield stream
+
+    monkeypatch.setattr(FileSystem, "create_stream", full)
+
+    # What safetensors raises then; it must not be given that device, for it would put a file in its place.
+    def fail(*_: object, metadata: dict[str, str]) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("trainer.hugging_face_files.save_file", fail)
+    made = tmp_path / "made" / "model"
+    for arguments, name in (
+        (["import", "hf", str(hugging_face / "llama")], "checkpoint/step-00000000"),
+        (["export", "hf", str(hugging_face / "llama-imported")], "model.safetensors"),
+    ):
+        assert main([*arguments, "--output", str(made)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {made}/{name}: No space left on device; free some space and run")
+        assert error.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
+    file = hugging_face / "llama" / "config.json"
+    assert main(["import", "hf", str(hugging_face / "llama"), "--output", str(file / "x")]) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: {file}/x: Not a directory; something on the way there is a file: name another folder\n"
