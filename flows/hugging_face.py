@@ -15,7 +15,7 @@ import yaml
 
 from data_scoring.files import commit, write_json
 from data_scoring.hugging_face_tokenizer import export_tokenizer, misreading_families
-from data_scoring.tokenizer import Tokenizer, open_tokenizer, read_tokenizer
+from data_scoring.tokenizer import Tokenizer, open_tokenizer
 from flows.run_folder import read_run
 from flows.stored_model import MODEL, ORIGIN, StoredModel, find_model
 from trainer.checkpoint_shapes import EMBEDDING
@@ -145,15 +145,14 @@ def _take_tokenizer(
         raise ValueError(
             f"{source}: has neither tokenizer.json nor tokenizer.model; save one with transformers' save_pretrained"
         )
-    path = folder / paths[0].name
-    path.write_bytes(read_tokenizer(paths[0]))
     token = end_of_document or _end_of_sequence(source)
-    tokenizer = open_tokenizer(path, token)
+    tokenizer = open_tokenizer(paths[0], token)
     if tokenizer.vocab_size > (model.vocab_size or 0):
         raise ValueError(
             f"{paths[0]}: has {tokenizer.vocab_size} entries, and model.embed_tokens.weight {model.vocab_size} rows; "
             "it is another model's tokenizer; give this one's"
         )
+    shutil.copyfile(paths[0], folder / paths[0].name)
     return tokenizer, token
 
 

@@ -40,12 +40,14 @@ def read_description(path: Path) -> tuple[ModelConfig, list[str]]:
         if fields.values.get(name, value) != value:
             raise fields.refuse(name, f"only {value} can be imported" if value else "only plain weights can")
     rotary_base, rotary_scaling = _read_rotary(fields)
-    heads = fields.number("num_attention_heads")
+    heads, width = fields.number("num_attention_heads"), fields.number("hidden_size")
+    head_size = fields.number("head_dim", 0)
     described = {
         "num_layers": fields.number("num_hidden_layers"),
-        "hidden_size": fields.number("hidden_size"),
+        "hidden_size": width,
         "num_attention_heads": heads,
-        "head_size": fields.number("head_dim", 0) or None,
+        # Written out by most, and no size of its own by that.
+        "head_size": None if head_size * heads in (0, width) else head_size,
         # Without it, Llama has a key-value head a query head; others have numbers of their own, which nobody means.
         "num_query_groups": fields.number("num_key_value_heads", heads if family == "llama" else None),
         "ffn_hidden_size": fields.number("intermediate_size"),

@@ -116,6 +116,7 @@ def test_ties_that_a_text_could_offer_at_once_are_no_exact_conversion(tmp_path: 
     assert not converts_exactly(proto)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="real tokenizers and text are not here")
 @pytest.mark.parametrize(
     ("name", "is_exact"),
