@@ -115,7 +115,7 @@ def _read_rotary(fields: _Fields) -> tuple[int, float | None]:
         raise fields.refuse(name, "give what transformers writes there")
     every = {**fields.values, **rope}
     base = every.get("rope_theta", 10_000)
-    if not isinstance(base, int | float) or base != int(base):
+    if type(base) not in (int, float) or not float(base).is_integer():
         raise fields.refuse("rope_theta", "only whole numbers can be imported", every)
     if every.get("partial_rotary_factor") not in (None, 1):
         raise fields.refuse("partial_rotary_factor", "only 1, all channels turned, can be imported", every)
