@@ -5,9 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import yaml
+from torch import Tensor
 
-from flows.hugging_face import import_model
+from flows.hugging_face import export_model, import_model
+from trainer.checkpoint_shapes import shapes_of
+from trainer.config import ModelConfig
+from trainer.weights import write_weights
 
 # No multiple of 128, and more than the tokenizer's.
 ROWS = 301
@@ -44,15 +50,31 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1_000_000.0},
     "mistral": {"model_type": "mistral", "head_dim": 12, "sliding_window": 64, "dtype": "bfloat16"},
 }
+# One with all that transformers knows only by our modelling file, and biases.
+PANGU = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=64,
+    vocab_size=ROWS,
+    activation_terms=2,
+    activation_scales="layer",
+    shortcut_reduction=8,
+    shortcut_input="residual",
+    attention_bias="all",
+    ffn_bias=True,
+)
 TIED = ("llama-tied", "qwen2")
 
 
 def make_models(folder: Path, tokenizer: Path) -> None:
     """Leave in `folder`, by name, each model as transformers saves it, Reprise's model folder of it, and what it gives.
 
-    <name>.pt has tokens, [2, 33], logits, [2, 32, rows], losses, [2, 32], and the gradients of their mean.
+    The last is ours, as transformers opens its export. <name>.pt has tokens, [2, 33], logits, [2, 32, rows], losses,
+    [2, 32], and the gradients of their mean.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
     for number, (name, fields) in enumerate(MODELS.items()):
         torch.manual_seed(number)
@@ -69,6 +91,12 @@ def make_models(folder: Path, tokenizer: Path) -> None:
         opened = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
         torch.save(_compute(opened), folder / f"{name}.pt")
         import_model(folder / name, folder / f"{name}-imported")
+    make_folder(PANGU, folder / "pangu-imported", tokenizer)
+    export_model(folder / "pangu-imported", None, folder / "pangu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
+        opened = AutoModelForCausalLM.from_pretrained(folder / "pangu", trust_remote_code=True)
+        torch.save(_compute(opened), folder / "pangu.pt")
 
 
 def _compute(model: Any) -> dict[str, Any]:
@@ -82,3 +110,19 @@ def _compute(model: Any) -> dict[str, Any]:
         "losses": losses.detach().view(2, 32),
         "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
     }
+
+
+def make_folder(model: ModelConfig, folder: Path, tokenizer: Path) -> dict[str, Tensor]:
+    """Make a model folder of random weights, and return these."""
+    generator = torch.Generator().manual_seed(6)
+    shapes = shapes_of(model, 384)
+    weights = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+    described = {name: (shape, torch.float32) for name, shape in shapes.items()}
+
+    def produce(name: str, layer: int | None) -> Tensor:
+        return weights[name] if layer is None else weights[name][layer]
+
+    write_weights(folder / "checkpoint" / "step-00000000", described, produce, {"step": 0, "vocab_size": 300})
+    (folder / "model.yaml").write_text(yaml.safe_dump(model.model_dump(mode="json")))
+    shutil.copy(tokenizer, folder / "tokenizer.json")
+    return weights

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from flows.hugging_face import export_model, import_model
 from flows.run_folder import open_run
 from flows.stored_model import find_model
 from tests.conftest import TINY_MODEL, Ranks, make_documents
-from tests.hugging_face_models import MODELS
+from tests.hugging_face_models import MODELS, make_folder
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD
 from trainer.config import ModelConfig
@@ -151,26 +153,7 @@ def test_a_pangu_model_opens_with_the_modelling_file_and_gives_our_logits(
     assert_same(after, before)
 
 
-def make_folder(model: ModelConfig, folder: Path, tokenizer: Path) -> dict[str, Tensor]:
-    """Make a model folder of random weights, and return these."""
-    from trainer.checkpoint_shapes import shapes_of
-    from trainer.weights import write_weights
-
-    generator = torch.Generator().manual_seed(6)
-    shapes = shapes_of(model, 384)
-    weights = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
-    described = {name: (shape, torch.float32) for name, shape in shapes.items()}
-
-    def produce(name: str, layer: int | None) -> Tensor:
-        return weights[name] if layer is None else weights[name][layer]
-
-    write_weights(folder / "checkpoint" / "step-00000000", described, produce, {"step": 0, "vocab_size": 300})
-    (folder / "model.yaml").write_text(yaml.safe_dump(model.model_dump(mode="json")))
-    shutil.copy(tokenizer, folder / "tokenizer.json")
-    return weights
-
-
-# Fields, the family that they are written as, and what of the plain model's losses differs: nothing, where it has them.
+# Fields, and the family that they are written as.
 SHAPES: list[tuple[dict[str, Any], str]] = [
     ({}, "llama"),
     ({"attention_bias": "qkv"}, "llama"),
@@ -508,3 +491,39 @@ def test_a_full_disk_is_told_in_a_line(
     assert main(["import", "hf", str(hugging_face / "llama"), "--output", str(file / "x")]) == 1
     error = capsys.readouterr().err
     assert error == f"error: {file}/x: Not a directory; something on the way there is a file: name another folder\n"
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+import torch, torch.distributed.checkpoint.state_dict_saver, torch.distributed.checkpoint.state_dict_loader
+from flows.hugging_face import export_model, import_model
+import trainer.hugging_face_weights
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+folder = Path(sys.argv[1])
+for work in (
+    lambda: import_model(folder / "source", folder / "in"),
+    lambda: export_model(folder / "in", None, folder / "out", shard_bytes=20_000_000),
+):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    work()
+    print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_holds_a_few_tensors_of_many_layers(tiny_corpus: Corpus, tmp_path: Path) -> None:
+    """Of 290 MiB in 24 layers, whose largest tensor has 6 MiB: of export, a file of 19 MiB."""
+    model = ModelConfig(num_layers=24, hidden_size=512, num_attention_heads=8, ffn_hidden_size=1408)
+    make_folder(model, tmp_path / "made", tiny_corpus.tokenizer_path)
+    export_model(tmp_path / "made", None, tmp_path / "source")
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    imported, exported = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert (tmp_path / "source" / "model.safetensors").stat().st_size > 280 << 20
+    print(f"import {imported:.0f} MiB, export {exported:.0f} MiB")
+    assert imported < 60
+    assert exported < 80
