@@ -14,9 +14,9 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/reprise serve
 
-# Style, types, rooms and tests.
+# Style, types, rooms and tests, these in two processes: ranks that start leave a core to others.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

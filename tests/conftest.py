@@ -1,6 +1,7 @@
 """What tests share: a tiny corpus, and jobs run on real ranks."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ from flows.launch import launch
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 from trainer.jobs import CalibrateJob, GenerateJob, Job, ScoreJob, SkipJob, TrainJob
+
+# Threads that wait leave their core to the other processes of the tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 TINY_MODEL = ModelConfig(
     num_layers=2,
@@ -72,6 +76,14 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     corpus = CorpusConfig(sources=tuple(sources), seq_length=32, num_shards=3, validation_fraction=0.1)
     prepare_corpus(corpus, TokenizerConfig(vocab_size=300), 0, folder / "corpus", "tiny", silent)
     return Corpus(folder / "corpus")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process, and those that share the launch of two ranks."""
+    for item in items:
+        shares_launch = "found" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("two ranks" if shares_launch else item.path.name))
 
 
 class Ranks:
