@@ -124,6 +124,8 @@ def write_tensors(
         tensors = {name: tensor for part in shard for name, tensor in produce(part).items()}
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            # safetensors lets nobody else read it.
+            (folder / file).chmod(0o644)
         except SafetensorError as error:
             raise disk_error(str(error), folder / file) or error from None
         places |= dict.fromkeys(tensors, file)

@@ -49,7 +49,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_what_was_imported_is_exported_bit_for_bit(name: str, hugging_face: Path, tmp_path: Path) -> None:
     # Several files, with an index, of which transformers' one file knows nothing.
     made = export_model(hugging_face / f"{name}-imported", None, tmp_path / "out", shard_bytes=20_000)
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in files)
     assert_same(read_all(tmp_path / "out"), read_all(hugging_face / name))
     assert made.family == MODELS[name]["model_type"]
     # And the way back: the same checkpoint.
