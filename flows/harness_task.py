@@ -1,0 +1,114 @@
+"""lm-eval's tasks as Reprise runs them: their rows handed in, their prompts as long as the model takes.
+
+Imported by `flows.evaluation_tasks` when tasks are loaded, and not before: importing lm-eval takes a second.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import lm_eval.utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+
+# Whether a prompt with the longest of its continuations fits into the model.
+Fits = Callable[[str, Sequence[str]], bool]
+
+# It warns of every task whose aggregation is its default, and of every one whose rows are handed in.
+logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
+
+# It compiles a prompt's few templates anew for each item and each of its examples, which took most of the time.
+lm_eval.utils.env.from_string = functools.cache(lm_eval.utils.env.from_string)
+
+
+class HarnessTask(ConfigurableTask):
+    """A task of lm-eval's that reads `custom_dataset(config)` and drops examples where a prompt is too long.
+
+    `config` is lm-eval's task definition, with `fits` besides.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._fits: Fits = config["fits"]
+        self._num_examples: dict[tuple[str, ...], int | None] = {}
+        self._validation: datasets.Dataset | None = None
+        theirs = {key: value for key, value in config.items() if key not in ("class", "fits")}
+        if theirs.get("test_split"):
+            # What is not scored is not read either.
+            theirs["validation_split"] = None
+        super().__init__(config=theirs)
+
+    def download(self, *_: Any, **__: Any) -> None:
+        """Take the rows that are handed in; lm-eval's own way would warn of each."""
+        self.dataset: datasets.DatasetDict = self.config.custom_dataset(self.config)
+
+    def validation_docs(self) -> datasets.Dataset:
+        """Return the items, processed once: lm-eval maps HellaSwag's anew, with a bar, each time it asks for them."""
+        if self._validation is None and self.has_validation_docs():
+            docs, process = self.dataset[self.config.validation_split], self.config.process_docs
+            with _quiet():
+                self._validation = process(docs) if process else docs
+        return self._validation
+
+    def num_examples(self, doc: dict[str, Any]) -> int | None:
+        """Return how many examples can go before an item's question; None where the question alone is too long.
+
+        Examples are dropped one by one from the end, as OpenCompass' inferencers do (`icl_ppl_inferencer.py`).
+        """
+        continuations = self._continuations(doc)
+        key = (self.doc_to_text(doc), *continuations)
+        if key not in self._num_examples:
+            self._num_examples[key] = next(
+                (
+                    count
+                    for count in range(self.config.num_fewshot or 0, -1, -1)
+                    if self._fits(self._prompt(doc, count), continuations)
+                ),
+                None,
+            )
+        return self._num_examples[key]
+
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **kwargs: Any) -> str:
+        """Return the prompt of an item with as many of `num_fewshot` examples as fit."""
+        count = self.num_examples(doc)
+        if count is None:
+            raise ValueError(f"{self.config.task}: an item longer than the model is asked; leave it out of `samples`")
+        return self._prompt(doc, min(count, num_fewshot), **kwargs)
+
+    def _prompt(self, doc: dict[str, Any], num_fewshot: int, **kwargs: Any) -> str:
+        return str(super().fewshot_context(doc=doc, num_fewshot=num_fewshot, **kwargs))
+
+    def _continuations(self, doc: dict[str, Any]) -> tuple[str, ...]:
+        if self.OUTPUT_TYPE == "generate_until":
+            # A word that is a token in any vocabulary, as often as tokens may be generated.
+            return (" a" * self.config.generation_kwargs["max_gen_toks"],)
+        return tuple(f"{self.config.target_delimiter}{choice}" for choice in self.doc_to_choice(doc))
+
+
+class WholeTextTask(HarnessTask):
+    """A choice for which the prompt's own log-likelihood is asked as well, last of an item's requests."""
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
+        """Return lm-eval's requests, one an option, and one for the prompt."""
+        requests = super().construct_requests(doc, ctx, **kwargs)
+        prompt = Instance(
+            request_type="loglikelihood",
+            doc=doc,
+            arguments=("", ctx),
+            idx=len(requests),
+            metadata=kwargs["metadata"],
+        )
+        return [*requests, prompt]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    was_on = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            datasets.enable_progress_bars()
