@@ -193,7 +193,7 @@ def _csv_records(path: Path, has_header: bool) -> Iterator[tuple[str, Row]]:
 
 def _read_labels(path: Path, items: Path, count: int) -> list[str]:
     if not path.is_file():
-        raise ValueError(f"eval.data: no file {path}, the answers to {items.name}, a line each; put it there")
+        raise ValueError(f"eval.data: no file {path}, which has the answers to {items.name}; put it there")
     lines = path.read_text(encoding="utf-8-sig").split("\n")
     labels = [line.strip() for line in (lines[:-1] if lines[-1] == "" else lines)]
     if len(labels) != count:

@@ -36,8 +36,9 @@ def answer_c3(doc: dict[str, Any]) -> list[str]:
 def score_c3(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
     """Return whether the option of the least mean loss (`acc_text`), and that of the least loss (`acc`), is right.
 
-    The mean is over the whole text, prompt and option. `results` are (log-likelihood, is greedy) of each option and, last, of the prompt. OpenCompass' PPLInferencer
-    divides the loss of prompt and option by their tokens; lm-eval hands a task none, so characters stand for them.
+    The mean is over the whole text, prompt and option. `results` are (log-likelihood, is greedy) of each option and,
+    last, of the prompt. OpenCompass' PPLInferencer divides the loss of prompt and option by their tokens; lm-eval
+    hands a task none, so characters stand for them.
     """
     *options, prompt = (log_likelihood for log_likelihood, _ in results)
     lengths = np.array([len(ask_c3(doc)) + len(f"\n{answer}") for answer in answer_c3(doc)])
