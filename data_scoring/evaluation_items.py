@@ -139,8 +139,9 @@ def _find(task: str, data: Path, files: _Files) -> list[tuple[Path, str]]:
         if found:
             return [(path, path.name.removeprefix(before).removesuffix(after)) for path in found]
     places = [str(data / name) for name in files.names] + ([str(folder / files.release)] if files.release else [])
+    missing = " or ".join(places)
     raise ValueError(
-        f"eval.data: no file {' or '.join(places)}, which {task} needs; put it there, or leave the task out of eval.tasks"
+        f"eval.data: no file {missing}, which {task} needs; put it there, or leave {task} out of eval.tasks"
     )
 
 

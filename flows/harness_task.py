@@ -5,8 +5,10 @@ Imported by `flows.evaluation_tasks` when tasks are loaded, and not before: impo
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -51,6 +53,11 @@ class HarnessTask(ConfigurableTask):
             with _quiet():
                 self._validation = process(docs) if process else docs
         return self._validation
+
+    def build_all_requests(self, **kwargs: Any) -> None:
+        """Build the requests of the items asked for, without lm-eval's progress bar, of which MMLU would show 57."""
+        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+            super().build_all_requests(**kwargs)
 
     def num_examples(self, doc: dict[str, Any]) -> int | None:
         """Return how many examples can go before an item's question; None where the question alone is too long.

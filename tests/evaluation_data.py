@@ -42,7 +42,7 @@ FILES: dict[str, list[Any]] = {
         {"question": "is snow black", "passage": "Snow -- Snow is white.", "idx": 1, "label": "false"},
     ],
     "axb.jsonl": [
-        {"idx": "0", "label": "not_entailment", "sentence1": "It rains.", "sentence2": "It snows.", "logic": "Negation"},
+        {"idx": "0", "label": "not_entailment", "sentence1": "It rains.", "sentence2": "It snows.", "logic": "Not"},
         {"idx": "1", "label": "entailment", "sentence1": "It rains a lot.", "sentence2": "It rains."},
     ],
     "piqa.jsonl": [
@@ -69,12 +69,13 @@ FILES: dict[str, list[Any]] = {
     ],
     "hellaswag.jsonl": [
         {
-            "ind": 1, "activity_label": "Baking", "ctx_a": "A man bakes [header] bread.", "ctx_b": "he", "ctx": "unused",
-            "label": 2, "endings": ["flies away.", "sings to the oven.", "waits.", "is a loaf of bread."],
+            "ind": 1, "activity_label": "Baking", "ctx_a": "A man bakes [header] bread.", "ctx_b": "he",
+            "ctx": "unused", "label": 2, "endings": ["flies away.", "sings to the oven.", "waits.", "is a loaf of bread."],
         },
         {
             "ind": 2, "activity_label": "Rowing", "ctx_a": "A boat moves.", "ctx_b": "", "ctx": "unused",
-            "label": 0, "endings": ["It is rowed.", "It is eaten by the crew.", "It is a car.", "It is a very long day."],
+            "label": 0,
+            "endings": ["It is rowed.", "It is eaten by the crew.", "It is a car.", "It is a very long day."],
         },
     ],
     "arc_easy.jsonl": [
@@ -82,7 +83,11 @@ FILES: dict[str, list[Any]] = {
             "id": "Mercury_1",
             "question": {
                 "stem": "What is hot?",
-                "choices": [{"text": "ice", "label": "A"}, {"text": "fire", "label": "B"}, {"text": "a stone", "label": "C"}],
+                "choices": [
+                    {"text": "a glacier", "label": "A"},
+                    {"text": "fire", "label": "B"},
+                    {"text": "a stone", "label": "C"},
+                ],
             },
             "answerKey": "B",
         },

@@ -49,7 +49,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "arc_easy": (
         {
             "question": "What is hot?",
-            "choices": {"text": ["ice", "fire", "a stone"], "label": ["A", "B", "C"]},
+            "choices": {"text": ["a glacier", "fire", "a stone"], "label": ["A", "B", "C"]},
             "answerKey": "B",
         },
         [1],
@@ -169,12 +169,24 @@ def test_what_cannot_be_scored_is_kept_with_its_place(
         ("ceval", json.dumps({**FILES["ceval.jsonl"][0], "answer": "E"}), r":2: answer 'E' is none of the options"),
         ("ceval", '{"question": "q"}', r":2: no field 'subject'; write it"),
         ("agieval", json.dumps({**FILES["agieval.jsonl"][2], "label": "C"}), r":2: answer \[2\] is none of the 2 opt"),
-        ("arc_easy", json.dumps({**FILES["arc_easy.jsonl"][0], "answerKey": "D"}), r":2: answer 'D' is none of the opt"),
+        (
+            "arc_easy",
+            json.dumps({**FILES["arc_easy.jsonl"][0], "answerKey": "D"}),
+            r":2: answer 'D' is none of the opt",
+        ),
         ("c3", '{"question": "q"}', r"c3\.jsonl:2: not a list of \[lines of the passage, questions, id\]"),
         ("c3", '[["p"], ["q"], "id"]', r"c3\.jsonl:2: a question is no object of question, choice and answer"),
         ("eprstmt", '{"sentence": "s", "label": "Neutral"}', r":2: answer 'Neutral' is none of the options"),
-        ("hellaswag", json.dumps({**FILES["hellaswag.jsonl"][0], "label": 4}), r":2: answer '4' is none of the options"),
-        ("hellaswag", json.dumps({**FILES["hellaswag.jsonl"][0], "endings": 4}), r":2: not an item as the data set has"),
+        (
+            "hellaswag",
+            json.dumps({**FILES["hellaswag.jsonl"][0], "label": 4}),
+            r":2: answer '4' is none of the options",
+        ),
+        (
+            "hellaswag",
+            json.dumps({**FILES["hellaswag.jsonl"][0], "endings": 4}),
+            r":2: not an item as the data set has",
+        ),
     ],
 )
 def test_a_broken_line_is_named(task: str, line: str, said: str, tmp_path: Path) -> None:
@@ -210,7 +222,9 @@ def test_missing_and_misaligned_files_are_named(tmp_path: Path) -> None:
 
 def test_texts_hold_passage_question_and_options(tmp_path: Path) -> None:
     write_items(tmp_path, {"boolq.jsonl": [{**FILES["boolq.jsonl"][0], "label": None}]})
-    texts = {(text.task, text.item): text.text for text in evaluation_texts(["boolq", "c3", "agieval", "xsum"], tmp_path)}
+    texts = {
+        (text.task, text.item): text.text for text in evaluation_texts(["boolq", "c3", "agieval", "xsum"], tmp_path)
+    }
     # What cannot be scored is text all the same.
     assert texts["boolq", "boolq.jsonl:1"] == "Snow -- Snow is white.\nis snow white\nno\nyes"
     assert texts["c3", "c3.jsonl:1 question 1"] == "男：你好。\n女：再见。\n谁先走?\n女的\n男的"
