@@ -70,7 +70,8 @@ FILES: dict[str, list[Any]] = {
     "hellaswag.jsonl": [
         {
             "ind": 1, "activity_label": "Baking", "ctx_a": "A man bakes [header] bread.", "ctx_b": "he",
-            "ctx": "unused", "label": 2, "endings": ["flies away.", "sings to the oven.", "waits.", "is a loaf of bread."],
+            "ctx": "unused", "label": 2,
+            "endings": ["flies away.", "sings to the oven.", "waits.", "is a loaf of bread."],
         },
         {
             "ind": 2, "activity_label": "Rowing", "ctx_a": "A boat moves.", "ctx_b": "", "ctx": "unused",
