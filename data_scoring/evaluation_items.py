@@ -158,8 +158,8 @@ def _records(task: str, path: Path, has_header: bool) -> Iterator[tuple[str, Any
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    # Lines end at line feeds alone: texts may hold what Python takes for the end of a line as well.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    # As bytes: texts may hold what Python takes for the end of a line as well (U+2028).
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         place = f"{path.name}:{number}"

@@ -108,6 +108,16 @@ def test_digits_for_letters_three_choices_and_questions_that_share_a_passage(tmp
     assert (second.row["context"], SCHEMAS["c3"].gold(second.row)) == (first.row["context"], [1])
 
 
+def test_a_text_may_hold_other_ends_of_lines_and_a_file_a_byte_order_mark(tmp_path: Path) -> None:
+    text = json.dumps({"sentence": "一\u2028二\x85三", "label": "Positive"}, ensure_ascii=False)
+    (tmp_path / "eprstmt.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n" + text.encode())
+    items = read_items("eprstmt", tmp_path)
+    assert [(item.place, item.row["sentence"]) for item in items] == [
+        ("eprstmt.jsonl:1", "一\u2028二\x85三"),
+        ("eprstmt.jsonl:3", "一\u2028二\x85三"),
+    ]
+
+
 def test_releases_with_a_file_a_subject(tmp_path: Path) -> None:
     """C-Eval's, CMMLU's and MMLU's CSV as they are released, MMLU's without a header, and AGIEval's folder."""
     texts = {

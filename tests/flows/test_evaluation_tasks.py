@@ -169,15 +169,15 @@ def test_scores_by_hand(tasks: dict[str, EvaluationTask]) -> None:
 
 
 def test_c3_chooses_by_the_mean_over_prompt_and_option() -> None:
-    """A long option that costs little a character wins over a short one that costs less in all."""
+    """After a prompt that costs much a long option has the least mean; of the options alone, the short one."""
     doc = {"context": ["一二"], "question": "三", "choice": ["四", "五六七八九十"], "answer": "五六七八九十"}
     prompt = len("文章：一二\n问题：三")
     short, long = prompt + len("\n答案：四"), prompt + len("\n答案：五六七八九十")
-    results = [(-6.0, False), (-7.0, False), (-20.0, False)]
-    assert 27 / long < 26 / short
-    assert score_c3(doc, results) == {"acc_text": 1.0, "acc": 0.0}
-    # The same options after a prompt that costs nothing: the mean is theirs, 6 against 7.
-    assert score_c3(doc, [(-1.0, False), (-7.0, False), (-0.0, False)])["acc_text"] == 0.0
+    assert 6 / short < 9 / long
+    assert (20 + 6) / short > (20 + 9) / long
+    options = [(-6.0, False), (-9.0, False)]
+    assert score_c3(doc, [*options, (-20.0, False)]) == {"acc_text": 1.0, "acc": 0.0}
+    assert score_c3(doc, [*options, (0.0, False)]) == {"acc_text": 0.0, "acc": 0.0}
 
 
 @pytest.mark.parametrize(
