@@ -59,9 +59,9 @@ _DEFINITIONS = {
     "mmlu": _Definition("MMLU", "Examination", num_fewshot=5, prefix="mmlu_"),
     "agieval": _Definition("AGI-Eval", "Examination", prefix="agieval_"),
     "boolq": _Definition("BoolQ", "Knowledge"),
-    "axb": _Definition("AX-b", "Reasoning"),
+    "axb": _Definition("AX-b", "Reasoning", metric="acc_text"),
     "piqa": _Definition("PIQA", "Reasoning"),
-    "eprstmt": _Definition("EPRSTMT", "Understanding"),
+    "eprstmt": _Definition("EPRSTMT", "Understanding", metric="acc_text"),
     "xsum": _Definition("XSum", "Understanding", metric="rouge1"),
     "c3": _Definition("C3", "Understanding", metric="acc_text"),
     "hellaswag": _Definition("HellaSwag", "Ablation", metric="acc_norm"),
@@ -88,21 +88,27 @@ def resolve_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def load_tasks(
-    names: Sequence[str], data: Path | None, limit: int | None, fits: Callable[[str, Sequence[str]], bool]
+    names: Sequence[str],
+    data: Path | None,
+    limit: int | None,
+    fits: Callable[[str, Sequence[str]], bool],
+    num_tokens: Callable[[Sequence[str]], Sequence[int]],
 ) -> list[EvaluationTask]:
     """Return the tasks of those names (`paper` and `ablation` stand for theirs), ready to be asked.
 
     Items come from the files in `data` (data_scoring.evaluation_items), or, where it is None, from the hub; with
     `limit`, no more than the first so many of each subject. `fits(context, continuations)` says whether a prompt
-    with the longest of its continuations fits into the model; what does not is listed as unscorable.
+    with the longest of its continuations fits into the model; what does not is listed as unscorable. Where an answer
+    is generated, a continuation of as many words as tokens may be generated is asked for. `num_tokens(texts)` says how
+    many tokens each text has, by which OpenCompass divides losses.
     Raises ValueError, in one line, for an unknown task, for files that are missing or broken, and where nothing of a
     task can be scored.
     """
     if data is not None and not data.is_dir():
         raise ValueError(f"eval.data: no folder {data}; name the one that holds the tasks' files, or leave it out")
     resolved = resolve_names(names)
-    manager = _open_definitions()
-    return [_load(name, manager, _Rows(name, data, limit), fits) for name in resolved]
+    manager, ours = _open_definitions(), {"fits": fits, "num_tokens": num_tokens}
+    return [_load(name, manager, _Rows(name, data, limit), ours) for name in resolved]
 
 
 def task_texts(tasks: Sequence[EvaluationTask]) -> Iterator[ItemText]:
@@ -189,14 +195,14 @@ def _open_definitions() -> TaskManager:
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=[folder / name for name in _FOLDERS])
 
 
-def _load(name: str, manager: TaskManager, rows: _Rows, fits: Callable[[str, Sequence[str]], bool]) -> EvaluationTask:
+def _load(name: str, manager: TaskManager, rows: _Rows, ours: dict[str, Any]) -> EvaluationTask:
     definition = _DEFINITIONS[name]
     subtasks: dict[str, ConfigurableTask] = {}
     samples: dict[str, list[int]] = {}
     chances, too_long, num_shortened = [], [], 0
     for subtask, subject in _subtasks(name, manager, rows).items():
         try:
-            task = _build(name, subtask, manager, {"custom_dataset": rows.datasets_of(subject), "fits": fits})
+            task = _build(name, subtask, manager, {**ours, "custom_dataset": rows.datasets_of(subject)})
         except _NothingToScoreError:
             continue
         counts = [task.num_examples(doc) for doc in task.eval_docs]
@@ -255,7 +261,7 @@ def _build(name: str, subtask: str, manager: TaskManager, ours: dict[str, Any]) 
     ours = {**ours, "num_fewshot": _DEFINITIONS[name].num_fewshot, "training_split": None}
     lacking = {"axb": opencompass.AXB, "eprstmt": opencompass.EPRSTMT, "xsum": opencompass.XSUM, "c3": opencompass.C3}
     if name in lacking:
-        return (WholeTextTask if name == "c3" else HarnessTask)({**lacking[name], **ours})
+        return (HarnessTask if name == "xsum" else WholeTextTask)({**lacking[name], **ours})
     # lm-eval merges what we add into its definition where a group names the task, and nowhere else.
     group = {"group": "reprise", "task": [{**ours, "task": subtask, "class": HarnessTask}]}
     return manager.load(group)["tasks"][subtask]

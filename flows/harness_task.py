@@ -16,8 +16,13 @@ import lm_eval.utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
+from flows.opencompass_tasks import score_whole_text
+
 # Whether a prompt with the longest of its continuations fits into the model.
 Fits = Callable[[str, Sequence[str]], bool]
+
+# What a task's configuration has of ours, which lm-eval does not know.
+_OURS = ("class", "fits", "num_tokens")
 
 # It warns of every task whose aggregation is its default, and of every one whose rows are handed in.
 logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
@@ -36,7 +41,7 @@ class HarnessTask(ConfigurableTask):
         self._fits: Fits = config["fits"]
         self._num_examples: dict[tuple[str, ...], int | None] = {}
         self._validation: datasets.Dataset | None = None
-        theirs = {key: value for key, value in config.items() if key not in ("class", "fits")}
+        theirs = {key: value for key, value in config.items() if key not in _OURS}
         if theirs.get("test_split"):
             # What is not scored is not read either.
             theirs["validation_split"] = None
@@ -95,7 +100,21 @@ class HarnessTask(ConfigurableTask):
 
 
 class WholeTextTask(HarnessTask):
-    """A choice for which the prompt's own log-likelihood is asked as well, last of an item's requests."""
+    """A choice by the mean loss of the whole text, prompt and option (`score_whole_text`).
+
+    The prompt's own log-likelihood is asked as well, last of an item's requests. `config` has `num_tokens` besides.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        count = config["num_tokens"]
+
+        def score(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+            prompt = self._prompt(doc, 0)
+            texts = [prompt + continuation for continuation in self._continuations(doc)]
+            return score_whole_text([likelihood for likelihood, _ in results], count(texts), self.doc_to_target(doc))
+
+        # lm-eval looks a metric up, on the hub if need be, unless its task has a function for it.
+        super().__init__({**config, "process_results": score})
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
         """Return lm-eval's requests, one an option, and one for the prompt."""

@@ -4,6 +4,7 @@ A round of OpenCompass' prompt and the answer are joined by a line feed where a 
 (`opencompass/models/base.py`), hence the delimiters.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,31 +24,21 @@ def score_summary(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     return {name: score.fmeasure for name, score in _ROUGE.score(doc["summary"], summary).items()}
 
 
-def ask_c3(doc: dict[str, Any]) -> str:
-    """Return the prompt of one of C3's questions."""
-    return f"文章：{' '.join(doc['context'])}\n问题：{doc['question']}"
-
-
-def answer_c3(doc: dict[str, Any]) -> list[str]:
-    """Return the options of one of C3's questions, as they follow its prompt."""
-    return [f"答案：{choice}" for choice in doc["choice"]]
-
-
-def score_c3(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+def score_whole_text(log_likelihoods: Sequence[float], num_tokens: Sequence[int], gold: int) -> dict[str, float]:
     """Return whether the option of the least mean loss (`acc_text`), and that of the least loss (`acc`), is right.
 
-    The mean is over the whole text, prompt and option. `results` are (log-likelihood, is greedy) of each option and,
-    last, of the prompt. OpenCompass' PPLInferencer divides the loss of prompt and option by their tokens; lm-eval
-    hands a task none, so characters stand for them.
+    `log_likelihoods` are those of each option after the prompt and, last, of the prompt, in nats; `num_tokens` are of
+    prompt and option together, an option each. OpenCompass' PPLInferencer compares the mean loss of the whole text;
+    the token that is read before the first counts, as it does there (`get_ppl` of its HuggingFace models).
     """
-    *options, prompt = (log_likelihood for log_likelihood, _ in results)
-    lengths = np.array([len(ask_c3(doc)) + len(f"\n{answer}") for answer in answer_c3(doc)])
-    gold = doc["choice"].index(doc["answer"])
-    chosen = np.argmax((np.array(options) + prompt) / lengths)
-    return {"acc_text": float(chosen == gold), "acc": float(np.argmax(options) == gold)}
+    *options, prompt = log_likelihoods
+    losses = -(np.array(options) + prompt) / (np.array(num_tokens) + 1)
+    return {"acc_text": float(np.argmin(losses) == gold), "acc": float(np.argmax(options) == gold)}
 
 
 _MEAN = {"aggregation": "mean", "higher_is_better": True}
+# The metrics of `score_whole_text`.
+_WHOLE_TEXT = [{"metric": name, **_MEAN} for name in ("acc_text", "acc")]
 
 # configs/datasets/SuperGLUE_AX_b/SuperGLUE_AX_b_ppl_6db806.py
 AXB: dict[str, Any] = {
@@ -60,7 +51,7 @@ AXB: dict[str, Any] = {
     "doc_to_choice": ["Yes", "No"],
     "doc_to_target": "label",
     "target_delimiter": "\n",
-    "metric_list": [{"metric": "acc", **_MEAN}],
+    "metric_list": _WHOLE_TEXT,
 }
 
 # configs/datasets/FewCLUE_eprstmt/FewCLUE_eprstmt_ppl_d3c387.py
@@ -80,7 +71,7 @@ EPRSTMT: dict[str, Any] = {
     "doc_to_choice": ["消极。", "积极。"],
     "doc_to_target": lambda doc: SENTIMENTS.index(doc["label"]),
     "target_delimiter": "\n",
-    "metric_list": [{"metric": "acc", **_MEAN}],
+    "metric_list": _WHOLE_TEXT,
 }
 
 # configs/datasets/Xsum/Xsum_gen_31397e.py; 100 tokens as its models' configurations have it.
@@ -105,10 +96,9 @@ C3: dict[str, Any] = {
     "dataset_name": "c3",
     "validation_split": "validation",
     "output_type": "multiple_choice",
-    "doc_to_text": ask_c3,
-    "doc_to_choice": answer_c3,
+    "doc_to_text": "文章：{{context | join(' ')}}\n问题：{{question}}",
+    "doc_to_choice": lambda doc: [f"答案：{choice}" for choice in doc["choice"]],
     "doc_to_target": lambda doc: doc["choice"].index(doc["answer"]),
     "target_delimiter": "\n",
-    "process_results": score_c3,
-    "metric_list": [{"metric": name, **_MEAN} for name in ("acc_text", "acc")],
+    "metric_list": _WHOLE_TEXT,
 }

@@ -16,7 +16,7 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
 from flows.evaluation_tasks import ABLATION, PAPER, EvaluationTask, load_tasks, resolve_names, task_texts
-from flows.opencompass_tasks import score_c3, score_summary
+from flows.opencompass_tasks import score_summary, score_whole_text
 from tests.evaluation_data import FILES, write_items
 
 SHARED = Path("../shared/evaldata")
@@ -25,6 +25,10 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the samples
 
 def _all_fit(context: str, continuations: Sequence[str]) -> bool:
     return True
+
+
+def _characters(texts: Sequence[str]) -> list[int]:
+    return [len(text) for text in texts]
 
 
 class ShortestAnswer(LM):
@@ -46,7 +50,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EvaluationTask]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("socket.socket.connect", _refuse)
         patch.setattr(datasets, "load_dataset", _refuse)
-        loaded = load_tasks([*PAPER, *ABLATION], write_items(tmp_path_factory.mktemp("items")), None, _all_fit)
+        loaded = load_tasks(
+            [*PAPER, *ABLATION], write_items(tmp_path_factory.mktemp("items")), None, _all_fit, _characters
+        )
     return {task.name: task for task in loaded}
 
 
@@ -67,9 +73,9 @@ def test_titles_groups_and_metrics_of_the_table(tasks: dict[str, EvaluationTask]
         ("MMLU", "Examination", "acc", 5),
         ("AGI-Eval", "Examination", "acc", 0),
         ("BoolQ", "Knowledge", "acc", 0),
-        ("AX-b", "Reasoning", "acc", 0),
+        ("AX-b", "Reasoning", "acc_text", 0),
         ("PIQA", "Reasoning", "acc", 0),
-        ("EPRSTMT", "Understanding", "acc", 0),
+        ("EPRSTMT", "Understanding", "acc_text", 0),
         ("XSum", "Understanding", "rouge1", 0),
         ("C3", "Understanding", "acc_text", 0),
         ("HellaSwag", "Ablation", "acc_norm", 0),
@@ -92,11 +98,11 @@ def test_prompts_of_zero_shots_by_hand(tasks: dict[str, EvaluationTask]) -> None
     boolq = "Snow -- Snow is white.\nQuestion: is snow white?\nAnswer:"
     assert _requests(tasks["boolq"])[:2] == [(boolq, " no"), (boolq, " yes")]
     axb = "It rains.\nIt snows.\nIs the sentence below entailed by the sentence above?"
-    assert _requests(tasks["axb"])[:2] == [(axb, "\nYes"), (axb, "\nNo")]
+    assert _requests(tasks["axb"])[:3] == [(axb, "\nYes"), (axb, "\nNo"), ("", axb)]
     piqa = "Question: Open a tin\nAnswer:"
     assert _requests(tasks["piqa"])[:2] == [(piqa, " use an opener"), (piqa, " use a feather, patiently")]
     eprstmt = '内容： "很好"。情绪分类：'
-    assert _requests(tasks["eprstmt"])[:2] == [(eprstmt, "\n消极。"), (eprstmt, "\n积极。")]
+    assert _requests(tasks["eprstmt"])[:3] == [(eprstmt, "\n消极。"), (eprstmt, "\n积极。"), ("", eprstmt)]
     c3 = "文章：男：你好。 女：再见。\n问题：谁先走?"
     assert _requests(tasks["c3"])[:3] == [(c3, "\n答案：女的"), (c3, "\n答案：男的"), ("", c3)]
     hellaswag = "Baking: A man bakes bread. He"
@@ -155,7 +161,8 @@ def test_scores_by_hand(tasks: dict[str, EvaluationTask]) -> None:
     # "(A)1" is not right, "(A)甲" is one of two that are, "(A)x" is; the generated text names no number.
     assert scores["agieval"] == [0, 1, 1, 0, 0]
     assert scores["boolq"] == [0.5]  # "no"
-    assert scores["axb"] == [0.5]  # "No", right for the first
+    assert results["axb"]["acc,none"] == 0.5  # "No", right for the first
+    assert scores["axb"] == [0.5]  # as well: a nat a character, so of n + 1 the shorter text has the lesser mean
     assert scores["piqa"] == [0.5 + 0.5]  # the opener and the towel
     assert scores["eprstmt"] == [0.5]  # as long as each other, so the first: negative
     # "the cat ran" shares 2 of its 3 words with 2 of 6, "The cat slept on the mat"; none with the other.
@@ -164,20 +171,34 @@ def test_scores_by_hand(tasks: dict[str, EvaluationTask]) -> None:
     # Every character costs one nat, and the delimiter one more, so the longest option has the least mean.
     assert results["hellaswag"]["acc_norm,none"] == 0
     assert results["hellaswag"]["acc,none"] == 1
-    # C3's are all of one mean, and the first ones the shortest: right for the first question, wrong for the second.
+    # The first of C3's are the shortest: right for the first question, wrong for the second.
     assert (results["c3"]["acc_text,none"], results["c3"]["acc,none"]) == (0.5, 0.5)
 
 
-def test_c3_chooses_by_the_mean_over_prompt_and_option() -> None:
+def test_the_whole_texts_mean_loss_decides_as_in_opencompass() -> None:
     """After a prompt that costs much a long option has the least mean; of the options alone, the short one."""
-    doc = {"context": ["一二"], "question": "三", "choice": ["四", "五六七八九十"], "answer": "五六七八九十"}
-    prompt = len("文章：一二\n问题：三")
-    short, long = prompt + len("\n答案：四"), prompt + len("\n答案：五六七八九十")
-    assert 6 / short < 9 / long
-    assert (20 + 6) / short > (20 + 9) / long
-    options = [(-6.0, False), (-9.0, False)]
-    assert score_c3(doc, [*options, (-20.0, False)]) == {"acc_text": 1.0, "acc": 0.0}
-    assert score_c3(doc, [*options, (0.0, False)]) == {"acc_text": 0.0, "acc": 0.0}
+    tokens = [14, 19]
+    assert 6 / 15 < 9 / 20
+    assert (20 + 6) / 15 > (20 + 9) / 20
+    assert score_whole_text([-6.0, -9.0, -20.0], tokens, gold=1) == {"acc_text": 1.0, "acc": 0.0}
+    assert score_whole_text([-6.0, -9.0, 0.0], tokens, gold=1) == {"acc_text": 0.0, "acc": 0.0}
+    # Options of as many tokens: the prompt decides nothing.
+    assert score_whole_text([-6.0, -5.0, -20.0], [7, 7], gold=1) == {"acc_text": 1.0, "acc": 1.0}
+
+
+def test_tokens_are_those_of_prompt_and_option_together(tmp_path: Path) -> None:
+    counted: list[str] = []
+
+    def count(texts: Sequence[str]) -> list[int]:
+        counted.extend(texts)
+        return [1, 100]
+
+    [task] = load_tasks(["eprstmt"], write_items(tmp_path), 1, _all_fit, count)
+    doc = task.subtasks["eprstmt"].eval_docs[0]
+    # Of two tokens in all 10 nats, of 101 tokens 12: the second option, which is right.
+    scores = task.subtasks["eprstmt"].process_results(doc, [(-1.0, False), (-3.0, False), (-9.0, False)])
+    assert scores == {"acc_text": 1.0, "acc": 0.0}
+    assert counted == ['内容： "很好"。情绪分类：\n消极。', '内容： "很好"。情绪分类：\n积极。']
 
 
 @pytest.mark.parametrize(
@@ -205,7 +226,7 @@ def test_examples_go_one_by_one_from_the_end_and_then_the_item(tmp_path: Path) -
         asked.append((context.count("Answer:"), continuations))
         return context.count("Answer:") <= 4 and len(context) < 2000
 
-    [task] = load_tasks(["mmlu"], tmp_path, None, fits)
+    [task] = load_tasks(["mmlu"], tmp_path, None, fits, _characters)
     assert [count for count, _ in asked] == [6, 5, 4, 6, 5, 4, 3, 2, 1, 6, 5, 4]
     assert asked[0][1] == (" A", " B", " C", " D")
     assert task.samples == {"mmlu_anatomy": [0, 2]}
@@ -220,7 +241,7 @@ def test_examples_go_one_by_one_from_the_end_and_then_the_item(tmp_path: Path) -
 
 def test_a_generated_answer_needs_room_for_all_its_tokens(tmp_path: Path) -> None:
     room = []
-    load_tasks(["xsum", "agieval"], write_items(tmp_path), None, lambda _, ends: not room.append(ends))
+    load_tasks(["xsum", "agieval"], write_items(tmp_path), None, lambda _, ends: not room.append(ends), _characters)
     assert (" a" * 100,) in room
     assert (" a" * 32,) in room
 
@@ -231,7 +252,7 @@ def test_unscorable_items_are_counted_within_the_limit(tmp_path: Path) -> None:
     write_items(tmp_path, {"boolq.jsonl": changed, "ceval.jsonl": [*FILES["ceval.jsonl"][:2], *[
         {**FILES["ceval.jsonl"][2], "answer": ""}
     ]]})  # fmt: skip
-    boolq, ceval = load_tasks(["boolq", "ceval"], tmp_path, 3, _all_fit)
+    boolq, ceval = load_tasks(["boolq", "ceval"], tmp_path, 3, _all_fit, _characters)
     assert boolq.samples == {"boolq": [0, 1]}
     assert [(one.item, one.reason) for one in boolq.unscorable] == [("boolq.jsonl:2", "no answer")]
     # A subject of which nothing can be scored is left out, not scored whole.
@@ -246,17 +267,17 @@ def test_what_is_refused(tmp_path: Path) -> None:
         "ceval_dev.jsonl": FILES["ceval_dev.jsonl"][:7],
     })  # fmt: skip
     with pytest.raises(ValueError, match=r"eval\.tasks: unknown task 'bolq'; choose from paper, ablation, ceval, "):
-        load_tasks(["bolq"], tmp_path, None, _all_fit)
+        load_tasks(["bolq"], tmp_path, None, _all_fit, _characters)
     with pytest.raises(ValueError, match=r"boolq: none of its 1 items .*boolq\.jsonl:1: no answer.*eval\.tasks"):
-        load_tasks(["boolq"], tmp_path, None, _all_fit)
+        load_tasks(["boolq"], tmp_path, None, _all_fit, _characters)
     with pytest.raises(ValueError, match=r"axb: none of its 2 items can be scored \(the first, axb\.jsonl:1: longer"):
-        load_tasks(["axb"], tmp_path, None, lambda *_: False)
+        load_tasks(["axb"], tmp_path, None, lambda *_: False, _characters)
     with pytest.raises(ValueError, match=r"cmmlu: unknown subject 'alchemy'; lm-eval knows 67, such as"):
-        load_tasks(["cmmlu"], tmp_path, None, _all_fit)
+        load_tasks(["cmmlu"], tmp_path, None, _all_fit, _characters)
     with pytest.raises(ValueError, match=r"ceval: 2 solved examples of logic, and 5 go before each question"):
-        load_tasks(["ceval"], tmp_path, None, _all_fit)
+        load_tasks(["ceval"], tmp_path, None, _all_fit, _characters)
     with pytest.raises(ValueError, match=r"eval\.data: no folder \S*nowhere"):
-        load_tasks(["boolq"], tmp_path / "nowhere", None, _all_fit)
+        load_tasks(["boolq"], tmp_path / "nowhere", None, _all_fit, _characters)
 
 
 def test_names_of_groups_of_tasks() -> None:
@@ -285,7 +306,7 @@ def test_the_hub_is_asked_by_lm_evals_names(monkeypatch: pytest.MonkeyPatch) -> 
         return datasets.DatasetDict({split: datasets.Dataset.from_list(part) for split, part in found.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    boolq, c3, mmlu_task = load_tasks(["boolq", "c3", "mmlu"], None, None, _all_fit)
+    boolq, c3, mmlu_task = load_tasks(["boolq", "c3", "mmlu"], None, None, _all_fit, _characters)
     assert asked[:2] == [("aps/super_glue", "boolq"), ("clue/clue", "c3")]
     assert {path for path, _ in asked[2:]} == {"cais/mmlu"}
     assert len(asked[2:]) == len(mmlu_task.subtasks) == 57
@@ -304,7 +325,7 @@ def test_the_command_line_starts_without_lm_eval() -> None:
 
 @needs_shared
 def test_the_public_samples_are_asked_and_scored_whole() -> None:
-    tasks = {task.name: task for task in load_tasks([*PAPER, *ABLATION], SHARED, None, _all_fit)}
+    tasks = {task.name: task for task in load_tasks([*PAPER, *ABLATION], SHARED, None, _all_fit, _characters)}
     counts = {name: (len(task.subtasks), sum(map(len, task.samples.values()))) for name, task in tasks.items()}
     assert counts == {
         "ceval": (52, 208), "cmmlu": (67, 201), "mmlu": (57, 228), "agieval": (21, 210), "boolq": (1, 200),
