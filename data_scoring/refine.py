@@ -68,12 +68,14 @@ def mix_all(
     With `max_tokens` it ends before the sample that would exceed it. Samples that the file `contaminated` lists are
     left out. Raises ValueError where none is left.
     """
-    late = ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > 1)
-    where = f"where source not in ({late})" if late else ""
-    samples = f"read_parquet({literal(samples_path)})"
+    conditions = ["true"]
+    if late := ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > 1):
+        conditions.append(f"source not in ({late})")
     if contaminated is not None:
-        samples += f" anti join read_parquet({literal(contaminated)}) using (shard, sample)"
-    query = f"select shard, sample, num_tokens from {samples} {where}"
+        listed = f"select (shard, sample) from read_parquet({literal(contaminated)})"
+        conditions.append(f"(shard, sample) not in ({listed})")
+    where = " and ".join(conditions)
+    query = f"select shard, sample, num_tokens from read_parquet({literal(samples_path)}) where {where}"
     return write_mix(path, query, seed, 1, max_tokens, config.memory_gb)
 
 

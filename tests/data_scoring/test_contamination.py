@@ -172,7 +172,7 @@ def test_overlaps_are_those_of_sets_of_tuples(
     assert sorted(read_rows(contaminated_items_path(order.corpus.folder), *ITEM), key=lambda row: row[:2]) == rows
     # What is compared is there at all.
     assert len(pairs) > 30
-    assert sum(row[4] for row in rows) > 2
+    assert sum(row[4] for row in rows) > 0
     assert 2 < sum(row[6] for row in rows) < 30
 
 
