@@ -45,8 +45,7 @@ class Units:
 
 def split_units(texts: list[str]) -> Units:
     """Return the units of `texts`."""
-    joined = _END.join(text.replace(_END, " ") for text in texts)
-    text = joined.lower() if joined.isascii() else unicodedata.normalize("NFKC", joined).lower()
+    text = _END.join(_normalise(each.replace(_END, " ")) for each in texts)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = _kinds()[codes]
     is_word = kinds == _WORD
@@ -63,8 +62,13 @@ def split_units(texts: list[str]) -> Units:
     places = kept - np.repeat(starts, lengths)
     powers = _powers(int(lengths.max()))
     hashes = mix_bits(np.add.reduceat((codes[kept].astype(np.uint64) + np.uint64(1)) * powers[places], firsts))
-    owners = np.searchsorted(np.flatnonzero(codes == 0), starts)
+    bounds = [0, *np.searchsorted(starts, np.flatnonzero(codes == 0)), len(starts)]
+    owners = np.repeat(np.arange(len(texts)), np.diff(bounds))
     return Units(text, starts, starts + lengths, owners, hashes)
+
+
+def _normalise(text: str) -> str:
+    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).lower()
 
 
 def hash_ngrams(units: Units, lengths: Collection[int]) -> Iterator[tuple[int, NDArray[np.uint64], NDArray[np.bool_]]]:

@@ -22,6 +22,7 @@ MOST_DOCUMENTS = 10
 # Longer documents are decoded in pieces, which overlap by more tokens than an n-gram's units ever have.
 _PIECE_TOKENS = 1 << 13
 _TOKENS_PER_UNIT = 32
+_CONTEXT_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,14 @@ class _Search:
         borders = np.arange((first + 1) * length, piece.start + len(piece.tokens), length) - piece.start
         if not len(borders):
             return np.full_like(units, first)
-        prefixes = self._tokenizer.decode_batch([piece.tokens[:border].tolist() for border in borders])
-        counts = np.bincount(split_units(prefixes).owners, minlength=len(borders))
-        return np.asarray(first + np.searchsorted(np.maximum.accumulate(counts), units, side="right"))
+        # Counted from border to border, with a few tokens before, for a text's first tokens may decode otherwise than
+        # the same tokens within it.
+        lasts = [0, *borders[:-1].tolist()]
+        starts = [max(0, last - _CONTEXT_TOKENS) for last in lasts]
+        spans = [*zip(starts, borders.tolist(), strict=True), *zip(starts, lasts, strict=True)]
+        parts = self._tokenizer.decode_batch([piece.tokens[start:stop].tolist() for start, stop in spans])
+        up_to, before = np.bincount(split_units(parts).owners, minlength=len(parts)).reshape(2, -1)
+        return np.asarray(first + np.searchsorted(np.cumsum(up_to - before), units, side="right"))
 
     def _add(self, ngrams: NDArray[np.int64], source: int, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> None:
         """Note that the samples `firsts` to `lasts` have parts of `ngrams`."""
