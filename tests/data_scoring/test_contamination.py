@@ -216,16 +216,49 @@ def test_what_is_planted_is_found_and_nothing_else(tmp_path: Path) -> None:
     assert " ".join(text.split()[:13]) in {row[3] for row in pairs if row[0] == "0"}
 
 
+def phrase(name: str, count: int = 13) -> str:
+    return " ".join(f"{name}{n}" for n in range(count))
+
+
 def test_a_phrase_of_more_than_ten_documents_is_boilerplate(tmp_path: Path) -> None:
-    phrase = " ".join(f"once{n}" for n in range(13))
-    rare = " ".join(f"rare{n}" for n in range(13))
-    texts = [f"{n} {phrase} {phrase}" + (f" {rare}" if n % 13 < 10 else "") for n in range(13)]
+    sizes = range(8, 14)
+    texts = [" ".join([str(n), *(phrase(f"of{size}x") for size in sizes if n < size)]) for n in range(14)]
     order = prepare(tmp_path, [write_source(tmp_path / "a.jsonl", texts)], seq_length=63)
-    num_rare = sum(rare in text for text in trained_on(order, texts))
-    assert num_rare in (9, 10)
-    write(order, [ItemText("t", "phrase", phrase), ItemText("t", "rare", rare), ItemText("t", "no", "a b c " * 5)])
+    items = [ItemText("t", str(size), phrase(f"of{size}x")) for size in sizes]
+    write(order, [*items, ItemText("t", "none", phrase("none"))])
+    trained = trained_on(order, texts)
+    counts = {item.item: sum(item.text in text for text in trained) for item in items}
+    # One document is held out, so that at the most one phrase fewer is in as many.
+    assert {10, 11} <= set(counts.values())
+    expected = {item: (int(count <= 10), int(count > 10)) for item, count in counts.items()}
     rows = read_rows(contaminated_items_path(order.corpus.folder), "item", "num_found", "num_common")
-    assert rows == [("no", 0, 0), ("phrase", 0, 1), ("rare", 1, 0)]
+    assert {row[0]: row[1:] for row in rows} == {**expected, "none": (0, 0)}
+
+
+def test_a_long_document_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_order, "_CHUNK_TOKENS", 300)
+    monkeypatch.setattr(overlaps, "_PIECE_TOKENS", 600)
+    once = phrase("once")
+    texts = ["".join(f"{once} {phrase(f'other{n}x', 30)} " for n in range(20)), f"{once} other", phrase("more", 30)]
+    order = prepare(tmp_path, [write_source(tmp_path / "a.jsonl", texts)])
+    assert texts[0] in trained_on(order, texts)
+    write(order, [ItemText("t", "once", once)])
+    [row] = read_rows(contaminated_items_path(order.corpus.folder), "num_found", "num_common")
+    assert row == (1, 0)
+
+
+def test_half_a_word_where_a_document_is_cut_is_no_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlaps, "_PIECE_TOKENS", 100)
+    monkeypatch.setattr(overlaps, "_TOKENS_PER_UNIT", 8)
+    # Every byte is a token: the first piece ends with the w of word, the second begins with the d of bad.
+    text = f"{'-' * 58}bad r1 r2 r3 r4{'-' * 14}q1 q2 q3 q4 word and more"
+    assert (text[99], text[60]) == ("w", "d")
+    order = prepare(tmp_path, [write_source(tmp_path / "a.jsonl", [text, "other " * 20, "more " * 20])], vocab_size=257)
+    assert text in trained_on(order, [text])
+    wanted = ["q1 q2 q3 q4 w", "q1 q2 q3 q4 word", "d r1 r2 r3 r4", "bad r1 r2 r3 r4"]
+    write(order, [ItemText("t", each, each) for each in wanted], 5)
+    rows = read_rows(contaminated_items_path(order.corpus.folder), "item", "num_found")
+    assert [row[0] for row in rows if row[1]] == ["bad r1 r2 r3 r4", "q1 q2 q3 q4 word"]
 
 
 def test_nothing_is_done_again_until_something_changes(tmp_path: Path) -> None:
