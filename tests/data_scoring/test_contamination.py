@@ -283,5 +283,7 @@ def test_nothing_is_done_again_until_something_changes(tmp_path: Path) -> None:
     assert samples_fingerprint(corpus.folder, "of another corpus", 13) is None
     contaminated_items_path(corpus.folder).unlink()
     assert write(order, [other])
+    assert write(order, [ItemText("t", "short", "too short to tell")])
+    assert read_rows(contaminated_items_path(corpus.folder), *ITEM) == [("t", "short", 0, 0, 0, None, True)]
     with pytest.raises(ValueError, match=r"eval\.contamination: there are no items to look for"):
         write(order, [])
