@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.contamination import contamination
 from benchmarks.head import head
 from benchmarks.measure import measure_in_turns, ratio, single_rank, topics
 from benchmarks.operation import prefect_overhead, stopping
@@ -112,6 +113,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "head": head,
     "demo": demo,
     "scale": scale,
+    "contamination": contamination,
     "prefect": prefect_overhead,
     "stopping": stopping,
 }

@@ -29,9 +29,10 @@ _MAD_TO_DEVIATION = 1.4826
 
 # Why samples are excluded. Those of a source that joins later are not of the samples that shares are of.
 LATE = "its source joins later"
+CONTAMINATED = "contaminated"
 SHORT, OUTLIER, REPEATED = "too few tokens", "outlier", "near duplicate"
 WORN, HARDEST = "trained on often enough", "among the hardest"
-EXCLUSIONS = (LATE, SHORT, OUTLIER, REPEATED, WORN, HARDEST)
+EXCLUSIONS = (LATE, CONTAMINATED, SHORT, OUTLIER, REPEATED, WORN, HARDEST)
 
 _SCORES = {
     "loss": "loss",
@@ -50,8 +51,9 @@ _SCORES = {
 class Draw:
     """What the samples of a round are drawn from, and how.
 
-    `rounds` is the folder that holds the rounds' folders, `num_samples` each shard's size, and `duplicates` the file
-    that lists near duplicates, where they are looked for.
+    `rounds` is the folder that holds the rounds' folders, `num_samples` each shard's size, `duplicates` the file that
+    lists near duplicates, where they are looked for, and `contaminated` the one that lists samples with parts of
+    evaluation items, where these are left out.
     """
 
     rounds: Path
@@ -60,6 +62,7 @@ class Draw:
     seed: int
     num_samples: list[int]
     duplicates: Path | None = None
+    contaminated: Path | None = None
 
     @property
     def target(self) -> Path:
@@ -191,13 +194,15 @@ def uses_seen_loss(config: RefineConfig) -> bool:
     )
 
 
-def is_joined(config: RefineConfig) -> bool:
+def is_joined(draw: Draw) -> bool:
     """Return whether candidates take joins to make, so that making them once is cheaper than at every scan."""
+    config = draw.config
     return (
         config.policy in ("loss_batch", "excess")
         or uses_seen_loss(config)
         or config.near_duplicates is not None
         or config.max_rounds is not None
+        or draw.contaminated is not None
     )
 
 
@@ -208,6 +213,8 @@ def _excluded(draw: Draw, limits: Limits, shard: int) -> str:
     late = [rule.name for rule in config.sources if rule.from_round > draw.round_number]
     if late:
         cases.append(f"when source in ({_literals(late)}) then '{LATE}'")
+    if draw.contaminated is not None:
+        cases.append(f"when is_contaminated then '{CONTAMINATED}'")
     if config.min_tokens > 1:
         cases.append(f"when num_tokens < {config.min_tokens} then '{SHORT}'")
     if limits.outlier:
@@ -233,6 +240,12 @@ def _literals(values: list[str]) -> str:
 
 def _guard_joins(draw: Draw, shard: int) -> list[str]:
     config, joins = draw.config, []
+    if draw.contaminated is not None:
+        relation = f"read_parquet({literal(draw.contaminated)})"
+        joins.append(
+            f"left join (select distinct sample, true as is_contaminated from {relation} where shard = {shard}) "
+            "using (sample)"
+        )
     if config.near_duplicates is not None:
         relation = f"read_parquet({literal(draw.duplicates)})"
         joins.append(

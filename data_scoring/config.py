@@ -212,3 +212,25 @@ class RefineConfig(Config):
         if len(set(names)) < len(names):
             raise ValueError(f"sources: {sorted(names)} names a source twice; say all of it in one entry")
         return self
+
+
+class EvalConfig(Config):
+    """How what a run trains on goes with what it is evaluated on."""
+
+    contamination: Literal["off", "report", "remove"] = Field(
+        default="off",
+        description="Whether the corpus is searched for evaluation items before training: report lists the samples "
+        "that hold parts of them, remove leaves these out of every round's mix.",
+    )
+    contamination_ngram: int = Field(
+        default=13,
+        ge=5,
+        le=50,
+        description="Words in a row, or characters of scripts without spaces, that an item and the corpus share where "
+        "they overlap (GPT-3: 13).",
+    )
+
+    @property
+    def removes(self) -> bool:
+        """Return whether samples that hold parts of evaluation items are left out."""
+        return self.contamination == "remove"

@@ -75,7 +75,7 @@ class Corpus:
 
     def lengths(self, shard: int) -> NDArray[np.int32]:
         """Return how many tokens each sample of a shard predicts, [num_samples] int32, from the index alone."""
-        return np.concatenate([part.lengths for part in self._opened(shard)], dtype=np.int32) - np.int32(1)
+        return np.concatenate([part.lengths for part in self.parts(shard)], dtype=np.int32) - np.int32(1)
 
     def read(self, shards: NDArray[np.integer], samples: NDArray[np.integer], seq_length: int | None = None) -> Batch:
         """Return the samples identified by the pairs of `shards` and `samples`, [num_samples] each.
@@ -116,13 +116,14 @@ class Corpus:
     def _paths(self, shard: int) -> list[Path]:
         return [self.folder / part["prefix"] for part in self._entry(shard)["parts"]]
 
-    def _opened(self, shard: int) -> list[IndexedTokens]:
+    def parts(self, shard: int) -> list[IndexedTokens]:
+        """Return a shard's parts, one after the other, opened; one a source where the corpus is used in place."""
         if shard not in self._parts:
             self._parts[shard] = [open_indexed(path) for path in self._paths(shard)]
         return self._parts[shard]
 
     def _sequence(self, shard: int, sample: int) -> NDArray[np.integer]:
-        for part in self._opened(shard):
+        for part in self.parts(shard):
             if sample < len(part.lengths):
                 return part.sequence(sample)
             sample -= len(part.lengths)

@@ -45,6 +45,33 @@ VIEWS = {
         },
         _plain("shard, sample, source::varchar as source, num_tokens"),
     ),
+    "contamination": View(
+        "Training samples that hold parts of evaluation items, a row a sample and item.",
+        "corpus/contamination.parquet",
+        {
+            "task": ("varchar", "Task that the item is of."),
+            "item": ("varchar", "Which of the task's items it is."),
+            **_IDENTITY,
+            "source": ("varchar", "Source that the sample's text is from."),
+            "num_ngrams": ("bigint", "Distinct n-grams of the item that are in the sample, or in part."),
+            "excerpt": ("varchar", "The first of them, as it was compared: in lower case."),
+        },
+        _plain("task, item, shard, sample, source, num_ngrams, excerpt"),
+    ),
+    "contaminated_items": View(
+        "Evaluation items that were looked for in the training text, and how much of each is there.",
+        "corpus/contamination-items.parquet",
+        {
+            "task": ("varchar", "Task that the item is of."),
+            "item": ("varchar", "Which of the task's items it is."),
+            "num_ngrams": ("bigint", "Distinct n-grams of the item."),
+            "num_found": ("bigint", "Those that are in the training text."),
+            "num_common": ("bigint", "Those that more than 10 documents have, which count as not found."),
+            "share": ("double", "num_found / num_ngrams; null for an item that is too short."),
+            "is_too_short": ("boolean", "Whether the item is too short to tell."),
+        },
+        _plain("task, item, num_ngrams, num_found, num_common, share, is_too_short"),
+    ),
     "losses": View(
         "Losses of all samples under the model that a round ended with.",
         "rounds/*/losses/shard=*.parquet",

@@ -56,15 +56,26 @@ def _refine_shard(draw: Draw, limits: Limits, shard: int, path: Path, fingerprin
 
 
 def mix_all(
-    path: Path, samples_path: Path, seed: int, config: RefineConfig = _PLAIN, max_tokens: int | None = None
+    path: Path,
+    samples_path: Path,
+    seed: int,
+    config: RefineConfig = _PLAIN,
+    max_tokens: int | None = None,
+    contaminated: Path | None = None,
 ) -> int:
     """Write round 1's mix, of every sample whose source has joined, to `path` and return their number.
 
-    With `max_tokens` it ends before the sample that would exceed it.
+    With `max_tokens` it ends before the sample that would exceed it. Samples that the file `contaminated` lists are
+    left out. Raises ValueError where none is left.
     """
-    late = ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > 1)
-    where = f"where source not in ({late})" if late else ""
-    query = f"select shard, sample, num_tokens from read_parquet({literal(samples_path)}) {where}"
+    conditions = ["true"]
+    if late := ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > 1):
+        conditions.append(f"source not in ({late})")
+    if contaminated is not None:
+        listed = f"select (shard, sample) from read_parquet({literal(contaminated)})"
+        conditions.append(f"(shard, sample) not in ({listed})")
+    where = " and ".join(conditions)
+    query = f"select shard, sample, num_tokens from read_parquet({literal(samples_path)}) where {where}"
     return write_mix(path, query, seed, 1, max_tokens, config.memory_gb)
 
 

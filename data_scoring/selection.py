@@ -94,7 +94,7 @@ def _policy(config: RefineConfig) -> str:
 
 def _select(connection: duckdb.DuckDBPyConnection, draw: Draw, limits: Limits, shard: int, name: str) -> str:
     relation = f"({candidates_query(draw, limits, shard)})"
-    if is_joined(draw.config):
+    if is_joined(draw):
         connection.execute(f"create or replace temp table {name}_candidates as from {relation}")
         relation = f"{name}_candidates"
     connection.execute(f"create type if not exists reason as enum ({_REASON_TYPE})")

@@ -35,6 +35,10 @@ class Tokenizer(Protocol):
         """Return the text of `ids`, special tokens included."""
         ...
 
+    def decode_batch(self, batch: list[list[int]]) -> list[str]:
+        """Return the text of each list of ids; uses all cores where the library does."""
+        ...
+
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json` of the `tokenizers` library."""
@@ -58,6 +62,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def decode_batch(self, batch: list[list[int]]) -> list[str]:
+        """Return the text of each list of ids."""
+        return list(self._tokenizer.decode_batch(batch, skip_special_tokens=False))
 
 
 class SentencePieceTokenizer:
@@ -83,6 +91,10 @@ class SentencePieceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`."""
         return str(self._processor.decode(ids))
+
+    def decode_batch(self, batch: list[list[int]]) -> list[str]:
+        """Return the text of each list of ids."""
+        return [str(text) for text in self._processor.decode(batch)] if batch else []
 
 
 def _load_json(path: Path) -> tokenizers.Tokenizer:

@@ -12,6 +12,7 @@ from data_scoring.candidates import uses_seen_loss
 from data_scoring.config import (
     Config,
     CorpusConfig,
+    EvalConfig,
     RefineConfig,
     ScoreConfig,
     SourceConfig,
@@ -124,6 +125,7 @@ class RunConfig(Config):
     score: ScoreConfig = ScoreConfig()
     refine: RefineConfig = RefineConfig()
     rounds: RoundsConfig = RoundsConfig()
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
@@ -160,6 +162,10 @@ class RunConfig(Config):
             raise ValueError(
                 "score.budget: 'seen' knows nothing of what train.max_tokens leaves out; take another budget"
             )
+        if budget == "seen" and self.eval.removes:
+            raise ValueError(
+                "score.budget: 'seen' knows nothing of what eval.contamination: remove leaves out; take another budget"
+            )
         prefix = prefix_of(budget)
         if prefix is not None and prefix < self.refine.min_tokens:
             raise ValueError(
@@ -177,7 +183,7 @@ class RunConfig(Config):
         """Return the run's name: the given one, else one that every configuration with the same results has."""
         if self.name is not None:
             return self.name
-        values = flatten(self.model_dump())
+        values = flatten(_decisive(self))
         return f"run-{fingerprint({field: value for field, value in values.items() if not _is_free(field)})}"
 
     @property
@@ -284,13 +290,21 @@ def _fields_of(location: list[str]) -> list[str]:
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Return a line for each field in which `new` differs from `old` such that results would differ."""
     before, after = (
-        flatten({**config.model_dump(), "train": config.resolved_train.model_dump()}) for config in (old, new)
+        flatten({**_decisive(config), "train": config.resolved_train.model_dump()}) for config in (old, new)
     )
     return [
         f"{name}: {before.get(name)!r} there, {after.get(name)!r} here"
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name) and not _is_free(name)
     ]
+
+
+def _decisive(config: RunConfig) -> dict[str, Any]:
+    """Return the sections of `config` that decide what is trained: evaluation does where it removes what it finds."""
+    values = config.model_dump()
+    if not config.eval.removes:
+        del values["eval"]
+    return values
 
 
 def _is_free(field: str) -> bool:

@@ -84,6 +84,7 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
     for number in range(1, config.rounds.num_rounds):
         sections += _refinement(run, ledger, number)
     sections += [
+        *_contamination(run, ledger),
         "<h2>Corpus</h2>",
         _corpus_table(sources),
         "<h2>Configuration</h2>",
@@ -143,6 +144,13 @@ def _importance(skips: Path) -> list[str]:
     with writing(skips.parents[3] / "report" / "importance.png") as temporary:
         temporary.write_bytes(png)
     return [html_figure(png, "Increase of the larger model's loss where layers are skipped, by the first of them.")]
+
+
+def _contamination(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    # Here, for it is made of this module's parts.
+    from flows.contamination_report import contamination
+
+    return contamination(run, ledger)
 
 
 def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:

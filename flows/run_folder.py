@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from data_scoring.config import Policy, RefineConfig
+from data_scoring.contamination import samples_fingerprint
 from data_scoring.corpus import Corpus
 from data_scoring.files import fingerprint, read_json, remove_leftovers, write_json, writing
 from data_scoring.scoring import losses_path, parquet_fingerprint
@@ -95,6 +96,8 @@ class Run:
                 late = sorted(rule.name for rule in config.refine.sources if rule.from_round > 1)
                 if late or config.train.max_tokens is not None:
                     before = fingerprint(before, late, *filter(None, [config.train.max_tokens]))
+                if config.eval.removes:
+                    before = fingerprint(before, "without", self.contaminated_samples())
             return fingerprint("mix", before, self.corpus().fingerprint, config.seed, round_number)
         if stage == "train":
             # The mix stands for the round before too, whose weights this one starts from: it was scored with them.
@@ -102,6 +105,11 @@ class Run:
         assert stage == "score", stage
         budget = config.score.model_dump(include={"budget", "min_correlation", "calibration_samples"})
         return fingerprint("score", self.fingerprint("train", round_number), budget)
+
+    def contaminated_samples(self) -> str | None:
+        """Return what identifies the samples with parts of evaluation items, or None where nobody has looked."""
+        corpus = self.corpus()
+        return samples_fingerprint(corpus.folder, corpus.fingerprint, self.config.eval.contamination_ngram)
 
     def training_inputs(self) -> list[dict[str, Any]]:
         """Return what of the model's and training's configuration decides the weights that a round ends with."""

@@ -2,17 +2,20 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from data_scoring.candidates import Draw
 from data_scoring.config import RefineConfig
+from data_scoring.contamination import contamination_path, write_contamination
 from data_scoring.dry_run import DryRun, dry_run
+from data_scoring.item_ngrams import ItemText
 from data_scoring.ledger import refresh_ledger
 from data_scoring.near_duplicates import write_near_duplicates
 from data_scoring.prepare import prepare_corpus
 from data_scoring.progress import Progress, silent
+from data_scoring.reading_order import ReadingOrder
 from data_scoring.refine import mix_all, mix_selection
 from data_scoring.refine import refine as refine_shards
 from data_scoring.scoring import parquet_fingerprint
@@ -113,6 +116,36 @@ def inherit(run: Run, progress: Progress) -> bool:
     return True
 
 
+def check_contamination(run: Run, items: Iterable[ItemText], progress: Progress) -> bool:
+    """List which training samples hold parts of evaluation items, where `eval.contamination` asks for it.
+
+    It comes after preparing and before the first mix. With eval.contamination: remove, `items` decide what is trained
+    on: a run goes on with the same ones, or with others that overlap with the same samples.
+    """
+    config = run.config
+    if config.eval.contamination == "off":
+        return False
+    corpus = run.corpus()
+    order = ReadingOrder(corpus, config.seed)
+    tokenizer = open_tokenizer(corpus.tokenizer_path, config.tokenizer.end_of_document)
+    if not write_contamination(order, tokenizer, items, config.eval.contamination_ngram, progress):
+        return False
+    refresh_ledger(run.folder)
+    return True
+
+
+def _contaminated(run: Run) -> Path | None:
+    """Return the file that lists the samples to leave out, or None where none are. Raises ValueError without it."""
+    if not run.config.eval.removes:
+        return None
+    if run.contaminated_samples() is None:
+        raise ValueError(
+            f"{run.folder}: eval.contamination: remove needs the list of what overlaps with evaluation items, which is "
+            f"not there; run `reprise run {run.folder}`, which does all that is missing"
+        )
+    return contamination_path(run.corpus_folder)
+
+
 def mix(run: Run, round_number: int, progress: Progress) -> bool:
     """Make the mix that a round trains on: everything in round 1, else what the round's selection keeps."""
     if run.is_complete("mix", round_number):
@@ -126,7 +159,8 @@ def mix(run: Run, round_number: int, progress: Progress) -> bool:
     with _completing(run, "mix", round_number):
         if round_number == 1:
             config, samples = run.config, run.corpus().samples_path
-            count = mix_all(folder / "mix.parquet", samples, config.seed, config.refine, config.train.max_tokens)
+            limits = config.refine, config.train.max_tokens, _contaminated(run)
+            count = mix_all(folder / "mix.parquet", samples, config.seed, *limits)
         else:
             _require(run, "refine", round_number)
             draw = _draw(run, round_number, run.refine_config(round_number))
@@ -221,6 +255,7 @@ def _draw(run: Run, round_number: int, config: RefineConfig, duplicates: Path | 
         seed=run.config.seed,
         num_samples=[corpus.num_samples(shard) for shard in range(corpus.num_shards)],
         duplicates=duplicates,
+        contaminated=_contaminated(run),
     )
 
 

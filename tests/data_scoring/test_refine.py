@@ -145,6 +145,50 @@ def test_the_first_mix_has_no_source_that_joins_later(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "mix.parquet", "shard", "sample") == [(0, 0), (1, 0)]
 
 
+def test_the_first_mix_has_no_contaminated_sample(tmp_path: Path) -> None:
+    columns = {"shard": [0, 0, 1, 1], "sample": [0, 1, 0, 1], "source": ["a", "b", "a", "b"], "num_tokens": [9] * 4}
+    write_parquet(tmp_path / "samples.parquet", pa.table(columns), "prepared")
+    # One sample overlaps with two items.
+    listed = {"task": ["t"] * 3, "shard": [0, 0, 1], "sample": [1, 1, 0], "source": ["b", "b", "a"]}
+    write_parquet(tmp_path / "listed.parquet", pa.table(listed), "listed")
+    joined, late = RefineConfig(), RefineConfig(sources=(SourceRule(name="b", from_round=2),))
+    for config, max_tokens, expected in (
+        (joined, None, [(0, 0), (1, 1)]), (joined, 18, [(0, 0), (1, 1)]), (late, None, [(0, 0)]),
+    ):  # fmt: skip
+        path = tmp_path / "mix.parquet"
+        count = mix_all(path, tmp_path / "samples.parquet", 7, config, max_tokens, tmp_path / "listed.parquet")
+        assert count == len(expected)
+        assert read_rows(path, "shard", "sample") == expected
+
+
+@pytest.mark.parametrize("policy", ["loss", "all", "top"])
+def test_a_later_mix_has_no_contaminated_sample(policy: Policy, tmp_path: Path) -> None:
+    for shard in range(2):
+        write_losses(tmp_path / "1", shard, np.linspace(1, 3, 60))
+    # Of source b, which joins in round 2 with every third sample, and of a; the hardest of each, and some twice.
+    left_out = {(0, 57), (0, 59), (0, 58), (1, 0), (1, 1)}
+    rows = [*left_out, (0, 59), (0, 57)]
+    listed = pa.table({"shard": [row[0] for row in rows], "sample": [row[1] for row in rows]})
+    write_parquet(tmp_path / "listed.parquet", listed, "listed")
+    config = RefineConfig(policy=policy, sources=(SourceRule(name="b", from_round=2),), max_tokens=32 * 30)
+    draw = Draw(tmp_path, 2, config, 7, [60, 60], contaminated=tmp_path / "listed.parquet")
+    refine(draw, "refined", silent)
+    selected = [
+        (shard, *row)
+        for shard in range(2)
+        for row in read_rows(selection_path(draw.target, shard), "sample", "kept", "reason")
+    ]
+    assert {row[:2] for row in selected if row[3] == "contaminated"} == left_out
+    assert not any(row[2] for row in selected if row[:2] in left_out)
+    # The 20 samples of b in each shard join, and of the 40 others as many are kept as of all of them would be.
+    expected = {"all": (40 - 2 + 20 - 1, 40 - 1 + 20 - 1), "loss": (39, 39), "top": (39, 39)}[policy]
+    assert tuple(sum(row[2] for row in selected if row[0] == shard) for shard in range(2)) == expected
+    columns = {"shard": [0] * 60 + [1] * 60, "sample": [*range(60)] * 2, "num_tokens": [32] * 120}
+    write_parquet(tmp_path / "samples.parquet", pa.table(columns), "prepared")
+    assert mix_selection(tmp_path / "mix.parquet", draw, tmp_path / "samples.parquet") == 30
+    assert not left_out & set(read_rows(tmp_path / "mix.parquet", "shard", "sample"))
+
+
 def test_the_first_mix_ends_at_its_tokens(tmp_path: Path) -> None:
     lengths = pa.table({"shard": [0] * 6, "sample": range(6), "num_tokens": [10, 11, 12, 13, 14, 15]})
     write_parquet(tmp_path / "samples.parquet", lengths, "prepared")

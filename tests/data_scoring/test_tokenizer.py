@@ -23,6 +23,8 @@ def test_a_trained_tokenizer_round_trips_any_text(trained_path: Path) -> None:
     tokenizer = open_tokenizer(trained_path, None)
     assert tokenizer.vocab_size == 320
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(TEXTS)] == TEXTS
+    assert tokenizer.decode_batch([*tokenizer.encode_batch(TEXTS), []]) == [*TEXTS, ""]
+    assert tokenizer.decode_batch([]) == []
     assert tokenizer.decode([tokenizer.end_of_document]) == "<|endoftext|>"
 
 
@@ -58,6 +60,9 @@ def test_sentencepiece_models_are_used_as_they_are(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(tmp_path / "m.model", None)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     assert tokenizer.encode_batch(TEXTS) == [processor.encode(text) for text in TEXTS]
+    batch = [*tokenizer.encode_batch(TEXTS), []]
+    assert tokenizer.decode_batch(batch) == [*(processor.decode(ids) for ids in batch[:-1]), ""]
+    assert tokenizer.decode_batch([]) == []
     assert (tokenizer.vocab_size, tokenizer.end_of_document) == (processor.vocab_size(), processor.eos_id())
     assert open_tokenizer(tmp_path / "m.model", "<end>").end_of_document == processor.piece_to_id("<end>")
 
