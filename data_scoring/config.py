@@ -13,6 +13,12 @@ LossKernel = Literal["reference", "chunked", "triton"]
 # How losses become inclusion; `data_scoring.candidates` holds what each means.
 Policy = Literal["loss", "loss_batch", "top", "band", "forgetting", "excess", "random", "all", "sql"]
 
+# What models are evaluated on; `flows.evaluation_tasks` defines them, docs/evaluation.md describes them.
+EvaluationName = Literal[
+    "paper", "ablation", "ceval", "cmmlu", "mmlu", "agieval", "boolq", "axb", "piqa", "eprstmt", "xsum", "c3",
+    "hellaswag", "arc_easy",
+]  # fmt: skip
+
 # Rows of embedding and head come in multiples of this, alike for every tensor-parallel size that divides it.
 VOCABULARY_MULTIPLE = 128
 
@@ -215,7 +221,27 @@ class RefineConfig(Config):
 
 
 class EvalConfig(Config):
-    """How what a run trains on goes with what it is evaluated on."""
+    """What models are asked after each round and meanwhile, and what becomes of questions in the training text."""
+
+    tasks: tuple[EvaluationName, ...] = Field(
+        default=(),
+        description="Tasks that every round's model is asked; paper stands for the ten of the paper's table, ablation "
+        "for HellaSwag and ARC-Easy. Empty: none.",
+    )
+    data: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder with the tasks' files in their original schemas; null: the data sets' places on the hub.",
+    )
+    limit: int | None = Field(default=None, ge=1, description="Items of each task or subject, the first; null: all.")
+    every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between evaluations, with validation, during training; null: only when a round has ended.",
+    )
+    training_tasks: tuple[EvaluationName, ...] = Field(
+        default=("hellaswag",), description="Tasks that are asked during training, each of eval.tasks or not."
+    )
 
     contamination: Literal["off", "report", "remove"] = Field(
         default="off",

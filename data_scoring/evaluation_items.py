@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_scoring.evaluation_rows import SCHEMAS, Row, defect, item_text
+from data_scoring.item_ngrams import ItemText
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,6 @@ class Unscorable:
     task: str
     item: str
     reason: str
-
-
-@dataclass(frozen=True)
-class ItemText:
-    """All that an evaluation item says: question, passage, options and answer."""
-
-    task: str
-    item: str
-    text: str
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class View:
 
 
 _ROUND = r"regexp_extract(filename, '.*rounds/(\d+)/', 1)::int as round"
+_STEP = r"regexp_extract(filename, 'step-(\d+)', 1)::int as step"
 _SHARD = r"regexp_extract(filename, 'shard=(\d+)', 1)::int as shard"
 
 
@@ -146,6 +147,54 @@ VIEWS = {
             "heads": ("integer[]", "Query heads that stay, by their numbers there."),
         },
         _plain(f"{_ROUND}, layer, teacher_layer, teacher, checkpoint, method, channels, ffn, groups, heads"),
+    ),
+    "scores": View(
+        "What models score in evaluation tasks, a row a task and one for each of its subjects.",
+        "rounds/*/evaluation/step-*/scores/*.parquet",
+        {
+            **_ROUND_COLUMN,
+            "step": ("integer", "Step of the round after which it was measured."),
+            "is_end": ("boolean", "Whether it is the model that the round ended with, not one on the way."),
+            "task": ("varchar", "Task."),
+            "subject": ("varchar", "Subject of the task; null for the task as a whole: the mean over its subjects."),
+            "metric": ("varchar", "What the score is: acc, acc_norm, acc_text, rouge1."),
+            "score": ("double", "Score, 0 to 1."),
+            "stderr": ("double", "Its standard error over items; null where too few items tell."),
+            "chance": ("double", "What guessing scores; null for a subject."),
+            "num_items": ("bigint", "Items that were scored."),
+            "num_unscorable": ("bigint", "Items that could not be; the view unscorable lists them."),
+            "num_fewshot": ("integer", "Solved examples before each question."),
+            "num_shortened": ("bigint", "Items whose examples were fewer, for the model's length; null for a subject."),
+        },
+        _plain(
+            f"{_ROUND}, {_STEP}, is_end, task, subject, metric, score, stderr, chance, num_items, num_unscorable, "
+            "num_fewshot, num_shortened"
+        ),
+    ),
+    "scored_items": View(
+        "What models score in each item of evaluation tasks.",
+        "rounds/*/evaluation/step-*/items/*.parquet",
+        {
+            **_ROUND_COLUMN,
+            "step": ("integer", "Step of the round after which it was measured."),
+            "task": ("varchar", "Task."),
+            "subject": ("varchar", "Subject of the task, by lm-eval's name."),
+            "item": ("integer", "Number of the item among those of its subject that can be scored, from 0."),
+            "score": ("double", "Score, 0 to 1."),
+        },
+        _plain(f"{_ROUND}, {_STEP}, task, subject, item, score"),
+    ),
+    "unscorable": View(
+        "Evaluation items that no model was asked, and why.",
+        "rounds/*/evaluation/step-*/unscorable/*.parquet",
+        {
+            **_ROUND_COLUMN,
+            "step": ("integer", "Step of the round after which the others were asked."),
+            "task": ("varchar", "Task."),
+            "item": ("varchar", "Where the item is: file and line, or place on the hub."),
+            "reason": ("varchar", "Why it cannot be scored."),
+        },
+        _plain(f"{_ROUND}, {_STEP}, task, item, reason"),
     ),
     "steps": View(
         "The optimizer steps of each round.",

@@ -6,7 +6,9 @@ from typing import Any
 import duckdb
 
 from data_scoring.dry_run import DryRun
-from flows.plots import Plot, loss_curves, render, selection_histograms
+from flows.evaluation_results import columns_of, read_chance, read_rows
+from flows.evaluation_table import render_table
+from flows.plots import Plot, loss_curves, render, score_curves, selection_histograms
 from flows.run_folder import Run
 
 
@@ -39,6 +41,20 @@ def inheritance(run: Run) -> list[dict[str, Any]]:
             array_to_string(heads, ', ') as heads, teacher
         from lineage order by layer""",
     )
+
+
+def scores(run: Run, round_number: int) -> dict[str, Any]:
+    """Return the score of each task, 0 to 1, that the model of a round was asked."""
+    query = f"select task, score from scores where round = {round_number} and is_end and subject is null and score is not null"
+    return {row["task"]: row["score"] for row in _rows(run, query)}
+
+
+def evaluation_page(run: Run) -> str:
+    """Return the paper's table of the rounds so far, and their scores on the way, as Markdown."""
+    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        rows = [row for row in (read_chance(ledger), *read_rows(ledger, run.folder.name)) if row is not None]
+    table = render_table(rows, columns_of(rows), "markdown")
+    return f"{table}\n\n{_picture(run, score_curves, 'scores against tokens')}"
 
 
 def selection_page(run: Run, dry: DryRun) -> str:

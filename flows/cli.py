@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.files import explain
 from flows.config import RunConfig, override, read_config
+from flows.evaluate_commands import add_evaluate
 from flows.hugging_face_commands import add_hugging_face
 from flows.inherit_commands import add_inherit
 from flows.model_commands import add_model
@@ -66,16 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_target(run)
     run.add_argument("--dry-run", action="store_true", help="print how ranks would be launched and start nothing")
     run.set_defaults(command=_run)
-    for stage, text in _STAGES.items():
-        command = commands.add_parser(stage, help=text)
-        _add_target(command)
-        if stage != "prepare":
-            command.add_argument("--round", type=int, help="number of the round (default: the first that lacks it)")
-        if stage == "refine":
-            command.add_argument("--dry-run", action="store_true", help="print what would be kept and write nothing")
-            _add_draw(command, "with --dry-run: another ")
-            command.add_argument("--temperature", type=float, help="with --dry-run: another temperature than the run's")
-        command.set_defaults(command=_stage, stage=stage)
+    _add_stages(commands)
     approve = commands.add_parser("approve", help="let a round train on what refining keeps (rounds.approval)")
     approve.add_argument("run", type=Path, metavar="RUN", help="run folder")
     approve.add_argument("--round", type=int, help="number of the round (default: the one that waits)")
@@ -93,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what this machine has, and what it lacks for a configuration")
     doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML configuration")
     doctor.set_defaults(command=_doctor)
+    add_evaluate(commands)
     add_model(commands)
     add_tokenizer(commands)
     add_hugging_face(commands)
@@ -114,6 +107,19 @@ def _parser() -> argparse.ArgumentParser:
     sql.add_argument("query", metavar="QUERY", help='such as "select * from rounds"')
     sql.set_defaults(command=_sql)
     return parser
+
+
+def _add_stages(commands: Any) -> None:
+    for stage, text in _STAGES.items():
+        command = commands.add_parser(stage, help=text)
+        _add_target(command)
+        if stage != "prepare":
+            command.add_argument("--round", type=int, help="number of the round (default: the first that lacks it)")
+        if stage == "refine":
+            command.add_argument("--dry-run", action="store_true", help="print what would be kept and write nothing")
+            _add_draw(command, "with --dry-run: another ")
+            command.add_argument("--temperature", type=float, help="with --dry-run: another temperature than the run's")
+        command.set_defaults(command=_stage, stage=stage)
 
 
 def _add_target(command: argparse.ArgumentParser) -> None:
@@ -192,6 +198,7 @@ def _stage(options: argparse.Namespace) -> None:
             stages.mix(run, number, progress)
         else:
             if options.stage == "train" and number == 1:
+                stages.contamination(run, progress)
                 stages.inherit(run, progress)
                 stages.mix(run, number, progress)
             work: Callable[..., None] = getattr(stages, options.stage)

@@ -18,7 +18,7 @@ from data_scoring.progress import Progress
 from data_scoring.scoring import write_parquet
 from flows import stages
 from flows.compare_report import write_comparison
-from flows.compare_results import BASE, CURVES, RESULTS, curves_path
+from flows.compare_results import BASE, CURVES, RESULTS, SCORES, curves_path, scores_path
 from flows.config import RunConfig
 from flows.inheritance import layers_of
 from flows.pages import Page
@@ -172,19 +172,31 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
             assert config.model.inherit is not None
             inherit = config.model.inherit.model_copy(update={"layers": tuple(layers)})
             sweep = inherit_sweep(",".join(arm.name for arm in sweep.arms), inherit)
+        scores: list[dict[str, Any]] = []
         if sweep.shares_round:
-            rows, tokens = _go_on(config, folder, seeds, sweep, tokens, progress)
+            rows, tokens = _go_on(config, folder, seeds, sweep, tokens, scores, progress)
         else:
-            rows, curves = _begin(config, folder, seeds, sweep, progress)
+            rows, curves = _begin(config, folder, seeds, sweep, scores, progress)
             write_parquet(curves_path(path), pa.Table.from_pylist(curves, CURVES), "")
+        if config.eval.tasks:
+            write_parquet(scores_path(path), pa.Table.from_pylist(scores, SCORES), "")
         write_parquet(path, pa.Table.from_pylist(rows, RESULTS), "")
         return write_comparison(path, sweep.option, [arm.name for arm in sweep.arms], config, tokens, layers)
 
 
 def _go_on(
-    config: RunConfig, folder: Path, seeds: range, sweep: Sweep, tokens: int | None, progress: Progress
+    config: RunConfig,
+    folder: Path,
+    seeds: range,
+    sweep: Sweep,
+    tokens: int | None,
+    scores: list[dict[str, Any]],
+    progress: Progress,
 ) -> tuple[list[dict[str, Any]], int | None]:
-    """Return the results of arms that go on from a base's first round, and the tokens that each of them trains on."""
+    """Return the results of arms that go on from a base's first round, and the tokens that each of them trains on.
+
+    What they score in tasks is added to `scores`.
+    """
     bases = {seed: _train_base(_config(config, folder, seed, _BASE), progress) for seed in seeds}
     arms = sweep.arms
     if sweep.option == "--policies":
@@ -193,21 +205,26 @@ def _go_on(
     rows = []
     for seed, base in bases.items():
         rows += _results(base, seed, _BASE)
+        scores += _scores(base, seed, _BASE, progress)
         before = base
         for arm in arms:
             run = base
             if arm.num_rounds > 1:
                 run = _train_arm(_config(config, folder, seed, arm), before, progress)
             rows += _results(run, seed, arm)
+            scores += _scores(run, seed, arm, progress)
             # Only a round that is the same in both can be gone on from.
             before = run if sweep.option == "--rounds" else base
     return rows, tokens
 
 
 def _begin(
-    config: RunConfig, folder: Path, seeds: range, sweep: Sweep, progress: Progress
+    config: RunConfig, folder: Path, seeds: range, sweep: Sweep, scores: list[dict[str, Any]], progress: Progress
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return results and curves of arms that train round 1 themselves, over the same corpus in each seed."""
+    """Return results and curves of arms that train round 1 themselves, over the same corpus in each seed.
+
+    What they score in tasks is added to `scores`.
+    """
     rows, curves = [], []
     for seed in seeds:
         corpus = prepare_corpus(config, folder, f"corpus-seed-{seed}", seed, progress)
@@ -215,6 +232,7 @@ def _begin(
             arm_config = _config(config, folder, seed, arm)
             run = train_trial(arm_config, corpus, named(arm_config, progress))
             rows += _results(run, seed, arm)
+            scores += _scores(run, seed, arm, progress)
             curves += _curve(run, seed, arm)
     return rows, curves
 
@@ -236,6 +254,7 @@ def _train_base(config: RunConfig, progress: Progress) -> Run:
     with locked(config.folder):
         run = open_run(config)
         stages.prepare(run, progress)
+        stages.contamination(run, progress)
         stages.inherit(run, progress)
         stages.mix(run, 1, progress)
         stages.train(run, 1, progress)
@@ -309,6 +328,19 @@ def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
     common["scoring_cost"] = sum(scoring_cost(run, number) for number in scored)
     losses = final_losses(run, run.config.rounds.num_rounds)
     return [{"seed": seed, "arm": arm.name, **row, **common} for row in losses]
+
+
+def _scores(run: Run, seed: int, arm: Arm, progress: Progress) -> list[dict[str, Any]]:
+    """Return a row for each evaluation task of the configuration: what the model that the run ends with scores."""
+    last = run.config.rounds.num_rounds
+    with locked(run.folder):
+        stages.evaluate(run, last, named(run.config, progress))
+    found = query(
+        run.folder,
+        f"select task, score, chance from scores where round = {last} and is_end and subject is null and score is not null",
+    ).fetchall()
+    names = ("task", "score", "chance")
+    return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True))} for row in found]
 
 
 def _curve(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:

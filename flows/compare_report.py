@@ -5,8 +5,10 @@ from pathlib import Path
 import duckdb
 
 from flows.compare_plots import PLOTS
-from flows.compare_results import BASE, open_results
+from flows.compare_results import BASE, open_results, scores_path
 from flows.config import RunConfig
+from flows.evaluation_results import columns_of
+from flows.evaluation_table import PAPER, Row, table_cells, with_average
 from flows.pages import Page, Picture, Section, span, write_page
 from flows.plots import render
 from flows.teacher import find_teacher
@@ -39,6 +41,8 @@ def write_comparison(
             del plots["costs"]
         else:
             del plots["curves"]
+        if scores_path(results).exists():
+            parts.insert(1, _scores)
         made = [make(connection) for make in parts]
         drawn = [(name, render(plot, connection), caption) for name, (plot, caption) in plots.items()]
     # One seed has no spread, and one arm nothing to differ from.
@@ -117,6 +121,23 @@ def _losses(results: duckdb.DuckDBPyConnection) -> Section:
     return Section(
         "Validation loss", ["Nats per token, means over seeds; the lowest is bold."], ["arm", *sources], cells
     )
+
+
+def _scores(results: duckdb.DuckDBPyConnection) -> Section:
+    found = results.sql(
+        f"""select arm, task, 100 * avg(score), 100 * stddev_samp(score) / sqrt(count(*)), 100 * avg(chance) from scores
+        where arm <> '{BASE}' or not exists (from costs where num_steps = 0) group by arm, task order by arm"""
+    ).fetchall()
+    rows = []
+    for arm in dict.fromkeys(entry[0] for entry in found):
+        mine = [entry for entry in found if entry[0] == arm]
+        errors = {task: error for _, task, _, error, _ in mine if error is not None}
+        rows.append(with_average(Row(arm, {task: score for _, task, score, *_ in mine}, errors), PAPER))
+    chance = with_average(Row("chance", {task: score for _, task, *_, score in found}, {}, "chance"), PAPER)
+    columns = columns_of(rows)
+    notes = ["Percent, means over seeds, with their standard errors over seeds; the highest of a column is bold."]
+    cells = table_cells([chance, *rows], columns)
+    return Section("Scores in tasks", notes, ["arm", *(column.title for column in columns)], cells)
 
 
 def _spread(results: duckdb.DuckDBPyConnection) -> Section:

@@ -41,6 +41,17 @@ CURVES = pa.schema(
     ]
 )
 
+# A row for each seed, arm and evaluation task, where the configuration names some; 0 to 1.
+SCORES = pa.schema(
+    [
+        ("seed", pa.int64()),
+        ("arm", pa.string()),
+        ("task", pa.string()),
+        ("score", pa.float64()),
+        ("chance", pa.float64()),
+    ]
+)
+
 _VIEWS = f"""
 create view losses as
     select seed, arm, source, loss, 0 as place from results
@@ -70,13 +81,19 @@ def curves_path(results: Path) -> Path:
     return results.with_name(f"{results.stem}-curves.parquet")
 
 
+def scores_path(results: Path) -> Path:
+    """Return the path of what arms score in tasks, of the comparison whose results are in `results`."""
+    return results.with_name(f"{results.stem}-scores.parquet")
+
+
 @contextmanager
 def open_results(path: Path, arms: list[str]) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield a connection with the views of the results in the Parquet file `path`; `arms` sort in the given order.
 
     The views: losses (by seed, arm and source, the last two of which are over all sources), spread (over seeds),
     paired and differences (to the arm in `reference`: random, gpt2 or base where there is one, else the first), costs
-    (tokens; scoring in training-token equivalents) and, where arms begin with a round of their own, curves.
+    (tokens; scoring in training-token equivalents) and, where arms begin with a round of their own, curves; where tasks
+    are named, scores.
     """
     with duckdb.connect() as connection:
         names = ", ".join(literal(name) for name in [BASE, *arms])
@@ -86,8 +103,8 @@ def open_results(path: Path, arms: list[str]) -> Iterator[duckdb.DuckDBPyConnect
         reference = next((name for name in _PLAIN if name in arms), arms[0])
         connection.execute(f"create table reference as select {literal(reference)}::arm as arm")
         connection.execute(_VIEWS)
-        curves = curves_path(path)
-        if curves.exists():
-            rows = f"select * replace (arm::arm as arm) from read_parquet({literal(curves)})"
-            connection.execute(f"create table curves as {rows}")
+        for name, other in (("curves", curves_path(path)), ("scores", scores_path(path))):
+            if other.exists():
+                rows = f"select * replace (arm::arm as arm) from read_parquet({literal(other)})"
+                connection.execute(f"create table {name} as {rows}")
         yield connection

@@ -143,6 +143,10 @@ class RunConfig(Config):
                 f"score.budget: {self.score.budget} is more than the corpus.seq_length of {self.corpus.seq_length}; "
                 "lower it, or take full"
             )
+        if self.eval.contamination != "off" and not self.eval.tasks and self.eval.every_steps is None:
+            raise ValueError(
+                f"eval.contamination: {self.eval.contamination!r} has no items to look for; name eval.tasks, or set off"
+            )
         if self.launch.kind == "slurm" and self.device == "auto":
             raise ValueError("device: what Slurm's nodes have is not seen from here; say cuda, npu or cpu, not 'auto'")
         return self
@@ -196,7 +200,7 @@ class RunConfig(Config):
 _FREE = (
     "name", "output", "device", "parallel", "launch", "checkpoint", "rounds", "refine.memory_gb",
     "score.micro_batch_size", "score.loss_kernel", "train.micro_batch_size", "train.loss_kernel",
-    "train.activation_kernel", "train.validate_every_steps", "model.preset",
+    "train.activation_kernel", "train.validate_every_steps", "model.preset", "eval.every_steps", "eval.training_tasks",
 )  # fmt: skip
 
 
@@ -335,6 +339,7 @@ def check_paths(config: RunConfig, allowed: list[Path]) -> None:
     for field, path in (
         ("refine.reference", config.refine.reference),
         ("model.start_from", config.model.start_from),
+        ("eval.data", config.eval.data),
         ("model.inherit.from", None if inherit is None else inherit.teacher),
     ):
         if path is not None:

@@ -30,6 +30,26 @@ class Column:
     group: str
 
 
+COLUMNS = (
+    Column("ceval", "C-Eval", "Examination"),
+    Column("cmmlu", "CMMLU", "Examination"),
+    Column("mmlu", "MMLU", "Examination"),
+    Column("agieval", "AGI-Eval", "Examination"),
+    Column("boolq", "BoolQ", "Knowledge"),
+    Column("axb", "AX-b", "Reasoning"),
+    Column("piqa", "PIQA", "Reasoning"),
+    Column("eprstmt", "EPRSTMT", "Understanding"),
+    Column("xsum", "XSum", "Understanding"),
+    Column("c3", "C3", "Understanding"),
+    Column(AVERAGE, "Average", ""),
+    Column("hellaswag", "HellaSwag", "Ablation"),
+    Column("arc_easy", "ARC-Easy", "Ablation"),
+)
+ABLATION = ("hellaswag", "arc_easy")
+# What the average is of.
+PAPER = tuple(column.name for column in COLUMNS if column.group not in ("", "Ablation"))
+
+
 @dataclass(frozen=True)
 class Row:
     """A model's scores in percent by column, and standard errors where known; others' rows are quoted or chance."""
@@ -73,6 +93,11 @@ def rank(rows: Sequence[Row], column: str) -> dict[int, Literal["best", "second"
 def render_table(rows: Sequence[Row], columns: Sequence[Column], form: Format) -> str:
     """Return the table as text in the form asked for."""
     return {"terminal": _terminal, "markdown": _markdown, "latex": _latex, "html": _html}[form](rows, columns)
+
+
+def table_cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
+    """Return the table's cells, the label first, the best of a column between two asterisks each."""
+    return _cells(rows, columns, {"best": "**{}**".format, "second": str}, " ± ", _label)
 
 
 def _cells(

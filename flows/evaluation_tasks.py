@@ -5,6 +5,7 @@ docs/evaluation.md has their prompts, shots and metrics, with sources.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from data_scoring.evaluation_items import Item, ItemText, Unscorable, make_item, read_examples, read_items
+from data_scoring.evaluation_items import Item, Unscorable, make_item, read_examples, read_items
 from data_scoring.evaluation_rows import SCHEMAS, item_text
+from data_scoring.item_ngrams import ItemText
+from flows.evaluation_table import ABLATION, PAPER
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
-
-PAPER = ("ceval", "cmmlu", "mmlu", "agieval", "boolq", "axb", "piqa", "eprstmt", "xsum", "c3")
-ABLATION = ("hellaswag", "arc_easy")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,6 @@ class EvaluationTask:
     """
 
     name: str
-    title: str
-    group: str  # Examination, Knowledge, Reasoning, Understanding; Ablation for hellaswag and arc_easy
     metric: str  # lm-eval's name of the metric that the table shows
     num_fewshot: int
     chance: float  # expected score of a guess, 0 to 1: mean over items of right options / options; 0 where generated
@@ -46,26 +44,24 @@ class EvaluationTask:
 class _Definition:
     """What Reprise adds to lm-eval's definition of a task."""
 
-    title: str
-    group: str
     metric: str = "acc"
     num_fewshot: int = 0
     prefix: str = ""  # of lm-eval's names of a task's subjects; a task without subjects bears its own name
 
 
 _DEFINITIONS = {
-    "ceval": _Definition("C-Eval", "Examination", num_fewshot=5, prefix="ceval-valid_"),
-    "cmmlu": _Definition("CMMLU", "Examination", num_fewshot=5, prefix="cmmlu_"),
-    "mmlu": _Definition("MMLU", "Examination", num_fewshot=5, prefix="mmlu_"),
-    "agieval": _Definition("AGI-Eval", "Examination", prefix="agieval_"),
-    "boolq": _Definition("BoolQ", "Knowledge"),
-    "axb": _Definition("AX-b", "Reasoning", metric="acc_text"),
-    "piqa": _Definition("PIQA", "Reasoning"),
-    "eprstmt": _Definition("EPRSTMT", "Understanding", metric="acc_text"),
-    "xsum": _Definition("XSum", "Understanding", metric="rouge1"),
-    "c3": _Definition("C3", "Understanding", metric="acc_text"),
-    "hellaswag": _Definition("HellaSwag", "Ablation", metric="acc_norm"),
-    "arc_easy": _Definition("ARC-Easy", "Ablation"),
+    "ceval": _Definition(num_fewshot=5, prefix="ceval-valid_"),
+    "cmmlu": _Definition(num_fewshot=5, prefix="cmmlu_"),
+    "mmlu": _Definition(num_fewshot=5, prefix="mmlu_"),
+    "agieval": _Definition(prefix="agieval_"),
+    "boolq": _Definition(),
+    "axb": _Definition(metric="acc_text"),
+    "piqa": _Definition(),
+    "eprstmt": _Definition(metric="acc_text"),
+    "xsum": _Definition(metric="rouge1"),
+    "c3": _Definition(metric="acc_text"),
+    "hellaswag": _Definition(metric="acc_norm"),
+    "arc_easy": _Definition(),
 }
 
 # Folders of lm-eval's definitions: reading all of its tens of thousands would take half a minute.
@@ -101,8 +97,7 @@ def load_tasks(
     with the longest of its continuations fits into the model; what does not is listed as unscorable. Where an answer
     is generated, a continuation of as many words as tokens may be generated is asked for. `num_tokens(texts)` says how
     many tokens each text has, by which OpenCompass divides losses.
-    Raises ValueError, in one line, for an unknown task, for files that are missing or broken, and where nothing of a
-    task can be scored.
+    Raises ValueError, in one line, for an unknown task, and for files that are missing or broken.
     """
     if data is not None and not data.is_dir():
         raise ValueError(f"eval.data: no folder {data}; name the one that holds the tasks' files, or leave it out")
@@ -188,6 +183,7 @@ def _chance(task: str, row: dict[str, Any]) -> float:
     return len(set(SCHEMAS[task].gold(row))) / len(options) if options else 0.0
 
 
+@functools.cache
 def _open_definitions() -> TaskManager:
     import lm_eval.tasks
 
@@ -215,19 +211,11 @@ def _load(name: str, manager: TaskManager, rows: _Rows, ours: dict[str, Any]) ->
         chances.append(sum(rows.chances[subtask][index] for index in fitting) / len(fitting))
     reason = "longer than the model's length, even without examples"
     unscorable = [*rows.unscorable, *(Unscorable(name, place, reason) for place in too_long)]
-    if not subtasks:
-        first = unscorable[0]
-        raise ValueError(
-            f"{name}: none of its {len(unscorable)} items can be scored (the first, {first.item}: {first.reason}); "
-            "leave it out of eval.tasks, or mend its items"
-        )
     return EvaluationTask(
         name=name,
-        title=definition.title,
-        group=definition.group,
         metric=definition.metric,
         num_fewshot=definition.num_fewshot,
-        chance=sum(chances) / len(chances),
+        chance=sum(chances) / len(chances) if chances else 0.0,
         subtasks=subtasks,
         samples=samples,
         unscorable=unscorable,

@@ -22,9 +22,11 @@ from flows.reporting import Reporter, RunCancelledError, allowed_folders
 from flows.run_folder import Run, locked, open_run, read_run
 
 prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(stages.prepare)
+contamination = task(name="contamination", task_run_name="contamination", cache_policy=NO_CACHE)(stages.contamination)
 mix = task(name="mix", task_run_name="mix-{round_number}", cache_policy=NO_CACHE)(stages.mix)
 inherit = task(name="inherit", task_run_name="inherit", cache_policy=NO_CACHE)(stages.inherit)
 train = task(name="train", task_run_name="train-{round_number}", cache_policy=NO_CACHE)(stages.train)
+evaluate = task(name="evaluate", task_run_name="evaluate-{round_number}", cache_policy=NO_CACHE)(stages.evaluate)
 score = task(name="score", task_run_name="score-{round_number}", cache_policy=NO_CACHE)(stages.score)
 refine = task(name="refine", task_run_name="refine-{round_number}", cache_policy=NO_CACHE)(stages.refine)
 report = task(name="report", task_run_name="report", cache_policy=NO_CACHE)(stages.report)
@@ -43,6 +45,8 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
         with Reporter(config.folder) as progress, locked(config.folder):
             run = open_run(config)
             prepare(run, progress)
+            if config.eval.contamination != "off":
+                contamination(run, progress)
             if config.model.inherits:
                 inherit(run, progress)
                 progress.inherited(run)
@@ -57,6 +61,9 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
                 mix(run, number, progress)
                 train(run, number, progress)
                 progress.trained(run, number)
+                if config.eval.tasks:
+                    evaluate(run, number, progress)
+                    progress.evaluated(run, number)
             return report(run)
     except RunCancelledError as error:
         return Cancelled(message=str(error))

@@ -98,6 +98,40 @@ def loss_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
     return figure
 
 
+def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
+    """Draw what models score in each task against the tokens trained on, all rounds end to end (the paper's figure)."""
+    found = ledger.sql(
+        """select task, t.tokens / 1e6 as tokens, 100 * score as score, 100 * coalesce(stderr, 0) as error,
+            100 * chance as chance, is_end
+        from scores join (select round, step, sum(num_tokens) over (order by round, step) as tokens from steps) as t
+            using (round, step)
+        where subject is null and score is not null order by task, tokens, is_end"""
+    ).fetchnumpy()
+    tasks = list(dict.fromkeys(found["task"]))
+    # A single model is a point, which the table says better.
+    if len(np.unique(found["tokens"])) < 2:
+        return None
+    columns = min(3, len(tasks))
+    figure, grid = plt.subplots(
+        -(-len(tasks) // columns), columns, figsize=(9, 3 * -(-len(tasks) // columns)), squeeze=False, sharex=True
+    )
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        mine = found["task"] == task
+        tokens, score, error = (np.asarray(found[name][mine], float) for name in ("tokens", "score", "error"))
+        axes.fill_between(tokens, score - error, score + error, color=_KEPT, alpha=0.2, linewidth=0)
+        axes.plot(tokens, score, color=_KEPT)
+        ends = np.asarray(found["is_end"][mine], bool)
+        axes.plot(tokens[ends], score[ends], "o", color=_KEPT, markeredgecolor="black")
+        axes.axhline(float(found["chance"][mine][0]), color="gray", linestyle=":")
+        axes.set_title(task)
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_visible(False)
+    figure.supxlabel("tokens trained on (millions)")
+    figure.supylabel("score (percent)")
+    figure.tight_layout()
+    return figure
+
+
 def selection_histograms(round_number: int) -> Plot:
     """Return the plot of each shard's losses with what was kept for `round_number` and what was dropped."""
 

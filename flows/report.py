@@ -84,6 +84,7 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
     for number in range(1, config.rounds.num_rounds):
         sections += _refinement(run, ledger, number)
     sections += [
+        *_evaluation(run, ledger),
         *_contamination(run, ledger),
         "<h2>Corpus</h2>",
         _corpus_table(sources),
@@ -144,6 +145,13 @@ def _importance(skips: Path) -> list[str]:
     with writing(skips.parents[3] / "report" / "importance.png") as temporary:
         temporary.write_bytes(png)
     return [html_figure(png, "Increase of the larger model's loss where layers are skipped, by the first of them.")]
+
+
+def _evaluation(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    # Here, for it is made of this module's parts.
+    from flows.evaluation_report import evaluation
+
+    return evaluation(run, ledger)
 
 
 def _contamination(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
@@ -235,9 +243,14 @@ def _figure(run: Run, name: str, plot: Plot, ledger: duckdb.DuckDBPyConnection, 
     png = render(plot, ledger)
     if png is None:
         return f"<p>{html.escape(caption)} Nothing of it is there yet.</p>"
+    save_picture(run, name, png)
+    return html_figure(png, caption)
+
+
+def save_picture(run: Run, name: str, png: bytes) -> None:
+    """Write a picture of the report beside it."""
     with writing(run.folder / "report" / f"{name}.png") as temporary:
         temporary.write_bytes(png)
-    return html_figure(png, caption)
 
 
 def html_figure(png: bytes, caption: str) -> str:

@@ -181,6 +181,14 @@ class Reporter:
                 self._show(f"round-{round_number}-report", "markdown", link, "Where the report is.")
                 self._announce(run, "round", round_number, rows[round_number - 1])
 
+    def evaluated(self, run: Run, round_number: int) -> None:
+        """Show what the model of a round, and those before it, score in tasks, unless that was done."""
+        with self._telling(run, "evaluate", round_number) as is_news:
+            if is_news:
+                report(run)
+                self._show("evaluation", "markdown", artifacts.evaluation_page(run), "What models score in tasks.")
+                self._announce(run, "evaluate", round_number, artifacts.scores(run, round_number))
+
     def tried(self, rows: list[dict[str, Any]], page: Page | None = None) -> None:
         """Show the trials of a search so far and, once there is one, the page of what it found."""
         if not self._is_shown:

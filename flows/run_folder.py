@@ -16,7 +16,7 @@ import yaml
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.contamination import samples_fingerprint
 from data_scoring.corpus import Corpus
-from data_scoring.files import fingerprint, read_json, remove_leftovers, write_json, writing
+from data_scoring.files import checksum, fingerprint, read_json, remove_leftovers, write_json, writing
 from data_scoring.scoring import losses_path, parquet_fingerprint
 from flows.config import RunConfig, differences, parse_config
 
@@ -71,7 +71,7 @@ class Run:
         """Return the prepared corpus, opened. Raises ValueError where it is not complete."""
         return Corpus(self.corpus_folder)
 
-    def fingerprint(self, stage: str, round_number: int = 0) -> str:
+    def fingerprint(self, stage: str, round_number: int = 0) -> str:  # noqa: PLR0911 - a return a stage
         """Return what identifies a stage's inputs: its configuration and the fingerprints of the stages before it."""
         config = self.config
         if stage == "prepare":
@@ -102,14 +102,24 @@ class Run:
         if stage == "train":
             # The mix stands for the round before too, whose weights this one starts from: it was scored with them.
             return fingerprint("train", self.fingerprint("mix", round_number), *self.training_inputs())
+        trained = self.fingerprint("train", round_number)
+        if stage == "evaluate":
+            return fingerprint("evaluate", trained, *self._evaluation_inputs())
         assert stage == "score", stage
         budget = config.score.model_dump(include={"budget", "min_correlation", "calibration_samples"})
-        return fingerprint("score", self.fingerprint("train", round_number), budget)
+        return fingerprint("score", trained, budget)
 
     def contaminated_samples(self) -> str | None:
         """Return what identifies the samples with parts of evaluation items, or None where nobody has looked."""
         corpus = self.corpus()
         return samples_fingerprint(corpus.folder, corpus.fingerprint, self.config.eval.contamination_ngram)
+
+    def _evaluation_inputs(self) -> list[Any]:
+        """Return what decides what models are asked: the tasks, and the files that they are read from."""
+        config = self.config.eval
+        folder = None if config.data is None else Path(config.data)
+        files = [] if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
+        return [config.tasks, config.limit, [[path.name, checksum(path)] for path in files]]
 
     def training_inputs(self) -> list[dict[str, Any]]:
         """Return what of the model's and training's configuration decides the weights that a round ends with."""

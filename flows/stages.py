@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,15 @@ from data_scoring.refine import refine as refine_shards
 from data_scoring.scoring import parquet_fingerprint
 from data_scoring.tokenizer import open_tokenizer
 from flows.config import RunConfig
+from flows.evaluation import (
+    Question,
+    check_items,
+    evaluate_round,
+    item_texts,
+    repeated_evaluation,
+    score_training,
+    training_questions,
+)
 from flows.inheritance import inherited_checkpoint, is_current, make_start
 from flows.jobs import device_kind, final_checkpoint, job_fields
 from flows.launch import launch, plan
@@ -46,6 +55,7 @@ def prepare(run: Run, progress: Progress) -> bool:
     check_layers(config.model.layers)
     check_kernels(config)
     check_vocabulary(config)
+    check_items(config.eval)
     if config.refine.policy == "excess":
         check_reference(config.refine)
     if run.is_complete("prepare"):
@@ -116,6 +126,11 @@ def inherit(run: Run, progress: Progress) -> bool:
     return True
 
 
+def contamination(run: Run, progress: Progress) -> bool:
+    """List which training samples hold parts of the run's evaluation items, where `eval.contamination` asks for it."""
+    return check_contamination(run, item_texts(run), progress)
+
+
 def check_contamination(run: Run, items: Iterable[ItemText], progress: Progress) -> bool:
     """List which training samples hold parts of evaluation items, where `eval.contamination` asks for it.
 
@@ -184,13 +199,17 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
     if round_number > 1:
         _require(run, "train", round_number - 1)
         start_from = final_checkpoint(run, round_number - 1)
-    job = _train_job(run, round_number, start_from, run.fingerprint("train", round_number))
+    questions = training_questions(run, progress)
+    job = _train_job(run, round_number, start_from, run.fingerprint("train", round_number), questions)
     with _completing(run, "train", round_number):
         launch(job, run.folder, f"train-{round_number}", progress, run.config.launch)
+        score_training(run, round_number, questions)
     return True
 
 
-def _train_job(run: Run, round_number: int, start_from: Path | None, fingerprint: str) -> TrainJob:
+def _train_job(
+    run: Run, round_number: int, start_from: Path | None, fingerprint: str, questions: Sequence[Question] = ()
+) -> TrainJob:
     config = run.config
     return TrainJob(
         **job_fields(run, round_number, fingerprint),
@@ -198,7 +217,19 @@ def _train_job(run: Run, round_number: int, start_from: Path | None, fingerprint
         checkpoint=config.checkpoint,
         score=config.score,
         start_from=start_from,
+        evaluate=repeated_evaluation(run, round_number, questions),
     )
+
+
+def evaluate(run: Run, round_number: int, progress: Progress) -> bool:
+    """Score the model that a round ended with in the tasks of `eval.tasks`."""
+    config = run.config.eval
+    if not config.tasks or run.is_complete("evaluate", round_number):
+        return False
+    _require(run, "train", round_number)
+    with _completing(run, "evaluate", round_number):
+        evaluate_round(run, round_number, config, progress)
+    return True
 
 
 def score(run: Run, round_number: int, progress: Progress) -> bool:

@@ -29,6 +29,8 @@ def read_status(folder: Path) -> list[StageStatus]:
         if number > 1:
             stages += [("score", number - 1), ("refine", number)]
         stages += [("mix", number), ("train", number)]
+        if run.config.eval.tasks:
+            stages.append(("evaluate", number))
     rows: list[StageStatus] = []
     for stage, number in stages:
         is_next = all(row.state == "done" for row in rows)

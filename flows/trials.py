@@ -112,6 +112,7 @@ def prepare_corpus(config: RunConfig, folder: Path, name: str, seed: int, progre
     with locked(base.folder):
         run = open_run(base)
         stages.prepare(run, progress)
+        stages.contamination(run, progress)
     return run
 
 
@@ -121,6 +122,7 @@ def train_trial(config: RunConfig, corpus: Run, progress: Progress) -> Run:
         share(corpus.corpus_folder, config.folder / "corpus")
         run = open_run(config)
         stages.prepare(run, progress)
+        stages.contamination(run, progress)
         stages.inherit(run, progress)
         stages.mix(run, 1, progress)
         stages.train(run, 1, progress)

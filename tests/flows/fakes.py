@@ -9,15 +9,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from trainer.requests import (
+    Likelihood,
+    Likely,
+    has_answers,
+    identify_answers,
+    read_requests,
+    requests_path,
+    write_answers,
+)
 
 from data_scoring.corpus import Corpus
 from data_scoring.files import write_json
 from data_scoring.mix import Mix
 from data_scoring.progress import Progress
 from data_scoring.scoring import losses_path, write_losses, write_parquet
-from flows import generation, layer_importance, scoring, stages
+from flows import evaluation, generation, layer_importance, scoring, stages
 from tests.conftest import make_documents
-from trainer.jobs import GenerateJob, Job, SkipJob, TrainJob
+from trainer.jobs import EvaluateJob, Evaluation, GenerateJob, Job, SkipJob, TrainJob
 from trainer.records import STEPS, VALIDATION
 
 BATCH = 4
@@ -46,6 +55,7 @@ class FakeRanks:
 
     def __init__(self) -> None:
         self.jobs: list[str] = []
+        self.asked: list[str] = []
         self.fails_at = ""
         self.losses: Callable[[TrainJob, str], tuple[float, float]] = of_arm
         self.seconds = 0.0
@@ -60,10 +70,15 @@ class FakeRanks:
             time.sleep(0.01)
         corpus = Corpus(job.corpus)
         if isinstance(job, TrainJob):
-            train(job, corpus, self.losses(job, run_folder.name))
+            num_steps = train(job, corpus, self.losses(job, run_folder.name))
+            if job.evaluate is not None:
+                for step in range(job.evaluate.every_steps, num_steps, job.evaluate.every_steps):
+                    answer(job.evaluate, job.evaluate.answers / f"step-{step:08d}", f"step {step}")
         elif isinstance(job, GenerateJob):
             speed = {"fingerprint": job.fingerprint, "tokens_per_second": 1000 / job.model.num_layers}
             write_json(job.round_folder / "generation.json", speed)
+        elif isinstance(job, EvaluateJob):
+            self.asked += answer(job.evaluation, job.answers, job.fingerprint)
         elif isinstance(job, SkipJob):
             write_skips(job.result, job.model.num_layers, job.longest_block, job.fingerprint)
         else:
@@ -74,7 +89,24 @@ class FakeRanks:
                 write_losses(path, corpus, shard, lengths, losses, job.fingerprint, job.origin)
 
 
-def train(job: TrainJob, corpus: Corpus, measured: tuple[float, float]) -> None:
+def answer(evaluation: Evaluation, folder: Path, model: str) -> list[str]:
+    """Leave answers to all tasks that have none, by which the shortest continuation is the likeliest; return these."""
+    answered = []
+    for task in evaluation.tasks:
+        requests = requests_path(evaluation.requests, task)
+        identity = identify_answers(model, requests)
+        if not has_answers(requests_path(folder, task), identity):
+            answers = [
+                Likely(-float(len(request.continuation)), False) if isinstance(request, Likelihood) else []
+                for request in read_requests(requests)
+            ]
+            write_answers(requests_path(folder, task), answers, identity)
+            answered.append(task)
+    return answered
+
+
+def train(job: TrainJob, corpus: Corpus, measured: tuple[float, float]) -> int:
+    """Leave what training a round does, and return its steps."""
     mix = Mix(job.round_folder / "mix.parquet")
     lengths = corpus.read(*mix.read(0, len(mix))).num_tokens
     batch_size = job.train.global_batch_size
@@ -96,6 +128,7 @@ def train(job: TrainJob, corpus: Corpus, measured: tuple[float, float]) -> None:
     ]
     write_parquet(job.round_folder / "validation.parquet", pa.Table.from_pylist(validation, VALIDATION), "")
     write_json(job.round_folder / "checkpoint" / f"step-{len(steps):08d}" / "reprise.json", {"step": len(steps)})
+    return len(steps)
 
 
 def write_skips(path: Path, num_layers: int, longest: int, fingerprint: str = "", seed: int = 0) -> None:
@@ -131,6 +164,6 @@ def write_texts(folder: Path) -> Path:
 def fake_ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
     """Return what takes the place of real ranks."""
     fake = FakeRanks()
-    for module in (stages, scoring, generation, layer_importance):
+    for module in (stages, scoring, evaluation, generation, layer_importance):
         monkeypatch.setattr(module, "launch", fake)
     return fake

@@ -1,0 +1,242 @@
+"""Evaluation of a run's models: what tasks ask, what a model answers at a round's end and on the way, what it scores.
+
+`evaluation/` of the run folder holds the requests, a file a task, which all of its models are asked. A round's
+`evaluation/step-<number>/` holds the answers after that step and, below scores/, items/ and unscorable/, what they are
+worth: a file a task each, which the ledger's views of these names read.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from trainer.requests import has_answers, identify_answers, read_answers, requests_path, write_requests
+
+from data_scoring.config import EvalConfig
+from data_scoring.evaluation_items import evaluation_texts, read_items
+from data_scoring.files import fingerprint
+from data_scoring.item_ngrams import ItemText
+from data_scoring.progress import Progress
+from data_scoring.scoring import parquet_fingerprint, write_parquet
+from flows.jobs import final_checkpoint
+from flows.launch import launch
+from flows.run_folder import Run
+from trainer.checkpoint_folder import read_checkpoint_record
+from trainer.jobs import Evaluation, RepeatedEvaluation
+
+if TYPE_CHECKING:
+    from flows.evaluation_requests import Asked
+    from flows.evaluation_tasks import EvaluationTask
+
+_SCORES = pa.schema(
+    [
+        ("is_end", pa.bool_()),
+        ("task", pa.string()),
+        ("subject", pa.string()),
+        ("metric", pa.string()),
+        ("score", pa.float64()),
+        ("stderr", pa.float64()),
+        ("chance", pa.float64()),
+        ("num_items", pa.int64()),
+        ("num_unscorable", pa.int64()),
+        ("num_fewshot", pa.int32()),
+        ("num_shortened", pa.int64()),
+    ]
+)
+_ITEMS = pa.schema([("task", pa.string()), ("subject", pa.string()), ("item", pa.int32()), ("score", pa.float64())])
+_UNSCORABLE = pa.schema([("task", pa.string()), ("item", pa.string()), ("reason", pa.string())])
+
+
+@dataclass(frozen=True)
+class Question:
+    """A task, and all that it asks of a model."""
+
+    task: "EvaluationTask"
+    asked: "Asked"
+
+
+def check_items(config: EvalConfig) -> None:
+    """Raise ValueError, in one line, where a file of `eval.data` that the tasks need is missing or broken."""
+    during = config.training_tasks if config.every_steps is not None else ()
+    if not config.tasks and not during:
+        return
+    from flows.evaluation_tasks import resolve_names
+
+    names = resolve_names([*config.tasks, *during])
+    for name in names if config.data is not None else ():
+        read_items(name, Path(str(config.data)))
+
+
+def evaluation_folder(run: Run, round_number: int) -> Path:
+    """Return the folder of what a round's models answered and scored."""
+    return run.round_folder(round_number) / "evaluation"
+
+
+def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress: Progress) -> list[Question]:
+    """Return what the tasks of those names ask of the run's models, and write it down where ranks read it.
+
+    Raises ValueError, in one line, for an unknown task, and for a file that is missing or broken.
+    """
+    # Importing lm-eval takes seconds, which who evaluates nothing need not wait.
+    from flows.evaluation_model import open_reader
+    from flows.evaluation_requests import ask
+    from flows.evaluation_tasks import load_tasks, resolve_names
+
+    reader, resolved = open_reader(run), resolve_names(names)
+    encode = reader.tokenizer.encode_batch
+    data = None if config.data is None else Path(config.data)
+    questions = []
+    for number, name in enumerate(resolved):
+        progress("reading evaluation tasks", number, len(resolved))
+        [task] = load_tasks([name], data, config.limit, reader.fits, lambda texts: list(map(len, encode(list(texts)))))
+        question = Question(task, ask(task, reader))
+        write_requests(requests_path(_requests_folder(run), name), question.asked.requests)
+        questions.append(question)
+    progress("reading evaluation tasks", len(resolved), len(resolved))
+    return questions
+
+
+def evaluate_round(run: Run, round_number: int, config: EvalConfig, progress: Progress) -> bool:
+    """Score the model that a round ended with in the tasks of `config`; return whether ranks were asked anything.
+
+    A task whose answers are there is not asked again.
+    """
+    from flows.evaluation_model import answer_job
+
+    checkpoint = final_checkpoint(run, round_number)
+    questions = read_questions(run, config.tasks, config, progress)
+    step = int(read_checkpoint_record(checkpoint)["step"])
+    folder = evaluation_folder(run, round_number) / f"step-{step:08d}"
+    names = tuple(question.task.name for question in questions if question.asked.requests)
+    job = answer_job(run, checkpoint, _evaluation(run, names), folder)
+    requests = _requests_folder(run)
+    lacking = [
+        name
+        for name in names
+        if not has_answers(
+            requests_path(folder, name), identify_answers(job.fingerprint, requests_path(requests, name))
+        )
+    ]
+    if lacking:
+        launch(job, run.folder, f"evaluate-{round_number}", progress, run.config.launch)
+    for number, question in enumerate(questions):
+        progress("scoring answers (tasks)", number, len(questions))
+        _score(question, folder, is_end=True)
+    progress("scoring answers (tasks)", len(questions), len(questions))
+    return bool(lacking)
+
+
+def training_questions(run: Run, progress: Progress) -> list[Question]:
+    """Return what the run's models are asked while they train, as `eval.every_steps` has it."""
+    config = run.config.eval
+    if config.every_steps is None:
+        return []
+    return read_questions(run, config.training_tasks, config, progress)
+
+
+def repeated_evaluation(run: Run, round_number: int, questions: Sequence[Question]) -> RepeatedEvaluation | None:
+    """Return what ranks are told of `questions` that they ask their model every so many steps, or None of none."""
+    every_steps = run.config.eval.every_steps
+    if every_steps is None or not questions:
+        return None
+    names = tuple(question.task.name for question in questions if question.asked.requests)
+    if not names:
+        return None
+    evaluation = _evaluation(run, names)
+    return RepeatedEvaluation(
+        **evaluation.model_dump(), answers=evaluation_folder(run, round_number), every_steps=every_steps
+    )
+
+
+def score_training(run: Run, round_number: int, questions: Sequence[Question]) -> None:
+    """Score what a round's model answered on its way."""
+    for folder in sorted(evaluation_folder(run, round_number).glob("step-*")):
+        for question in questions:
+            if requests_path(folder, question.task.name).is_file():
+                _score(question, folder, is_end=False)
+
+
+def item_texts(run: Run) -> Iterator[ItemText]:
+    """Yield the text of every item of the run's tasks, those during training as well, in which overlaps are sought.
+
+    Raises ValueError where there is no task.
+    """
+    from flows.evaluation_tasks import load_tasks, resolve_names, task_texts
+
+    config = run.config.eval
+    during = config.training_tasks if config.every_steps is not None else ()
+    names = resolve_names([*config.tasks, *during])
+    if config.data is not None:
+        yield from evaluation_texts(names, Path(config.data))
+    else:
+        yield from task_texts(load_tasks(names, None, config.limit, lambda *_: True, lambda texts: [1] * len(texts)))
+
+
+def _requests_folder(run: Run) -> Path:
+    return run.folder / "evaluation"
+
+
+def _evaluation(run: Run, names: tuple[str, ...]) -> Evaluation:
+    end_of_document = run.config.tokenizer.end_of_document
+    return Evaluation(requests=_requests_folder(run), tasks=names, end_of_document=end_of_document)
+
+
+def _score(question: Question, folder: Path, is_end: bool) -> None:
+    """Write what the answers in `folder` to a task are worth, unless that is there."""
+    from flows.evaluation_model import score_answers
+
+    task = question.task
+    answers = requests_path(folder, task.name)
+    target = requests_path(folder / "scores", task.name)
+    unscorable = [{"task": item.task, "item": item.item, "reason": item.reason} for item in task.unscorable]
+    identity = fingerprint("scores", parquet_fingerprint(answers), is_end, unscorable)
+    if parquet_fingerprint(target) == identity:
+        return
+    found: dict[str, Any] = {"results": {}, "samples": {}}
+    if question.asked.requests:
+        found = score_answers(task, question.asked, read_answers(answers))
+    items = [
+        {"task": task.name, "subject": subject, "item": sample["doc_id"], "score": float(sample[task.metric])}
+        for subject, samples in found["samples"].items()
+        for sample in samples
+    ]
+    write_parquet(requests_path(folder / "items", task.name), pa.Table.from_pylist(items, _ITEMS), identity)
+    table = pa.Table.from_pylist(unscorable, _UNSCORABLE)
+    write_parquet(requests_path(folder / "unscorable", task.name), table, identity)
+    rows = [{"is_end": is_end, **row} for row in _rows(task, found["results"], items)]
+    # Last, for it stands for the others.
+    write_parquet(target, pa.Table.from_pylist(rows, _SCORES), identity)
+
+
+def _rows(task: "EvaluationTask", results: dict[str, Any], items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for the task, the mean over its subjects, and, where it has several, one for each of these."""
+    common = {"task": task.name, "metric": task.metric, "num_fewshot": task.num_fewshot}
+    subjects: list[dict[str, Any]] = []
+    for subject in task.subtasks:
+        scores = [item["score"] for item in items if item["subject"] == subject]
+        score = float(results[subject][f"{task.metric},none"])
+        row = {"subject": subject, "score": score, "stderr": _standard_error(scores), "num_items": len(scores)}
+        subjects.append({**common, **row})
+    errors = [row["stderr"] for row in subjects]
+    whole = {
+        **common,
+        # Of a task whose items are all too long, say, there is none.
+        "score": sum(row["score"] for row in subjects) / len(subjects) if subjects else None,
+        # Of a mean of independent means.
+        "stderr": None if None in errors or not errors else sum(error**2 for error in errors) ** 0.5 / len(errors),
+        "chance": task.chance,
+        "num_items": len(items),
+        "num_unscorable": len(task.unscorable),
+        "num_shortened": task.num_shortened,
+    }
+    return [whole, *(subjects if len(subjects) > 1 else [])]
+
+
+def _standard_error(scores: list[float]) -> float | None:
+    """Return the standard error of the mean of `scores`; None where there is but one."""
+    if len(scores) < 2:
+        return None
+    mean = sum(scores) / len(scores)
+    variance = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
+    return float((variance / len(scores)) ** 0.5)

@@ -1,0 +1,33 @@
+"""What the report says of evaluation: the paper's table, the curves, and what could not be scored."""
+
+import duckdb
+
+from flows.evaluation_results import columns_of, read_chance, read_rows
+from flows.evaluation_table import render_table
+from flows.plots import render, score_curves
+from flows.report import html_figure, html_table, save_picture
+from flows.run_folder import Run
+
+_CAPTION = (
+    "Scores against tokens, all rounds end to end. The band is a standard error, a dot the end of a round; the dotted "
+    "line is what guessing scores."
+)
+
+
+def evaluation(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    """Return what models scored in tasks, as HTML; nothing where none was asked."""
+    rows = [row for row in (read_chance(ledger), *read_rows(ledger, run.folder.name)) if row is not None]
+    png = render(score_curves, ledger)
+    sections = ["<h2>Evaluation</h2>"] if rows or png else []
+    if rows:
+        sections.append(render_table(rows, columns_of(rows), "html"))
+    if png:
+        save_picture(run, "scores", png)
+        sections.append(html_figure(png, _CAPTION))
+    unscorable = ledger.sql(
+        "select task, reason, count(distinct item), min(item) from unscorable group by task, reason order by all"
+    ).fetchall()
+    if unscorable:
+        head = ["Task", "Why", "Items", "Such as"]
+        sections += ["<h3>Items that could not be scored</h3>", html_table(head, unscorable)]
+    return sections

@@ -1,0 +1,142 @@
+"""Evaluation of a run: scores by hand in the ledger, the table and the report; nothing is asked twice."""
+
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from data_scoring.ledger import query
+from data_scoring.progress import silent
+from flows import stages
+from flows.artifacts import evaluation_page
+from flows.cli import main
+from flows.compare import compare, init_sweep
+from flows.config import RunConfig, parse_config
+from flows.run_folder import Run, open_run
+from flows.status import read_status
+from tests.evaluation_data import write_items
+from tests.flows.fakes import FakeRanks, values
+
+# Of the made-up items, what a model scores that takes the option with the fewest tokens, of equal ones the first.
+# C-Eval: A, right in the only question of logic and in none of two of accountant: a mean over subjects.
+# BoolQ: "no", right in one of two. PIQA: the shorter one, right in both.
+SCORES = {"ceval": 0.5, "boolq": 0.5, "piqa": 1.0}
+STDERR = {"ceval": None, "boolq": 0.5, "piqa": 0.0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_items(tmp_path_factory.mktemp("items"))
+
+
+def configure(texts: Path, output: Path, data: Path, **fields: Any) -> RunConfig:
+    given = values(texts, output)
+    given["corpus"] |= {"seq_length": 512}
+    given["eval"] = {"tasks": list(SCORES), "data": str(data), **fields}
+    return parse_config(given, "test")
+
+
+def train(config: RunConfig) -> Run:
+    run = open_run(config)
+    stages.prepare(run, silent)
+    stages.mix(run, 1, silent)
+    stages.train(run, 1, silent)
+    return run
+
+
+def test_scores_are_in_the_ledger_and_nothing_is_asked_twice(
+    texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks
+) -> None:
+    run = train(configure(texts, tmp_path, data))
+    assert stages.evaluate(run, 1, silent)
+    assert fakes.asked == list(SCORES)
+    assert not stages.evaluate(run, 1, silent)
+    rows = query(
+        run.folder, "select task, score, stderr, num_items, is_end from scores where subject is null"
+    ).fetchall()
+    assert {task: score for task, score, *_ in rows} == SCORES
+    assert {task: stderr for task, _, stderr, *_ in rows} == STDERR
+    assert {task: count for task, _, _, count, _ in rows} == {"ceval": 3, "boolq": 2, "piqa": 2}
+    assert all(is_end for *_, is_end in rows)
+    subjects = query(run.folder, "select subject, score from scores where subject is not null").fetchall()
+    assert sorted(subjects) == [("ceval-valid_accountant", 0.0), ("ceval-valid_logic", 1.0)]
+    assert query(run.folder, "select sum(score) from scored_items").fetchall() == [(1.0 + 1.0 + 2.0,)]
+    assert [row.state for row in read_status(run.folder) if row.name == "evaluate 1"] == ["done"]
+    # A task that lost its answers is asked again, alone; another task is asked for the first time.
+    (folder,) = run.round_folder(1).glob("evaluation/step-*")
+    (folder / "boolq.parquet").unlink()
+    fakes.asked.clear()
+    assert main(["evaluate", str(run.folder), "--tasks", "boolq,piqa,axb"]) == 0
+    assert fakes.asked == ["boolq", "axb"]
+
+
+def test_scores_on_the_way_are_drawn_against_tokens(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
+    config = configure(texts, tmp_path, data, tasks=["piqa"], every_steps=2, training_tasks=["piqa", "boolq"])
+    run = train(config)
+    stages.evaluate(run, 1, silent)
+    rows = query(run.folder, "select step, task, score, is_end from scores order by step, task").fetchall()
+    num_steps = query(run.folder, "select max(step) from steps").fetchall()[0][0]
+    on_the_way = [(step, task, SCORES[task], False) for step in range(2, num_steps, 2) for task in ("boolq", "piqa")]
+    assert rows == [*on_the_way, (num_steps, "piqa", 1.0, True)]
+    page = stages.report(run).read_text()
+    assert "<h2>Evaluation</h2>" in page
+    assert "<td>x, round 1</td><td>100.0 ± 0.0</td>" in page
+    assert (run.folder / "report" / "scores.png").stat().st_size > 10_000
+    assert "x, round 1 | 100.0 ± 0.0 |" in evaluation_page(run)
+
+
+def test_the_command_prints_the_table(
+    texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(configure(texts, tmp_path, data, tasks=[]))
+    folder = str(run.folder)
+    chosen = ["--tasks", "piqa,boolq", "--data", str(data)]
+    assert main(["evaluate", folder, *chosen, "--format", "markdown", "--reference", "paper"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| model | Knowledge: BoolQ | Reasoning: PIQA | Average |"
+    assert lines[2] == "| chance | 50.0 | 50.0 | – |"
+    assert lines[3] == "| x, round 1 | 50.0 ± 50.0 | 100.0 ± 0.0 | – |"
+    assert "| PanGu-π-1.5B Pro (quoted) | – | – | **60.6** |" in lines
+    assert main(["evaluate", folder, *chosen]) == 0
+    assert "x, round 1  50.0 ±50.0  100.0 ±0.0" in capsys.readouterr().out
+    assert duckdb.sql(f"select count(*) from '{folder}/rounds/1/evaluation/*/scores/*.parquet'").fetchall() == [(2,)]
+    for arguments, message in (
+        (["--round", "3"], "--round: '3' is no round of"),
+        (["--tasks", "mmlu,squad"], "evaluate: eval.tasks.1: input should be 'paper', 'ablation', 'ceval'"),
+        (["--data", str(tmp_path / "nowhere")], "nowhere"),
+    ):
+        assert main(["evaluate", folder, *chosen, *arguments]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert message in error
+
+
+def test_items_that_are_missing_are_told_before_anything_is_made(
+    texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks
+) -> None:
+    broken = write_items(tmp_path / "items", {"boolq.jsonl": [{"question": "is it", "passage": "x", "label": "maybe"}]})
+    with pytest.raises(ValueError, match=r"boolq.jsonl:1: .*maybe"):
+        train(configure(texts, tmp_path / "a", broken))
+    (broken / "boolq.jsonl").unlink()
+    run = configure(texts, tmp_path / "b", broken)
+    with pytest.raises(ValueError, match=r"eval.data: no file .*boolq.jsonl"):
+        train(run)
+    assert not (run.folder / "corpus").exists()
+    assert fakes.jobs == []
+
+
+def test_compared_arms_are_scored(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
+    config = configure(texts, tmp_path, data, tasks=["boolq", "piqa"])
+    page = compare(config, init_sweep("constant,gpt2"), 2, None, silent)
+    assert fakes.asked == ["boolq", "piqa"] * 4
+    lines = " ".join(page.text.split())
+    assert "## Scores in tasks" in lines
+    assert "| chance | 50.0 | 50.0 |" in lines
+    # Two seeds that agree have a standard error of 0.
+    assert "| constant | **50.0** ± 0.0 | **100.0** ± 0.0 |" in lines
+    scores = page.page.with_name(f"{page.page.stem}-scores.parquet")
+    rows = duckdb.sql(f"select seed, arm, task, score, chance from '{scores}' order by all limit 2").fetchall()
+    assert rows == [(0, "constant", "boolq", 0.5, 0.5), (0, "constant", "piqa", 1.0, 0.5)]
+    compare(config, init_sweep("constant,gpt2"), 2, None, silent)
+    assert len(fakes.asked) == 8
