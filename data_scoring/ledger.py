@@ -227,6 +227,21 @@ VIEWS = {
 
 # Views over views: (comment, columns, SQL).
 DERIVED = {
+    "final_scores": (
+        "What the model that a round ended with scores in each task as a whole.",
+        {
+            **_ROUND_COLUMN,
+            "task": ("varchar", "Task."),
+            "metric": ("varchar", "What the score is: acc, acc_norm, acc_text, rouge1."),
+            "score": ("double", "Score, 0 to 1."),
+            "stderr": ("double", "Its standard error over items; null where too few items tell."),
+            "chance": ("double", "What guessing scores."),
+            "num_items": ("bigint", "Items that were scored."),
+            "num_unscorable": ("bigint", "Items that could not be."),
+        },
+        """select round, task, metric, score, stderr, chance, num_items, num_unscorable from scores
+        where is_end and subject is null and score is not null""",
+    ),
     "rounds": (
         "One row a round that has trained, with its cost and its result.",
         {

@@ -45,7 +45,7 @@ def inheritance(run: Run) -> list[dict[str, Any]]:
 
 def scores(run: Run, round_number: int) -> dict[str, Any]:
     """Return the score of each task, 0 to 1, that the model of a round was asked."""
-    query = f"select task, score from scores where round = {round_number} and is_end and subject is null and score is not null"
+    query = f"select task, score from final_scores where round = {round_number}"
     return {row["task"]: row["score"] for row in _rows(run, query)}
 
 

@@ -335,10 +335,7 @@ def _scores(run: Run, seed: int, arm: Arm, progress: Progress) -> list[dict[str,
     last = run.config.rounds.num_rounds
     with locked(run.folder):
         stages.evaluate(run, last, named(run.config, progress))
-    found = query(
-        run.folder,
-        f"select task, score, chance from scores where round = {last} and is_end and subject is null and score is not null",
-    ).fetchall()
+    found = query(run.folder, f"select task, score, chance from final_scores where round = {last}").fetchall()
     names = ("task", "score", "chance")
     return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True))} for row in found]
 

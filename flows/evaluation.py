@@ -14,7 +14,7 @@ import pyarrow as pa
 from trainer.requests import has_answers, identify_answers, read_answers, requests_path, write_requests
 
 from data_scoring.config import EvalConfig
-from data_scoring.evaluation_items import evaluation_texts, read_items
+from data_scoring.evaluation_items import evaluation_texts
 from data_scoring.files import fingerprint
 from data_scoring.item_ngrams import ItemText
 from data_scoring.progress import Progress
@@ -57,15 +57,10 @@ class Question:
 
 
 def check_items(config: EvalConfig) -> None:
-    """Raise ValueError, in one line, where a file of `eval.data` that the tasks need is missing or broken."""
-    during = config.training_tasks if config.every_steps is not None else ()
-    if not config.tasks and not during:
-        return
-    from flows.evaluation_tasks import resolve_names
+    """Raise ValueError, in one line, where what the tasks need is missing or broken; better known before training."""
+    from flows.evaluation_tasks import load_tasks
 
-    names = resolve_names([*config.tasks, *during])
-    for name in names if config.data is not None else ():
-        read_items(name, Path(str(config.data)))
+    load_tasks(_all_names(config), _data(config), config.limit, _fits_all, _one_token_each)
 
 
 def evaluation_folder(run: Run, round_number: int) -> Path:
@@ -85,11 +80,12 @@ def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress:
 
     reader, resolved = open_reader(run), resolve_names(names)
     encode = reader.tokenizer.encode_batch
-    data = None if config.data is None else Path(config.data)
     questions = []
     for number, name in enumerate(resolved):
         progress("reading evaluation tasks", number, len(resolved))
-        [task] = load_tasks([name], data, config.limit, reader.fits, lambda texts: list(map(len, encode(list(texts)))))
+        [task] = load_tasks(
+            [name], _data(config), config.limit, reader.fits, lambda texts: list(map(len, encode(list(texts))))
+        )
         question = Question(task, ask(task, reader))
         write_requests(requests_path(_requests_folder(run), name), question.asked.requests)
         questions.append(question)
@@ -158,19 +154,33 @@ def score_training(run: Run, round_number: int, questions: Sequence[Question]) -
 
 
 def item_texts(run: Run) -> Iterator[ItemText]:
-    """Yield the text of every item of the run's tasks, those during training as well, in which overlaps are sought.
-
-    Raises ValueError where there is no task.
-    """
+    """Yield the text of every item of the run's tasks, those during training as well, in which overlaps are sought."""
     from flows.evaluation_tasks import load_tasks, resolve_names, task_texts
 
     config = run.config.eval
-    during = config.training_tasks if config.every_steps is not None else ()
-    names = resolve_names([*config.tasks, *during])
-    if config.data is not None:
-        yield from evaluation_texts(names, Path(config.data))
+    names, data = resolve_names(_all_names(config)), _data(config)
+    if data is not None:
+        yield from evaluation_texts(names, data)
     else:
-        yield from task_texts(load_tasks(names, None, config.limit, lambda *_: True, lambda texts: [1] * len(texts)))
+        yield from task_texts(load_tasks(names, None, config.limit, _fits_all, _one_token_each))
+
+
+def _all_names(config: EvalConfig) -> tuple[str, ...]:
+    """Return the tasks that models are asked at some time."""
+    return (*config.tasks, *(config.training_tasks if config.every_steps is not None else ()))
+
+
+def _data(config: EvalConfig) -> Path | None:
+    return None if config.data is None else Path(config.data)
+
+
+def _fits_all(context: str, continuations: Sequence[str]) -> bool:
+    """Return that a prompt fits: what is read is the items alone, for no model."""
+    return True
+
+
+def _one_token_each(texts: Sequence[str]) -> list[int]:
+    return [1] * len(texts)
 
 
 def _requests_folder(run: Run) -> Path:

@@ -19,10 +19,7 @@ PAPER_AVERAGES = {
 
 def read_rows(ledger: duckdb.DuckDBPyConnection, name: str, rounds: Sequence[int] | None = None) -> list[Row]:
     """Return a row for each round of a run, called `name`, whose last model was scored; of `rounds` alone, if given."""
-    found = ledger.sql(
-        """select round, task, 100 * score, 100 * stderr from scores
-        where is_end and subject is null and score is not null order by round"""
-    ).fetchall()
+    found = ledger.sql("select round, task, 100 * score, 100 * stderr from final_scores order by round").fetchall()
     rows = []
     for number in dict.fromkeys(entry[0] for entry in found if rounds is None or entry[0] in rounds):
         mine = [entry for entry in found if entry[0] == number]
@@ -34,10 +31,7 @@ def read_rows(ledger: duckdb.DuckDBPyConnection, name: str, rounds: Sequence[int
 
 def read_chance(ledger: duckdb.DuckDBPyConnection) -> Row | None:
     """Return the row of what guessing scores, or None where nothing was scored."""
-    found = ledger.sql(
-        """select task, 100 * any_value(chance) from scores where is_end and subject is null and score is not null
-        group by task"""
-    ).fetchall()
+    found = ledger.sql("select task, 100 * any_value(chance) from final_scores group by task").fetchall()
     return with_average(Row("chance", dict(found), {}, "chance"), PAPER) if found else None
 
 

@@ -55,12 +55,13 @@ def prepare(run: Run, progress: Progress) -> bool:
     check_layers(config.model.layers)
     check_kernels(config)
     check_vocabulary(config)
-    check_items(config.eval)
     if config.refine.policy == "excess":
         check_reference(config.refine)
     if run.is_complete("prepare"):
         return False
     check_inheritance(config)
+    if config.eval.tasks or config.eval.every_steps is not None:
+        check_items(config.eval)
     if config.model.start_from is not None:
         # A tokenizer that is yet to be trained has as many entries as its text lets it have.
         vocab_size = None if config.tokenizer.path is None else _tokenizer_size(config)

@@ -268,16 +268,21 @@ def test_what_is_refused(tmp_path: Path) -> None:
     })  # fmt: skip
     with pytest.raises(ValueError, match=r"eval\.tasks: unknown task 'bolq'; choose from paper, ablation, ceval, "):
         load_tasks(["bolq"], tmp_path, None, _all_fit, _characters)
-    with pytest.raises(ValueError, match=r"boolq: none of its 1 items .*boolq\.jsonl:1: no answer.*eval\.tasks"):
-        load_tasks(["boolq"], tmp_path, None, _all_fit, _characters)
-    with pytest.raises(ValueError, match=r"axb: none of its 2 items can be scored \(the first, axb\.jsonl:1: longer"):
-        load_tasks(["axb"], tmp_path, None, lambda *_: False, _characters)
     with pytest.raises(ValueError, match=r"cmmlu: unknown subject 'alchemy'; lm-eval knows 67, such as"):
         load_tasks(["cmmlu"], tmp_path, None, _all_fit, _characters)
     with pytest.raises(ValueError, match=r"ceval: 2 solved examples of logic, and 5 go before each question"):
         load_tasks(["ceval"], tmp_path, None, _all_fit, _characters)
     with pytest.raises(ValueError, match=r"eval\.data: no folder \S*nowhere"):
         load_tasks(["boolq"], tmp_path / "nowhere", None, _all_fit, _characters)
+
+
+def test_a_task_of_which_nothing_can_be_scored_says_why_of_each_item(tmp_path: Path) -> None:
+    write_items(tmp_path, {"boolq.jsonl": [{**FILES["boolq.jsonl"][0], "label": None}]})
+    boolq, axb = load_tasks(["boolq", "axb"], tmp_path, None, lambda *_: False, _characters)
+    assert boolq.subtasks == axb.subtasks == {}
+    assert [(one.item, one.reason) for one in boolq.unscorable] == [("boolq.jsonl:1", "no answer")]
+    reason = "longer than the model's length, even without examples"
+    assert [(one.item, one.reason) for one in axb.unscorable] == [("axb.jsonl:1", reason), ("axb.jsonl:2", reason)]
 
 
 def test_names_of_groups_of_tasks() -> None:
