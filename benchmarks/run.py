@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.contamination import contamination
+from benchmarks.evaluation import evaluation
 from benchmarks.head import head
 from benchmarks.measure import measure_in_turns, ratio, single_rank, topics
 from benchmarks.operation import prefect_overhead, stopping
@@ -111,6 +112,7 @@ def demo(folder: Path) -> list[dict[str, Any]]:
 BENCHMARKS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "throughput": throughput,
     "head": head,
+    "evaluation": evaluation,
     "demo": demo,
     "scale": scale,
     "contamination": contamination,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from trainer.requests import has_answers, identify_answers, read_answers, requests_path, write_requests
 
 from data_scoring.config import EvalConfig
 from data_scoring.evaluation_items import evaluation_texts
@@ -24,6 +23,7 @@ from flows.launch import launch
 from flows.run_folder import Run
 from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.jobs import Evaluation, RepeatedEvaluation
+from trainer.requests import has_answers, identify_answers, read_answers, requests_path, write_requests
 
 if TYPE_CHECKING:
     from flows.evaluation_requests import Asked
@@ -79,7 +79,10 @@ def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress:
     from flows.evaluation_tasks import load_tasks, resolve_names
 
     reader, resolved = open_reader(run), resolve_names(names)
-    encode = reader.tokenizer.encode_batch
+
+    def count_tokens(texts: Sequence[str]) -> list[int]:
+        return list(map(len, reader.tokenizer.encode_batch(list(texts))))
+
     questions = []
     for number, name in enumerate(resolved):
         progress("reading evaluation tasks", number, len(resolved))
