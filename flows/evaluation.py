@@ -86,9 +86,7 @@ def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress:
     questions = []
     for number, name in enumerate(resolved):
         progress("reading evaluation tasks", number, len(resolved))
-        [task] = load_tasks(
-            [name], _data(config), config.limit, reader.fits, lambda texts: list(map(len, encode(list(texts))))
-        )
+        [task] = load_tasks([name], _data(config), config.limit, reader.fits, count_tokens)
         question = Question(task, ask(task, reader))
         write_requests(requests_path(_requests_folder(run), name), question.asked.requests)
         questions.append(question)

@@ -16,6 +16,7 @@ from flows.config import RunConfig, differences, parse_config
 from flows.contamination_report import contamination
 from flows.run_folder import Run, open_run
 from tests.conftest import make_documents
+from tests.evaluation_data import write_items
 from tests.flows.fakes import FakeRanks, values
 
 PLANTED = " ".join(f"planted{n}" for n in range(30))
@@ -30,6 +31,7 @@ ITEMS = [
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources; two documents of the second hold an item."""
     folder = tmp_path_factory.mktemp("texts")
+    write_items(folder / "items")
     for name, seed in (("a", 1), ("b", 2)):
         documents = make_documents(40, seed)
         if name == "b":
@@ -41,7 +43,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(texts: Path, output: Path, **sections: Any) -> RunConfig:
-    return parse_config({**values(texts, output), "eval": {"contamination": "remove"}, **sections}, "test")
+    asked = {"tasks": ["piqa"], "data": str(texts / "items")}
+    said = sections.pop("eval", {"contamination": "remove"})
+    return parse_config({**values(texts, output), "eval": {**asked, **said}, **sections}, "test")
 
 
 def run_rounds(run: Run, items: list[ItemText] = ITEMS) -> list[str]:

@@ -15,6 +15,7 @@ import yaml
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
+from flows.evaluation_table import COLUMNS
 from flows.evaluation_tasks import ABLATION, PAPER, EvaluationTask, load_tasks, resolve_names, task_texts
 from flows.opencompass_tasks import score_summary, score_whole_text
 from tests.evaluation_data import FILES, write_items
@@ -67,7 +68,10 @@ def _requests(task: EvaluationTask, subtask: str | None = None) -> list[tuple[An
 
 
 def test_titles_groups_and_metrics_of_the_table(tasks: dict[str, EvaluationTask]) -> None:
-    assert [(task.title, task.group, task.metric, task.num_fewshot) for task in tasks.values()] == [
+    columns = {column.name: column for column in COLUMNS}
+    assert [
+        (columns[task.name].title, columns[task.name].group, task.metric, task.num_fewshot) for task in tasks.values()
+    ] == [
         ("C-Eval", "Examination", "acc", 5),
         ("CMMLU", "Examination", "acc", 5),
         ("MMLU", "Examination", "acc", 5),
