@@ -20,7 +20,7 @@ from flows.run_folder import RanksFailedError, first_error, ranks_gone
 from flows.slurm import SlurmRanks, script
 from flows.torchrun import Meeting
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.jobs import Job
+from trainer.jobs import EvaluateJob, Job
 
 _LONGEST_PAUSE = 60.0
 _HERE = LaunchConfig(max_restarts=0)
@@ -112,12 +112,13 @@ def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: La
         _pause(2.0**restarts, progress)
 
 
-def _reached(job: Job) -> tuple[str, int, int]:
+def _reached(job: Job) -> tuple[str | int, ...]:
     """Return how far a job has come, in what a restart would find: the last checkpoint, scored shards and parts."""
     checkpoints = list_checkpoints(job.round_folder / "checkpoint")
     losses = job.round_folder / "losses"
-    shards, parts = (len(list(folder.glob("*.parquet"))) for folder in (losses, losses / "parts"))
-    return checkpoints[-1].name if checkpoints else "", shards, parts
+    folders = [job.answers] if isinstance(job, EvaluateJob) else [losses, losses / "parts"]
+    counts = (len(list(folder.glob("*.parquet"))) for folder in folders)
+    return checkpoints[-1].name if checkpoints else "", *counts
 
 
 def _pause(seconds: float, progress: Progress) -> None:

@@ -41,20 +41,58 @@ def linear_cross_entropy(
     all. With a `group` the loss takes two all-reduces ([n] and [2, n]) and the gradient of `hidden_nh`, which comes
     back summed over the group, one more of its size.
     """
-    first_row = 0
     if group is not None:
         hidden_nh = _SumGradients.apply(hidden_nh, group)  # type: ignore[no-untyped-call]
-        first_row = get_rank(group) * len(weight_vh)
-    labels_n = labels_n - first_row
+    weight_vh, labels_n, kernel = _own_part(weight_vh, labels_n, kernel, group, num_rows)
+    if kernel == "reference":
+        return _reference(hidden_nh, weight_vh, labels_n, group)
+    loss: Tensor = _Fused.apply(hidden_nh, weight_vh, labels_n, group, _kernel(kernel))  # type: ignore[no-untyped-call]
+    return loss
+
+
+@torch.no_grad()
+def judge_labels(
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    labels_n: Tensor,
+    kernel: LossKernel,
+    group: ProcessGroup | None = None,
+    num_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `linear_cross_entropy` does, and whether no other label is more probable, [n] bool.
+
+    Takes the same, and gives no gradients.
+    """
+    weight_vh, labels_n, kernel = _own_part(weight_vh, labels_n, kernel, group, num_rows)
+    statistics = _reference_statistics if kernel == "reference" else _kernel(kernel).statistics
+    maximum_n, sum_n, target_n = _add_up(*statistics(hidden_nh, weight_vh, labels_n), group)
+    return maximum_n + sum_n.log() - target_n, target_n == maximum_n
+
+
+def _own_part(
+    weight_vh: Tensor, labels_n: Tensor, kernel: LossKernel, group: ProcessGroup | None, num_rows: int | None
+) -> tuple[Tensor, Tensor, LossKernel]:
+    """Return this rank's rows that are no padding, the labels as numbers of these, and a kernel that can take them."""
+    first_row = 0 if group is None else get_rank(group) * len(weight_vh)
     if num_rows is not None and first_row + len(weight_vh) > num_rows:
         weight_vh = weight_vh[: max(0, num_rows - first_row)]
         if not len(weight_vh):
             # Nothing but padding: what takes chunks takes none, and exchanges what the other kernels do.
             kernel = "chunked"
-    if kernel == "reference":
-        return _reference(hidden_nh, weight_vh, labels_n, group)
-    loss: Tensor = _Fused.apply(hidden_nh, weight_vh, labels_n, group, _kernel(kernel))  # type: ignore[no-untyped-call]
-    return loss
+    return weight_vh, labels_n - first_row, kernel
+
+
+def _add_up(
+    maximum_n: Tensor, sum_n: Tensor, target_n: Tensor, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a kernel's statistics, of this rank's rows, as those of the whole vocabulary."""
+    if group is None:
+        return maximum_n, sum_n, target_n
+    own_n = maximum_n.clone()
+    all_reduce(maximum_n, ReduceOp.MAX, group)
+    sums_2n = torch.stack([sum_n * torch.exp(own_n - maximum_n), target_n])
+    all_reduce(sums_2n, ReduceOp.SUM, group)
+    return maximum_n, sums_2n[0], sums_2n[1]
 
 
 def _kernel(name: str) -> Kernel:
@@ -81,6 +119,16 @@ def _reference(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, group: Pr
     return loss
 
 
+def _reference_statistics(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a kernel's statistics are, in plain torch, holding the logits."""
+    logits_nv = F.linear(hidden_nh, weight_vh).float()
+    maximum_n = logits_nv.amax(dim=1)
+    sum_n = torch.exp(logits_nv - maximum_n[:, None]).sum(dim=1)
+    is_here_n = (labels_n >= 0) & (labels_n < len(weight_vh))
+    target_n = logits_nv.gather(1, labels_n.clamp(0, len(weight_vh) - 1)[:, None])[:, 0].where(is_here_n, 0.0)
+    return maximum_n, sum_n, target_n
+
+
 class _Fused(torch.autograd.Function):
     """Token losses whose backward pass computes the logits again rather than keeping them."""
 
@@ -88,13 +136,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, group: ProcessGroup | None, kernel: Kernel
     ) -> Tensor:
-        maximum_n, sum_n, target_n = kernel.statistics(hidden_nh, weight_vh, labels_n)
-        if group is not None:
-            own_n = maximum_n.clone()
-            all_reduce(maximum_n, ReduceOp.MAX, group)
-            sums_2n = torch.stack([sum_n * torch.exp(own_n - maximum_n), target_n])
-            all_reduce(sums_2n, ReduceOp.SUM, group)
-            sum_n, target_n = sums_2n
+        maximum_n, sum_n, target_n = _add_up(*kernel.statistics(hidden_nh, weight_vh, labels_n), group)
         log_sum_n = maximum_n + sum_n.log()
         ctx.save_for_backward(hidden_nh, weight_vh, labels_n, log_sum_n)
         ctx.kernel = kernel

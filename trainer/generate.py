@@ -1,6 +1,7 @@
 """Greedy generation with a cache of keys and values, on any layout, and how fast it is."""
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,20 +10,31 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
+from data_scoring.tokenizer import Tokenizer
+from trainer.requests import Generation
 
-@torch.inference_mode()
-def generate(model: Any, prompts_bs: Tensor, num_new_tokens: int, vocab_size: int) -> Tensor:
-    """Return the most probable continuations, [batch, num_new_tokens] int64, on every rank of the replica.
+
+def generate(
+    model: Any,
+    prompts_bs: Tensor,
+    num_new_tokens: int,
+    vocab_size: int,
+    num_pads_b: Tensor | None = None,
+    take: Callable[[Tensor], bool] | None = None,
+) -> Tensor:
+    """Return the most probable continuations, [batch, at most num_new_tokens] int64, on every rank of the replica.
 
     prompts_bs: [batch, prompt] int64, on the model's device, alike on all ranks. Ids from `vocab_size` on, which pad
-    the embedding, are never taken.
+    the embedding, are never taken. num_pads_b: [batch] int64, how many tokens before each prompt are none of it. take:
+    is given each prompt's next token, [batch], and says whether that is enough. Gradients are for the caller to turn
+    off.
     """
     batch_size, num_prompt_tokens = prompts_bs.shape
     context = StaticInferenceContext(batch_size, num_prompt_tokens + num_new_tokens)
     tokens_bs = prompts_bs
     new_b: list[Tensor] = []
     for _ in range(num_new_tokens):
-        logits_bv = _logits_of_the_next(model, tokens_bs, context)
+        logits_bv = _logits_of_the_next(model, tokens_bs, context, num_pads_b)
         next_b = prompts_bs.new_empty(batch_size)
         if logits_bv is not None:
             next_b = logits_bv[:, :vocab_size].argmax(dim=-1)
@@ -30,13 +42,17 @@ def generate(model: Any, prompts_bs: Tensor, num_new_tokens: int, vocab_size: in
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             torch.distributed.broadcast(next_b, last, parallel_state.get_pipeline_model_parallel_group())
         new_b.append(next_b)
+        if take is not None and take(next_b):
+            break
         context.sequence_len_offset += tokens_bs.shape[1]
         context.enable_decode_mode()
         tokens_bs = next_b[:, None]
     return torch.stack(new_b, dim=1)
 
 
-def _logits_of_the_next(model: Any, tokens_bs: Tensor, context: StaticInferenceContext) -> Tensor | None:
+def _logits_of_the_next(
+    model: Any, tokens_bs: Tensor, context: StaticInferenceContext, num_pads_b: Tensor | None
+) -> Tensor | None:
     """Return the logits after the last of the tokens, [batch, padded vocabulary], on the last pipeline stage."""
     start, length = context.sequence_len_offset, tokens_bs.shape[1]
     position_bs = torch.arange(start, start + length, device=tokens_bs.device).expand(len(tokens_bs), -1)
@@ -51,7 +67,7 @@ def _logits_of_the_next(model: Any, tokens_bs: Tensor, context: StaticInferenceC
     output: Tensor = model(
         input_ids=tokens_bs,
         position_ids=position_bs,
-        attention_mask=None,
+        attention_mask=None if num_pads_b is None else _mask_padding(num_pads_b, start, length),
         inference_context=context,
         runtime_gather_output=True,
     )
@@ -61,6 +77,51 @@ def _logits_of_the_next(model: Any, tokens_bs: Tensor, context: StaticInferenceC
     return None
 
 
+def _mask_padding(num_pads_b: Tensor, start: int, length: int) -> Tensor:
+    """Return whether each of the `length` tokens from `start` on sees a token, [batch, 1, length, all up to there].
+
+    Padding sees itself, for what sees nothing is no number.
+    """
+    key_s = torch.arange(start + length, device=num_pads_b.device)
+    query_s = key_s[start:, None]
+    sees_bqk = (key_s <= query_s) & ((key_s >= num_pads_b[:, None, None]) | (key_s == query_s))
+    return sees_bqk[:, None]
+
+
+class Endings:
+    """What has been generated for each of some requests, up to where it ends."""
+
+    def __init__(self, requests: Sequence[Generation], seq_length: int, tokenizer: Tokenizer) -> None:
+        self.tokens: list[list[int]] = [[] for _ in requests]
+        self._requests, self._tokenizer = requests, tokenizer
+        self._limits = [min(request.max_new_tokens, seq_length - len(request.prompt)) for request in requests]
+        self._is_open = [limit > 0 for limit in self._limits]
+        self.num_new_tokens = max(0, *self._limits)
+
+    def take(self, next_b: Tensor) -> bool:
+        """Take each request's next token, [batch], and return whether none of them needs another one."""
+        for row, token in enumerate(next_b.tolist()):
+            if not self._is_open[row]:
+                continue
+            if token != self._tokenizer.end_of_document:
+                self.tokens[row].append(token)
+            is_full = len(self.tokens[row]) == self._limits[row]
+            if token == self._tokenizer.end_of_document or is_full or self._is_stopped(row):
+                self._is_open[row] = False
+        return not any(self._is_open)
+
+    def _is_stopped(self, row: int) -> bool:
+        """Return whether a stop string has just been completed."""
+        stop = [text for text in self._requests[row].stop if text]
+        if not stop:
+            return False
+        # A token has a byte or more; the first ones of a piece may be decoded otherwise than within the whole.
+        num_last = max(len(text.encode()) for text in stop) + 4
+        tail = self._tokenizer.decode(self.tokens[row][-num_last:])
+        return any(text in tail for text in stop)
+
+
+@torch.inference_mode()
 def measure_generation(
     model: Any, batch_size: int, num_prompt_tokens: int, num_new_tokens: int, vocab_size: int, seed: int
 ) -> dict[str, Any]:

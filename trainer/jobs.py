@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from data_scoring.config import Config, ScoreConfig
+from data_scoring.config import Config, LossKernel, ScoreConfig
 from data_scoring.origin import Origin
 from trainer.config import ActivationKernel, CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 
@@ -27,6 +27,23 @@ class Job(Config):
     lock: Path = Field(description="File that every rank holds a shared lock on while it lives.")
 
 
+class Evaluation(Config):
+    """What a model is asked: a file of requests a task, as `trainer.requests` has them."""
+
+    requests: Path = Field(description="Folder of the requests, <task>.parquet.")
+    tasks: tuple[str, ...] = Field(min_length=1, description="Tasks, in the order in which they are answered.")
+    end_of_document: str | None = Field(
+        default=None, description="Token that ends documents, where the tokenizer does not tell."
+    )
+
+
+class RepeatedEvaluation(Evaluation):
+    """What a model is asked in the middle of its training, every so many steps."""
+
+    answers: Path = Field(description="Folder of the answers, step-<number>/<task>.parquet.")
+    every_steps: int = Field(ge=1, description="Steps from one evaluation to the next.")
+
+
 class TrainJob(Job):
     """Train one round over its mix: from its own last checkpoint, else from `start_from`, else from scratch."""
 
@@ -35,6 +52,7 @@ class TrainJob(Job):
     checkpoint: CheckpointConfig
     score: ScoreConfig
     start_from: Path | None = Field(description="Checkpoint whose weights the round starts from; null: random ones.")
+    evaluate: RepeatedEvaluation | None = Field(default=None, description="What is asked while it trains.")
 
 
 class ScoreJob(Job):
@@ -55,6 +73,16 @@ class CalibrateJob(Job):
     weights: Path = Field(description="Checkpoint that is scored with.")
     origin: Origin = Field(description="What the calibration set's file says of where its losses come from.")
     round_number: int = Field(description="Number of the round, which decides with the seed what is drawn.")
+
+
+class EvaluateJob(Job):
+    """Answer the requests of tasks with the model of `checkpoint`; tasks that have their answers are done."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    weights: Path = Field(description="Checkpoint that answers; `fingerprint` stands for it in what the answers bear.")
+    evaluation: Evaluation
+    answers: Path = Field(description="Folder of the answers, <task>.parquet.")
+    loss_kernel: LossKernel = Field(description="How log-likelihoods are computed.")
 
 
 class GenerateJob(Job):
@@ -107,5 +135,6 @@ class MaskJob(Job):
 
 
 AnyJob = Annotated[
-    TrainJob | ScoreJob | CalibrateJob | GenerateJob | SkipJob | TaylorJob | MaskJob, Field(discriminator="kind")
+    TrainJob | ScoreJob | CalibrateJob | EvaluateJob | GenerateJob | SkipJob | TaylorJob | MaskJob,
+    Field(discriminator="kind"),
 ]

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from data_scoring.config import LossKernel, padded_vocab_size
-from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.linear_cross_entropy import judge_labels, linear_cross_entropy
 from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
 from trainer.devices import check_kernel, check_layers
 from trainer.initialisation import initialise, projection_init
@@ -32,17 +32,19 @@ class ScaledDotProductAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """Return the attention's output, [seq, batch, heads x channels], from [seq, batch, heads, channels] inputs.
 
-        A single query is the last position, which sees all keys.
+        attention_mask: what torch's function takes, [batch or 1, 1, queries, keys]; None: a query sees what comes
+        before it, and a single one is the last position, which sees all keys.
         """
         query_bhsd, key_bhsd, value_bhsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         out_bhsd = F.scaled_dot_product_attention(
             query_bhsd,
             key_bhsd,
             value_bhsd,
-            is_causal=query.shape[0] > 1,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None and query.shape[0] > 1,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
@@ -95,16 +97,28 @@ class Decoder(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=group
             )
-        tied = self.share_embeddings_and_output_weights
         loss_n = linear_cross_entropy(
             hidden_states.flatten(0, 1),
-            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            self._head_weight(),
             labels.t().flatten(),
             self.kernels.training if self.training else self.kernels.scoring,
             group if group.size() > 1 else None,
             self.num_tokens,
         )
         return loss_n.view_as(labels.t()).t().contiguous()
+
+    def judge(self, hidden_nh: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens' losses, [n] float32, nats, and whether each is the most probable one, [n] bool.
+
+        On the last stage. hidden_nh: [n, hidden], the same on every tensor-parallel rank; labels_n: [n] int64.
+        """
+        group = self.pg_collection.tp
+        sharing = group if group.size() > 1 else None
+        return judge_labels(hidden_nh, self._head_weight(), labels_n, self.kernels.scoring, sharing, self.num_tokens)
+
+    def _head_weight(self) -> Tensor:
+        tied = self.share_embeddings_and_output_weights
+        return cast(Tensor, self.shared_embedding_or_output_weight() if tied else self.output_layer.weight)
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:

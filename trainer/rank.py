@@ -17,8 +17,20 @@ from data_scoring.corpus import Corpus
 from data_scoring.files import explain, write_json
 from data_scoring.progress import ProgressFile, silent
 from data_scoring.scoring import LossFiles, score_shards
+from data_scoring.tokenizer import open_tokenizer
 from trainer.devices import Device, initialise, resolve_precision
-from trainer.jobs import AnyJob, CalibrateJob, GenerateJob, Job, MaskJob, ScoreJob, SkipJob, TaylorJob, TrainJob
+from trainer.jobs import (
+    AnyJob,
+    CalibrateJob,
+    EvaluateJob,
+    GenerateJob,
+    Job,
+    MaskJob,
+    ScoreJob,
+    SkipJob,
+    TaylorJob,
+    TrainJob,
+)
 from trainer.pickles import allow_plain_pickles_only
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
@@ -55,6 +67,8 @@ def _run(job: AnyJob, stop: StopRequest) -> None:
     if isinstance(job, GenerateJob):
         # A token at a time is no sequence that ranks could share.
         parallel = parallel.model_copy(update={"sequence": False})
+    elif isinstance(job, EvaluateJob):
+        kernels = Kernels(scoring=job.loss_kernel, activation=job.activation_kernel)
     elif isinstance(job, TrainJob | ScoreJob | CalibrateJob):
         training = (job.train if isinstance(job, TrainJob) else job.score).loss_kernel
         kernels = Kernels(training, job.score.loss_kernel, job.activation_kernel)
@@ -76,6 +90,8 @@ def _use(job: AnyJob, corpus: Corpus, model: torch.nn.Module, bf16: bool) -> Non
 
     if isinstance(job, GenerateJob):
         _generate(job, corpus, model)
+    elif isinstance(job, EvaluateJob):
+        _evaluate(job, corpus, model)
     elif isinstance(job, SkipJob):
         _skip(job, corpus, model)
     elif isinstance(job, TaylorJob):
@@ -107,6 +123,15 @@ def _skip(job: SkipJob, corpus: Corpus, model: torch.nn.Module) -> None:
     from trainer.score import is_writer
 
     measure_skips(job, corpus, model, ProgressFile(job.progress) if is_writer() else silent)
+
+
+def _evaluate(job: EvaluateJob, corpus: Corpus, model: torch.nn.Module) -> None:
+    from trainer.evaluate import answer_tasks
+    from trainer.score import is_writer
+
+    tokenizer = open_tokenizer(corpus.tokenizer_path, job.evaluation.end_of_document)
+    progress = ProgressFile(job.progress) if is_writer() else silent
+    answer_tasks(model, job.evaluation, job.answers, job.fingerprint, tokenizer, progress)
 
 
 def _generate(job: GenerateJob, corpus: Corpus, model: torch.nn.Module) -> None:

@@ -19,14 +19,18 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from data_scoring.corpus import Corpus
+from data_scoring.files import fingerprint
 from data_scoring.mix import Mix
-from data_scoring.progress import ProgressFile
+from data_scoring.progress import ProgressFile, silent
+from data_scoring.tokenizer import open_tokenizer
 from trainer.checkpoint import TrainingState, find_usable_checkpoint, load_checkpoint, load_weights
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig
+from trainer.evaluate import answer_tasks
 from trainer.forward import read_microbatches, run_schedule
 from trainer.jobs import TrainJob
 from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, remove_seen_after
+from trainer.requests import identify_answers, requests_path
 from trainer.saver import CheckpointSaver
 from trainer.score import ModelScorer, is_writer, validate
 from trainer.stopping import StoppedError, StopRequest
@@ -39,6 +43,9 @@ def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: boo
     the last checkpoint usable, where a loss or a gradient is not finite, and StoppedError, leaving a checkpoint of
     the last step, where `stop` is requested.
     """
+    for task in job.evaluate.tasks if job.evaluate else ():
+        # Better said now than at the first step that asks for it.
+        identify_answers("", requests_path(job.evaluate.requests, task))
     mix = Mix(job.round_folder / "mix.parquet")
     num_steps = -(-len(mix) // job.train.global_batch_size)
     checkpoints = job.round_folder / "checkpoint"
@@ -57,6 +64,8 @@ def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: boo
     if record["is_validation_due"]:
         run.validate(step)
     with stop.heeded():
+        if not run.evaluate(step):
+            raise StoppedError
         run.train_from(step)
     if torch.distributed.get_rank() == 0:
         # The round is over: only its result is of use to anyone.
@@ -153,10 +162,13 @@ class _Round:
             is_stopping = self.is_stopping and not is_last
             is_validation_due = is_last or step % self.job.train.validate_every_steps == 0
             # Who asks to stop waits half a minute at most: save first, and validate when the round goes on.
+            is_put_off = is_validation_due and is_stopping
             if is_validation_due and not is_stopping:
                 self.validate(step)
+            if not is_stopping:
+                is_stopping = not self.evaluate(step)
             if is_last or is_stopping or self.is_checkpoint_due(step):
-                self.save(step, is_last or is_stopping, is_validation_due and is_stopping)
+                self.save(step, is_last or is_stopping, is_put_off)
             elif self.saver.is_pending() and not self.is_writing:
                 self.saver.finish()
             if is_stopping:
@@ -258,6 +270,25 @@ class _Round:
             assert self.logs.validation is not None
             for row in rows:
                 self.logs.validation.append({"step": step, **row})
+
+    def evaluate(self, step: int) -> bool:
+        """Have the model answer what it is to be asked at `step`, if anything; return whether all of that is done.
+
+        It is not where somebody asks to stop: the answers that are missing are given when the round goes on.
+        """
+        evaluation = self.job.evaluate
+        if evaluation is None or not step or step % evaluation.every_steps:
+            return True
+        tokenizer = open_tokenizer(self.corpus.tokenizer_path, evaluation.end_of_document)
+        identity = fingerprint(self.job.fingerprint, step)
+        folder = evaluation.answers / f"step-{step:08d}"
+        try:
+            answer_tasks(
+                self.state.model, evaluation, folder, identity, tokenizer, self.logs.progress or silent, self.stop
+            )
+        except StoppedError:
+            return False
+        return True
 
     def is_checkpoint_due(self, step: int) -> bool:
         """Return whether to save after `step`: on the clock, or every so many steps."""

@@ -14,7 +14,7 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_we
 from data_scoring.corpus import Corpus
 from data_scoring.scoring import Block
 from kernels.series_activation import initial_offsets
-from tests.trainer import two_ranks_masks
+from tests.trainer import two_ranks_evaluation, two_ranks_masks
 from tests.trainer.two_ranks_hugging_face import LAYOUTS, agree
 from tests.trainer.two_ranks_layers import skip_layers
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
@@ -42,6 +42,7 @@ def work(rank: int, folder: Path, corpus: Path, hugging_face: Path, trained: Pat
     device = initialise("cpu", 0)
     found = alone(device, Corpus(corpus)) | together(device, Corpus(corpus), rank)
     found |= {f"hugging face {layout}": agree(layout, hugging_face) for layout in LAYOUTS}
+    found["evaluation"] = two_ranks_evaluation.find(device, Corpus(corpus), folder / "evaluation", rank)
     found["masks"] = two_ranks_masks.find(device, Corpus(corpus), trained, folder / "masks", rank)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()

@@ -40,22 +40,27 @@ LAYOUTS = {
 
 def skip_layers(device: Device, corpus: Corpus, rank: int) -> dict[str, Any]:
     """Return what each layout measures, on its writer, the rows that went through layers, and what plain torch says."""
+    whole = random_model(device, corpus)
+    found: dict[str, Any] = {"plain": _plain_losses(corpus, whole)}
+    for name, parallel in LAYOUTS.items():
+        found[name] = _measure(corpus, shared_model(device, corpus, parallel, whole, rank), parallel)
+    stages = LAYOUTS["pipeline"]
+    found["bfloat16"] = _measure(corpus, shared_model(device, corpus, stages, whole, rank, bf16=True), stages)
+    return found
+
+
+def random_model(device: Device, corpus: Corpus) -> Any:
+    """Return a model that no ranks share, far enough from its start for every layer to matter."""
     _share(ParallelConfig())
     whole = _build(device, corpus, ParallelConfig())
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in whole.parameters():
-            # Far enough from its start for every layer to matter.
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    found: dict[str, Any] = {"plain": _plain_losses(corpus, whole)}
-    for name, parallel in LAYOUTS.items():
-        found[name] = _measure(corpus, _shared(device, corpus, parallel, whole, rank), parallel)
-    stages = LAYOUTS["pipeline"]
-    found["bfloat16"] = _measure(corpus, _shared(device, corpus, stages, whole, rank, bf16=True), stages)
-    return found
+    return whole
 
 
-def _shared(
+def shared_model(
     device: Device, corpus: Corpus, parallel: ParallelConfig, whole: Any, rank: int, bf16: bool = False
 ) -> torch.nn.Module:
     """Return this rank's part of a model that has the weights of the whole one."""

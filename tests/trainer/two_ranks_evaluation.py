@@ -1,0 +1,145 @@
+"""What two ranks answer to requests, in every layout that two ranks have, and what plain torch says."""
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
+from data_scoring.config import ScoreConfig
+from data_scoring.corpus import Corpus
+from data_scoring.mix import write_mix
+from data_scoring.tokenizer import open_tokenizer
+from tests.trainer.two_ranks_layers import LAYOUTS, MODEL, random_model, shared_model
+from trainer.config import CheckpointConfig, ParallelConfig, TrainConfig
+from trainer.devices import Device
+from trainer.jobs import RepeatedEvaluation, TrainJob
+from trainer.requests import Answer, Generation, Likelihood, Likely, Request, requests_path, write_requests
+from trainer.stopping import StopRequest
+
+# Whatever evaluation has to undo is undone here.
+TRAINED = ("sequence",)
+
+
+def make_requests(seed: int, vocab_size: int, seq_length: int) -> list[Request]:
+    """Return requests that share much, little and nothing, generations in between; some are as long as can be."""
+    generator = np.random.default_rng(seed)
+
+    def draw(count: int) -> np.ndarray:
+        return generator.integers(1, vocab_size, count).astype(np.int32)
+
+    shots = draw(9)
+    requests: list[Request] = []
+    for _ in range(6):
+        question = np.concatenate([shots, draw(int(generator.integers(1, 8)))])
+        requests += [Likelihood(question, draw(int(generator.integers(1, 6)))) for _ in range(4)]
+        requests.append(Generation(question[: int(generator.integers(1, 12))], int(generator.integers(1, 9))))
+    return [*requests, Likelihood(draw(1), draw(1)), Likelihood(draw(seq_length - 3), draw(4)), Generation(draw(5), 99)]
+
+
+def find(device: Device, corpus: Corpus, folder: Path, rank: int) -> dict[str, Any]:
+    """Return what each layout answers, on its writer, what plain torch does, and what training with and without is."""
+    from trainer.evaluate import answer_requests
+
+    requests = make_requests(0, corpus.vocab_size, corpus.seq_length)
+    tokenizer = open_tokenizer(corpus.tokenizer_path, None)
+    whole = random_model(device, corpus)
+    # The most probable token is asked for too.
+    first = requests[0]
+    assert isinstance(first, Likelihood)
+    [greedy] = _answer_plainly(whole, [Generation(first.context, 3)], corpus)
+    requests.append(Likelihood(first.context, np.array(greedy, np.int32)))
+    plain = _answer_plainly(whole, requests, corpus)
+    found: dict[str, Any] = {"plain": plain}
+    for name, parallel in LAYOUTS.items():
+        model = shared_model(device, corpus, parallel, whole, rank)
+        before = _state(model)
+        found[name] = answer_requests(model.train(), requests, tokenizer)
+        assert _state(model) == before and model.training
+        if name in TRAINED:
+            found[f"trained {name}"] = [
+                _train(corpus, shared_model(device, corpus, parallel, whole, rank).train(), parallel, folder, way)
+                for way in (None, requests)
+            ]
+    return found
+
+
+def _state(model: torch.nn.Module) -> bytes:
+    """Return what evaluation is to leave as it was: weights, random numbers, what modules say of themselves."""
+    attributes = {
+        (name, key): value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str) and key != "training"
+    }
+    config = {key: value for key, value in vars(model.config).items() if isinstance(value, bool | int | float | str)}
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    return pickle.dumps((attributes, config, kinds, weights, torch.get_rng_state().numpy()))
+
+
+def _answer_plainly(whole: Any, requests: Sequence[Request], corpus: Corpus) -> list[Answer]:
+    """Return the answers of plain torch, a request and a token at a time."""
+    plain = PlainModel(MODEL, corpus.vocab_size)
+    load_megatron_weights(plain, stacked_weights(whole, MODEL.num_layers))
+    end = open_tokenizer(corpus.tokenizer_path, None).end_of_document
+    answers: list[Answer] = []
+    for request in requests:
+        if isinstance(request, Likelihood):
+            answers.append(_judge_plainly(plain, request))
+            continue
+        tokens = [int(token) for token in request.prompt]
+        while len(tokens) < min(corpus.seq_length, len(request.prompt) + request.max_new_tokens):
+            token = int(_logits(plain, tokens)[-1].argmax())
+            if token == end:
+                break
+            tokens.append(token)
+        answers.append(tokens[len(request.prompt) :])
+    return answers
+
+
+def _judge_plainly(plain: PlainModel, request: Likelihood) -> Likely:
+    logits = _logits(plain, [*request.context, *request.continuation])[len(request.context) - 1 : -1]
+    targets = torch.from_numpy(request.continuation).long()
+    chosen = logits.log_softmax(dim=-1).gather(1, targets[:, None])
+    return Likely(float(chosen.sum()), bool((logits.argmax(dim=-1) == targets).all()))
+
+
+def _logits(plain: PlainModel, tokens: Sequence[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return plain.logits(torch.tensor([list(map(int, tokens))]))[0].double()
+
+
+def _train(
+    corpus: Corpus, model: Any, parallel: ParallelConfig, folder: Path, requests: Sequence[Request] | None
+) -> dict[str, Any]:
+    """Return the losses and weights of some steps, and the answers that were given on the way, by file."""
+    from trainer.train import train_round
+
+    way = "-".join(map(str, [parallel.tensor, parallel.pipeline, requests is not None]))
+    place, evaluate = folder / way, None
+    if torch.distributed.get_rank() == 0:
+        write_mix(place / "mix.parquet", f"select shard, sample from '{corpus.samples_path}' limit 20", 0, 1)
+        write_requests(requests_path(folder / "requests", "some"), requests or [])
+    torch.distributed.barrier()
+    if requests is not None:
+        evaluate = RepeatedEvaluation(
+            requests=folder / "requests", tasks=("some",), answers=place / "answers", every_steps=2
+        )
+    job = TrainJob(
+        corpus=corpus.folder, round_folder=place, model=MODEL, parallel=parallel, device="cpu", fingerprint="f",
+        precision="float32", activation_kernel="reference", seed=0, progress=place / "progress.json", errors=place,
+        lock=place, train=TrainConfig(global_batch_size=4, micro_batch_size=2, lr=1e-2, min_lr=1e-3),
+        checkpoint=CheckpointConfig(), score=ScoreConfig(), start_from=None, evaluate=evaluate,
+    )  # fmt: skip
+    train_round(job, corpus, model, False, StopRequest())
+    torch.distributed.barrier()
+    return {
+        "losses": pq.read_table(place / "steps.parquet")["loss"].to_pylist(),
+        "weights": {name: parameter.detach().numpy() for name, parameter in model.named_parameters()},
+        "answers": sorted(str(path.relative_to(place)) for path in place.glob("answers/*/*.parquet")),
+    }

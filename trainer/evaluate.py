@@ -1,0 +1,264 @@
+"""Answers of the model to requests, forward only, on any layout: likelihoods by packs, and greedy generations."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from data_scoring.progress import Progress, silent
+from data_scoring.tokenizer import Tokenizer
+from trainer.generate import Endings, generate
+from trainer.jobs import Evaluation
+from trainer.model import ScaledDotProductAttention
+from trainer.packs import Pack, pack_requests
+from trainer.requests import (
+    Answer,
+    Generation,
+    Likelihood,
+    Likely,
+    Request,
+    check_requests,
+    has_answers,
+    identify_answers,
+    read_requests,
+    requests_path,
+    write_answers,
+)
+from trainer.score import is_writer
+from trainer.stopping import StoppedError, StopRequest
+
+_Item = TypeVar("_Item")
+
+# Ranks ask one another whether to stop before every so many packs or batches.
+_TURNS = 8
+# Tokens, prompts and continuations together, whose keys and values are held at once; and sequences.
+_GENERATED_AT_ONCE = 16_384
+_SEQUENCES_AT_ONCE = 64
+# By these, Megatron's modules know that ranks share the sequence.
+_SHARING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+def answer_tasks(
+    model: torch.nn.Module,
+    evaluation: Evaluation,
+    answers: Path,
+    identity: str,
+    tokenizer: Tokenizer,
+    progress: Progress = silent,
+    stop: StopRequest | None = None,
+) -> None:
+    """Write the answers of `model` to the requests of each task into the folder `answers`, unless they are there.
+
+    Every rank calls this, one of them writes. identity: what the model's weights are known by. Leaves the model as it
+    was. Raises ValueError where requests are missing or cannot be answered, and StoppedError, all complete answers
+    being kept, where `stop` is made on any rank.
+    """
+    for task in evaluation.tasks:
+        asked, target = requests_path(evaluation.requests, task), requests_path(answers, task)
+        answers_identity = identify_answers(identity, asked)
+        # The writer alone looks: others might see what it has made since.
+        if _any_rank(is_writer() and has_answers(target, answers_identity), model):
+            continue
+        requests = read_requests(asked)
+        check_requests(asked, requests, unwrap_model(model).max_sequence_length, tokenizer.vocab_size)
+
+        def note(_: str, done: int, total: int | None, task: str = task) -> None:
+            progress(f"evaluating {task} (requests)", done, total)
+
+        found = answer_requests(model, requests, tokenizer, note, stop)
+        if found is not None:
+            write_answers(target, found, answers_identity)
+
+
+def answer_requests(
+    model: torch.nn.Module,
+    requests: Sequence[Request],
+    tokenizer: Tokenizer,
+    progress: Progress = silent,
+    stop: StopRequest | None = None,
+) -> list[Answer] | None:
+    """Return the answers of `model` to `requests`, in their order, on the rank that `is_writer`, else None.
+
+    Every rank calls this with the same requests, which `check_requests` has let through; data-parallel ranks share
+    them. The model comes back as it was, in training or not. Raises StoppedError where `stop` is made on any rank.
+    """
+    gpt: Any = unwrap_model(model)
+    likelihoods = [request for request in requests if isinstance(request, Likelihood)]
+    generations = [request for request in requests if isinstance(request, Generation)]
+
+    def note(done: int) -> None:
+        if is_writer():
+            progress("evaluating (requests)", done, len(requests))
+
+    with _evaluating(model, gpt), torch.no_grad():
+        likely = iter(_answer_likelihoods(gpt, likelihoods, note, stop))
+        generated = iter(
+            _answer_generations(gpt, generations, tokenizer, lambda done: note(len(likelihoods) + done), stop)
+        )
+    if not is_writer():
+        return None
+    return [next(likely) if isinstance(request, Likelihood) else next(generated) for request in requests]
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module, gpt: Any) -> Iterator[None]:
+    """Put the model into evaluation: ranks do not share the sequence, and attention takes masks; then back."""
+    was_training, input_tensor = model.training, gpt.decoder.input_tensor
+    # A tree's tokens can be cut at any place, and a token at a time is no sequence that ranks could share.
+    sharing = [
+        (owner, name) for owner in (gpt.config, *gpt.modules()) for name in _SHARING if getattr(owner, name, False)
+    ]
+    attention = [layer.self_attention for layer in gpt.decoder.layers]
+    cores = [each.core_attention for each in attention]
+    model.eval()
+    try:
+        for owner, name in sharing:
+            setattr(owner, name, False)
+        for each in attention:
+            # Another make's has no weights either.
+            if not isinstance(each.core_attention, ScaledDotProductAttention):
+                each.core_attention = ScaledDotProductAttention(gpt.config, gpt.config.softmax_scale)
+        yield
+    finally:
+        for each, core in zip(attention, cores, strict=True):
+            each.core_attention = core
+        for owner, name in sharing:
+            setattr(owner, name, True)
+        gpt.decoder.set_input_tensor(input_tensor)
+        model.train(was_training)
+
+
+def _answer_likelihoods(
+    gpt: Any, requests: Sequence[Likelihood], note: Callable[[int], None], stop: StopRequest | None
+) -> list[Likely]:
+    """Return the answers, on the last pipeline stage."""
+    if not requests:
+        return []
+    counts = [len(request.continuation) for request in requests]
+    # Of every predicted token: its negative log-likelihood, and 1 where it is the most probable one.
+    found = torch.zeros(2, sum(counts), device=next(gpt.parameters()).device)
+    for pack in _deal(gpt, pack_requests(requests, gpt.config.hidden_size), lambda pack: pack.num_requests, note, stop):
+        judged = _judge(gpt, pack)
+        if judged is not None:
+            found[:, torch.from_numpy(pack.places).to(found.device)] = torch.stack(judged)
+    if not parallel_state.is_pipeline_last_stage():
+        return []
+    torch.distributed.all_reduce(found, group=parallel_state.get_data_parallel_group())
+    losses, greatest = found.cpu().double().numpy()
+    starts = np.cumsum([0, *counts[:-1]])
+    sums, are_greedy = np.add.reduceat(losses, starts), np.minimum.reduceat(greatest, starts)
+    return [Likely(-total, is_greedy == 1) for total, is_greedy in zip(sums.tolist(), are_greedy.tolist(), strict=True)]
+
+
+def _judge(gpt: Any, pack: Pack) -> tuple[Tensor, Tensor] | None:
+    """Return, on the last pipeline stage, what `judge_labels` says of a pack's predictions, [p] float32 each."""
+    device = next(gpt.parameters()).device
+    tokens_n, depths_n, ends_n, nodes_p, targets_p = (
+        torch.from_numpy(column).to(device)
+        for column in (pack.tokens, pack.depths, pack.ends, pack.nodes, pack.targets)
+    )
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    hidden_nbh = None
+    if parallel_state.is_pipeline_first_stage():
+        hidden_nbh = gpt.embedding(input_ids=tokens_n[None], position_ids=None)
+    else:
+        shape = (len(tokens_n), 1, gpt.config.hidden_size)
+        received = torch.empty(shape, dtype=gpt.config.pipeline_dtype, device=device)
+        torch.distributed.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), stages)
+        gpt.decoder.set_input_tensor(received)
+    mask_nn = torch.zeros(len(ends_n), len(ends_n), dtype=gpt.config.params_dtype, device=device)
+    number_n = torch.arange(len(ends_n), device=device)
+    mask_nn.masked_fill_((number_n[None, :] > number_n[:, None]) | (number_n[:, None] > ends_n[None, :]), -torch.inf)
+    hidden_nbh = gpt.decoder(
+        hidden_states=hidden_nbh,
+        attention_mask=mask_nn[None, None],
+        rotary_pos_emb=gpt.rotary_pos_emb(gpt.max_sequence_length)[depths_n],
+    )
+    if parallel_state.is_pipeline_last_stage():
+        losses_p, are_greatest_p = gpt.judge(hidden_nbh[nodes_p, 0], targets_p)
+        return losses_p, are_greatest_p.float()
+    torch.distributed.send(hidden_nbh.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), stages)
+    return None
+
+
+def _answer_generations(
+    gpt: Any,
+    requests: Sequence[Generation],
+    tokenizer: Tokenizer,
+    note: Callable[[int], None],
+    stop: StopRequest | None,
+) -> list[list[int]]:
+    """Return the answers, on every rank."""
+    if not requests:
+        return []
+    mine: dict[int, list[int]] = {}
+    for batch in _deal(gpt, _cut_batches(requests, gpt.max_sequence_length), len, note, stop):
+        mine |= zip(batch, _generate(gpt, [requests[number] for number in batch], tokenizer), strict=True)
+    replicas: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
+    torch.distributed.all_gather_object(replicas, mine, parallel_state.get_data_parallel_group())
+    found = {number: tokens for part in replicas for number, tokens in part.items()}
+    return [found[number] for number in range(len(requests))]
+
+
+def _cut_batches(requests: Sequence[Generation], seq_length: int) -> list[list[int]]:
+    """Return numbers of requests in batches of about equal prompts, the longest first."""
+    batches: list[list[int]] = []
+    for number in sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt)):
+        batch = [*batches[-1], number] if batches else [number]
+        longest = len(requests[batch[0]].prompt) + max(
+            min(request.max_new_tokens, seq_length - len(request.prompt))
+            for request in (requests[each] for each in batch)
+        )
+        if batches and len(batch) <= _SEQUENCES_AT_ONCE and len(batch) * longest <= _GENERATED_AT_ONCE:
+            batches[-1] = batch
+        else:
+            batches.append([number])
+    return batches
+
+
+def _generate(gpt: Any, requests: Sequence[Generation], tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the continuations, token ids, of prompts that go through the model side by side."""
+    longest = max(len(request.prompt) for request in requests)
+    prompts = np.zeros((len(requests), longest), np.int64)
+    num_pads = np.array([longest - len(request.prompt) for request in requests])
+    for row, request in enumerate(requests):
+        prompts[row, num_pads[row] :] = request.prompt
+    endings = Endings(requests, gpt.max_sequence_length, tokenizer)
+    if endings.num_new_tokens:
+        device = next(gpt.parameters()).device
+        prompts_bs, num_pads_b = (torch.from_numpy(each).to(device) for each in (prompts, num_pads))
+        generate(gpt, prompts_bs, endings.num_new_tokens, tokenizer.vocab_size, num_pads_b, endings.take)
+    return endings.tokens
+
+
+def _deal(
+    gpt: Any,
+    items: Sequence[_Item],
+    count: Callable[[_Item], int],
+    note: Callable[[int], None],
+    stop: StopRequest | None,
+) -> Iterator[_Item]:
+    """Yield the items that this rank's replica takes, noting how many requests all replicas are done with."""
+    replicas = int(parallel_state.get_data_parallel_world_size())
+    replica = int(parallel_state.get_data_parallel_rank())
+    done = 0
+    for turn, start in enumerate(range(0, len(items), replicas)):
+        if stop is not None and turn % _TURNS == 0 and _any_rank(stop.is_made, gpt):
+            raise StoppedError
+        if start + replica < len(items):
+            yield items[start + replica]
+        done += sum(map(count, items[start : start + replicas]))
+        note(done)
+
+
+def _any_rank(is_so: bool, model: torch.nn.Module) -> bool:
+    """Return, on all ranks, whether it is so on any."""
+    said = torch.tensor([int(is_so)], device=next(model.parameters()).device)
+    torch.distributed.all_reduce(said)
+    return bool(said.item())

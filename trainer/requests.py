@@ -1,0 +1,180 @@
+"""What a model is asked and what it answers, as files: a Parquet file of requests a task, and one of answers.
+
+Requests are token ids alone. An answers file carries a fingerprint of its requests and of the model, so that answers
+to other requests, or of another checkpoint, are never taken for these.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data_scoring.files import fingerprint
+from data_scoring.scoring import parquet_fingerprint, write_parquet
+
+Tokens = NDArray[np.int32]
+
+# A request with a continuation asks for its likelihood, one without for a generation.
+_REQUESTS = pa.schema(
+    [
+        ("context", pa.list_(pa.int32())),
+        ("continuation", pa.list_(pa.int32())),
+        ("max_new_tokens", pa.int32()),
+        ("stop", pa.list_(pa.string())),
+    ]
+)
+_ANSWERS = pa.schema([("log_likelihood", pa.float64()), ("is_greedy", pa.bool_()), ("tokens", pa.list_(pa.int32()))])
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """Asks how likely `continuation` is after `context`; both are token ids, at least one each."""
+
+    context: Tokens
+    continuation: Tokens
+
+    @property
+    def path(self) -> Tokens:
+        """Return the tokens that the model reads: all but the last one, which is only predicted."""
+        return np.concatenate([self.context, self.continuation[:-1]])
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """Asks for the greedy continuation of `prompt`, token ids, at least one.
+
+    It ends before the token that ends documents, with the token that completes one of the strings in `stop`, after
+    `max_new_tokens`, or where prompt and continuation are as long as the model can read.
+    """
+
+    prompt: Tokens
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+
+
+class Likely(NamedTuple):
+    """Answers a `Likelihood`: the sum over its tokens, nats, and whether each of them is the most probable one."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+Request = Likelihood | Generation
+# Of a generation the answer is its tokens.
+Answer = Likely | list[int]
+
+
+def requests_path(folder: Path, task: str) -> Path:
+    """Return the file of a task's requests, or of its answers, in a folder of them."""
+    return folder / f"{task}.parquet"
+
+
+def fingerprint_requests(requests: Iterable[Request]) -> str:
+    """Return 16 hex digits that identify requests and their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for request in requests:
+        if isinstance(request, Likelihood):
+            parts = (request.context, request.continuation)
+            header = f"likelihood {len(parts[0])} {len(parts[1])}\n"
+        else:
+            parts = (request.prompt,)
+            header = f"generation {len(parts[0])} {request.max_new_tokens} {request.stop!r}\n"
+        digest.update(header.encode())
+        for part in parts:
+            digest.update(np.ascontiguousarray(part, "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def write_requests(path: Path, requests: Sequence[Request]) -> None:
+    """Write requests to `path`, unless these are there already."""
+    identity = fingerprint_requests(requests)
+    if parquet_fingerprint(path) == identity:
+        return
+    rows: list[dict[str, Any]] = [
+        {"context": request.context, "continuation": request.continuation}
+        if isinstance(request, Likelihood)
+        else {"context": request.prompt, "max_new_tokens": request.max_new_tokens, "stop": request.stop}
+        for request in requests
+    ]
+    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in _REQUESTS]
+    write_parquet(path, pa.table(columns, schema=_REQUESTS), identity)
+
+
+def read_requests(path: Path) -> list[Request]:
+    """Return the requests in `path`. Raises ValueError where there are none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; write the task's requests there before a model is asked")
+    table = pq.read_table(path)
+    contexts, continuations = _lists(table["context"]), _lists(table["continuation"])
+    is_likelihood = table["continuation"].is_valid().to_pylist()
+    requests: list[Request] = []
+    for row, context in enumerate(contexts):
+        if is_likelihood[row]:
+            requests.append(Likelihood(context, continuations[row]))
+        else:
+            stop = tuple(table["stop"][row].as_py())
+            requests.append(Generation(context, table["max_new_tokens"][row].as_py(), stop))
+    return requests
+
+
+def _lists(column: pa.ChunkedArray) -> list[Tokens]:
+    """Return the lists of a column, views into its memory; missing ones are empty."""
+    array = column.combine_chunks()
+    values, offsets = array.values.to_numpy(), array.offsets.to_numpy()
+    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def check_requests(name: object, requests: Sequence[Request], seq_length: int, vocab_size: int) -> None:
+    """Raise ValueError, naming `name` and a request, counted from 0, that a model cannot answer.
+
+    seq_length: the most tokens that the model reads; vocab_size: its ids are below.
+    """
+    for number, request in enumerate(requests):
+        path = request.path if isinstance(request, Likelihood) else request.prompt
+        parts = (request.context, request.continuation) if isinstance(request, Likelihood) else (request.prompt,)
+        if any(len(part) == 0 for part in parts):
+            raise ValueError(f"{name}: request {number} has a part without tokens; leave its item out")
+        if len(path) > seq_length:
+            raise ValueError(
+                f"{name}: request {number} is of {len(path)} tokens, and the model reads {seq_length} "
+                "(corpus.seq_length); leave its item out, or give it fewer examples"
+            )
+        if any(part.min() < 0 or part.max() >= vocab_size for part in parts):
+            raise ValueError(
+                f"{name}: request {number} has a token outside the vocabulary of {vocab_size}; make the requests with "
+                "the model's own tokenizer"
+            )
+
+
+def identify_answers(model: str, requests: Path) -> str:
+    """Return the fingerprint of the answers that the model with the fingerprint `model` gives to a file of requests.
+
+    Raises ValueError where there is no such file.
+    """
+    identity = parquet_fingerprint(requests)
+    if identity is None:
+        raise ValueError(f"{requests}: no such file; write the task's requests there before a model is asked")
+    return fingerprint("answers", model, identity)
+
+
+def has_answers(path: Path, identity: str) -> bool:
+    """Return whether `path` holds the answers of that fingerprint."""
+    return parquet_fingerprint(path) == identity
+
+
+def write_answers(path: Path, answers: Sequence[Answer], identity: str) -> None:
+    """Write answers, in the order of their requests, to `path`."""
+    rows = [answer._asdict() if isinstance(answer, Likely) else {"tokens": answer} for answer in answers]
+    write_parquet(path, pa.Table.from_pylist(rows, _ANSWERS), identity)
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Return the answers in `path`, in the order of their requests."""
+    rows = pq.read_table(path).to_pylist()
+    return [Likely(row["log_likelihood"], row["is_greedy"]) if row["tokens"] is None else row["tokens"] for row in rows]
