@@ -212,7 +212,7 @@ def _cut_batches(requests: Sequence[Generation], seq_length: int) -> list[list[i
     for number in sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt)):
         batch = [*batches[-1], number] if batches else [number]
         longest = len(requests[batch[0]].prompt) + max(
-            min(request.max_new_tokens, seq_length - len(request.prompt))
+            min(request.max_new_tokens, seq_length + 1 - len(request.prompt))
             for request in (requests[each] for each in batch)
         )
         if batches and len(batch) <= _SEQUENCES_AT_ONCE and len(batch) * longest <= _GENERATED_AT_ONCE:

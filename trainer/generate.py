@@ -94,7 +94,7 @@ class Endings:
     def __init__(self, requests: Sequence[Generation], seq_length: int, tokenizer: Tokenizer) -> None:
         self.tokens: list[list[int]] = [[] for _ in requests]
         self._requests, self._tokenizer = requests, tokenizer
-        self._limits = [min(request.max_new_tokens, seq_length - len(request.prompt)) for request in requests]
+        self._limits = [min(request.max_new_tokens, seq_length + 1 - len(request.prompt)) for request in requests]
         self._is_open = [limit > 0 for limit in self._limits]
         self.num_new_tokens = max(0, *self._limits)
 

@@ -7,6 +7,7 @@ to other requests, or of another checkpoint, are never taken for these.
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Generation:
     """Asks for the greedy continuation of `prompt`, token ids, at least one.
 
     It ends before the token that ends documents, with the token that completes one of the strings in `stop`, after
-    `max_new_tokens`, or where prompt and continuation are as long as the model can read.
+    `max_new_tokens`, or with the last token that the model can predict.
     """
 
     prompt: Tokens
@@ -70,6 +71,10 @@ Request = Likelihood | Generation
 Answer = Likely | list[int]
 
 
+def _parts(request: Request) -> tuple[Tokens, ...]:
+    return (request.context, request.continuation) if isinstance(request, Likelihood) else (request.prompt,)
+
+
 def requests_path(folder: Path, task: str) -> Path:
     """Return the file of a task's requests, or of its answers, in a folder of them."""
     return folder / f"{task}.parquet"
@@ -79,11 +84,10 @@ def fingerprint_requests(requests: Iterable[Request]) -> str:
     """Return 16 hex digits that identify requests and their order."""
     digest = hashlib.blake2b(digest_size=8)
     for request in requests:
+        parts = _parts(request)
         if isinstance(request, Likelihood):
-            parts = (request.context, request.continuation)
             header = f"likelihood {len(parts[0])} {len(parts[1])}\n"
         else:
-            parts = (request.prompt,)
             header = f"generation {len(parts[0])} {request.max_new_tokens} {request.stop!r}\n"
         digest.update(header.encode())
         for part in parts:
@@ -127,7 +131,7 @@ def _lists(column: pa.ChunkedArray) -> list[Tokens]:
     """Return the lists of a column, views into its memory; missing ones are empty."""
     array = column.combine_chunks()
     values, offsets = array.values.to_numpy(), array.offsets.to_numpy()
-    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[start:end] for start, end in pairwise(offsets)]
 
 
 def check_requests(name: object, requests: Sequence[Request], seq_length: int, vocab_size: int) -> None:
@@ -136,8 +140,7 @@ def check_requests(name: object, requests: Sequence[Request], seq_length: int, v
     seq_length: the most tokens that the model reads; vocab_size: its ids are below.
     """
     for number, request in enumerate(requests):
-        path = request.path if isinstance(request, Likelihood) else request.prompt
-        parts = (request.context, request.continuation) if isinstance(request, Likelihood) else (request.prompt,)
+        path, parts = request.path if isinstance(request, Likelihood) else request.prompt, _parts(request)
         if any(len(part) == 0 for part in parts):
             raise ValueError(f"{name}: request {number} has a part without tokens; leave its item out")
         if len(path) > seq_length:

@@ -43,9 +43,10 @@ def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: boo
     the last checkpoint usable, where a loss or a gradient is not finite, and StoppedError, leaving a checkpoint of
     the last step, where `stop` is requested.
     """
-    for task in job.evaluate.tasks if job.evaluate else ():
-        # Better said now than at the first step that asks for it.
-        identify_answers("", requests_path(job.evaluate.requests, task))
+    if job.evaluate is not None:
+        # Better said now than at the first step that asks.
+        for task in job.evaluate.tasks:
+            identify_answers("", requests_path(job.evaluate.requests, task))
     mix = Mix(job.round_folder / "mix.parquet")
     num_steps = -(-len(mix) // job.train.global_batch_size)
     checkpoints = job.round_folder / "checkpoint"

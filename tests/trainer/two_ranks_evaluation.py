@@ -93,7 +93,7 @@ def _answer_plainly(whole: Any, requests: Sequence[Request], corpus: Corpus) -> 
             answers.append(_judge_plainly(plain, request))
             continue
         tokens = [int(token) for token in request.prompt]
-        while len(tokens) < min(corpus.seq_length, len(request.prompt) + request.max_new_tokens):
+        while len(tokens) < min(corpus.seq_length + 1, len(request.prompt) + request.max_new_tokens):
             token = int(_logits(plain, tokens)[-1].argmax())
             if token == end:
                 break
