@@ -28,7 +28,6 @@ from trainer.devices import resolve_precision
 from trainer.jobs import EvaluateJob, Evaluation
 from trainer.requests import Answer, read_answers, requests_path, write_requests
 
-
 # Of items, for the standard error of metrics that have no closed form of it; with none, lm-eval gives no errors at all.
 _RESAMPLINGS = 1000
 

@@ -47,6 +47,8 @@ def pack_requests(requests: Sequence[Likelihood], hidden_size: int, budget: int 
     packs begin anew with what many requests share, and the more do tokens cost that see nothing of one another:
     attention takes as many operations as the layers' matrices in a pack of six times the width.
     """
+    if not requests:
+        return []
     paths = [request.path for request in requests]
     # Big-endian bytes are ordered as the numbers are.
     order = sorted(range(len(paths)), key=lambda number: paths[number].astype(">u4").tobytes())
@@ -80,7 +82,7 @@ def _cut(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tup
             cuts.append((start, row, size))
             start, size = row, 0
         size += length if row == start else length - common
-    return [*cuts, (start, len(lengths), size)] if lengths else []
+    return [*cuts, (start, len(lengths), size)]
 
 
 def _cost(cuts: Iterable[tuple[int, int, int]], hidden_size: int) -> float:

@@ -43,6 +43,7 @@ def work(rank: int, folder: Path, corpus: Path, hugging_face: Path, trained: Pat
     found = alone(device, Corpus(corpus)) | together(device, Corpus(corpus), rank)
     found |= {f"hugging face {layout}": agree(layout, hugging_face) for layout in LAYOUTS}
     found["evaluation"] = two_ranks_evaluation.find(device, Corpus(corpus), folder / "evaluation", rank)
+    found["harness"] = {name: two_ranks_evaluation.respond(hugging_face, name) for name in ("llama", "pangu")}
     found["masks"] = two_ranks_masks.find(device, Corpus(corpus), trained, folder / "masks", rank)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()

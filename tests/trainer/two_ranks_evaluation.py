@@ -8,19 +8,33 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from lm_eval.api.instance import Instance
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
 from data_scoring.config import ScoreConfig
 from data_scoring.corpus import Corpus
 from data_scoring.mix import write_mix
 from data_scoring.tokenizer import open_tokenizer
-from tests.trainer.two_ranks_layers import LAYOUTS, MODEL, random_model, shared_model
+from flows.evaluation_requests import Reader, Response
+from flows.stored_model import find_model
+from tests.trainer.two_ranks_layers import LAYOUTS, MODEL, random_model, share, shared_model
 from trainer.config import CheckpointConfig, ParallelConfig, TrainConfig
 from trainer.devices import Device
 from trainer.jobs import RepeatedEvaluation, TrainJob
-from trainer.requests import Answer, Generation, Likelihood, Likely, Request, requests_path, write_requests
+from trainer.requests import (
+    Answer,
+    Generation,
+    Likelihood,
+    Likely,
+    Request,
+    check_requests,
+    requests_path,
+    write_requests,
+)
 from trainer.stopping import StopRequest
 
+# Tokens that the models which lm-eval asks read: shorter than some texts.
+HARNESS_LENGTH = 64
 # Whatever evaluation has to undo is undone here.
 TRAINED = ("sequence",)
 
@@ -39,6 +53,48 @@ def make_requests(seed: int, vocab_size: int, seq_length: int) -> list[Request]:
         requests += [Likelihood(question, draw(int(generator.integers(1, 6)))) for _ in range(4)]
         requests.append(Generation(question[: int(generator.integers(1, 12))], int(generator.integers(1, 9))))
     return [*requests, Likelihood(draw(1), draw(1)), Likelihood(draw(seq_length - 3), draw(4)), Generation(draw(5), 99)]
+
+
+def make_instances() -> list[Instance]:
+    """Return what lm-eval may ask, in text: choices, with and without context or space, whole texts, generations."""
+    question = "Question: what does the model learn?\nAnswer:"
+    likelihoods = [
+        (context, continuation)
+        for context in (f"{question} text\n\n{question}", question, "where it goes ", "", "  ")
+        for continuation in (" the text", " a", "falls on until", "text")
+    ]
+    rolling = ["where the loss falls and it goes on, " * 20, "a", ""]
+    generated = [
+        (prompt, {"until": until, "max_gen_toks": count, "do_sample": False})
+        for prompt in (question, "the", "a model learns what the text says")
+        for until, count in ((["\n", "e"], 24), ([], 9))
+    ]
+    kinds = {"loglikelihood": likelihoods, "loglikelihood_rolling": [(text,) for text in rolling]}
+    return [
+        Instance(kind, {}, arguments, 0, metadata=("some", number, 1))  # type: ignore[arg-type]
+        for kind, asked in {**kinds, "generate_until": generated}.items()
+        for number, arguments in enumerate(asked)
+    ]
+
+
+def respond(folder: Path, name: str) -> list[Response] | None:
+    """Return what an imported model responds to lm-eval, on the writer."""
+    from trainer.checkpoint import load_weights
+    from trainer.evaluate import answer_requests
+    from trainer.model import Kernels, build_model
+
+    stored = find_model(folder / f"{name}-imported")
+    assert stored.config.vocab_size is not None
+    share(ParallelConfig())
+    place, rows = torch.get_default_device(), stored.config.vocab_size
+    gpt = build_model(stored.config, rows, HARNESS_LENGTH, ParallelConfig(), place, False, Kernels())
+    load_weights(stored.checkpoint, gpt)
+    reader = Reader(open_tokenizer(stored.tokenizer, stored.end_of_document), HARNESS_LENGTH)
+    instances = make_instances()
+    asked = reader.read(instances)
+    check_requests(name, asked.requests, HARNESS_LENGTH, stored.vocab_size)
+    answers = answer_requests(gpt, asked.requests, reader.tokenizer)
+    return None if answers is None else asked.respond(instances, answers)
 
 
 def find(device: Device, corpus: Corpus, folder: Path, rank: int) -> dict[str, Any]:

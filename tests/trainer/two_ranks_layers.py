@@ -51,7 +51,7 @@ def skip_layers(device: Device, corpus: Corpus, rank: int) -> dict[str, Any]:
 
 def random_model(device: Device, corpus: Corpus) -> Any:
     """Return a model that no ranks share, far enough from its start for every layer to matter."""
-    _share(ParallelConfig())
+    share(ParallelConfig())
     whole = _build(device, corpus, ParallelConfig())
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -64,13 +64,13 @@ def shared_model(
     device: Device, corpus: Corpus, parallel: ParallelConfig, whole: Any, rank: int, bf16: bool = False
 ) -> torch.nn.Module:
     """Return this rank's part of a model that has the weights of the whole one."""
-    _share(parallel)
+    share(parallel)
     model = _build(device, corpus, parallel, bf16)
     _fill(model.module if bf16 else model, dict(whole.named_parameters()), rank)
     return model
 
 
-def _share(parallel: ParallelConfig) -> None:
+def share(parallel: ParallelConfig) -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
