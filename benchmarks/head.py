@@ -245,16 +245,16 @@ def main() -> None:
         corpus = topics(arguments.folder, SEQ_LENGTH)
         score = _reprise(corpus)[0] if arguments.name == "reprise" else _llama(corpus, None)
         work = lambda: score(np.arange(BATCH))  # noqa: E731
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     # Forgets the peak up to now.
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(3):
         work()
-    whole = _resident("VmHWM")
+    whole = resident("VmHWM")
     print(json.dumps({"added": round(whole - before), "whole": round(whole)}))
 
 
-def _resident(entry: str) -> float:
+def resident(entry: str) -> float:
     """Return an entry of this process's memory, in MB."""
     found = re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None

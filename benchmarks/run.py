@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.evaluation import evaluation
 from benchmarks.head import head
 from benchmarks.measure import measure_in_turns, ratio, single_rank, topics
 from benchmarks.operation import prefect_overhead, stopping
@@ -110,6 +111,7 @@ def demo(folder: Path) -> list[dict[str, Any]]:
 BENCHMARKS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "throughput": throughput,
     "head": head,
+    "evaluation": evaluation,
     "demo": demo,
     "scale": scale,
     "prefect": prefect_overhead,

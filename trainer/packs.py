@@ -78,7 +78,8 @@ def _cut(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tup
     """Return each pack's first path, the path after its last, and its tokens; `shared` is with the path before."""
     cuts, start, size = [], 0, 0
     for row, (length, common) in enumerate(zip(lengths, shared, strict=True)):
-        if row > start and size + length - common > budget:
+        # What adds nothing is in the pack already.
+        if row > start and length > common and size + length - common > budget:
             cuts.append((start, row, size))
             start, size = row, 0
         size += length if row == start else length - common

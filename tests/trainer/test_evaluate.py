@@ -1,4 +1,4 @@
-"""Answers: those of plain torch on every layout, and of lm-eval's own backend; training goes on as if none were asked."""
+"""Answers are those of plain torch and of lm-eval's own backend; training goes on as if none were asked."""
 
 from pathlib import Path
 from typing import Any

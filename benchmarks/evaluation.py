@@ -1,0 +1,198 @@
+"""Answering lm-eval's requests against its own backend for transformers, with identical weights, in processes apart."""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from benchmarks.head import resident
+from benchmarks.measure import single_rank, topics
+from flows.hugging_face import export_model
+from flows.stored_model import MODEL, find_model
+from trainer.checkpoint_shapes import shapes_of
+from trainer.config import ModelConfig, ParallelConfig
+from trainer.requests import Likelihood
+from trainer.weights import write_weights
+
+VOCAB_SIZE, SEQ_LENGTH, TURNS = 16_000, 1024, 3
+SHAPE = ModelConfig(num_layers=6, hidden_size=384, num_attention_heads=6, vocab_size=VOCAB_SIZE)
+# What lm-eval's backend is given on a CPU, where `auto` asks for out-of-memory errors; the best one is the baseline.
+BATCH_SIZES = (1, 4, 16)
+
+
+def evaluation(folder: Path) -> list[dict[str, Any]]:
+    """Return requests per second, and peak memory, of the adapter's forward against lm-eval's `hf` on a CPU."""
+    _make_models(folder)
+    rows = []
+    for name, make in WORKLOADS.items():
+        tried = {size: _run(folder, name, "hf", size, 1)["seconds"][0] for size in BATCH_SIZES}
+        best = min(tried, key=lambda size: tried[size])
+        ours, theirs = [], []
+        for _ in range(TURNS):
+            ours.append(_run(folder, name, "reprise", 0, 1))
+            theirs.append(_run(folder, name, "hf", best, 1))
+        difference = max(abs(a - b) for a, b in zip(ours[0]["answers"], theirs[0]["answers"], strict=True))
+        assert difference < 1e-3, difference
+        ratios = [b["seconds"][0] / a["seconds"][0] for a, b in zip(ours, theirs, strict=True)]
+        baseline = f"lm-eval's hf, batch_size {best} (the best of {', '.join(map(str, BATCH_SIZES))})"
+        count = len(make())
+        for side, runs in (("reprise", ours), ("hf", theirs)):
+            speed = count / statistics.median(run["seconds"][0] for run in runs)
+            print(f"{name}, {side}: {speed:,.1f} requests/s (one machine's number; the ratio is the claim)")
+        rows.append(
+            {
+                "claim": f"requests per second, {name} / {baseline}",
+                "median": round(statistics.median(ratios), 2),
+                "min": round(min(ratios), 2),
+                "max": round(max(ratios), 2),
+                "requests": count,
+                "largest difference of log-likelihoods": difference,
+                "threads": ours[0]["threads"],
+            }
+        )
+        for what, key in (("above the loaded model", "added"), ("whole process", "whole")):
+            memory = [statistics.median(run[key] for run in runs) for runs in (ours, theirs)]
+            rows.append(
+                {
+                    "claim": f"peak memory, {name} / {baseline}: {what}",
+                    "median": round(memory[0] / memory[1], 3),
+                    "MB": memory,
+                }
+            )
+    return rows
+
+
+def five_shots() -> list[Likelihood]:
+    """Return four options, of a letter each, of questions after five examples, of which subjects have their own."""
+    generator = np.random.default_rng(0)
+    requests = []
+    for _ in range(2):
+        shots = _draw(generator, 5 * 75)
+        for _ in range(16):
+            question = np.concatenate([shots, _draw(generator, int(generator.integers(50, 100)))])
+            requests += [Likelihood(question, np.array([letter], np.int32)) for letter in (40, 41, 42, 43)]
+    return requests
+
+
+def endings() -> list[Likelihood]:
+    """Return four endings of stories, without examples, as HellaSwag has them."""
+    generator = np.random.default_rng(0)
+    requests = []
+    for _ in range(48):
+        story = _draw(generator, int(generator.integers(20, 80)))
+        requests += [Likelihood(story, _draw(generator, int(generator.integers(15, 40)))) for _ in range(4)]
+    return requests
+
+
+WORKLOADS: dict[str, Callable[[], list[Likelihood]]] = {
+    "5-shot multiple choice": five_shots,
+    "0-shot endings as HellaSwag's": endings,
+}
+
+
+def _draw(generator: np.random.Generator, count: int) -> Any:
+    return generator.integers(100, 10_000, count).astype(np.int32)
+
+
+def _make_models(folder: Path) -> None:
+    """Make the same random model twice: as a folder of Reprise's, and as transformers opens it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = shapes_of(SHAPE, VOCAB_SIZE)
+    weights = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes.items()}
+
+    def produce(name: str, layer: int | None) -> torch.Tensor:
+        return weights[name] if layer is None else weights[name][layer]
+
+    described = {name: (shape, torch.float32) for name, shape in shapes.items()}
+    record = {"step": 0, "vocab_size": VOCAB_SIZE}
+    write_weights(folder / "model" / "checkpoint" / "step-00000000", described, produce, record)
+    (folder / "model" / MODEL).write_text(yaml.safe_dump(SHAPE.model_dump(mode="json")))
+    shutil.copy(topics(folder, SEQ_LENGTH).tokenizer_path, folder / "model" / "tokenizer.json")
+    export_model(folder / "model", None, folder / "hf")
+
+
+def _run(folder: Path, workload: str, side: str, batch_size: int, turns: int) -> dict[str, Any]:
+    """Return what a process of its own measures: seconds a turn, memory in MB, log-likelihoods."""
+    command = [sys.executable, "-m", "benchmarks.evaluation", str(folder), workload, side, str(batch_size), str(turns)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **QUIET}).stdout
+    measured: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return measured
+
+
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
+
+
+def _reprise(folder: Path) -> Callable[[list[Likelihood]], list[float]]:
+    device = single_rank()
+    from data_scoring.tokenizer import open_tokenizer
+    from trainer.checkpoint import load_weights
+    from trainer.evaluate import answer_requests
+    from trainer.model import Kernels, build_model
+
+    stored = find_model(folder / "model")
+    gpt = build_model(SHAPE, VOCAB_SIZE, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, Kernels())
+    load_weights(stored.checkpoint, gpt)
+    tokenizer = open_tokenizer(stored.tokenizer, None)
+
+    def answer(requests: list[Likelihood]) -> list[float]:
+        answers = answer_requests(gpt, requests, tokenizer)
+        assert answers is not None
+        return [float(each[0]) for each in answers]
+
+    return answer
+
+
+def _hf(folder: Path, batch_size: int) -> Callable[[list[Likelihood]], list[float]]:
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(str(folder / "hf"), device="cpu", dtype="float32", batch_size=batch_size, max_length=SEQ_LENGTH)
+
+    def answer(requests: list[Likelihood]) -> list[float]:
+        asked = [
+            ((str(number), ""), request.context.tolist(), request.continuation.tolist())
+            for number, request in enumerate(requests)
+        ]
+        return [each[0] for each in harness._loglikelihood_tokens(asked, disable_tqdm=True)]
+
+    return answer
+
+
+def main() -> None:
+    """Print what one side takes for a workload."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("side", choices=["reprise", "hf"])
+    parser.add_argument("batch_size", type=int)
+    parser.add_argument("turns", type=int)
+    arguments = parser.parse_args()
+    answer = _reprise(arguments.folder) if arguments.side == "reprise" else _hf(arguments.folder, arguments.batch_size)
+    requests = WORKLOADS[arguments.workload]()
+    before = resident("VmRSS")
+    # Forgets the peak up to now.
+    Path("/proc/self/clear_refs").write_text("5")
+    # Warm.
+    answer(requests[:16])
+    seconds = []
+    for _ in range(arguments.turns):
+        started = time.perf_counter()
+        answers = answer(requests)
+        seconds.append(time.perf_counter() - started)
+    whole = resident("VmHWM")
+    memory = {"added": round(whole - before), "whole": round(whole), "threads": torch.get_num_threads()}
+    print(json.dumps({"seconds": seconds, "answers": answers, **memory}))
+
+
+if __name__ == "__main__":
+    main()
