@@ -113,7 +113,7 @@ class Reader:
                 yield Likelihood(_ids(context), _ids(continuation))
         else:
             context, whole = (tokens[text] for text in texts)
-            if not context and whole[:1] != [end]:
+            if len(whole) == 1 or (not context and whole[:1] != [end]):
                 context, whole = [end], [end, *whole]
             # A continuation that the tokenizer joins with what is before it still has the last token.
             start = min(max(1, len(context)), len(whole) - 1)

@@ -1,5 +1,6 @@
 """The fused output layer and loss against float64, at odd shapes and at the vocabularies of real tokenizers."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch import Tensor
 from data_scoring import config
 from kernels import linear_cross_entropy as module
 from kernels import linear_cross_entropy_triton
-from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy
+from kernels.linear_cross_entropy import LossKernel, judge_labels, linear_cross_entropy
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -134,6 +135,28 @@ def test_rows_of_padding_count_for_nothing(kernel: LossKernel) -> None:
     assert not found[2][33:].any()
 
 
+def judged(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return hidden states, weight, labels, every other one the most probable, and the rows that are no padding."""
+    hidden, weight, labels, _ = inputs(shape, torch.float32)
+    num_rows = shape[1] - 5
+    labels = labels % num_rows
+    labels[::2] = (hidden.double() @ weight[:num_rows].double().t()).argmax(dim=1)[::2]
+    return hidden, weight, labels, num_rows
+
+
+@pytest.mark.parametrize("kernel", ["reference", "chunked", "triton"])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_the_most_probable_label_is_told(kernel: LossKernel, shape: tuple[int, int, int]) -> None:
+    *tensors, num_rows = judged(shape) if shape[1] > 5 else (*inputs(shape, torch.float32)[:3], 2)
+    hidden, weight, labels = (tensor.to(DEVICE if kernel == "triton" else "cpu") for tensor in tensors)
+    losses, are_greatest = judge_labels(hidden, weight, labels, kernel, num_rows=num_rows)
+    logits = hidden.cpu().double() @ weight[:num_rows].cpu().double().t()
+    expected = F.cross_entropy(logits, labels.cpu(), reduction="none")
+    assert float((losses.cpu() - expected).abs().max()) < 1e-5
+    assert torch.equal(are_greatest.cpu(), logits.argmax(dim=1) == labels.cpu())
+    assert not losses.requires_grad
+
+
 @pytest.mark.parametrize("shape", VOCABULARIES)
 def test_triton_at_large_vocabularies(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     if IS_INTERPRETED:
@@ -190,7 +213,10 @@ def _rank(rank: int, ranks: int, folder: Path) -> None:
     results = {
         kernel: run(with_kernel(kernel, group), hidden, part, labels, grad) for kernel in ("reference", "chunked")
     }
-    torch.save({"results": results, "reduced": reduced}, folder / f"{rank}.pt")
+    hidden, weight, labels, num_rows = judged(SHARDED)
+    part = weight.chunk(ranks)[rank]
+    told = {kernel: judge_labels(hidden, part, labels, kernel, group, num_rows) for kernel in results}
+    torch.save({"results": results, "reduced": reduced[:6], "told": told}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -210,6 +236,12 @@ def test_ranks_with_parts_of_the_vocabulary_agree_with_one_and_exchange_little(t
         assert torch.equal(hidden_grad, other_hidden_grad)
         for tensor, one in zip((loss, hidden_grad, torch.cat([part, other_part])), expected, strict=True):
             torch.testing.assert_close(tensor, one, atol=2e-6, rtol=1e-5)
+    hidden, weight, labels, num_rows = judged(SHARDED)
+    logits = hidden @ weight[:num_rows].t()
+    for kernel, rank in itertools.product(("reference", "chunked"), found):
+        losses, are_greatest = rank["told"][kernel]
+        torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"), atol=2e-6, rtol=1e-5)
+        assert torch.equal(are_greatest, logits.argmax(dim=1) == labels)
     # Of each kernel: the maxima, the sums with the targets, and in the backward pass the hidden states' gradient.
     assert found[0]["reduced"] == [(tokens,), (2, tokens), (tokens, channels)] * 2
 

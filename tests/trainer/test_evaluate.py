@@ -33,16 +33,36 @@ def test_answers_are_those_of_plain_torch_on_every_layout(layout: str, found: li
     assert any(len(expected) > 1 for expected in plain if isinstance(expected, list))
 
 
+def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["losses"] == other["losses"]
+    assert len(one["losses"]) == 5
+    assert one["weights"].keys() == other["weights"].keys()
+    for name, weight in one["weights"].items():
+        assert np.array_equal(weight, other["weights"][name]), name
+
+
 @pytest.mark.parametrize("layout", TRAINED)
 def test_training_with_evaluation_in_between_is_training_without(layout: str, found: list[dict[str, Any]]) -> None:
     for rank in found:
-        without, with_it = rank["evaluation"][f"trained {layout}"]
-        assert with_it["losses"] == without["losses"]
-        assert len(with_it["losses"]) == 5
-        for name, weight in with_it["weights"].items():
-            assert np.array_equal(weight, without["weights"][name]), name
-        assert with_it["answers"] == [f"answers/step-{step:08d}/some.parquet" for step in (2, 4)]
-        assert without["answers"] == []
+        trained = rank["evaluation"][f"trained {layout}"]
+        assert_same_training(trained["with"], trained["without"])
+        assert list(trained["with"]["answers"]) == [f"answers/step-{step:08d}/some.parquet" for step in (2, 4)]
+        assert trained["without"]["answers"] == {}
+
+
+@pytest.mark.parametrize("layout", TRAINED)
+def test_who_stops_training_in_an_evaluation_finds_it_done_when_training_goes_on(
+    layout: str, found: list[dict[str, Any]]
+) -> None:
+    for rank in found:
+        trained = rank["evaluation"][f"trained {layout}"]
+        assert trained["stopped"]["checkpoints"] == ["step-00000002"]
+        assert trained["stopped"]["answers"] == {}
+        assert_same_training(trained["resumed"], trained["with"])
+        answers, expected = (
+            {file: given for file, (_, given) in trained[way]["answers"].items()} for way in ("resumed", "with")
+        )
+        assert answers == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "pangu"])

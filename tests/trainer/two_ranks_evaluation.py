@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from data_scoring.tokenizer import open_tokenizer
 from flows.evaluation_requests import Reader, Response
 from flows.stored_model import find_model
 from tests.trainer.two_ranks_layers import LAYOUTS, MODEL, random_model, share, shared_model
+from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ParallelConfig, TrainConfig
 from trainer.devices import Device
 from trainer.jobs import RepeatedEvaluation, TrainJob
@@ -28,10 +30,11 @@ from trainer.requests import (
     Likely,
     Request,
     check_requests,
+    read_answers,
     requests_path,
     write_requests,
 )
-from trainer.stopping import StopRequest
+from trainer.stopping import StoppedError, StopRequest
 
 # Tokens that the models which lm-eval asks read: shorter than some texts.
 HARNESS_LENGTH = 64
@@ -117,10 +120,13 @@ def find(device: Device, corpus: Corpus, folder: Path, rank: int) -> dict[str, A
         found[name] = answer_requests(model.train(), requests, tokenizer)
         assert _state(model) == before and model.training
         if name in TRAINED:
-            found[f"trained {name}"] = [
-                _train(corpus, shared_model(device, corpus, parallel, whole, rank).train(), parallel, folder, way)
-                for way in (None, requests)
-            ]
+
+            def train(way: str, parallel: ParallelConfig = parallel) -> dict[str, Any]:
+                fresh = shared_model(device, corpus, parallel, whole, rank).train()
+                return _train(corpus, fresh, parallel, folder, way, requests)
+
+            ways = {"without": "without", "with": "with", "stopped": "stopped", "resumed": "stopped"}
+            found[f"trained {name}"] = {key: train(way) for key, way in ways.items()}
     return found
 
 
@@ -171,31 +177,47 @@ def _logits(plain: PlainModel, tokens: Sequence[int]) -> torch.Tensor:
 
 
 def _train(
-    corpus: Corpus, model: Any, parallel: ParallelConfig, folder: Path, requests: Sequence[Request] | None
+    corpus: Corpus, model: Any, parallel: ParallelConfig, folder: Path, way: str, requests: Sequence[Request]
 ) -> dict[str, Any]:
-    """Return the losses and weights of some steps, and the answers that were given on the way, by file."""
-    from trainer.train import train_round
+    """Return the losses and weights of five steps, and the files of answers that were given on the way.
 
-    way = "-".join(map(str, [parallel.tensor, parallel.pipeline, requests is not None]))
-    place, evaluate = folder / way, None
-    if torch.distributed.get_rank() == 0:
+    way: without and with evaluation; stopped: in its first one, if it begins, by a wish that reaches one rank.
+    """
+    from trainer import train
+
+    place, stop = folder / way, StopRequest()
+    if torch.distributed.get_rank() == 0 and not place.exists():
         write_mix(place / "mix.parquet", f"select shard, sample from '{corpus.samples_path}' limit 20", 0, 1)
-        write_requests(requests_path(folder / "requests", "some"), requests or [])
+        write_requests(requests_path(folder / "requests", "some"), requests)
     torch.distributed.barrier()
-    if requests is not None:
-        evaluate = RepeatedEvaluation(
-            requests=folder / "requests", tasks=("some",), answers=place / "answers", every_steps=2
-        )
+    evaluate = RepeatedEvaluation(
+        requests=folder / "requests", tasks=("some",), answers=place / "answers", every_steps=2
+    )
     job = TrainJob(
         corpus=corpus.folder, round_folder=place, model=MODEL, parallel=parallel, device="cpu", fingerprint="f",
         precision="float32", activation_kernel="reference", seed=0, progress=place / "progress.json", errors=place,
         lock=place, train=TrainConfig(global_batch_size=4, micro_batch_size=2, lr=1e-2, min_lr=1e-3),
-        checkpoint=CheckpointConfig(), score=ScoreConfig(), start_from=None, evaluate=evaluate,
+        checkpoint=CheckpointConfig(), score=ScoreConfig(), start_from=None,
+        evaluate=None if way == "without" else evaluate,
     )  # fmt: skip
-    train_round(job, corpus, model, False, StopRequest())
+    is_first_time = not list_checkpoints(place / "checkpoint")
+    answer_tasks = train.answer_tasks
+
+    def answer(*arguments: Any) -> None:
+        stop.is_made = way == "stopped" and is_first_time and torch.distributed.get_rank() == 1
+        answer_tasks(*arguments)
+
+    train.answer_tasks = answer
+    with suppress(StoppedError):
+        train.train_round(job, corpus, model, False, stop)
+    train.answer_tasks = answer_tasks
     torch.distributed.barrier()
     return {
+        "checkpoints": [path.name for path in list_checkpoints(place / "checkpoint")],
         "losses": pq.read_table(place / "steps.parquet")["loss"].to_pylist(),
         "weights": {name: parameter.detach().numpy() for name, parameter in model.named_parameters()},
-        "answers": sorted(str(path.relative_to(place)) for path in place.glob("answers/*/*.parquet")),
+        "answers": {
+            str(path.relative_to(place)): (path.stat().st_mtime_ns, read_answers(path))
+            for path in sorted(place.glob("answers/*/*.parquet"))
+        },
     }
