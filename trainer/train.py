@@ -161,7 +161,8 @@ class _Round:
             step = self.train_step(step)
             is_last = step == self.num_steps
             is_stopping = self.is_stopping and not is_last
-            is_validation_due = is_last or step % self.job.train.validate_every_steps == 0
+            is_due = step % self.job.train.validate_every_steps == 0 or self.is_evaluation_due(step)
+            is_validation_due = is_last or is_due
             # Who asks to stop waits half a minute at most: save first, and validate when the round goes on.
             is_put_off = is_validation_due and is_stopping
             if is_validation_due and not is_stopping:
@@ -278,7 +279,7 @@ class _Round:
         It is not where somebody asks to stop: the answers that are missing are given when the round goes on.
         """
         evaluation = self.job.evaluate
-        if evaluation is None or not step or step % evaluation.every_steps:
+        if evaluation is None or not self.is_evaluation_due(step):
             return True
         tokenizer = open_tokenizer(self.corpus.tokenizer_path, evaluation.end_of_document)
         identity = fingerprint(self.job.fingerprint, step)
@@ -290,6 +291,11 @@ class _Round:
         except StoppedError:
             return False
         return True
+
+    def is_evaluation_due(self, step: int) -> bool:
+        """Return whether the model is asked anything after `step`; after the last one, who trains it asks it."""
+        evaluation = self.job.evaluate
+        return evaluation is not None and 0 < step < self.num_steps and step % evaluation.every_steps == 0
 
     def is_checkpoint_due(self, step: int) -> bool:
         """Return whether to save after `step`: on the clock, or every so many steps."""
