@@ -14,9 +14,9 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/reprise serve
 
-# Style, types, rooms and tests, these in two processes: ranks that start leave a core to others.
+# Style, types, rooms and tests, these in two processes, a file at a time: ranks that start leave a core to others.
 test: check
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -78,14 +78,6 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return Corpus(folder / "corpus")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, and those that share the launch of two ranks."""
-    for item in items:
-        shares_launch = "found" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("two ranks" if shares_launch else item.path.name))
-
-
 class Ranks:
     """Runs jobs over the tiny corpus on real ranks under torchrun."""
 

@@ -133,11 +133,13 @@ def test_the_demo_is_the_default_path() -> None:
 
 
 def test_the_readme_s_own_example_is_valid() -> None:
-    example, small, launches = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    example, small, asked, launches = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     values = yaml.safe_load(example)
     assert parse_config(values, "README.md").name == "mine"
     model = parse_config({**values, **yaml.safe_load(small), "parallel": {"tensor": 2}}, "README.md").model
     assert model.inherits and model.channels == 64
+    asking = parse_config({**values, **yaml.safe_load(asked)}, "README.md").eval
+    assert asking.tasks == ("paper",) and asking.removes
     for line in launches.splitlines():
         launch = parse_config({**values, "device": "cuda", **yaml.safe_load(line)}, "README.md").launch
         assert launch.nodes == 2
@@ -153,7 +155,8 @@ def test_the_readme_s_own_example_is_valid() -> None:
 def test_every_field_is_documented() -> None:
     assert PATH.read_text() == page(), "run `python -m flows.config_docs`"
     for name in flatten(parse_config(VALUES, "x").model_dump()):
-        assert f"| `{name.replace('sources.0', 'sources[]')}` |" in page()
+        name = re.sub(r"\.0$", "", name.replace("sources.0", "sources[]"))
+        assert f"| `{name}` |" in page()
 
 
 def test_paths_outside_of_what_is_allowed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

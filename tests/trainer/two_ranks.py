@@ -37,6 +37,7 @@ def with_fields(**fields: Any) -> ModelConfig:
 def work(rank: int, folder: Path, corpus: Path, hugging_face: Path, trained: Path) -> None:
     """Leave in `folder` what this rank found."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
+    torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     device = initialise("cpu", 0)
