@@ -154,8 +154,8 @@ def test_the_readme_s_own_example_is_valid() -> None:
 
 def test_every_field_is_documented() -> None:
     assert PATH.read_text() == page(), "run `python -m flows.config_docs`"
-    for name in flatten(parse_config(VALUES, "x").model_dump()):
-        name = re.sub(r"\.0$", "", name.replace("sources.0", "sources[]"))
+    for field in flatten(parse_config(VALUES, "x").model_dump()):
+        name = re.sub(r"\.0$", "", field.replace("sources.0", "sources[]"))
         assert f"| `{name}` |" in page()
 
 
