@@ -112,10 +112,10 @@ def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:
 
 
 def _print_details(run: Run, numbers: list[int]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from flows.evaluation_results import read_details
+    from flows.evaluation_table import print_wide
 
     for number in numbers:
         with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
@@ -130,7 +130,7 @@ def _print_details(run: Run, numbers: list[int]) -> None:
             table.add_column(name, justify="left" if position < 2 else "right")
         for row in details:
             table.add_row(*("" if value is None else str(value) for value in row.values()))
-        Console().print(table)
+        print(print_wide(table))
         for task, reason, count, first in reasons:
             print(f"  {task}: {count} unscorable, {reason} (such as {first})")
         print()

@@ -229,19 +229,30 @@ def _rows(task: "EvaluationTask", results: dict[str, Any], items: list[dict[str,
         score = float(results[subject][f"{task.metric},none"])
         row = {"subject": subject, "score": score, "stderr": _standard_error(scores), "num_items": len(scores)}
         subjects.append({**common, **row})
-    errors = [row["stderr"] for row in subjects]
     whole = {
         **common,
         # Of a task whose items are all too long, say, there is none.
         "score": sum(row["score"] for row in subjects) / len(subjects) if subjects else None,
-        # Of a mean of independent means.
-        "stderr": None if None in errors or not errors else sum(error**2 for error in errors) ** 0.5 / len(errors),
+        "stderr": _combine([(row["stderr"], row["num_items"]) for row in subjects]),
         "chance": task.chance,
         "num_items": len(items),
         "num_unscorable": len(task.unscorable),
         "num_shortened": task.num_shortened,
     }
     return [whole, *(subjects if len(subjects) > 1 else [])]
+
+
+def _combine(subjects: list[tuple[float | None, int]]) -> float | None:
+    """Return the standard error of the mean of subjects' scores, given each one's and its number of items.
+
+    The item of a subject that has but one varies as those of the others do on average; None where all have but one.
+    """
+    variances = [error**2 * count for error, count in subjects if error is not None]
+    if not variances:
+        return None
+    typical = sum(variances) / len(variances)
+    squares = [typical if error is None else error**2 for error, _ in subjects]
+    return float(sum(squares) ** 0.5 / len(subjects))
 
 
 def _standard_error(scores: list[float]) -> float | None:

@@ -5,7 +5,6 @@ average; the best of a column is bold and the second underlined.
 """
 
 import html
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +16,8 @@ from rich.text import Text
 
 Format = Literal["terminal", "markdown", "latex", "html"]
 AVERAGE = "average"
-_NOT_A_TTY_WIDTH = 240
+# Wider than any table: a line that a terminal breaks is read more easily than cells that are cut.
+_WIDTH = 400
 _NOTE = "Percent. Chance is what guessing scores; quoted rows are as published, by another implementation."
 
 
@@ -148,12 +148,15 @@ def _terminal(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     }
     for cells in _cells(rows, columns, mark, " ±", _label):
         table.add_row(*(Text.from_ansi(cell) for cell in cells))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(file=io.StringIO(), width=_NOT_A_TTY_WIDTH)
+    return f"{print_wide(table)}\n{_NOTE}"
+
+
+def print_wide(table: Table) -> str:
+    """Return a table as text, with bold and underlines where standard output is a terminal, and as wide as it is."""
+    console = Console(width=_WIDTH)
     with console.capture() as capture:
         console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + f"\n{_NOTE}"
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
@@ -204,4 +207,8 @@ def _html(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     heads = "".join(f"<th>{html.escape(column.title)}</th>" for column in columns)
     body = _cells(rows, columns, mark, " ± ", lambda row: html.escape(_label(row)))
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in body)
-    return f"<table><tr><th></th>{groups}</tr><tr><th>Model</th>{heads}</tr>{lines}</table><p>{html.escape(_NOTE)}</p>"
+    style = "font-size: 13px; white-space: nowrap"
+    return (
+        f'<table style="{style}"><tr><th></th>{groups}</tr><tr><th>Model</th>{heads}</tr>{lines}</table>'
+        f"<p>{html.escape(_NOTE)}</p>"
+    )

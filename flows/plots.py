@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from flows.evaluation_table import COLUMNS
+
 _KEPT, _DROPPED = "#0072b2", "#bbbbbb"
 _SEEN, _RESCORED = "#e69f00", "#0072b2"
 _ROUND_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
@@ -107,7 +109,7 @@ def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
             using (round, step)
         where subject is null and score is not null order by task, tokens, is_end"""
     ).fetchnumpy()
-    tasks = list(dict.fromkeys(found["task"]))
+    tasks = [column for column in COLUMNS if column.name in found["task"]]
     # A single model is a point, which the table says better.
     if len(np.unique(found["tokens"])) < 2:
         return None
@@ -116,14 +118,14 @@ def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
         -(-len(tasks) // columns), columns, figsize=(9, 3 * -(-len(tasks) // columns)), squeeze=False, sharex=True
     )
     for axes, task in zip(grid.flat, tasks, strict=False):
-        mine = found["task"] == task
+        mine = found["task"] == task.name
         tokens, score, error = (np.asarray(found[name][mine], float) for name in ("tokens", "score", "error"))
         axes.fill_between(tokens, score - error, score + error, color=_KEPT, alpha=0.2, linewidth=0)
         axes.plot(tokens, score, color=_KEPT)
         ends = np.asarray(found["is_end"][mine], bool)
         axes.plot(tokens[ends], score[ends], "o", color=_KEPT, markeredgecolor="black")
         axes.axhline(float(found["chance"][mine][0]), color="gray", linestyle=":")
-        axes.set_title(task)
+        axes.set_title(task.title)
     for axes in grid.flat[len(tasks) :]:
         axes.set_visible(False)
     figure.supxlabel("tokens trained on (millions)")

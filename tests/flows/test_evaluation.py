@@ -1,5 +1,6 @@
 """Evaluation of a run: scores by hand in the ledger, the table and the report; nothing is asked twice."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flows.artifacts import evaluation_page
 from flows.cli import main
 from flows.compare import compare, init_sweep
 from flows.config import RunConfig, parse_config
+from flows.evaluation import _combine, _standard_error
 from flows.run_folder import Run, open_run
 from flows.status import read_status
 from tests.evaluation_data import write_items
@@ -22,7 +24,8 @@ from tests.flows.fakes import FakeRanks, values
 # C-Eval: A, right in the only question of logic and in none of two of accountant: a mean over subjects.
 # BoolQ: "no", right in one of two. PIQA: the shorter one, right in both.
 SCORES = {"ceval": 0.5, "boolq": 0.5, "piqa": 1.0}
-STDERR = {"ceval": None, "boolq": 0.5, "piqa": 0.0}
+# logic's one question varies as accountant's do, which is not at all.
+STDERR = {"ceval": 0.0, "boolq": 0.5, "piqa": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,15 @@ def test_scores_are_in_the_ledger_and_nothing_is_asked_twice(
     fakes.asked.clear()
     assert main(["evaluate", str(run.folder), "--tasks", "boolq,piqa,axb"]) == 0
     assert fakes.asked == ["boolq", "axb"]
+
+
+def test_standard_errors_of_means_over_subjects() -> None:
+    # Variances of items 0.16 and 0.36, so that a single item's is taken for 0.26.
+    found = _combine([(0.2, 4), (0.3, 4), (None, 1)])
+    assert found == pytest.approx((0.04 + 0.09 + 0.26) ** 0.5 / 3)
+    assert _combine([(None, 1)]) is None
+    assert _combine([]) is None
+    assert _standard_error([0, 1, 1, 0]) == pytest.approx(statistics.stdev([0, 1, 1, 0]) / 2)
 
 
 def test_scores_on_the_way_are_drawn_against_tokens(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
