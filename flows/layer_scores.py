@@ -38,10 +38,14 @@ def measure_scores(run: Run, teacher: StoredModel, folder: Path, config: EvalCon
     Blocks are of one, two and three layers, and of none: all are asked in one launch, in the layout of `run`, a block
     after the other. What was answered before is not asked again. Raises ValueError where a task cannot be read.
     """
-    questions = [
-        question for question in read_questions(run, config.tasks, config, progress) if question.asked.requests
-    ]
+    read = read_questions(run, config.tasks, config, progress)
+    questions = [question for question in read if question.asked.requests]
     names = tuple(question.task.name for question in questions)
+    if not names:
+        [first, *_] = read[0].task.unscorable
+        raise ValueError(
+            f"--tasks: no item of {', '.join(config.tasks)} can be scored ({first.item}, say: {first.reason}); name others"
+        )
     precision = resolve_precision(run.config.train.precision, device_kind(run.config))
     fields = job_fields(run, 1, fingerprint("layer scores", checksum(teacher.checkpoint / RECORD), precision))
     job = EvaluateJob(
@@ -71,6 +75,5 @@ def measure_scores(run: Run, teacher: StoredModel, folder: Path, config: EvalCon
 
 def _is_answered(job: EvaluateJob, block: tuple[int, int], name: str) -> bool:
     folder, model = job.part(*block)
-    return has_answers(
-        requests_path(folder, name), identify_answers(model, requests_path(job.evaluation.requests, name))
-    )
+    identity = identify_answers(model, requests_path(job.evaluation.requests, name))
+    return has_answers(requests_path(folder, name), identity)

@@ -87,7 +87,7 @@ class EvaluateJob(Job):
     longest_block: int | None = Field(
         default=None,
         ge=0,
-        description="Layers in a row, skipped at most; each block's answers have a folder of their own.",
+        description="Layers in a row skipped at most; answers have a folder a block.",
     )
 
     @property
