@@ -43,9 +43,8 @@ def measure_scores(run: Run, teacher: StoredModel, folder: Path, config: EvalCon
     names = tuple(question.task.name for question in questions)
     if not names:
         [first, *_] = read[0].task.unscorable
-        raise ValueError(
-            f"--tasks: no item of {', '.join(config.tasks)} can be scored ({first.item}, say: {first.reason}); name others"
-        )
+        tasks = ", ".join(config.tasks)
+        raise ValueError(f"--tasks: no item of {tasks} can be scored ({first.item}: {first.reason}); name others")
     precision = resolve_precision(run.config.train.precision, device_kind(run.config))
     fields = job_fields(run, 1, fingerprint("layer scores", checksum(teacher.checkpoint / RECORD), precision))
     job = EvaluateJob(
