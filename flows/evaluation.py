@@ -23,7 +23,7 @@ from flows.launch import launch
 from flows.run_folder import Run
 from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.jobs import Evaluation, RepeatedEvaluation
-from trainer.requests import has_answers, identify_answers, read_answers, requests_path, write_requests
+from trainer.requests import Answer, has_answers, identify_answers, read_answers, requests_path, write_requests
 
 if TYPE_CHECKING:
     from flows.evaluation_requests import Asked
@@ -106,7 +106,7 @@ def evaluate_round(run: Run, round_number: int, config: EvalConfig, progress: Pr
     step = int(read_checkpoint_record(checkpoint)["step"])
     folder = evaluation_folder(run, round_number) / f"step-{step:08d}"
     names = tuple(question.task.name for question in questions if question.asked.requests)
-    job = answer_job(run, checkpoint, _evaluation(run, names), folder)
+    job = answer_job(run, checkpoint, evaluation_of(run, names), folder)
     requests = _requests_folder(run)
     lacking = [
         name
@@ -140,7 +140,7 @@ def repeated_evaluation(run: Run, round_number: int, questions: Sequence[Questio
     names = tuple(question.task.name for question in questions if question.asked.requests)
     if not names:
         return None
-    evaluation = _evaluation(run, names)
+    evaluation = evaluation_of(run, names)
     return RepeatedEvaluation(
         **evaluation.model_dump(), answers=evaluation_folder(run, round_number), every_steps=every_steps
     )
@@ -188,15 +188,14 @@ def _requests_folder(run: Run) -> Path:
     return run.folder / "evaluation"
 
 
-def _evaluation(run: Run, names: tuple[str, ...]) -> Evaluation:
+def evaluation_of(run: Run, names: tuple[str, ...]) -> Evaluation:
+    """Return what ranks are told of tasks of those names, whose requests `read_questions` has written."""
     end_of_document = run.config.tokenizer.end_of_document
     return Evaluation(requests=_requests_folder(run), tasks=names, end_of_document=end_of_document)
 
 
 def _score(question: Question, folder: Path, is_end: bool) -> None:
     """Write what the answers in `folder` to a task are worth, unless that is there."""
-    from flows.evaluation_model import score_answers
-
     task = question.task
     answers = requests_path(folder, task.name)
     target = requests_path(folder / "scores", task.name)
@@ -204,20 +203,29 @@ def _score(question: Question, folder: Path, is_end: bool) -> None:
     identity = fingerprint("scores", parquet_fingerprint(answers), is_end, unscorable)
     if parquet_fingerprint(target) == identity:
         return
+    rows, items = score_question(question, read_answers(answers) if question.asked.requests else [])
+    write_parquet(requests_path(folder / "items", task.name), pa.Table.from_pylist(items, _ITEMS), identity)
+    table = pa.Table.from_pylist(unscorable, _UNSCORABLE)
+    write_parquet(requests_path(folder / "unscorable", task.name), table, identity)
+    # Last, for it stands for the others.
+    table = pa.Table.from_pylist([{"is_end": is_end, **row} for row in rows], _SCORES)
+    write_parquet(target, table, identity)
+
+
+def score_question(question: Question, answers: Sequence[Answer]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return what answers to a task are worth: rows of the view scores, the whole task's first, and of scored_items."""
+    from flows.evaluation_model import score_answers
+
+    task = question.task
     found: dict[str, Any] = {"results": {}, "samples": {}}
     if question.asked.requests:
-        found = score_answers(task, question.asked, read_answers(answers))
+        found = score_answers(task, question.asked, answers)
     items = [
         {"task": task.name, "subject": subject, "item": sample["doc_id"], "score": float(sample[task.metric])}
         for subject, samples in found["samples"].items()
         for sample in samples
     ]
-    write_parquet(requests_path(folder / "items", task.name), pa.Table.from_pylist(items, _ITEMS), identity)
-    table = pa.Table.from_pylist(unscorable, _UNSCORABLE)
-    write_parquet(requests_path(folder / "unscorable", task.name), table, identity)
-    rows = [{"is_end": is_end, **row} for row in _rows(task, found["results"], items)]
-    # Last, for it stands for the others.
-    write_parquet(target, pa.Table.from_pylist(rows, _SCORES), identity)
+    return _rows(task, found["results"], items), items
 
 
 def _rows(task: "EvaluationTask", results: dict[str, Any], items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from data_scoring.config import EvalConfig
 from data_scoring.progress import Progress
-from flows.config import RunConfig
+from flows.config import RunConfig, parse_config
 from flows.run_folder import Run
 from flows.stored_model import StoredModel
 from flows.trial_options import add_config, count, read_trial_config
@@ -34,6 +35,13 @@ def add_inherit(commands: Any) -> None:
     importance.add_argument(
         "--samples", type=int, help=f"samples, drawn at random, to measure on (default: {_NUM_SAMPLES}, or all)"
     )
+    importance.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="evaluation tasks that are asked without each block, such as hellaswag,piqa",
+    )
+    importance.add_argument("--data", metavar="DIR", help="folder with the tasks' files (default: the hub)")
+    importance.add_argument("--limit", type=int, help="items of each task or subject, the first (default: all)")
     importance.add_argument("--output", type=Path, metavar="FOLDER", help="where it goes (default: TEACHER/importance)")
     importance.set_defaults(command=_importance)
     compare = actions.add_parser("compare", help="train a model from random weights and from each choice of neurons")
@@ -60,12 +68,14 @@ def _compare(options: argparse.Namespace) -> None:
 def _importance(options: argparse.Namespace) -> None:
     from flows.layer_importance import measure_importance
     from flows.layer_importance_report import write_importance_report
+    from flows.layer_scores import measure_scores
     from flows.progress import TerminalProgress
     from flows.run_folder import locked
     from flows.stored_model import find_model
 
     if options.samples is not None and options.samples < 1:
         raise ValueError(f"--samples: {options.samples} is less than 1; give more")
+    asked = _asked(options)
     teacher = find_model(options.teacher, options.round)
     depths = _depths(options.layers, teacher.config.num_layers)
     folder = options.output or teacher.place / "importance"
@@ -74,10 +84,22 @@ def _importance(options: argparse.Namespace) -> None:
         num_samples = _num_samples(run, options.samples)
         with locked(run.folder):
             skips = measure_importance(run, teacher, teacher.checkpoint, folder, num_samples, progress)
+            scores = None
+            if asked is not None:
+                scores = measure_scores(run, teacher, folder, asked, progress)
             measured_on = f"{num_samples:,} random samples of {run.corpus_folder}"
             name = teacher.place.absolute().name
-            page = write_importance_report(folder / "report.html", name, skips, depths, measured_on)
+            page = write_importance_report(folder / "report.html", name, skips, depths, measured_on, scores)
     print(f"{page.text}\n\nmeasured: {skips}\nreport: {page.page}")
+
+
+def _asked(options: argparse.Namespace) -> EvalConfig | None:
+    """Return what the command line says of evaluation tasks, or None where it names none."""
+    if options.tasks is None:
+        return None
+    names = [name.strip() for name in options.tasks.split(",")]
+    values = {**RunConfig().model_dump(), "eval": {"tasks": names, "data": options.data, "limit": options.limit}}
+    return parse_config(values, "inherit importance").eval
 
 
 def _depths(text: str | None, num_layers: int) -> list[int]:

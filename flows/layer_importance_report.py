@@ -1,11 +1,14 @@
 """What skipping layers costs, as a page: a plot and a table of every block, and the layers that stay."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
+import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from flows.evaluation_table import COLUMNS
 from flows.layer_importance import Skips, keep_layers, predict_increase, read_skips
 from flows.pages import Page, Picture, Section, write_page
 from flows.plots import render_figure
@@ -15,10 +18,13 @@ _COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 _LARGE_RATIO = 20
 
 
-def write_importance_report(path: Path, name: str, skips: Path, depths: list[int], measured_on: str) -> Page:
-    """Write the page `path`, its Markdown and its plot, over what `skips` holds of the model `name`.
+def write_importance_report(
+    path: Path, name: str, skips: Path, depths: list[int], measured_on: str, scores: Path | None = None
+) -> Page:
+    """Write the page `path`, its Markdown and its plots, over what `skips` holds of the model `name`.
 
-    Says which layers stay for each target depth in `depths`; `measured_on` says what losses were measured on.
+    Says which layers stay for each target depth in `depths`; `measured_on` says what losses were measured on. With
+    `scores` it says, too, what the model scores in evaluation tasks without each block.
     """
     measured = read_skips(skips)
     loss = measured.rows[0, 0]["loss"]
@@ -28,8 +34,56 @@ def write_importance_report(path: Path, name: str, skips: Path, depths: list[int
     ]
     png = render_figure(lambda: importance(measured))
     caption = "Increase of the loss where layers are skipped, by the first of them, with its standard error."
-    sections = [_choices(skips, depths), _blocks(measured)]
-    return write_page(path, f"{name}: which layers stay", lead, sections, [Picture("increase", png, caption)])
+    sections, pictures = [_choices(skips, depths), _blocks(measured)], [Picture("increase", png, caption)]
+    if scores is not None:
+        rows = pq.read_table(scores).to_pylist()
+        sections.append(_scores(rows))
+        png = render_figure(lambda: _draw_scores(rows))
+        pictures.append(Picture("scores", png, "Scores without layers, by the first of them; dashed: with all."))
+    return write_page(path, f"{name}: which layers stay", lead, sections, pictures)
+
+
+def _scores(rows: list[dict[str, Any]]) -> Section:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    found = {(row["start"], row["length"], row["task"]): row for row in rows}
+    cells = []
+    for start, length in dict.fromkeys((row["start"], row["length"]) for row in rows):
+        mine = [found[start, length, task] for task in tasks]
+        last = start + length - 1
+        label = "none" if not length else str(start) if length == 1 else f"{start} to {last}"
+        mean = sum(row["score"] for row in mine) / len(mine)
+        cells.append([label, *map(_score, mine), f"{100 * mean:.1f}"])
+    chances = [found[0, 0, task]["chance"] for task in tasks]
+    cells.append(["chance", *(f"{100 * chance:.1f}" for chance in chances), f"{100 * sum(chances) / len(chances):.1f}"])
+    titles = {column.name: column.title for column in COLUMNS}
+    notes = ["Percent, ± standard error over items, before any training."]
+    head = ["skipped layers", *(titles[task] for task in tasks), "average"]
+    return Section("Scores in tasks", notes, head, cells)
+
+
+def _score(row: dict[str, Any]) -> str:
+    error = "" if row["stderr"] is None else f" ± {100 * row['stderr']:.1f}"
+    return f"{100 * row['score']:.1f}{error}"
+
+
+def _draw_scores(rows: list[dict[str, Any]]) -> Figure:
+    """Draw the average of all tasks against the first skipped layer, a line for each number of layers."""
+    means: dict[int, dict[int, list[float]]] = {}
+    for row in rows:
+        means.setdefault(row["length"], {}).setdefault(row["start"], []).append(100 * row["score"])
+    figure, axes = plt.subplots(figsize=(9, 4.2))
+    for length, column in means.items():
+        values = [sum(scores) / len(scores) for scores in column.values()]
+        if length == 0:
+            axes.axhline(values[0], color="black", linestyle="--", linewidth=0.8)
+            continue
+        color = _COLORS[(length - 1) % len(_COLORS)]
+        axes.plot(list(column), values, "o-", color=color, markersize=4, label=f"{_count(length)} skipped")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("first skipped layer")
+    axes.set_ylabel("average score (percent)")
+    axes.legend()
+    return figure
 
 
 def _choices(skips: Path, depths: list[int]) -> Section:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data_scoring.config import Config, LossKernel, ScoreConfig
+from data_scoring.files import fingerprint
 from data_scoring.origin import Origin
 from trainer.config import ActivationKernel, CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 
@@ -83,6 +84,21 @@ class EvaluateJob(Job):
     evaluation: Evaluation
     answers: Path = Field(description="Folder of the answers, <task>.parquet.")
     loss_kernel: LossKernel = Field(description="How log-likelihoods are computed.")
+    longest_block: int | None = Field(
+        default=None,
+        ge=0,
+        description="Layers in a row skipped at most; answers have a folder a block.",
+    )
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """Return the blocks of layers that are skipped, as the first layer and their number; none, then ever longer."""
+        layers, longest = self.model.num_layers, self.longest_block or 0
+        return [(0, 0), *((start, length) for length in range(1, longest + 1) for start in range(layers - length + 1))]
+
+    def part(self, start: int, length: int) -> tuple[Path, str]:
+        """Return the folder of what the model answers without a block of layers, and what such a model is known by."""
+        return self.answers / f"skip-{start:05d}-{length}", fingerprint(self.fingerprint, start, length)
 
 
 class GenerateJob(Job):

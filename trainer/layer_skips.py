@@ -6,6 +6,7 @@ go through a layer together, side by side along the batch.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +61,24 @@ def list_skips(num_layers: int, longest: int) -> list[Skip]:
     """Return the variants of a model: the whole one, then blocks of one layer, of two, up to `longest`."""
     lengths = range(1, min(longest, num_layers) + 1)
     return [WHOLE, *(Skip(start, length) for length in lengths for start in range(num_layers - length + 1))]
+
+
+@contextmanager
+def skipping(model: torch.nn.Module, skip: Skip) -> Iterator[None]:
+    """Have `model`, or this rank's stage of it, leave out the layers of a block; it comes back as it was."""
+    # Megatron counts layers from 1.
+    mine = [layer for layer in unwrap_model(model).decoder.layers if skip.start < layer.layer_number <= skip.end]
+    for layer in mine:
+        layer.forward = _pass_on
+    try:
+        yield
+    finally:
+        for layer in mine:
+            del layer.forward
+
+
+def _pass_on(hidden_states: Tensor, *_: Any, context: Tensor | None = None, **__: Any) -> tuple[Tensor, Tensor | None]:
+    return hidden_states, context
 
 
 def measure_skips(job: SkipJob, corpus: Corpus, model: torch.nn.Module, progress: Progress) -> None:

@@ -127,11 +127,17 @@ def _skip(job: SkipJob, corpus: Corpus, model: torch.nn.Module) -> None:
 
 def _evaluate(job: EvaluateJob, corpus: Corpus, model: torch.nn.Module) -> None:
     from trainer.evaluate import answer_tasks
+    from trainer.layer_skips import Skip, skipping
     from trainer.score import is_writer
 
     tokenizer = open_tokenizer(corpus.tokenizer_path, job.evaluation.end_of_document)
     progress = ProgressFile(job.progress) if is_writer() else silent
-    answer_tasks(model, job.evaluation, job.answers, job.fingerprint, tokenizer, progress)
+    if job.longest_block is None:
+        answer_tasks(model, job.evaluation, job.answers, job.fingerprint, tokenizer, progress)
+        return
+    for start, length in job.blocks:
+        with skipping(model, Skip(start, length)):
+            answer_tasks(model, job.evaluation, *job.part(start, length), tokenizer, progress)
 
 
 def _generate(job: GenerateJob, corpus: Corpus, model: torch.nn.Module) -> None:

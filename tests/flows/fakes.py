@@ -9,15 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from trainer.requests import (
-    Likelihood,
-    Likely,
-    has_answers,
-    identify_answers,
-    read_requests,
-    requests_path,
-    write_answers,
-)
 
 from data_scoring.corpus import Corpus
 from data_scoring.files import write_json
@@ -28,6 +19,15 @@ from flows import evaluation, generation, layer_importance, scoring, stages
 from tests.conftest import make_documents
 from trainer.jobs import EvaluateJob, Evaluation, GenerateJob, Job, SkipJob, TrainJob
 from trainer.records import STEPS, VALIDATION
+from trainer.requests import (
+    Likelihood,
+    Likely,
+    has_answers,
+    identify_answers,
+    read_requests,
+    requests_path,
+    write_answers,
+)
 
 BATCH = 4
 # What ranks "measure": validation losses of sources a and b, with 300 and 100 validation tokens, by arm and seed.

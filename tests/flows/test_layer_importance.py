@@ -5,6 +5,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,9 +24,11 @@ from flows.config import RunConfig
 from flows.layer_importance import keep_layers, predict_increase
 from flows.run_folder import Run, open_run
 from tests.conftest import TINY_MODEL
+from tests.evaluation_data import write_items
 from tests.flows.fakes import FakeRanks, write_skips
 from tests.flows.test_cli import one_line
 from trainer.checkpoint_folder import list_checkpoints
+from trainer.requests import Likely, read_answers, read_requests, requests_path
 
 
 def cost_of(dropped: tuple[int, ...], increases: dict[tuple[int, int], float]) -> float:
@@ -84,6 +87,7 @@ def teacher(trained: Path, tiny_corpus: Corpus, tmp_path_factory: pytest.TempPat
 def corpus_config(teacher: Path, config: RunConfig, tmp_path: Path) -> dict[str, Any]:
     """A configuration of another corpus in the teacher's tokens."""
     values = config.model_dump(mode="json", include={"name", "output", "device", "corpus"})
+    values["corpus"]["seq_length"] = 128
     return {**values, "tokenizer": {"path": str(teacher / "tokenizer.json")}}
 
 
@@ -118,6 +122,38 @@ def test_a_model_is_measured_on_the_corpus_of_a_configuration(
     assert "| 1 | **[" in " ".join(capsys.readouterr().out.split())
     content = (folder / "report.html").read_text()
     assert content.count("data:image/png;base64,") == 1 and (folder / "report-increase.png").exists()
+    # And asked: the log-likelihoods are those of the plain model without the layers, the scores those by hand.
+    asked = ["--tasks", "piqa,xsum", "--data", str(write_items(tmp_path / "items"))]
+    assert main([*command, "--samples", "9", *asked]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    scores = {(row["start"], row["length"]): row for row in pq.read_table(folder / "scores.parquet").to_pylist()}
+    assert list(scores) == list(rows)
+    requests = read_requests(requests_path(folder / "corpus" / "evaluation", "piqa"))
+    for (start, length), row in scores.items():
+        plain.layers = torch.nn.ModuleList(layers[:start] + layers[start + length :])
+        expected = [log_likelihood(plain, request) for request in requests]
+        answers = read_answers(requests_path(folder / "answers" / f"skip-{start:05d}-{length}", "piqa"))
+        assert [answer.log_likelihood for answer in answers if isinstance(answer, Likely)] == pytest.approx(
+            expected, abs=1e-4
+        )
+        # The first is right in the first item, the second in the other.
+        right = [expected[0] > expected[1], expected[3] > expected[2]]
+        assert row["score"] == sum(right) / 2
+    assert f"| 0 to 1 | {100 * scores[0, 2]['score']:.1f} ± " in text and "| chance | 50.0 | 50.0 |" in text
+    assert (folder / "report-scores.png").exists()
+    answered = [path.stat().st_mtime_ns for path in folder.glob("answers/*/*.parquet")]
+    assert main([*command, "--samples", "9", *asked]) == 0
+    assert [path.stat().st_mtime_ns for path in folder.glob("answers/*/*.parquet")] == answered
+    assert main([*command, "--samples", "9", *asked, "--tasks", "xsum"]) == 1
+    assert one_line(capsys).startswith("error: --tasks: no item of xsum can be scored (xsum.jsonl:1: longer than")
+
+
+def log_likelihood(plain: PlainModel, request: Any) -> float:
+    """Return what a continuation's tokens sum up to, one request at a time."""
+    tokens = torch.from_numpy(np.concatenate([request.context, request.continuation]).astype(np.int64))[None]
+    with torch.no_grad():
+        losses = plain(tokens[:, :-1], tokens[:, 1:])[0]
+    return -float(losses[-len(request.continuation) :].sum())
 
 
 @pytest.fixture
