@@ -177,12 +177,13 @@ VIEWS = {
         {
             **_ROUND_COLUMN,
             "step": ("integer", "Step of the round after which it was measured."),
+            "is_end": ("boolean", "Whether it is the model that the round ended with, not one on the way."),
             "task": ("varchar", "Task."),
             "subject": ("varchar", "Subject of the task, by lm-eval's name."),
             "item": ("integer", "Number of the item among those of its subject that can be scored, from 0."),
             "score": ("double", "Score, 0 to 1."),
         },
-        _plain(f"{_ROUND}, {_STEP}, task, subject, item, score"),
+        _plain(f"{_ROUND}, {_STEP}, is_end, task, subject, item, score"),
     ),
     "unscorable": View(
         "Evaluation items that no model was asked, and why.",

@@ -44,7 +44,15 @@ _SCORES = pa.schema(
         ("num_shortened", pa.int64()),
     ]
 )
-_ITEMS = pa.schema([("task", pa.string()), ("subject", pa.string()), ("item", pa.int32()), ("score", pa.float64())])
+_ITEMS = pa.schema(
+    [
+        ("is_end", pa.bool_()),
+        ("task", pa.string()),
+        ("subject", pa.string()),
+        ("item", pa.int32()),
+        ("score", pa.float64()),
+    ]
+)
 _UNSCORABLE = pa.schema([("task", pa.string()), ("item", pa.string()), ("reason", pa.string())])
 
 
@@ -204,7 +212,8 @@ def _score(question: Question, folder: Path, is_end: bool) -> None:
     if parquet_fingerprint(target) == identity:
         return
     rows, items = score_question(question, read_answers(answers) if question.asked.requests else [])
-    write_parquet(requests_path(folder / "items", task.name), pa.Table.from_pylist(items, _ITEMS), identity)
+    table = pa.Table.from_pylist([{"is_end": is_end, **item} for item in items], _ITEMS)
+    write_parquet(requests_path(folder / "items", task.name), table, identity)
     table = pa.Table.from_pylist(unscorable, _UNSCORABLE)
     write_parquet(requests_path(folder / "unscorable", task.name), table, identity)
     # Last, for it stands for the others.
