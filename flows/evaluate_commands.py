@@ -8,7 +8,6 @@ from typing import Any, get_args
 import duckdb
 
 from data_scoring.config import EvaluationName
-from data_scoring.ledger import refresh_ledger
 from data_scoring.progress import Progress
 from flows.config import parse_config
 from flows.evaluation_table import Row
@@ -95,7 +94,6 @@ def _score(run: Run, number: int, is_configured: bool, progress: Progress) -> No
         stages.evaluate(run, number, progress)
         return
     evaluate_round(run, number, run.config.eval, progress)
-    refresh_ledger(run.folder)
 
 
 def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:

@@ -16,6 +16,7 @@ from data_scoring.config import EvalConfig
 from data_scoring.evaluation_items import evaluation_texts
 from data_scoring.files import fingerprint
 from data_scoring.item_ngrams import ItemText
+from data_scoring.ledger import refresh_ledger
 from data_scoring.progress import Progress
 from data_scoring.scoring import parquet_fingerprint, write_parquet
 from flows.jobs import final_checkpoint
@@ -129,6 +130,7 @@ def evaluate_round(run: Run, round_number: int, config: EvalConfig, progress: Pr
         progress("scoring answers (tasks)", number, len(questions))
         _score(question, folder, is_end=True)
     progress("scoring answers (tasks)", len(questions), len(questions))
+    refresh_ledger(run.folder)
     return bool(lacking)
 
 

@@ -13,11 +13,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled
 from pydantic import Field
 
-from data_scoring.config import RefineConfig
+from data_scoring.config import EvalConfig, RefineConfig
 from flows import stages
 from flows.approval import ask
-from flows.artifacts import summary
+from flows.artifacts import evaluation_page, summary
 from flows.config import RunConfig, check_path, check_paths
+from flows.evaluation import evaluate_round
 from flows.reporting import Reporter, RunCancelledError, allowed_folders
 from flows.run_folder import Run, locked, open_run, read_run
 
@@ -80,6 +81,26 @@ def score_shards(run_folder: str, round_number: Round = 1) -> State[Any] | None:
     except RunCancelledError as error:
         return Cancelled(message=str(error))
     return None
+
+
+@flow(name="evaluate", flow_run_name="evaluate {run_folder}")
+def evaluate_tasks(
+    run_folder: str,
+    round_number: Round = 1,
+    evaluation: EvalConfig = EvalConfig(tasks=("paper",)),  # noqa: B008
+) -> str | State[Any]:
+    """Score the model that a round of an existing run ended with in tasks; return the paper's table as Markdown."""
+    run = _open(run_folder)
+    if (allowed := allowed_folders()) and evaluation.data is not None:
+        check_path("evaluation.data", evaluation.data, allowed)
+    try:
+        with Reporter(run.folder) as progress, locked(run.folder):
+            evaluate_round(run, round_number, evaluation, progress)
+            page = evaluation_page(run)
+    except RunCancelledError as error:
+        return Cancelled(message=str(error))
+    create_markdown_artifact(page, key=f"evaluation-round-{round_number}", description=f"{run_folder}: scores in tasks")
+    return page
 
 
 @flow(name="refine", flow_run_name="refine {run_folder}, dry run")

@@ -14,6 +14,7 @@ import pytest
 
 from flows.run_folder import is_locked
 from tests.conftest import read_rows
+from tests.evaluation_data import write_items
 from tests.flows.place import CONFIG, Place, wait_for
 from trainer.checkpoint_folder import list_checkpoints
 
@@ -164,9 +165,23 @@ def keyset(place: Place, run: str) -> str:
 def test_the_commands_of_the_readme(place: Place, unbroken: Path) -> None:
     shutil.copytree(unbroken, place.folder / "runs" / "copy", dirs_exist_ok=True)
     environment = {**place.environment, "PREFECT_API_URL": place.api}
+    # Short enough for a model of 32 tokens.
+    items = [{"goal": "a", "sol1": "b", "sol2": "a b c"}, {"goal": "b", "sol1": "a", "sol2": "c"}]
+    write_items(place.folder / "items", {"piqa.jsonl": items})
+    asked = json.dumps({"tasks": ["piqa"], "data": "items"})
     for arguments in (
         ["deploy", "--all"],
         ["deployment", "run", "score-shards/score-shards", "-p", "run_folder=runs/copy", "--watch"],
+        [
+            "deployment",
+            "run",
+            "evaluate/evaluate",
+            "-p",
+            "run_folder=runs/copy",
+            "-p",
+            f"evaluation={asked}",
+            "--watch",
+        ],
         ["deployment", "run", "refine/refine", "-p", "run_folder=runs/copy", "--watch"],
     ):
         done = subprocess.run(
@@ -178,3 +193,7 @@ def test_the_commands_of_the_readme(place: Place, unbroken: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+    shown = httpx.post(f"{place.api}/artifacts/filter", json={"artifacts": {"key": {"any_": ["evaluation-round-1"]}}})
+    [artifact] = shown.json()
+    assert "| model | Reasoning: PIQA |" in artifact["data"]
+    assert "copy, round 1 |" in artifact["data"]
