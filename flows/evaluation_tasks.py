@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from datasets.exceptions import DatasetsError
 
 from data_scoring.evaluation_items import Item, Unscorable, make_item, read_examples, read_items
 from data_scoring.evaluation_rows import SCHEMAS, item_text
@@ -257,7 +258,15 @@ def _build(name: str, subtask: str, manager: TaskManager, ours: dict[str, Any]) 
 
 def _read_hub(task: str, config: Any, split: str) -> tuple[list[Item], list[Item]]:
     """Return the items and the examples of one of lm-eval's tasks from the hub."""
-    loaded = datasets.load_dataset(config.dataset_path, config.dataset_name, **(config.dataset_kwargs or {}))
+    place = " ".join(filter(None, [config.dataset_path, config.dataset_name]))
+    try:
+        loaded = datasets.load_dataset(config.dataset_path, config.dataset_name, **(config.dataset_kwargs or {}))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        # What datasets raises where the hub is away, has no such data set, or has one that it no longer reads.
+        [reason, *_] = f"{error}".splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{task}: cannot be read from the hub, {place} ({reason}); try again, or give its files with eval.data"
+        ) from None
     parts = []
     for part in (split, config.fewshot_split if config.num_fewshot else None):
         rows = list(loaded[part])[: _HUB_LIMIT.get(task)] if part else []

@@ -294,6 +294,17 @@ def test_names_of_groups_of_tasks() -> None:
     assert resolve_names(["piqa", "ablation", "piqa"]) == ("piqa", *ABLATION)
 
 
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(
+        ValueError, match=r"^piqa: cannot be read from the hub, baber/piqa \(Couldn't reach .*Hub\); try"
+    ):
+        load_tasks(["piqa"], None, None, _all_fit, _characters)
+
+
 def test_the_hub_is_asked_by_lm_evals_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake data sets in the hub's schemas; labels of -1 are what a hidden test split has."""
     mmlu = {"question": "q?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 1}
