@@ -240,7 +240,7 @@ class EvalConfig(Config):
         description="Steps between evaluations, with validation, during training; null: only when a round has ended.",
     )
     training_tasks: tuple[EvaluationName, ...] = Field(
-        default=("hellaswag",), description="Tasks that are asked during training, each of eval.tasks or not."
+        default=("hellaswag",), description="Tasks that are asked during training and, as eval.tasks, at its end."
     )
 
     contamination: Literal["off", "report", "remove"] = Field(
@@ -255,6 +255,11 @@ class EvalConfig(Config):
         description="Words in a row, or characters of scripts without spaces, that an item and the corpus share where "
         "they overlap (GPT-3: 13).",
     )
+
+    @property
+    def asked(self) -> tuple[EvaluationName, ...]:
+        """Return the tasks that a round's last model is asked: those that are asked on the way among them."""
+        return (*self.tasks, *(self.training_tasks if self.every_steps is not None else ()))
 
     @property
     def removes(self) -> bool:

@@ -85,6 +85,17 @@ def make_item(task: str, place: str, subject: str, row: Row) -> Item:
         raise ValueError(f"{place}: {_said(error)}") from None
 
 
+def item_files(names: Sequence[str], data: Path) -> list[Path]:
+    """Return the files in the folder `data` that the items and examples of tasks are read from, as far as there are."""
+    labels = data / _PIQA_LABELS
+    found = [labels] if "piqa" in names and labels.is_file() else []
+    for files in [table[name] for name in names for table in (_ITEMS, _EXAMPLES) if name in table]:
+        found += [data / name for name in files.names if (data / name).is_file()]
+    for name in names:
+        found += [path for path in sorted((data / name).rglob("*")) if path.is_file()]
+    return found
+
+
 def evaluation_texts(names: Sequence[str], data: Path) -> Iterator[ItemText]:
     """Yield the text of every item of those tasks in the folder `data`, whether it can be scored or not."""
     for task in names:

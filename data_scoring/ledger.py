@@ -21,7 +21,7 @@ class View:
 
 
 _ROUND = r"regexp_extract(filename, '.*rounds/(\d+)/', 1)::int as round"
-_STEP = r"regexp_extract(filename, 'step-(\d+)', 1)::int as step"
+_STEP = r"regexp_extract(filename, '.*evaluation/step-(\d+)/', 1)::int as step"
 _SHARD = r"regexp_extract(filename, 'shard=(\d+)', 1)::int as shard"
 
 
@@ -241,7 +241,7 @@ DERIVED = {
             "num_unscorable": ("bigint", "Items that could not be."),
         },
         """select round, task, metric, score, stderr, chance, num_items, num_unscorable from scores
-        where is_end and subject is null and score is not null""",
+        where is_end and subject is null qualify step = max(step) over (partition by round) and score is not null""",
     ),
     "rounds": (
         "One row a round that has trained, with its cost and its result.",

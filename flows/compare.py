@@ -178,7 +178,7 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
         else:
             rows, curves = _begin(config, folder, seeds, sweep, scores, progress)
             write_parquet(curves_path(path), pa.Table.from_pylist(curves, CURVES), "")
-        if config.eval.tasks:
+        if config.eval.asked:
             write_parquet(scores_path(path), pa.Table.from_pylist(scores, SCORES), "")
         write_parquet(path, pa.Table.from_pylist(rows, RESULTS), "")
         return write_comparison(path, sweep.option, [arm.name for arm in sweep.arms], config, tokens, layers)
@@ -332,6 +332,8 @@ def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
 
 def _scores(run: Run, seed: int, arm: Arm, progress: Progress) -> list[dict[str, Any]]:
     """Return a row for each evaluation task of the configuration: what the model that the run ends with scores."""
+    if not run.config.eval.asked:
+        return []
     last = run.config.rounds.num_rounds
     with locked(run.folder):
         stages.evaluate(run, last, named(run.config, progress))

@@ -143,7 +143,7 @@ class RunConfig(Config):
                 f"score.budget: {self.score.budget} is more than the corpus.seq_length of {self.corpus.seq_length}; "
                 "lower it, or take full"
             )
-        if self.eval.contamination != "off" and not self.eval.tasks and self.eval.every_steps is None:
+        if self.eval.contamination != "off" and not self.eval.asked:
             raise ValueError(
                 f"eval.contamination: {self.eval.contamination!r} has no items to look for; name eval.tasks, or set off"
             )
@@ -200,7 +200,7 @@ class RunConfig(Config):
 _FREE = (
     "name", "output", "device", "parallel", "launch", "checkpoint", "rounds", "refine.memory_gb",
     "score.micro_batch_size", "score.loss_kernel", "train.micro_batch_size", "train.loss_kernel",
-    "train.activation_kernel", "train.validate_every_steps", "model.preset", "eval.every_steps", "eval.training_tasks",
+    "train.activation_kernel", "train.validate_every_steps", "model.preset",
 )  # fmt: skip
 
 

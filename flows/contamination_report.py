@@ -41,12 +41,22 @@ def contamination(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
 def _by_task(ledger: duckdb.DuckDBPyConnection) -> list[str]:
     rows = ledger.sql(
         """select task, count(*), count(*) filter (num_found > 0), avg((num_found > 0)::int::double),
-            count(*) filter (share >= 0.5), any_value(coalesce(samples, 0)), count(*) filter (is_too_short)
+            count(*) filter (share >= 0.5), any_value(coalesce(samples, 0)),
+            count(*) filter (num_common > 0 and num_common >= num_ngrams / 2), count(*) filter (is_too_short)
         from contaminated_items
         left join (select task, count(distinct (shard, sample)) as samples from contamination group by task)
         using (task) group by task order by task"""
     ).fetchall()
-    head = ["Task", "Items", "Overlapping", "Share", "More than half found", "Samples", "Too short to tell"]
+    head = [
+        "Task",
+        "Items",
+        "Overlapping",
+        "Share",
+        "More than half found",
+        "Samples",
+        "Mostly common phrases",
+        "Too short to tell",
+    ]
     return [html_table(head, rows)]
 
 

@@ -1,9 +1,10 @@
 """`reprise evaluate`: what models score in tasks, as the paper's table."""
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 import duckdb
 
@@ -52,9 +53,9 @@ def _evaluate(options: argparse.Namespace) -> None:
             with locked(run.folder):
                 for number in numbers:
                     _score(configured, number, configured.config == run.config, progress)
-    if options.format == "terminal":
-        for run, numbers in chosen:
-            _print_details(run, numbers)
+    for run, numbers in chosen:
+        # A table to paste is all that goes to standard output.
+        _print_details(run, numbers, sys.stdout if options.format == "terminal" else sys.stderr)
     rows = _rows(chosen)
     if options.reference == "paper":
         rows += paper_rows()
@@ -77,39 +78,41 @@ def _rounds(run: Run, wanted: str) -> list[int]:
 def _configured(run: Run, options: argparse.Namespace) -> Run:
     """Return the run with what the command line says of its evaluation."""
     tasks = options.tasks
-    if tasks is None and not run.config.eval.tasks:
+    if tasks is None and not run.config.eval.asked:
         tasks = "paper"
     names = None if tasks is None else [name.strip() for name in tasks.split(",")]
     said = {"tasks": names, "data": options.data, "limit": options.limit}
     values = run.config.model_dump()
     values["eval"] |= {field: value for field, value in said.items() if value is not None}
+    if names is not None:
+        # These and no others.
+        values["eval"]["every_steps"] = None
     return replace(run, config=parse_config(values, "evaluate"))
 
 
 def _score(run: Run, number: int, is_configured: bool, progress: Progress) -> None:
     from flows import stages
-    from flows.evaluation import evaluate_round
 
     if is_configured:
         stages.evaluate(run, number, progress)
-        return
-    evaluate_round(run, number, run.config.eval, progress)
+    else:
+        stages.evaluate_otherwise(run, number, run.config.eval, progress)
 
 
 def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:
     """Return the table's rows: what guessing scores, and the rounds of each run."""
-    from flows.evaluation_results import read_chance, read_rows
+    from flows.evaluation_results import chance_rows, read_chance, read_rows
 
-    chance: Row | None = None
+    chances: dict[str, float] = {}
     rows = []
     for run, numbers in chosen:
         with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
-            chance = chance or read_chance(ledger)
+            chances |= read_chance(ledger)
             rows += read_rows(ledger, run.folder.name, numbers)
-    return [*([chance] if chance else []), *rows]
+    return [*chance_rows(chances), *rows]
 
 
-def _print_details(run: Run, numbers: list[int]) -> None:
+def _print_details(run: Run, numbers: list[int], stream: TextIO) -> None:
     from rich.table import Table
 
     from flows.evaluation_results import read_details
@@ -128,7 +131,7 @@ def _print_details(run: Run, numbers: list[int]) -> None:
             table.add_column(name, justify="left" if position < 2 else "right")
         for row in details:
             table.add_row(*("" if value is None else str(value) for value in row.values()))
-        print(print_wide(table))
+        print(print_wide(table), file=stream)
         for task, reason, count, first in reasons:
-            print(f"  {task}: {count} unscorable, {reason} (such as {first})")
-        print()
+            print(f"  {task}: {count} unscorable, {reason} (such as {first})", file=stream)
+        print(file=stream)

@@ -5,6 +5,7 @@
 worth: a file a task each, which the ledger's views of these names read.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from data_scoring.files import fingerprint
 from data_scoring.item_ngrams import ItemText
 from data_scoring.ledger import refresh_ledger
 from data_scoring.progress import Progress
-from data_scoring.scoring import parquet_fingerprint, write_parquet
+from data_scoring.scoring import write_parquet
+from flows.evaluation_table import resolve_names
 from flows.jobs import final_checkpoint
 from flows.launch import launch
 from flows.run_folder import Run
@@ -69,7 +71,7 @@ def check_items(config: EvalConfig) -> None:
     """Raise ValueError, in one line, where what the tasks need is missing or broken; better known before training."""
     from flows.evaluation_tasks import load_tasks
 
-    load_tasks(_all_names(config), _data(config), config.limit, _fits_all, _one_token_each)
+    load_tasks(config.asked, _data(config), config.limit, _fits_all, _one_token_each)
 
 
 def evaluation_folder(run: Run, round_number: int) -> Path:
@@ -85,7 +87,7 @@ def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress:
     # Importing lm-eval takes seconds, which who evaluates nothing need not wait.
     from flows.evaluation_model import open_reader
     from flows.evaluation_requests import ask
-    from flows.evaluation_tasks import load_tasks, resolve_names
+    from flows.evaluation_tasks import load_tasks
 
     reader, resolved = open_reader(run), resolve_names(names)
 
@@ -108,30 +110,34 @@ def evaluate_round(run: Run, round_number: int, config: EvalConfig, progress: Pr
 
     A task whose answers are there is not asked again.
     """
-    from flows.evaluation_model import answer_job
-
     checkpoint = final_checkpoint(run, round_number)
-    questions = read_questions(run, config.tasks, config, progress)
+    questions = read_questions(run, config.asked, config, progress)
     step = int(read_checkpoint_record(checkpoint)["step"])
     folder = evaluation_folder(run, round_number) / f"step-{step:08d}"
     names = tuple(question.task.name for question in questions if question.asked.requests)
-    job = answer_job(run, checkpoint, evaluation_of(run, names), folder)
-    requests = _requests_folder(run)
-    lacking = [
-        name
-        for name in names
-        if not has_answers(
-            requests_path(folder, name), identify_answers(job.fingerprint, requests_path(requests, name))
-        )
-    ]
-    if lacking:
-        launch(job, run.folder, f"evaluate-{round_number}", progress, run.config.launch)
+    # Where no item fits, say, there is nothing to ask.
+    is_asked = bool(names) and _ask(run, checkpoint, names, folder, progress)
     for number, question in enumerate(questions):
         progress("scoring answers (tasks)", number, len(questions))
         _score(question, folder, is_end=True)
     progress("scoring answers (tasks)", len(questions), len(questions))
     refresh_ledger(run.folder)
-    return bool(lacking)
+    return is_asked
+
+
+def _ask(run: Run, checkpoint: Path, names: tuple[str, ...], folder: Path, progress: Progress) -> bool:
+    """Have a checkpoint's model answer tasks into `folder`; return whether any answer was missing."""
+    from flows.evaluation_model import answer_job
+
+    job = answer_job(run, checkpoint, evaluation_of(run, names), folder)
+    requests = _requests_folder(run)
+    is_complete = all(
+        has_answers(requests_path(folder, name), identify_answers(job.fingerprint, requests_path(requests, name)))
+        for name in names
+    )
+    if not is_complete:
+        launch(job, run.folder, f"evaluate-{checkpoint.parent.parent.name}", progress, run.config.launch)
+    return not is_complete
 
 
 def training_questions(run: Run, progress: Progress) -> list[Question]:
@@ -156,29 +162,41 @@ def repeated_evaluation(run: Run, round_number: int, questions: Sequence[Questio
     )
 
 
+def forget_answers(run: Run, round_number: int, questions: Sequence[Question]) -> None:
+    """Delete what models of a round answered and scored that this training would not: of other inputs, or to others."""
+    for folder in evaluation_folder(run, round_number).glob("step-*"):
+        known = {question.task.name for question in questions if _is_on_the_way(run, round_number, question, folder)}
+        if not {path.stem for path in folder.glob("*.parquet")} <= known:
+            shutil.rmtree(folder)
+
+
 def score_training(run: Run, round_number: int, questions: Sequence[Question]) -> None:
     """Score what a round's model answered on its way."""
     for folder in sorted(evaluation_folder(run, round_number).glob("step-*")):
         for question in questions:
-            if requests_path(folder, question.task.name).is_file():
+            if _is_on_the_way(run, round_number, question, folder):
                 _score(question, folder, is_end=False)
+
+
+def _is_on_the_way(run: Run, round_number: int, question: Question, folder: Path) -> bool:
+    """Return whether `folder` has answers to these very requests that a round's training gave after its step."""
+    requests, name = _requests_folder(run), question.task.name
+    if not question.asked.requests:
+        return False
+    model = fingerprint(run.fingerprint("train", round_number), int(folder.name.removeprefix("step-")))
+    return has_answers(requests_path(folder, name), identify_answers(model, requests_path(requests, name)))
 
 
 def item_texts(run: Run) -> Iterator[ItemText]:
     """Yield the text of every item of the run's tasks, those during training as well, in which overlaps are sought."""
-    from flows.evaluation_tasks import load_tasks, resolve_names, task_texts
+    from flows.evaluation_tasks import load_tasks, task_texts
 
     config = run.config.eval
-    names, data = resolve_names(_all_names(config)), _data(config)
+    names, data = resolve_names(config.asked), _data(config)
     if data is not None:
         yield from evaluation_texts(names, data)
     else:
         yield from task_texts(load_tasks(names, None, config.limit, _fits_all, _one_token_each))
-
-
-def _all_names(config: EvalConfig) -> tuple[str, ...]:
-    """Return the tasks that models are asked at some time."""
-    return (*config.tasks, *(config.training_tasks if config.every_steps is not None else ()))
 
 
 def _data(config: EvalConfig) -> Path | None:
@@ -205,22 +223,17 @@ def evaluation_of(run: Run, names: tuple[str, ...]) -> Evaluation:
 
 
 def _score(question: Question, folder: Path, is_end: bool) -> None:
-    """Write what the answers in `folder` to a task are worth, unless that is there."""
-    task = question.task
-    answers = requests_path(folder, task.name)
-    target = requests_path(folder / "scores", task.name)
-    unscorable = [{"task": item.task, "item": item.item, "reason": item.reason} for item in task.unscorable]
-    identity = fingerprint("scores", parquet_fingerprint(answers), is_end, unscorable)
-    if parquet_fingerprint(target) == identity:
-        return
-    rows, items = score_question(question, read_answers(answers) if question.asked.requests else [])
-    table = pa.Table.from_pylist([{"is_end": is_end, **item} for item in items], _ITEMS)
-    write_parquet(requests_path(folder / "items", task.name), table, identity)
-    table = pa.Table.from_pylist(unscorable, _UNSCORABLE)
-    write_parquet(requests_path(folder / "unscorable", task.name), table, identity)
-    # Last, for it stands for the others.
-    table = pa.Table.from_pylist([{"is_end": is_end, **row} for row in rows], _SCORES)
-    write_parquet(target, table, identity)
+    """Write what the answers in `folder` to a task are worth; anew each time, for right answers may be corrected."""
+    name = question.task.name
+    answers = read_answers(requests_path(folder, name)) if question.asked.requests else []
+    rows, items = score_question(question, answers)
+    unscorable = [{"task": item.task, "item": item.item, "reason": item.reason} for item in question.task.unscorable]
+    for kind, found, schema in (
+        ("items", [{"is_end": is_end, **item} for item in items], _ITEMS),
+        ("unscorable", unscorable, _UNSCORABLE),
+        ("scores", [{"is_end": is_end, **row} for row in rows], _SCORES),
+    ):
+        write_parquet(requests_path(folder / kind, name), pa.Table.from_pylist(found, schema), "")
 
 
 def score_question(question: Question, answers: Sequence[Answer]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 import duckdb
 
-from flows.evaluation_results import columns_of, read_chance, read_rows
+from flows.evaluation_results import chance_rows, columns_of, read_chance, read_rows
 from flows.evaluation_table import render_table
 from flows.plots import render, score_curves
 from flows.report import html_figure, html_table, save_picture
@@ -16,7 +16,7 @@ _CAPTION = (
 
 def evaluation(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
     """Return what models scored in tasks, as HTML; nothing where none was asked."""
-    rows = [row for row in (read_chance(ledger), *read_rows(ledger, run.folder.name)) if row is not None]
+    rows = [*chance_rows(read_chance(ledger)), *read_rows(ledger, run.folder.name)]
     png = render(score_curves, ledger)
     sections = ["<h2>Evaluation</h2>"] if rows or png else []
     if rows:

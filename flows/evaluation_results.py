@@ -29,10 +29,14 @@ def read_rows(ledger: duckdb.DuckDBPyConnection, name: str, rounds: Sequence[int
     return rows
 
 
-def read_chance(ledger: duckdb.DuckDBPyConnection) -> Row | None:
-    """Return the row of what guessing scores, or None where nothing was scored."""
-    found = ledger.sql("select task, 100 * any_value(chance) from final_scores group by task").fetchall()
-    return with_average(Row("chance", dict(found), {}, "chance"), PAPER) if found else None
+def read_chance(ledger: duckdb.DuckDBPyConnection) -> dict[str, float]:
+    """Return what guessing scores in each task that a run was scored in, percent, by its last round."""
+    return dict(ledger.sql("select task, 100 * arg_max(chance, round) from final_scores group by task").fetchall())
+
+
+def chance_rows(chances: dict[str, float]) -> list[Row]:
+    """Return the row of what guessing scores, or none where nothing was scored."""
+    return [with_average(Row("chance", chances, {}, "chance"), PAPER)] if chances else []
 
 
 def paper_rows() -> list[Row]:

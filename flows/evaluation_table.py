@@ -50,6 +50,19 @@ ABLATION = ("hellaswag", "arc_easy")
 PAPER = tuple(column.name for column in COLUMNS if column.group not in ("", "Ablation"))
 
 
+_NAMES = (*PAPER, *ABLATION)
+
+
+def resolve_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return task names, each once, `paper` and `ablation` standing for theirs. Raises ValueError for unknown ones."""
+    groups = {"paper": PAPER, "ablation": ABLATION}
+    resolved = [task for name in names for task in groups.get(name, (name,))]
+    unknown = [name for name in resolved if name not in _NAMES]
+    if unknown:
+        raise ValueError(f"eval.tasks: unknown task {unknown[0]!r}; choose from paper, ablation, {', '.join(_NAMES)}")
+    return tuple(dict.fromkeys(resolved))
+
+
 @dataclass(frozen=True)
 class Row:
     """A model's scores in percent by column, and standard errors where known; others' rows are quoted or chance."""

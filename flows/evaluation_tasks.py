@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetsError
 from data_scoring.evaluation_items import Item, Unscorable, make_item, read_examples, read_items
 from data_scoring.evaluation_rows import SCHEMAS, item_text
 from data_scoring.item_ngrams import ItemText
-from flows.evaluation_table import ABLATION, PAPER
+from flows.evaluation_table import resolve_names
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -70,18 +70,6 @@ _FOLDERS = ("ceval", "cmmlu", "mmlu/default", "agieval", "super_glue/boolq", "pi
 
 # OpenCompass scores the first thousand documents of XSum's validation split.
 _HUB_LIMIT = {"xsum": 1000}
-
-
-def resolve_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return task names, each once, `paper` and `ablation` standing for theirs. Raises ValueError for unknown ones."""
-    groups = {"paper": PAPER, "ablation": ABLATION}
-    resolved = [task for name in names for task in groups.get(name, (name,))]
-    unknown = [name for name in resolved if name not in _DEFINITIONS]
-    if unknown:
-        raise ValueError(
-            f"eval.tasks: unknown task {unknown[0]!r}; choose from paper, ablation, {', '.join(_DEFINITIONS)}"
-        )
-    return tuple(dict.fromkeys(resolved))
 
 
 def load_tasks(

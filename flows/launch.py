@@ -117,7 +117,9 @@ def _reached(job: Job) -> tuple[str | int, ...]:
     checkpoints = list_checkpoints(job.round_folder / "checkpoint")
     losses = job.round_folder / "losses"
     folders = [job.answers] if isinstance(job, EvaluateJob) else [losses, losses / "parts"]
-    counts = (len(list(folder.glob("*.parquet"))) for folder in folders)
+    # Answers without a block of layers have a folder each.
+    pattern = "**/*.parquet" if isinstance(job, EvaluateJob) else "*.parquet"
+    counts = (len(list(folder.glob(pattern))) for folder in folders)
     return checkpoints[-1].name if checkpoints else "", *counts
 
 

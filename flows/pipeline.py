@@ -18,7 +18,6 @@ from flows import stages
 from flows.approval import ask
 from flows.artifacts import evaluation_page, summary
 from flows.config import RunConfig, check_path, check_paths
-from flows.evaluation import evaluate_round
 from flows.reporting import Reporter, RunCancelledError, allowed_folders
 from flows.run_folder import Run, locked, open_run, read_run
 
@@ -62,7 +61,7 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
                 mix(run, number, progress)
                 train(run, number, progress)
                 progress.trained(run, number)
-                if config.eval.tasks:
+                if config.eval.asked:
                     evaluate(run, number, progress)
                     progress.evaluated(run, number)
             return report(run)
@@ -95,7 +94,7 @@ def evaluate_tasks(
         check_path("evaluation.data", evaluation.data, allowed)
     try:
         with Reporter(run.folder) as progress, locked(run.folder):
-            evaluate_round(run, round_number, evaluation, progress)
+            stages.evaluate_otherwise(run, round_number, evaluation, progress)
             page = evaluation_page(run)
     except RunCancelledError as error:
         return Cancelled(message=str(error))

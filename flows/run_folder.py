@@ -16,9 +16,11 @@ import yaml
 from data_scoring.config import Policy, RefineConfig
 from data_scoring.contamination import samples_fingerprint
 from data_scoring.corpus import Corpus
+from data_scoring.evaluation_items import item_files
 from data_scoring.files import checksum, fingerprint, read_json, remove_leftovers, write_json, writing
 from data_scoring.scoring import losses_path, parquet_fingerprint
 from flows.config import RunConfig, differences, parse_config
+from flows.evaluation_table import resolve_names
 
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
 
@@ -117,9 +119,9 @@ class Run:
     def _evaluation_inputs(self) -> list[Any]:
         """Return what decides what models are asked: the tasks, and the files that they are read from."""
         config = self.config.eval
-        folder = None if config.data is None else Path(config.data)
-        files = [] if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
-        return [config.tasks, config.limit, [[path.name, checksum(path)] for path in files]]
+        names = resolve_names(config.asked)
+        files = [] if config.data is None else item_files(names, Path(config.data))
+        return [names, config.limit, [[path.name, checksum(path)] for path in files]]
 
     def training_inputs(self) -> list[dict[str, Any]]:
         """Return what of the model's and training's configuration decides the weights that a round ends with."""
@@ -169,6 +171,10 @@ class Run:
             "seconds": round(now - started, 3),
         }
         write_json(self._record_path(stage, round_number), content)
+
+    def forget(self, stage: str, round_number: int) -> None:
+        """Delete the completion record of a stage, which so is done anew."""
+        self._record_path(stage, round_number).unlink(missing_ok=True)
 
     def _record_path(self, stage: str, round_number: int) -> Path:
         return self.round_folder(round_number) / f"{stage}.json"
@@ -226,7 +232,9 @@ def locked(folder: Path) -> Iterator[None]:
             raise ValueError(f"{folder}: in use by {holder}; wait for it to end or stop it") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-        for place in (folder, *folder.glob("rounds/*"), *folder.glob("rounds/*/seen"), folder / "report"):
+        evaluated = (place for place in folder.glob("rounds/*/evaluation/**/") if place.is_dir())
+        rounds = (*folder.glob("rounds/*"), *folder.glob("rounds/*/seen"), *evaluated)
+        for place in (folder, *rounds, folder / "report", folder / "evaluation"):
             remove_leftovers(place)
         yield
     finally:

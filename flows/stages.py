@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_scoring.candidates import Draw
-from data_scoring.config import RefineConfig
+from data_scoring.config import EvalConfig, RefineConfig
 from data_scoring.contamination import contamination_path, write_contamination
 from data_scoring.dry_run import DryRun, dry_run
 from data_scoring.item_ngrams import ItemText
@@ -25,6 +25,7 @@ from flows.evaluation import (
     Question,
     check_items,
     evaluate_round,
+    forget_answers,
     item_texts,
     repeated_evaluation,
     score_training,
@@ -60,7 +61,7 @@ def prepare(run: Run, progress: Progress) -> bool:
     if run.is_complete("prepare"):
         return False
     check_inheritance(config)
-    if config.eval.tasks or config.eval.every_steps is not None:
+    if config.eval.asked:
         check_items(config.eval)
     if config.model.start_from is not None:
         # A tokenizer that is yet to be trained has as many entries as its text lets it have.
@@ -200,7 +201,10 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
     if round_number > 1:
         _require(run, "train", round_number - 1)
         start_from = final_checkpoint(run, round_number - 1)
+    if run.config.eval.asked:
+        check_items(run.config.eval)
     questions = training_questions(run, progress)
+    forget_answers(run, round_number, questions)
     job = _train_job(run, round_number, start_from, run.fingerprint("train", round_number), questions)
     with _completing(run, "train", round_number):
         launch(job, run.folder, f"train-{round_number}", progress, run.config.launch)
@@ -225,12 +229,20 @@ def _train_job(
 def evaluate(run: Run, round_number: int, progress: Progress) -> bool:
     """Score the model that a round ended with in the tasks of `eval.tasks`."""
     config = run.config.eval
-    if not config.tasks or run.is_complete("evaluate", round_number):
+    if not config.asked or run.is_complete("evaluate", round_number):
         return False
     _require(run, "train", round_number)
     with _completing(run, "evaluate", round_number):
         evaluate_round(run, round_number, config, progress)
     return True
+
+
+def evaluate_otherwise(run: Run, round_number: int, config: EvalConfig, progress: Progress) -> None:
+    """Score the model that a round ended with as `config` says, not the run's own configuration."""
+    _require(run, "train", round_number)
+    # What the run asks may so get other scores: its own are to be had again from the stage.
+    run.forget("evaluate", round_number)
+    evaluate_round(run, round_number, config, progress)
 
 
 def score(run: Run, round_number: int, progress: Progress) -> bool:

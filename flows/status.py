@@ -29,7 +29,7 @@ def read_status(folder: Path) -> list[StageStatus]:
         if number > 1:
             stages += [("score", number - 1), ("refine", number)]
         stages += [("mix", number), ("train", number)]
-        if run.config.eval.tasks:
+        if run.config.eval.asked:
             stages.append(("evaluate", number))
     rows: list[StageStatus] = []
     for stage, number in stages:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from data_scoring.corpus import Corpus
-from data_scoring.files import write_json
+from data_scoring.files import fingerprint, write_json
 from data_scoring.mix import Mix
 from data_scoring.progress import Progress
 from data_scoring.scoring import losses_path, write_losses, write_parquet
@@ -73,7 +73,7 @@ class FakeRanks:
             num_steps = train(job, corpus, self.losses(job, run_folder.name))
             if job.evaluate is not None:
                 for step in range(job.evaluate.every_steps, num_steps, job.evaluate.every_steps):
-                    answer(job.evaluate, job.evaluate.answers / f"step-{step:08d}", f"step {step}")
+                    answer(job.evaluate, job.evaluate.answers / f"step-{step:08d}", fingerprint(job.fingerprint, step))
         elif isinstance(job, GenerateJob):
             speed = {"fingerprint": job.fingerprint, "tokens_per_second": 1000 / job.model.num_layers}
             write_json(job.round_folder / "generation.json", speed)

@@ -84,18 +84,66 @@ def test_standard_errors_of_means_over_subjects() -> None:
 
 
 def test_scores_on_the_way_are_drawn_against_tokens(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
-    config = configure(texts, tmp_path, data, tasks=["piqa"], every_steps=2, training_tasks=["piqa", "boolq"])
+    folder = tmp_path / "two-step-1b"
+    config = configure(texts, folder, data, tasks=["piqa"], every_steps=2, training_tasks=["piqa", "boolq"])
     run = train(config)
     stages.evaluate(run, 1, silent)
     rows = query(run.folder, "select step, task, score, is_end from scores order by step, task").fetchall()
     num_steps = query(run.folder, "select max(step) from steps").fetchall()[0][0]
     on_the_way = [(step, task, SCORES[task], False) for step in range(2, num_steps, 2) for task in ("boolq", "piqa")]
-    assert rows == [*on_the_way, (num_steps, "piqa", 1.0, True)]
+    # What is asked on the way is asked at the end, too.
+    assert rows == [*on_the_way, (num_steps, "boolq", 0.5, True), (num_steps, "piqa", 1.0, True)]
     page = stages.report(run).read_text()
     assert "<h2>Evaluation</h2>" in page
-    assert "<td>x, round 1</td><td>100.0 ± 0.0</td>" in page
+    assert "<td>x, round 1</td><td>50.0 ± 50.0</td><td>100.0 ± 0.0</td>" in page
     assert (run.folder / "report" / "scores.png").stat().st_size > 10_000
-    assert "x, round 1 | 100.0 ± 0.0 |" in evaluation_page(run)
+    assert "x, round 1 | 50.0 ± 50.0 | 100.0 ± 0.0 |" in evaluation_page(run)
+
+
+def test_answers_of_other_inputs_are_forgotten(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
+    config = configure(texts, tmp_path, data, tasks=[], every_steps=2, training_tasks=["piqa"])
+    run = train(config)
+    folder = run.round_folder(1) / "evaluation"
+    steps = {path.name for path in folder.glob("step-*")}
+    # What was asked before somebody lowered the limit, and the scores of it, go when training goes on.
+    (run.round_folder(1) / "train.json").unlink()
+    fewer = open_run(configure(texts, tmp_path, data, tasks=[], every_steps=4, training_tasks=["piqa"], limit=1))
+    stages.train(fewer, 1, silent)
+    assert {path.name for path in folder.glob("step-*")} < steps
+    assert {row[0] for row in query(run.folder, "select num_items from scores where subject is null").fetchall()} == {1}
+
+
+def test_a_right_answer_that_is_corrected_counts_without_asking_again(
+    texts: Path, tmp_path: Path, fakes: FakeRanks
+) -> None:
+    data = write_items(tmp_path / "items")
+    run = train(configure(texts, tmp_path, data, tasks=["piqa"]))
+    stages.evaluate(run, 1, silent)
+    (data / "piqa-labels.lst").write_text("1\n1\n")
+    assert stages.evaluate(run, 1, silent)
+    assert query(run.folder, "select score from final_scores").fetchall() == [(0.5,)]
+    assert fakes.asked == ["piqa"]
+
+
+def test_other_scores_do_not_stand_for_the_run_s_own(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
+    run = train(configure(texts, tmp_path, data, tasks=["piqa"]))
+    stages.evaluate(run, 1, silent)
+    assert main(["evaluate", str(run.folder), "--limit", "1"]) == 0
+    assert query(run.folder, "select num_items from final_scores").fetchall() == [(1,)]
+    assert stages.evaluate(run, 1, silent)
+    assert query(run.folder, "select num_items from final_scores").fetchall() == [(2,)]
+
+
+def test_a_round_of_which_nothing_fits_is_listed(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
+    config = configure(texts, tmp_path, data, tasks=["xsum"])
+    values = config.model_dump()
+    values["corpus"]["seq_length"] = 32
+    run = train(parse_config(values, "test"))
+    assert stages.evaluate(run, 1, silent)
+    assert fakes.asked == []
+    assert query(run.folder, "select count(*) from final_scores").fetchall() == [(0,)]
+    assert query(run.folder, "select item from unscorable").fetchall() == [("xsum.jsonl:1",), ("xsum.jsonl:2",)]
+    assert "longer than the model" in stages.report(run).read_text()
 
 
 def test_the_command_prints_the_table(

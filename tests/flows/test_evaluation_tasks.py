@@ -15,8 +15,8 @@ import yaml
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
-from flows.evaluation_table import COLUMNS
-from flows.evaluation_tasks import ABLATION, PAPER, EvaluationTask, load_tasks, resolve_names, task_texts
+from flows.evaluation_table import ABLATION, COLUMNS, PAPER, resolve_names
+from flows.evaluation_tasks import EvaluationTask, load_tasks, task_texts
 from flows.opencompass_tasks import score_summary, score_whole_text
 from tests.evaluation_data import FILES, write_items
 
