@@ -337,8 +337,8 @@ def _scores(run: Run, seed: int, arm: Arm, progress: Progress) -> list[dict[str,
     last = run.config.rounds.num_rounds
     with locked(run.folder):
         stages.evaluate(run, last, named(run.config, progress))
-    found = query(run.folder, f"select task, score, chance from final_scores where round = {last}").fetchall()
-    names = ("task", "score", "chance")
+    names = SCORES.names[2:]
+    found = query(run.folder, f"select {', '.join(names)} from final_scores where round = {last}").fetchall()
     return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True))} for row in found]
 
 

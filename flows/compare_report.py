@@ -7,7 +7,7 @@ import duckdb
 from flows.compare_plots import PLOTS
 from flows.compare_results import BASE, open_results, scores_path
 from flows.config import RunConfig
-from flows.evaluation_results import columns_of
+from flows.evaluation_results import columns_of, describe_items
 from flows.evaluation_table import PAPER, Row, table_cells, with_average
 from flows.pages import Page, Picture, Section, span, write_page
 from flows.plots import render
@@ -135,7 +135,11 @@ def _scores(results: duckdb.DuckDBPyConnection) -> Section:
         rows.append(with_average(Row(arm, {task: score for _, task, score, *_ in mine}, errors), PAPER))
     chance = with_average(Row("chance", {task: score for _, task, *_, score in found}, {}, "chance"), PAPER)
     columns = columns_of(rows)
-    notes = ["Percent, means over seeds, with their standard errors over seeds; the highest of a column is bold."]
+    counts = results.sql("select task, max(num_items), max(num_unscorable) from scores group by task").fetchall()
+    notes = [
+        "Percent, means over seeds, with their standard errors over seeds; the highest of a column is bold.",
+        describe_items({task: (scored, unscorable) for task, scored, unscorable in counts}),
+    ]
     cells = table_cells([chance, *rows], columns)
     return Section("Scores in tasks", notes, ["arm", *(column.title for column in columns)], cells)
 

@@ -49,6 +49,8 @@ SCORES = pa.schema(
         ("task", pa.string()),
         ("score", pa.float64()),
         ("chance", pa.float64()),
+        ("num_items", pa.int64()),
+        ("num_unscorable", pa.int64()),
     ]
 )
 

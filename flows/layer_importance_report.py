@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from flows.evaluation_results import describe_items
 from flows.evaluation_table import COLUMNS
 from flows.layer_importance import Skips, keep_layers, predict_increase, read_skips
 from flows.pages import Page, Picture, Section, write_page
@@ -56,7 +57,8 @@ def _scores(rows: list[dict[str, Any]]) -> Section:
     chances = [found[0, 0, task]["chance"] for task in tasks]
     cells.append(["chance", *(f"{100 * chance:.1f}" for chance in chances), f"{100 * sum(chances) / len(chances):.1f}"])
     titles = {column.name: column.title for column in COLUMNS}
-    notes = ["Percent, ± standard error over items, before any training."]
+    items = {task: (found[0, 0, task]["num_items"], found[0, 0, task]["num_unscorable"]) for task in tasks}
+    notes = ["Percent, ± standard error over items, before any training.", describe_items(items)]
     head = ["skipped layers", *(titles[task] for task in tasks), "average"]
     return Section("Scores in tasks", notes, head, cells)
 

@@ -28,6 +28,8 @@ _SCORES = pa.schema(
         ("score", pa.float64()),
         ("stderr", pa.float64()),
         ("chance", pa.float64()),
+        ("num_items", pa.int64()),
+        ("num_unscorable", pa.int64()),
     ]
 )
 
@@ -64,8 +66,7 @@ def measure_scores(run: Run, teacher: StoredModel, folder: Path, config: EvalCon
         for question in questions:
             answers = read_answers(requests_path(job.part(*block)[0], question.task.name))
             [row, *_], _ = score_question(question, answers)
-            wanted = {name: row[name] for name in ("task", "score", "stderr", "chance")}
-            rows.append({"start": block[0], "length": block[1], **wanted})
+            rows.append({"start": block[0], "length": block[1], **{name: row[name] for name in _SCORES.names[2:]}})
     progress("scoring answers (blocks of layers)", len(blocks), len(blocks))
     path = folder / "scores.parquet"
     write_parquet(path, pa.Table.from_pylist(rows, _SCORES), job.fingerprint)

@@ -1,16 +1,21 @@
 """The architecture search: which models it tries, how each is trained and measured. Plain functions over its folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_scoring.files import read_json, write_json
+from data_scoring.ledger import query
 from data_scoring.progress import Progress
+from flows import stages
 from flows.config import RunConfig
+from flows.evaluation import check_items
+from flows.evaluation_table import resolve_names
 from flows.generation import generation_speed
-from flows.run_folder import Run, read_run
+from flows.run_folder import Run, locked, open_run, read_run
 from flows.search_space import SearchConfig, draw_models
-from flows.stages import vocabulary_size
-from flows.trials import TRIAL_ERRORS, Trial, add_result, prepare_corpus, read_result, trial_config
+from flows.trials import SCORE, TRIAL_ERRORS, Trial, add_result, prepare_corpus, read_result, trial_config
 
 # What may differ when a search goes on: how many of the same trials are taken, and how fast.
 _FREE = {"trials", "jobs", "generation"}
@@ -32,7 +37,9 @@ def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
         raise ValueError("model.start_from: a search trains models of many shapes from random weights; leave it out")
     if config.model.inherits:
         raise ValueError("model.inherit: a search trains models of many shapes from random weights; leave it out")
-    plan(config, search, vocabulary_size(config))
+    plan(config, search, stages.vocabulary_size(config))
+    if config.eval.asked:
+        check_items(config.eval)
     before: dict[str, Any] | None = read_json(folder / _RECORD)
     wanted = search.model_dump(exclude=_FREE)
     if before is not None and before != wanted:
@@ -76,12 +83,39 @@ def measure(config: RunConfig, progress: Progress) -> bool:
     row = read_result(config)
     if row["state"] != "trained":
         return False
-    try:
+    with _on_record(config):
         speed = generation_speed(read_run(config.folder), 1, progress)
-    except TRIAL_ERRORS as error:
-        add_result(config, reason=str(error).splitlines()[0])
-        raise
     if speed == row["generation_speed"]:
         return False
     add_result(config, generation_speed=speed, reason=None)
     return True
+
+
+def score(config: RunConfig, progress: Progress) -> bool:
+    """Add what a trained trial scores in the tasks of `eval.tasks` to its row; return whether that changed anything.
+
+    Raises one of TRIAL_ERRORS, which is then on record in the row too, where ranks fail.
+    """
+    row = read_result(config)
+    if row["state"] != "trained" or not config.eval.asked:
+        return False
+    with _on_record(config), locked(config.folder):
+        stages.evaluate(open_run(config), 1, progress)
+    asked, names = resolve_names(config.eval.asked), [part.name for part in SCORE]
+    found = query(config.folder, f"select {', '.join(names)} from final_scores where round = 1").fetchall()
+    found.sort(key=lambda entry: asked.index(entry[0]))
+    scores = [dict(zip(names, entry, strict=True)) for entry in found if entry[0] in asked]
+    if scores == row["scores"]:
+        return False
+    add_result(config, scores=scores, reason=None)
+    return True
+
+
+@contextmanager
+def _on_record(config: RunConfig) -> Iterator[None]:
+    """Put one of TRIAL_ERRORS that comes out of this on record in a trial's row."""
+    try:
+        yield
+    except TRIAL_ERRORS as error:
+        add_result(config, reason=str(error).splitlines()[0])
+        raise

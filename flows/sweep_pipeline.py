@@ -1,4 +1,4 @@
-"""The architecture search, as Prefect runs it: one corpus, a task for each trial's training, another for its speed.
+"""The architecture search, as Prefect runs it: one corpus, tasks for each trial's training, scores and speed.
 
 As in `flows.pipeline`, the folder says what is done. Tasks are called in threads of our own, not submitted: submitted
 ones are stopped late when the flow is cancelled, and without what should still be tidied up.
@@ -25,6 +25,7 @@ from flows.trials import TRIAL_ERRORS, check_trained, named, run_all, run_trial
 
 prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(sweep.begin)
 train = task(name="train", task_run_name="train {config.name}", cache_policy=NO_CACHE)(run_trial)
+score = task(name="evaluate", task_run_name="evaluate {config.name}", cache_policy=NO_CACHE)(sweep.score)
 measure = task(name="measure", task_run_name="measure {config.name}", cache_policy=NO_CACHE)(sweep.measure)
 report = task(name="report", task_run_name="report", cache_policy=NO_CACHE)(write_sweep_report)
 
@@ -61,6 +62,8 @@ def _train(trial: RunConfig, corpus: Run, reporter: Reporter, progress: Progress
     """Train a trial; one that fails is on record as failed, and ends none of the others."""
     with suppress(*TRIAL_ERRORS):
         train(trial, corpus, progress)
+        if trial.eval.asked:
+            score(trial, progress)
     reporter.tried(read_trials(trial.folder.parent))
 
 

@@ -15,12 +15,13 @@ _AXIS = {
     "width": "width (hidden size)",
     "expansion": "expansion (FFN / width)",
     "quality": "quality\n(-validation loss, nats per token)",
+    "task score": "task score\n(mean, percent)",
     "generation speed": "generation\n(tokens/s)",
 }
 
 
 def factors(views: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Draw every trial's quality, and speed where measured, against each factor (the paper's figure of the search)."""
+    """Draw every trial's quality, and what else was measured, against each factor (the paper's figure)."""
     rows = views.sql("select factor, outcome, value, result from points").fetchall()
     outcomes = [outcome for outcome in OUTCOMES if any(row[1] == outcome for row in rows)]
     if not outcomes:
@@ -75,7 +76,7 @@ def _name(axes: Axes, speed: float, loss: float, depth: int, width: int, expansi
 
 
 PLOTS: dict[str, tuple[Plot, str]] = {
-    "factors": (factors, "Each trial's quality and generation speed against the three factors, a dot a trial."),
+    "factors": (factors, "What each trial is worth against the three factors, a dot a trial."),
     "front": (
         front,
         "Quality against speed, and the front: depth × width, expansion. No other trial beats it in both.",

@@ -11,23 +11,26 @@ from scipy.stats import permutation_test, rankdata, spearmanr
 
 from data_scoring.files import read_json
 from flows.config import RunConfig
+from flows.evaluation_results import columns_of, describe_items
+from flows.evaluation_table import PAPER, Row, table_cells, with_average
 from flows.pages import Page, Picture, Section, span, write_page
 from flows.plots import render
 from flows.sweep_plots import PLOTS
-from flows.sweep_results import open_views, read_trials
+from flows.sweep_results import OUTCOMES, open_views, read_trials
 
 # Trials whose loss is above the least by less than this share count as equally good.
 _CLOSE = 0.005
 # With fewer trials than this a rank correlation says next to nothing.
 _FEW = 10
-_PAPER = {("depth", "quality"): "+0.528"}
+# Of depth with the mean score on tasks.
+_PAPER = "+0.528"
 
 
 def write_sweep_report(folder: Path, config: RunConfig) -> Page:
     """Write `sweep.html`, its Markdown and its pictures over what the search in `folder` has so far."""
     with open_views(folder) as views:
         lead = _lead(views, folder)
-        made = [make(views) for make in (_recommendation, _correlations, _front, _sources, _failures)]
+        made = [make(views) for make in (_recommendation, _correlations, _front, _scores, _sources, _failures)]
         drawn = [Picture(name, png, caption) for name, (plot, caption) in PLOTS.items()
                  if (png := render(plot, views)) is not None]  # fmt: skip
     sections = [section for section in [*made[:3], _trials(folder), *made[3:]] if section is not None]
@@ -68,7 +71,7 @@ def correlations(views: duckdb.DuckDBPyConnection) -> list[tuple[str, str, float
         if len(pairs) >= 3 and np.ptp(values) > 0 and np.ptp(results) > 0:
             rho = float(spearmanr(values, results).statistic)
             found.append((factor, outcome, rho, _p_value(values, results), len(pairs)))
-    return sorted(found, key=lambda row: (row[1] != "quality", -abs(row[2])))
+    return sorted(found, key=lambda row: (OUTCOMES.index(row[1]), -abs(row[2])))
 
 
 def _p_value(values: NDArray[np.float64], results: NDArray[np.float64]) -> float:
@@ -91,14 +94,22 @@ def _correlations(views: duckdb.DuckDBPyConnection) -> Section | None:
     rows = correlations(views)
     if not rows:
         return None
+    is_scored = any(row[1] == "task score" for row in rows)
+    quoted = ("depth", "task score" if is_scored else "quality")
     cells = [
-        [f"{factor} with {outcome}", f"{rho:+.3f}", f"{p:.2g}", str(count), _PAPER.get((factor, outcome), "")]
+        [
+            f"{factor} with {outcome}",
+            f"{rho:+.3f}",
+            f"{p:.2g}",
+            str(count),
+            _PAPER if quoted == (factor, outcome) else "",
+        ]
         for factor, outcome, rho, p, count in rows
     ]
     notes = [
         "Spearman's rank correlation, with its two-sided p-value by permutations. The paper's figure (arXiv "
-        "2402.02791) is quoted: depth with its mean score on evaluation tasks, over 30 models of 1 B parameters, which "
-        "is not a loss.",
+        "2402.02791) is quoted: depth with its mean score on evaluation tasks, over 30 models of 1 B parameters"
+        + ("." if is_scored else ", which is not a loss."),
     ]
     if rows[0][4] < _FEW:
         notes.append(f"{rows[0][4]} trials are few: look at the p-values before believing any of it.")
@@ -151,10 +162,37 @@ def _recommendation(views: duckdb.DuckDBPyConnection) -> Section | None:
     return Section("Recommendation", notes, code=yaml.safe_dump({"model": model}, sort_keys=False))
 
 
+def _scores(views: duckdb.DuckDBPyConnection) -> Section | None:
+    found = views.sql(
+        """select concat_ws('×', num_layers, hidden_size, ffn_hidden_size), part.task, 100 * part.score,
+            100 * part.stderr, 100 * part.chance, part.num_items, part.num_unscorable
+        from (select *, unnest(scores) as part from trials where state = 'trained') as each order by each.loss, trial"""
+    ).fetchall()
+    if not found:
+        return None
+    items = {task: (num_items, num_unscorable) for _, task, *_, num_items, num_unscorable in found}
+    rows = [Row("chance", {task: chance for _, task, _, _, chance, *_ in found}, {}, "chance")]
+    for name in dict.fromkeys(entry[0] for entry in found):
+        mine = [entry for entry in found if entry[0] == name]
+        errors = {task: error for _, task, _, error, *_ in mine if error is not None}
+        rows.append(Row(name, {task: score for _, task, score, *_ in mine}, errors))
+    rows = [with_average(row, PAPER) for row in rows]
+    columns = columns_of(rows)
+    notes = ["Percent, with standard errors over items; the highest of a column is bold.", describe_items(items)]
+    head = ["depth×width×FFN", *(column.title for column in columns)]
+    return Section("Scores in tasks", notes, head, table_cells(rows, columns))
+
+
 def _trials(folder: Path) -> Section | None:
     rows = [row for row in read_trials(folder) if row["state"] == "trained"]
     columns = [name for name in rows[0] if name not in ("trial", "state", "reason")] if rows else []
-    decimals = {"expansion": ".2f", "loss": ".4f", "generation (tokens/s)": ",.1f", "training (tokens/s)": ",.0f"}
+    decimals = {
+        "expansion": ".2f",
+        "loss": ".4f",
+        "tasks (%)": ".1f",
+        "generation (tokens/s)": ",.1f",
+        "training (tokens/s)": ",.0f",
+    }
     cells = [
         ["" if row[name] is None else format(row[name], decimals.get(name, ",.0f")) for name in columns] for row in rows
     ]

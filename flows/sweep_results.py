@@ -11,23 +11,24 @@ from data_scoring.sql import literal, writing_errors
 from flows.trials import TRIAL
 
 FACTORS = ("depth", "width", "expansion")
-OUTCOMES = ("quality", "generation speed")
+OUTCOMES = ("quality", "task score", "generation speed")
 
 # What a view is, and its SQL.
 _VIEWS = {
     "trials": (
         "One row a trial: its shape, its losses (nats per token), its speeds (tokens per second). Quality is the loss "
-        "over all validation tokens, turned so that more is better.",
-        "select *, -loss as quality from read_parquet({files})",
+        "over all validation tokens, turned so that more is better; task_score is the mean over tasks, percent.",
+        """select *, -loss as quality, 100 * list_avg([part.score for part in scores]) as task_score
+        from read_parquet({files}, union_by_name = true)""",
     ),
     "points": (
         "One row a trained trial, factor and outcome, where that was measured.",
         """select trial, factor, value, outcome, result from (
             select trial, num_layers::double as depth, hidden_size::double as width, expansion, quality,
-                generation_speed as "generation speed"
+                task_score as "task score", generation_speed as "generation speed"
             from trials where state = 'trained'
         ) unpivot (value for factor in (depth, width, expansion))
-        unpivot (result for outcome in (quality, "generation speed"))""",
+        unpivot (result for outcome in (quality, "task score", "generation speed"))""",
     ),
     "correlations": (
         "Spearman's rank correlation of each factor with each outcome over the trained trials, three at least.",
@@ -40,7 +41,8 @@ _VIEWS = {
                 rank() over (partition by factor, outcome order by result)
                     + (count(*) over (partition by factor, outcome, result) - 1) / 2 as result_rank
             from points
-        ) group by factor, outcome having count(*) >= 3 order by outcome desc, abs(correlation) desc""",
+        ) group by factor, outcome having count(*) >= 3
+        order by outcome = 'generation speed', outcome, abs(correlation) desc""",
     ),
     "pareto": (
         "The trials that no other beats in both quality and generation speed, the fastest first.",
@@ -84,8 +86,10 @@ def read_trials(folder: Path) -> list[dict[str, object]]:
         rows: pa.Table = views.sql(
             """select trial, state, num_layers as depth, hidden_size as width, ffn_hidden_size as ffn,
                 round(expansion, 2) as expansion, num_parameters as parameters, round(loss, 4) as loss,
-                round(generation_speed, 1) as "generation (tokens/s)", round(training_speed) as "training (tokens/s)",
-                round(seconds) as seconds, reason
+                round(task_score, 1) as "tasks (%)", round(generation_speed, 1) as "generation (tokens/s)",
+                round(training_speed) as "training (tokens/s)", round(seconds) as seconds, reason
             from trials order by trials.loss nulls last, trial"""
         ).to_arrow_table()
+    if rows["tasks (%)"].null_count == len(rows):
+        rows = rows.drop_columns("tasks (%)")
     return list(rows.to_pylist())

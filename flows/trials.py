@@ -31,7 +31,19 @@ TRIAL_ERRORS = (ValueError, RanksFailedError)
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
-# One row a trial. Losses are validation losses at the end; generation_speed is null until it was measured.
+# What a trial scores in a task, 0 to 1.
+SCORE = pa.struct(
+    [
+        ("task", pa.string()),
+        ("score", pa.float64()),
+        ("stderr", pa.float64()),
+        ("chance", pa.float64()),
+        ("num_items", pa.int64()),
+        ("num_unscorable", pa.int64()),
+    ]
+)
+# One row a trial. Losses are validation losses at the end; scores and generation_speed are null until they were
+# measured.
 TRIAL = pa.schema(
     [
         ("trial", pa.string()),
@@ -55,6 +67,7 @@ TRIAL = pa.schema(
         ("loss", pa.float64()),
         ("losses", pa.list_(pa.struct([("source", pa.string()), ("loss", pa.float64()), ("num_tokens", pa.int64())]))),
         ("generation_speed", pa.float64()),
+        ("scores", pa.list_(SCORE)),
     ]
 )
 
@@ -159,7 +172,7 @@ def read_result(config: RunConfig) -> dict[str, Any]:
     return dict(row)
 
 
-def add_result(config: RunConfig, **values: float | str | None) -> None:
+def add_result(config: RunConfig, **values: Any) -> None:
     """Set further columns of a trial's row."""
     path = result_path(config)
     _write(path, {**read_result(config), **values}, parquet_fingerprint(path) or "")

@@ -156,7 +156,8 @@ def test_the_command_prints_the_table(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| model | Knowledge: BoolQ | Reasoning: PIQA | Average |"
     assert lines[2] == "| chance | 50.0 | 50.0 | – |"
-    assert lines[3] == "| x, round 1 | 50.0 ± 50.0 | 100.0 ± 0.0 | – |"
+    # Quoted rows have places as well.
+    assert lines[3] == "| x, round 1 | 50.0 ± 50.0 | **100.0** ± 0.0 | – |"
     assert "| PanGu-π-1.5B Pro (quoted) | – | – | **60.6** |" in lines
     assert main(["evaluate", folder, *chosen]) == 0
     assert "x, round 1  50.0 ±50.0  100.0 ±0.0" in capsys.readouterr().out

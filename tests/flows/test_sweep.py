@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import httpx
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -28,6 +28,7 @@ from flows.search_space import SearchConfig
 from flows.sweep_report import correlations, write_sweep_report
 from flows.sweep_results import open_views, read_trials, write_views
 from flows.trials import TRIAL, TrialStoppedError, read_result, run_all, run_trial
+from tests.evaluation_data import write_items
 from tests.flows.fakes import FakeRanks, values
 from tests.flows.place import CONFIG, Place, wait_for
 from trainer.jobs import TrainJob
@@ -41,14 +42,20 @@ def write_trials(folder: Path, rows: list[dict[str, Any]]) -> None:
         write_parquet(folder / name / "trial.parquet", pa.Table.from_pylist([row], TRIAL), "")
 
 
-def trained(number: int, depth: int, expansion: float, loss: float, speed: float | None) -> dict[str, Any]:
+def trained(
+    number: int, depth: int, expansion: float, loss: float, speed: float | None, *scores: float
+) -> dict[str, Any]:
     width = 16 * round(40 / depth)
     losses = [{"source": "a", "loss": loss - 1, "num_tokens": 50}, {"source": "b", "loss": loss + 1, "num_tokens": 50}]
+    tasks = [
+        {"task": task, "score": score, "stderr": 0.125, "chance": 0.5, "num_items": 16, "num_unscorable": 2}
+        for task, score in zip(("piqa", "boolq"), scores, strict=False)
+    ]
     return {
         "trial": f"t{number:02d}", "state": "trained", "num_layers": depth, "hidden_size": width, "loss": loss,
         "num_attention_heads": width // 16, "ffn_hidden_size": round(expansion * width), "expansion": expansion,
         "num_parameters": 2_000_000 + number, "num_tokens": 1000, "seconds": 2.0, "training_speed": 500.0,
-        "losses": losses, "generation_speed": speed,
+        "losses": losses, "generation_speed": speed, "scores": tasks or None,
     }  # fmt: skip
 
 
@@ -57,7 +64,7 @@ def make_trials(count: int = 14) -> list[dict[str, Any]]:
     # Depths and losses with ties, which ranks have to share.
     return [
         trained(number, int(generator.integers(4, 12)), 1 + number / 7, round(float(generator.normal(5, 0.2)), 1),
-                float(generator.integers(100, 900)))
+                float(generator.integers(100, 900)), *generator.integers(0, 17, 2) / 16)
         for number in range(count)
     ]  # fmt: skip
 
@@ -79,9 +86,14 @@ def test_correlations_and_the_front_are_those_of_second_implementations(tmp_path
         seen = {row[:2]: row[2:] for row in
                 views.sql("select factor, outcome, correlation, num_trials from correlations").fetchall()}  # fmt: skip
         front = {row[0] for row in views.sql("select trial from pareto").fetchall()}
+    outcomes = {
+        "quality": [-row["loss"] for row in rows],
+        "task score": [sum(part["score"] for part in row["scores"]) for row in rows],
+        "generation speed": [row["generation_speed"] for row in rows],
+    }
     for factor, column in (("depth", "num_layers"), ("width", "hidden_size"), ("expansion", "expansion")):
-        for outcome, sign, measured in (("quality", -1, "loss"), ("generation speed", 1, "generation_speed")):
-            x, y = [row[column] for row in rows], [sign * row[measured] for row in rows]
+        for outcome, results in outcomes.items():
+            x, y = [row[column] for row in rows], results
             rho, p, count = found[factor, outcome]
             assert rho == pytest.approx(spearman(x, y)) == seen[factor, outcome][0]
             assert count == seen[factor, outcome][1] == len(rows)
@@ -118,6 +130,17 @@ def test_the_page_says_what_to_take_and_why(config: RunConfig, tmp_path: Path) -
     assert "| bad | loss at step 3 is nan |" in text
     assert content.count("data:image/png;base64,") == 2 and "http" not in content
     assert (folder / "sweep-factors.png").exists() and "![" in (folder / "sweep.md").read_text()
+    assert "tasks (%)" not in text and "Scores in tasks" not in text
+    # With scores, the paper's figure is beside what it is of.
+    scored = [trained(1, 4, 2.0, 5.10, None, 0.5, 0.5625), trained(2, 10, 2.0, 5.00, None, 0.625, 0.5)]
+    scored.append(trained(3, 8, 1.5, 5.02, None, 0.5, 0.5))
+    write_trials(tmp_path / "scored", scored)
+    text = " ".join(write_sweep_report(tmp_path / "scored", config).text.split())
+    assert "| depth with quality | +1.000 | 0.33 | 3 | |" in text
+    assert "| depth with task score | +0.500 | 1 | 3 | +0.528 |" in text
+    assert "Items: 16 of BoolQ (2 more could not be scored), 16 of PIQA (2 more could not be scored)." in text
+    assert "| chance | 50.0 | 50.0 |" in text
+    assert "| 10×64×128 | 50.0 ± 12.5 | **62.5** ± 12.5 |" in text
     # Without speeds it is the best, and there is no front.
     alone = tmp_path / "alone"
     write_trials(alone, [{**row, "generation_speed": None} for row in rows])
@@ -179,6 +202,52 @@ def test_trials_leave_rows_and_are_not_done_twice(config: RunConfig, fakes: Fake
     assert holder.stdout is not None and holder.stdout.readline()
     assert len(read_trials(sweep.sweep_folder(config))) == 3
     holder.communicate(b"\n")
+
+
+def test_scores_are_added_to_a_trial_s_row(config: RunConfig, fakes: FakeRanks, tmp_path: Path) -> None:
+    data = write_items(tmp_path / "items")
+    config = parse_config(
+        {
+            **config.model_dump(),
+            "corpus": {**config.corpus.model_dump(), "seq_length": 512},
+            "eval": {"tasks": ["piqa", "boolq"], "data": str(data)},
+        },
+        "test",
+    )
+    search = SearchConfig(parameters=60_000, trials=2, min_depth=2, max_depth=6)
+    corpus = sweep.begin(config, search, silent)
+    trial, other = sweep.plan(config, search, corpus.corpus().vocab_size)
+    run_trial(trial, corpus, silent)
+    assert sweep.score(trial, silent) and not sweep.score(trial, silent)
+    assert fakes.asked == ["piqa", "boolq"]
+    row = read_result(trial)
+    # As test_evaluation has them: what takes the shorter option is right in both questions of one, in one of the other.
+    assert [(part["task"], part["score"], part["num_items"]) for part in row["scores"]] == [
+        ("piqa", 1.0, 2), ("boolq", 0.5, 2)
+    ]  # fmt: skip
+    write_views(sweep.sweep_folder(config))
+    assert read_trials(sweep.sweep_folder(config))[0]["tasks (%)"] == 75
+    # Of a trial that ranks could not be asked about, its row says why.
+    run_trial(other, corpus, silent)
+    fakes.fails_at = f"{other.name} evaluate-1"
+    with pytest.raises(ValueError, match="killed"):
+        sweep.score(other, silent)
+    assert (read_result(other)["scores"], read_result(other)["reason"]) == (None, "killed")
+    fakes.fails_at = ""
+    assert sweep.score(other, silent) and read_result(other)["reason"] is None
+    # A folder that is not there is better known before hours of training.
+    values = config.model_dump()
+    values["eval"]["data"] = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nowhere"):
+        sweep.begin(parse_config(values, "test"), search, silent)
+
+
+def test_rows_of_earlier_versions_have_no_scores(tmp_path: Path) -> None:
+    write_trials(tmp_path, make_trials(2))
+    [row] = pq.read_table(tmp_path / "t00" / "trial.parquet").drop_columns("scores").to_pylist()
+    table = pa.Table.from_pylist([row], TRIAL.remove(TRIAL.get_field_index("scores")))
+    write_parquet(tmp_path / "t00" / "trial.parquet", table, "")
+    assert {row["trial"]: row["tasks (%)"] is None for row in read_trials(tmp_path)} == {"t00": True, "t01": False}
 
 
 def test_the_budget_counts_the_model_s_vocabulary(config: RunConfig) -> None:
@@ -339,21 +408,19 @@ def test_a_submitted_search_is_cancelled_and_goes_on(place: Place) -> None:
     folder = place.folder / "runs" / "found-sweep"
     wait_for("training", lambda: list(folder.glob("depth*/rounds/1/checkpoint/step-*")))
     started = time.monotonic()
-    state = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
-    httpx.post(f"{place.api}/flow_runs/{run}/set_state", json=state, timeout=30).raise_for_status()
+    place.cancel(run)
     wait_for("the ranks' end", lambda: not place.ranks(), 30)
     print(f"cancel to the last rank's end: {time.monotonic() - started:.1f} s")
     place.wait(run, "Cancelled", 60)
     wait_for("the lock", lambda: not is_locked(folder))
     run = place.submit(config, "sweep/sweep", search=search)
     place.wait(run, "Completed")
-    filters = {"flow_runs": {"id": {"any_": [run]}}}
-    artifacts = httpx.post(f"{place.api}/artifacts/filter", json=filters, timeout=30).json()
+    artifacts = place.artifacts(run)
     tables = [json.loads(each["data"]) for each in artifacts if each["key"] == "found-sweep-trials"]
     assert any(len(rows) == 2 and all(row["state"] == "trained" and row["loss"] for row in rows) for rows in tables)
     [page] = [each["data"] for each in artifacts if each["key"] == "found-sweep-report"]
     assert "## Recommendation" in page
-    tasks = httpx.post(f"{place.api}/task_runs/filter", json=filters, timeout=30).json()
+    tasks = place.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
     states = {task["name"]: task["state"]["name"] for task in tasks}
     assert len([name for name in states if name.startswith("train depth")]) == 2 and set(states.values()) == {
         "Completed"
