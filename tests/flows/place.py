@@ -97,20 +97,35 @@ class Place:
             return True
 
     def submit(self, config: dict[str, Any], deployment: str = "multi-round/demo", **parameters: Any) -> str:
-        found = httpx.get(f"{self.api}/deployments/name/{deployment}").raise_for_status().json()
-        answer = httpx.post(
-            f"{self.api}/deployments/{found['id']}/create_flow_run",
-            json={"parameters": {"config": config, **parameters}, "state": {"type": "SCHEDULED"}},
-            timeout=30,
-        )
-        assert answer.is_success, answer.text
-        return str(answer.json()["id"])
+        found = self.ask(f"deployments/name/{deployment}")
+        wanted = {"parameters": {"config": config, **parameters}, "state": {"type": "SCHEDULED"}}
+        return str(self.ask(f"deployments/{found['id']}/create_flow_run", wanted)["id"])
+
+    def cancel(self, run: str) -> None:
+        self.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
 
     def state(self, run: str) -> str:
-        return str(httpx.get(f"{self.api}/flow_runs/{run}", timeout=30).json()["state"]["name"])
+        return str(self.ask(f"flow_runs/{run}")["state"]["name"])
 
     def message(self, run: str) -> str:
-        return str(httpx.get(f"{self.api}/flow_runs/{run}", timeout=30).json()["state"]["message"])
+        return str(self.ask(f"flow_runs/{run}")["state"]["message"])
+
+    def artifacts(self, run: str) -> list[dict[str, Any]]:
+        return list(self.ask("artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}}))
+
+    def ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
+        """Return what the server answers to GET, or to POST of `content`; asked again, as clients do, where it is busy.
+
+        Its SQLite refuses what it cannot lock, and the server then says 503.
+        """
+        for seconds in (0.5, 1, 2, 4, 8, 0):
+            method = "GET" if content is None else "POST"
+            answer = httpx.request(method, f"{self.api}/{path}", json=content, timeout=30)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(seconds)
+        assert answer.is_success, answer.text
+        return answer.json()
 
     def wait(self, run: str, state: str, seconds: float = 240) -> None:
         ended = ("Completed", "Failed", "Crashed", "Cancelled")

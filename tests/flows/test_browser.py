@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from flows.run_folder import is_locked
@@ -35,7 +34,7 @@ def keep(page: Any, name: str, place: Place) -> None:
 
 def test_form_start_artifacts_and_cancel(place: Place, page: Any) -> None:
     ui = place.api.removesuffix("/api")
-    deployment = httpx.get(f"{place.api}/deployments/name/multi-round/demo").json()["id"]
+    deployment = place.ask("deployments/name/multi-round/demo")["id"]
     page.goto(f"{ui}/deployments/deployment/{deployment}/run")
     page.get_by_text("Name of the run and of its folder").wait_for(timeout=30_000)
     for text in ("Seed of everything drawn at random.", "Share of each shard that is kept (paper: 0.5)."):
@@ -47,7 +46,7 @@ def test_form_start_artifacts_and_cancel(place: Place, page: Any) -> None:
     page.get_by_role("button", name="Submit").click()
     folder = place.folder / "runs" / "browser"
     wait_for("a checkpoint", lambda: list_checkpoints(folder / "rounds" / "1" / "checkpoint"))
-    runs = httpx.post(f"{place.api}/flow_runs/filter", json={}).json()
+    runs = place.ask("flow_runs/filter", {})
     [run] = [run["id"] for run in runs if run["name"] == "browser"]
     page.goto(f"{ui}/runs/flow-run/{run}")
     page.get_by_text("Artifacts", exact=True).click()

@@ -43,7 +43,7 @@ def test_cancel_stops_every_rank_and_keeps_the_checkpoint(place: Place, unbroken
     folder = place.training("cancelled")
     assert len(place.ranks()) == 2
     started = time.monotonic()
-    cancel(place, run)
+    place.cancel(run)
     wait_for("the ranks' end", lambda: not place.ranks(), 30)
     print(f"cancel to the last rank's end: {time.monotonic() - started:.1f} s")
     place.wait(run, "Cancelled", 60)
@@ -51,11 +51,6 @@ def test_cancel_stops_every_rank_and_keeps_the_checkpoint(place: Place, unbroken
     wait_for("the lock", lambda: not is_locked(folder))
     place.wait(place.submit({**CONFIG, "name": "cancelled"}), "Completed")
     assert_equal_runs(folder, unbroken)
-
-
-def cancel(place: Place, run: str) -> None:
-    state = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
-    httpx.post(f"{place.api}/flow_runs/{run}/set_state", json=state, timeout=30).raise_for_status()
 
 
 def test_a_killed_worker_neither_ends_a_run_nor_keeps_it_from_being_cancelled(place: Place) -> None:
@@ -66,7 +61,7 @@ def test_a_killed_worker_neither_ends_a_run_nor_keeps_it_from_being_cancelled(pl
     time.sleep(5)
     assert place.state(run) == "Running"
     assert len(place.ranks()) == 2
-    cancel(place, run)
+    place.cancel(run)
     wait_for("the ranks' end", lambda: not place.ranks(), 30)
     place.wait(run, "Cancelled", 60)
     assert list_checkpoints(folder / "rounds" / "1" / "checkpoint")
@@ -116,8 +111,7 @@ def is_up(place: Place) -> bool:
 
 
 def assert_shown_after_absence(place: Place, run: str) -> None:
-    filters = {"flow_runs": {"id": {"any_": [run]}}}
-    keys = {artifact["key"] for artifact in httpx.post(f"{place.api}/artifacts/filter", json=filters).json()}
+    keys = {artifact["key"] for artifact in place.artifacts(run)}
     assert {"away-round-1-losses", "away-round-2-selection", "away-round-2-report"} <= keys
 
 
@@ -144,12 +138,10 @@ def test_approval_is_asked_for_and_taken(place: Place) -> None:
     place.wait(run, "Suspended")
     folder = place.folder / "runs" / "gated"
     wait_for("the flow's end", lambda: not is_locked(folder))
-    description = str(httpx.get(f"{place.api}/flow_runs/{run}/input/{keyset(place, run)}-description").json())
+    description = str(place.ask(f"flow_runs/{run}/input/{keyset(place, run)}-description"))
     assert "May round 2 train on this?" in description
-    answer = httpx.post(
-        f"{place.api}/flow_runs/{run}/resume", json={"run_input": {"policy": "random", "sampling_rate": 0.25}}
-    )
-    assert answer.json()["status"] == "ACCEPT", answer.text
+    answer = place.ask(f"flow_runs/{run}/resume", {"run_input": {"policy": "random", "sampling_rate": 0.25}})
+    assert answer["status"] == "ACCEPT", answer
     place.wait(run, "Completed")
     kept = read_rows(folder / "rounds" / "2" / "selection", "kept", "reason")
     assert sum(row[0] for row in kept) == pytest.approx(len(kept) / 4, abs=8)
@@ -158,7 +150,7 @@ def test_approval_is_asked_for_and_taken(place: Place) -> None:
 
 
 def keyset(place: Place, run: str) -> str:
-    details = httpx.get(f"{place.api}/flow_runs/{run}").json()["state"]["state_details"]
+    details = place.ask(f"flow_runs/{run}")["state"]["state_details"]
     return str(details["run_input_keyset"]["description"]).removesuffix("-description")
 
 
@@ -193,7 +185,6 @@ def test_the_commands_of_the_readme(place: Place, unbroken: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    shown = httpx.post(f"{place.api}/artifacts/filter", json={"artifacts": {"key": {"any_": ["evaluation-round-1"]}}})
-    [artifact] = shown.json()
+    [artifact] = place.ask("artifacts/filter", {"artifacts": {"key": {"any_": ["evaluation-round-1"]}}})
     assert "| model | Reasoning: PIQA |" in artifact["data"]
     assert "copy, round 1 |" in artifact["data"]

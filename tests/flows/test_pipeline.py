@@ -93,17 +93,13 @@ def unbroken(workplace: Path, served: Place) -> Path:
     run = served.submit({**yaml.safe_load(CONFIG), "name": "unbroken"})
     served.wait(run, "Completed")
     assert_shown(served, run, "unbroken")
-    [queue] = httpx.post(
-        f"{served.api}/work_queues/filter", json={"work_queues": {"name": {"any_": ["production"]}}}
-    ).json()
+    [queue] = served.ask("work_queues/filter", {"work_queues": {"name": {"any_": ["production"]}}})
     assert queue["concurrency_limit"] == 1
     return workplace / "runs" / "unbroken"
 
 
 def assert_shown(place: Place, run: str, name: str) -> None:
-    filters = {"flow_runs": {"id": {"any_": [run]}}}
-    artifacts = httpx.post(f"{place.api}/artifacts/filter", json=filters).json()
-    shown = {artifact["key"]: artifact for artifact in artifacts}
+    shown = {artifact["key"]: artifact for artifact in place.artifacts(run)}
     for key in ("round-1-training", "round-1-losses", "round-2-selection", "round-2-training", "round-2-report"):
         assert f"{name}-{key}" in shown
     assert shown[f"{name}-train-1"]["data"] == 100
@@ -112,12 +108,10 @@ def assert_shown(place: Place, run: str, name: str) -> None:
     assert "data:image/png;base64," in shown[f"{name}-round-2-selection"]["data"]
     link = shown[f"{name}-round-2-report"]["data"].split("(")[1].split(")")[0]
     assert "<title>Reprise: unbroken" in httpx.get(link).text
-    tasks = httpx.post(f"{place.api}/task_runs/count", json=filters).json()
+    tasks = place.ask("task_runs/count", {"flow_runs": {"id": {"any_": [run]}}})
     assert 7 <= tasks <= 12
-    events = httpx.post(
-        f"{place.api}/events/filter",
-        json={"filter": {"event": {"prefix": ["reprise."]}, "occurred": {"since": "2020-01-01T00:00:00Z"}}},
-    ).json()["events"]
+    wanted = {"event": {"prefix": ["reprise."]}, "occurred": {"since": "2020-01-01T00:00:00Z"}}
+    events = place.ask("events/filter", {"filter": wanted})["events"]
     assert {event["event"] for event in events} >= {
         "reprise.score.completed", "reprise.refine.completed", "reprise.round.completed"
     }  # fmt: skip
