@@ -8,7 +8,7 @@ from flows.compare_plots import PLOTS
 from flows.compare_results import BASE, open_results, scores_path
 from flows.config import RunConfig
 from flows.evaluation_results import columns_of, describe_items
-from flows.evaluation_table import PAPER, Row, table_cells, with_average
+from flows.evaluation_table import Row, table_cells, with_averages
 from flows.pages import Page, Picture, Section, span, write_page
 from flows.plots import render
 from flows.teacher import find_teacher
@@ -125,22 +125,27 @@ def _losses(results: duckdb.DuckDBPyConnection) -> Section:
 
 def _scores(results: duckdb.DuckDBPyConnection) -> Section:
     found = results.sql(
-        f"""select arm, task, 100 * avg(score), 100 * stddev_samp(score) / sqrt(count(*)), 100 * avg(chance) from scores
-        where arm <> '{BASE}' or not exists (from costs where num_steps = 0) group by arm, task order by arm"""
+        f"""select arm, task, 100 * avg(score), 100 * coalesce(stddev_samp(score) / sqrt(count(*)), any_value(stderr)),
+            100 * avg(chance)
+        from scores where arm <> '{BASE}' or not exists (from costs where num_steps = 0)
+        group by arm, task order by arm"""
     ).fetchall()
-    rows = []
+    rows = [Row("chance", {task: score for _, task, *_, score in found}, {}, "chance")]
     for arm in dict.fromkeys(entry[0] for entry in found):
         mine = [entry for entry in found if entry[0] == arm]
-        errors = {task: error for _, task, _, error, _ in mine if error is not None}
-        rows.append(with_average(Row(arm, {task: score for _, task, score, *_ in mine}, errors), PAPER))
-    chance = with_average(Row("chance", {task: score for _, task, *_, score in found}, {}, "chance"), PAPER)
+        errors = {task: error for _, task, _, error, *_ in mine if error is not None}
+        rows.append(Row(arm, {task: score for _, task, score, *_ in mine}, errors))
+    rows = with_averages(rows)
     columns = columns_of(rows)
     counts = results.sql("select task, max(num_items), max(num_unscorable) from scores group by task").fetchall()
+    [(num_seeds,)] = results.sql("select count(distinct seed) from scores").fetchall()
+    means = "Percent, means over seeds, with their standard errors over seeds;"
     notes = [
-        "Percent, means over seeds, with their standard errors over seeds; the highest of a column is bold.",
+        f"{means if num_seeds > 1 else 'Percent, with standard errors over items;'} the highest of a column is bold. "
+        "The average is of the tasks that are shown.",
         describe_items({task: (scored, unscorable) for task, scored, unscorable in counts}),
     ]
-    cells = table_cells([chance, *rows], columns)
+    cells = table_cells(rows, columns)
     return Section("Scores in tasks", notes, ["arm", *(column.title for column in columns)], cells)
 
 

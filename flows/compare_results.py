@@ -8,6 +8,7 @@ import duckdb
 import pyarrow as pa
 
 from data_scoring.sql import literal
+from flows.evaluation_results import SCORE
 
 BASE = "after round 1"
 # Arms that others are measured against: what one would do without the thing that is compared.
@@ -41,18 +42,8 @@ CURVES = pa.schema(
     ]
 )
 
-# A row for each seed, arm and evaluation task, where the configuration names some; 0 to 1.
-SCORES = pa.schema(
-    [
-        ("seed", pa.int64()),
-        ("arm", pa.string()),
-        ("task", pa.string()),
-        ("score", pa.float64()),
-        ("chance", pa.float64()),
-        ("num_items", pa.int64()),
-        ("num_unscorable", pa.int64()),
-    ]
-)
+# A row for each seed, arm and evaluation task, where the configuration names some.
+SCORES = pa.schema([("seed", pa.int64()), ("arm", pa.string()), *SCORE])
 
 _VIEWS = f"""
 create view losses as

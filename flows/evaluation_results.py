@@ -4,8 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from flows.evaluation_table import AVERAGE, COLUMNS, PAPER, Column, Row, with_average
+
+# What a model scores in a task, in the columns of the view scores; 0 to 1.
+SCORE = pa.struct(
+    [
+        ("task", pa.string()),
+        ("score", pa.float64()),
+        ("stderr", pa.float64()),
+        ("chance", pa.float64()),
+        ("num_items", pa.int64()),
+        ("num_unscorable", pa.int64()),
+    ]
+)
 
 # As published, scored with OpenCompass: PanGu-π Pro (arXiv 2402.02791), its table of results and section 1. Scores are
 # in the order of `PAPER`, percent; of one model the average alone. docs/evaluation.md says what they were held against.

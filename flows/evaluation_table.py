@@ -84,6 +84,12 @@ def with_average(row: Row, tasks: Sequence[str]) -> Row:
     return Row(row.label, scores, errors, row.kind)
 
 
+def with_averages(rows: Sequence[Row]) -> list[Row]:
+    """Return `rows`, each with the mean of its scores of the tasks that all of them have, where these are several."""
+    common = [column.name for column in COLUMNS if all(column.name in row.scores for row in rows)]
+    return [with_average(row, common) for row in rows] if len(common) > 1 else list(rows)
+
+
 def rank(rows: Sequence[Row], column: str) -> dict[int, Literal["best", "second"]]:
     """Return which rows have a column's best score and which its second, by number; chance has no place.
 

@@ -9,6 +9,7 @@ from data_scoring.files import checksum, fingerprint
 from data_scoring.progress import Progress
 from data_scoring.scoring import write_parquet
 from flows.evaluation import evaluation_of, read_questions, score_question
+from flows.evaluation_results import SCORE
 from flows.jobs import device_kind, job_fields
 from flows.launch import launch
 from flows.run_folder import Run
@@ -19,19 +20,8 @@ from trainer.jobs import EvaluateJob
 from trainer.requests import has_answers, identify_answers, read_answers, requests_path
 
 _LONGEST = 3
-# A row a block and task; the block of length 0 is the whole model. Scores and chance are 0 to 1.
-_SCORES = pa.schema(
-    [
-        ("start", pa.int32()),
-        ("length", pa.int32()),
-        ("task", pa.string()),
-        ("score", pa.float64()),
-        ("stderr", pa.float64()),
-        ("chance", pa.float64()),
-        ("num_items", pa.int64()),
-        ("num_unscorable", pa.int64()),
-    ]
-)
+# A row a block and task; the block of length 0 is the whole model.
+_SCORES = pa.schema([("start", pa.int32()), ("length", pa.int32()), *SCORE])
 
 
 def measure_scores(run: Run, teacher: StoredModel, folder: Path, config: EvalConfig, progress: Progress) -> Path:

@@ -11,11 +11,12 @@ from data_scoring.progress import Progress
 from flows import stages
 from flows.config import RunConfig
 from flows.evaluation import check_items
+from flows.evaluation_results import SCORE
 from flows.evaluation_table import resolve_names
 from flows.generation import generation_speed
 from flows.run_folder import Run, locked, open_run, read_run
 from flows.search_space import SearchConfig, draw_models
-from flows.trials import SCORE, TRIAL_ERRORS, Trial, add_result, prepare_corpus, read_result, trial_config
+from flows.trials import TRIAL_ERRORS, Trial, add_result, prepare_corpus, read_result, trial_config
 
 # What may differ when a search goes on: how many of the same trials are taken, and how fast.
 _FREE = {"trials", "jobs", "generation"}

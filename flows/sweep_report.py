@@ -12,7 +12,7 @@ from scipy.stats import permutation_test, rankdata, spearmanr
 from data_scoring.files import read_json
 from flows.config import RunConfig
 from flows.evaluation_results import columns_of, describe_items
-from flows.evaluation_table import PAPER, Row, table_cells, with_average
+from flows.evaluation_table import Row, table_cells, with_averages
 from flows.pages import Page, Picture, Section, span, write_page
 from flows.plots import render
 from flows.sweep_plots import PLOTS
@@ -176,9 +176,13 @@ def _scores(views: duckdb.DuckDBPyConnection) -> Section | None:
         mine = [entry for entry in found if entry[0] == name]
         errors = {task: error for _, task, _, error, *_ in mine if error is not None}
         rows.append(Row(name, {task: score for _, task, score, *_ in mine}, errors))
-    rows = [with_average(row, PAPER) for row in rows]
+    rows = with_averages(rows)
     columns = columns_of(rows)
-    notes = ["Percent, with standard errors over items; the highest of a column is bold.", describe_items(items)]
+    notes = [
+        "Percent, with standard errors over items; the highest of a column is bold. The average is of the tasks that "
+        "are shown.",
+        describe_items(items),
+    ]
     head = ["depth×width×FFN", *(column.title for column in columns)]
     return Section("Scores in tasks", notes, head, table_cells(rows, columns))
 

@@ -24,6 +24,7 @@ from data_scoring.progress import Progress
 from data_scoring.scoring import parquet_fingerprint, write_parquet
 from flows import stages
 from flows.config import RunConfig, parse_config
+from flows.evaluation_results import SCORE
 from flows.run_folder import RanksFailedError, Run, locked, open_run
 
 # What ends one trial and says nothing about the others.
@@ -31,17 +32,6 @@ TRIAL_ERRORS = (ValueError, RanksFailedError)
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
-# What a trial scores in a task, 0 to 1.
-SCORE = pa.struct(
-    [
-        ("task", pa.string()),
-        ("score", pa.float64()),
-        ("stderr", pa.float64()),
-        ("chance", pa.float64()),
-        ("num_items", pa.int64()),
-        ("num_unscorable", pa.int64()),
-    ]
-)
 # One row a trial. Losses are validation losses at the end; scores and generation_speed are null until they were
 # measured.
 TRIAL = pa.schema(

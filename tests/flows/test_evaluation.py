@@ -193,11 +193,15 @@ def test_compared_arms_are_scored(texts: Path, tmp_path: Path, data: Path, fakes
     assert fakes.asked == ["boolq", "piqa"] * 4
     lines = " ".join(page.text.split())
     assert "## Scores in tasks" in lines
-    assert "| chance | 50.0 | 50.0 |" in lines
+    assert "| chance | 50.0 | 50.0 | 50.0 |" in lines
     # Two seeds that agree have a standard error of 0.
-    assert "| constant | **50.0** ± 0.0 | **100.0** ± 0.0 |" in lines
+    assert "| constant | **50.0** ± 0.0 | **100.0** ± 0.0 | **75.0** ± 0.0 |" in lines
     scores = page.page.with_name(f"{page.page.stem}-scores.parquet")
     rows = duckdb.sql(f"select seed, arm, task, score, chance from '{scores}' order by all limit 2").fetchall()
     assert rows == [(0, "constant", "boolq", 0.5, 0.5), (0, "constant", "piqa", 1.0, 0.5)]
     compare(config, init_sweep("constant,gpt2"), 2, None, silent)
     assert len(fakes.asked) == 8
+    # Of one seed errors are over items: of 1 and 0, 1/2; of the mean of two tasks, half of that.
+    lines = " ".join(compare(config, init_sweep("constant,gpt2"), 1, None, silent).text.split())
+    assert "with standard errors over items" in lines
+    assert "| constant | **50.0** ± 50.0 | **100.0** ± 0.0 | **75.0** ± 25.0 |" in lines

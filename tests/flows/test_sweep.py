@@ -139,8 +139,8 @@ def test_the_page_says_what_to_take_and_why(config: RunConfig, tmp_path: Path) -
     assert "| depth with quality | +1.000 | 0.33 | 3 | |" in text
     assert "| depth with task score | +0.500 | 1 | 3 | +0.528 |" in text
     assert "Items: 16 of BoolQ (2 more could not be scored), 16 of PIQA (2 more could not be scored)." in text
-    assert "| chance | 50.0 | 50.0 |" in text
-    assert "| 10×64×128 | 50.0 ± 12.5 | **62.5** ± 12.5 |" in text
+    assert "| chance | 50.0 | 50.0 | 50.0 |" in text
+    assert "| 10×64×128 | 50.0 ± 12.5 | **62.5** ± 12.5 | **56.2** ± 8.8 |" in text
     # Without speeds it is the best, and there is no front.
     alone = tmp_path / "alone"
     write_trials(alone, [{**row, "generation_speed": None} for row in rows])
