@@ -60,6 +60,8 @@ _EXAMPLES: dict[str, _Files] = {
     "mmlu": _Files(("mmlu_dev.jsonl", "mmlu_dev_hf.jsonl"), "dev/*_dev.csv", has_header=False),
 }
 _PIQA_LABELS = "piqa-labels.lst"
+# What a record that is no item of its task raises.
+_BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 _MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
 
 
@@ -78,10 +80,10 @@ def read_examples(task: str, data: Path) -> list[Item]:
 
 
 def make_item(task: str, place: str, subject: str, row: Row) -> Item:
-    """Return the item of a row in the hub's schema. Raises ValueError with its place where its answer is no option."""
+    """Return the item of a row in the hub's schema. Raises ValueError, with its place, where it is broken."""
     try:
         return Item(place, subject, row, defect(task, row))
-    except (ValueError, KeyError, TypeError) as error:
+    except _BROKEN as error:
         raise ValueError(f"{place}: {_said(error)}") from None
 
 
@@ -106,16 +108,18 @@ def evaluation_texts(names: Sequence[str], data: Path) -> Iterator[ItemText]:
 def _read(task: str, data: Path, files: _Files) -> list[Item]:
     schema, items = SCHEMAS[task], []
     for path, subject in _find(task, data, files):
-        for place, record in _records(task, path, files.has_header):
+        for line, record in _records(task, path, files.has_header):
+            place = line
             try:
                 named = {schema.subject: subject, **record} if schema.subject and subject else record
-                rows = [schema.convert(part) for part in schema.split(named)]
                 name = str(named[schema.subject]) if schema.subject else ""
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                parts = schema.split(named)
+                for number, part in enumerate(parts, start=1):
+                    place = line if len(parts) == 1 else f"{line} question {number}"
+                    row = schema.convert(part)
+                    items.append(Item(place, name, row, defect(task, row)))
+            except _BROKEN as error:
                 raise ValueError(f"{path.parent / place}: {_said(error)}") from None
-            for number, row in enumerate(rows, start=1):
-                part = place if len(rows) == 1 else f"{place} question {number}"
-                items.append(make_item(task, part, name, row))
     if not items:
         raise ValueError(f"eval.data: {data} holds no item of {task}; put the data set's items there")
     return items
@@ -176,7 +180,17 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path.parent / place}: not UTF-8 ({error.reason}); write the file in UTF-8") from None
         if not isinstance(record, dict | list):
             raise ValueError(f"{path.parent / place}: {record!r:.40} is no item; repair the line")
+        if b"\\ud" in line.lower() and not _is_unicode(record):
+            raise ValueError(f"{path.parent / place}: holds half of a surrogate pair (\\ud…); repair the line")
         yield place, record
+
+
+def _is_unicode(record: Any) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _csv_records(path: Path, has_header: bool) -> Iterator[tuple[str, Row]]:

@@ -5,6 +5,7 @@ a record of the data set's original release. Sources of the schemas: the release
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,11 @@ _AGIEVAL_ENGLISH = frozenset({
     "sat-en-without-passage", "sat-math",
 })  # fmt: skip
 _AGIEVAL_GENERATED = frozenset({"math", "gaokao-mathcloze"})
+# What stands between question and options there.
+_AGIEVAL_OPTIONS = (" Answer Choices: ", " 选项：")
+
+# WikiHow's headings, which lm-eval takes out of HellaSwag's texts.
+_MARKUP = re.compile(r"\[.*?\]")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Schema:
     answer: Callable[[Row], Any]  # blank where there is none
     gold: Callable[[Row], list[int]]  # indices of the right options; ValueError where the answer is none of them
     subject: str | None = None  # field of the record that names the subject
+    needed: tuple[str, ...] = ()  # fields of the row without which there is no question
+    num_options: int | None = None  # how many every item has; None: as many as it has
     split: Callable[[Any], list[Any]] = lambda record: [record]  # one line of the file -> records
 
 
@@ -54,20 +62,30 @@ def item_text(task: str, row: Row) -> str:
 
 
 def defect(task: str, row: Row) -> str | None:
-    """Return why an item cannot be scored, or None. Raises ValueError where its answer is none of its options."""
+    """Return why an item cannot be scored, or None. Raises ValueError where it has what no item of the task has."""
     schema = SCHEMAS[task]
-    if is_blank(schema.question(row)):
-        return "no question"
-    if is_blank(schema.answer(row)):
-        return "no answer"
-    options = schema.options(row)
-    if options is None:
-        return None
-    if len(options) < 2:
+    missing = ["question"] if is_blank(schema.question(row)) else []
+    missing += [name for name in schema.needed if is_blank(row[name])]
+    answer, options = schema.answer(row), schema.options(row)
+    if missing or is_blank(answer):
+        return f"no {[*missing, 'answer'][0]}"
+    if options is not None:
+        return _option_defect(schema, row, options)
+    if not isinstance(answer, str):
+        raise ValueError(f"answer {answer!r:.40} is no text; repair the item")
+    return None
+
+
+def _option_defect(schema: Schema, row: Row, options: list[Any]) -> str | None:
+    if len(options) < (schema.num_options or 2):
         return "options are missing"
+    if schema.num_options is not None and len(options) > schema.num_options:
+        raise ValueError(f"{len(options)} options, and {schema.num_options} are asked; repair the item")
     for letter, option in zip(LETTERS, options, strict=False):
         if is_blank(option):
             return f"option {letter} is missing"
+        if not isinstance(option, str):
+            raise ValueError(f"option {letter} is {option!r:.40}, not a text; repair the item")
     wrong = [index for index in schema.gold(row) if not 0 <= index < len(options)]
     if wrong:
         raise ValueError(f"answer {schema.answer(row)!r} is none of the {len(options)} options; repair the answer")
@@ -95,6 +113,19 @@ def _text(record: Row, *names: str) -> str:
     return value or ""
 
 
+def _texts(record: Row, name: str) -> list[str | None]:
+    """Return a field that is a list of texts, of which some may be missing; none where there is no list."""
+    values = _field(record, name)
+    if is_blank(values):
+        return []
+    if not isinstance(values, list):
+        raise ValueError(f"field {name!r} is {values!r:.40}, not a list; repair the item")
+    for value in values:
+        if not is_blank(value) and not isinstance(value, str):
+            raise ValueError(f"field {name!r} holds {value!r:.40}, not a text; repair the item")
+    return [None if is_blank(value) else value for value in values]
+
+
 def _choice(answer: Any, names: tuple[tuple[Any, ...], ...]) -> int | None:
     """Return the index of the option that `answer` stands for, in any of its spellings `names`; None where blank."""
     if is_blank(answer) or answer == -1:
@@ -115,11 +146,11 @@ def _convert_lettered(question: str, answer: str) -> Callable[[Row], Row]:
 
 
 def _convert_mmlu(record: Row) -> Row:
-    choices = record["choices"] if "choices" in record else [record.get(letter) for letter in "ABCD"]
+    choices = _texts(record, "choices") if "choices" in record else [record.get(letter) for letter in "ABCD"]
     spellings = ((*"ABCD",), (*"0123",), (0, 1, 2, 3))
     return {
         "question": _text(record, "question"),
-        "choices": list(choices or []),
+        "choices": choices,
         "answer": _choice(record.get("answer"), spellings),
     }
 
@@ -131,7 +162,8 @@ def _convert_agieval(record: Row) -> Row:
     asked = passage + ("Q: " if is_english else "问题：") + question
     if name in _AGIEVAL_GENERATED:
         return {"query": asked + ("\nA: The answer is" if is_english else "\n答案："), "answer": record.get("answer")}
-    options = [str(option) for option in _field(record, "options") or []]
+    # An item that lacks one is not asked.
+    options = [option or "" for option in _texts(record, "options")]
     last = LETTERS[max(len(options) - 1, 0)]
     if is_english:
         query = f"{asked} Answer Choices: {' '.join(options)}\nA: Among A through {last}, the answer is"
@@ -180,7 +212,7 @@ def _convert_c3(record: Row) -> Row:
     return {
         "context": ["".join(line) for line in _field(record, "context")],
         "question": _text(record, "question"),
-        "choice": list(_field(record, "choice") or []),
+        "choice": _texts(record, "choice"),
         "answer": record.get("answer"),
     }
 
@@ -191,7 +223,7 @@ def _convert_hellaswag(record: Row) -> Row:
         "activity_label": _text(record, "activity_label"),
         "ctx_a": _text(record, "ctx_a"),
         "ctx_b": _text(record, "ctx_b"),
-        "endings": list(_field(record, "endings") or []),
+        "endings": _texts(record, "endings"),
         "label": "" if label is None else str(label),  # the hub has it as text, empty where there is none
     }
 
@@ -202,8 +234,22 @@ def _convert_arc(record: Row) -> Row:
     choices = _field(inner, "choices")
     if isinstance(choices, list):
         choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
-    stem = _text(inner, "stem", "question")
-    return {"question": stem, "choices": choices, "answerKey": record.get("answerKey")}
+    labels, answer = [str(label) for label in choices["label"]], record.get("answerKey")
+    return {
+        "question": _text(inner, "stem", "question"),
+        "choices": {"text": _texts(choices, "text"), "label": labels},
+        "answerKey": None if is_blank(answer) else str(answer),
+    }
+
+
+def _agieval_question(row: Row) -> str:
+    """Return the question without its options and without the last line, which asks for the answer."""
+    asked: str = row["query"].rpartition("\n")[0]
+    for mark in _AGIEVAL_OPTIONS if "choices" in row else ():
+        before, found, _ = asked.rpartition(mark)
+        if found:
+            return before
+    return asked
 
 
 SCHEMAS: dict[str, Schema] = {
@@ -230,11 +276,11 @@ SCHEMAS: dict[str, Schema] = {
         answer=lambda row: row["answer"],
         gold=lambda row: [row["answer"]],
         subject="subject",
+        num_options=4,
     ),
     "agieval": Schema(
         _convert_agieval,
-        # Without the last line, which asks for the answer; the options are part of it.
-        question=lambda row: row["query"].rpartition("\n")[0],
+        question=_agieval_question,
         options=lambda row: row.get("choices"),
         answer=lambda row: row.get("gold", row.get("answer")),
         gold=lambda row: row.get("gold", []),
@@ -246,6 +292,7 @@ SCHEMAS: dict[str, Schema] = {
         options=lambda row: ["no", "yes"],
         answer=lambda row: None if row["label"] == -1 else row["label"],
         gold=lambda row: [int(row["label"])],
+        needed=("question", "passage"),
     ),
     "axb": Schema(
         _convert_axb,
@@ -253,6 +300,7 @@ SCHEMAS: dict[str, Schema] = {
         options=lambda row: ["Yes", "No"],
         answer=lambda row: None if row["label"] == -1 else row["label"],
         gold=lambda row: [row["label"]],
+        needed=("sentence1", "sentence2"),
     ),
     "piqa": Schema(
         _convert_piqa,
@@ -281,12 +329,14 @@ SCHEMAS: dict[str, Schema] = {
         options=lambda row: row["choice"],
         answer=lambda row: row["answer"],
         gold=lambda row: [_position(row["answer"], row["choice"])],
+        needed=("question",),
         split=_split_c3,
     ),
     "hellaswag": Schema(
         _convert_hellaswag,
         question=lambda row: f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b']}",
-        options=lambda row: row["endings"],
+        # Where nothing but a heading is left, lm-eval would ask for nothing.
+        options=lambda row: [ending and _MARKUP.sub("", ending) for ending in row["endings"]],
         answer=lambda row: row["label"],
         gold=lambda row: [_position(str(row["label"]), [str(index) for index in range(len(row["endings"]))])],
     ),

@@ -180,7 +180,7 @@ VIEWS = {
             "is_end": ("boolean", "Whether it is the model that the round ended with, not one on the way."),
             "task": ("varchar", "Task."),
             "subject": ("varchar", "Subject of the task, by lm-eval's name."),
-            "item": ("integer", "Number of the item among those of its subject that can be scored, from 0."),
+            "item": ("varchar", "Where the item is: file and line, or place on the hub."),
             "score": ("double", "Score, 0 to 1."),
         },
         _plain(f"{_ROUND}, {_STEP}, is_end, task, subject, item, score"),

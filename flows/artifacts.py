@@ -6,7 +6,7 @@ from typing import Any
 import duckdb
 
 from data_scoring.dry_run import DryRun
-from flows.evaluation_results import chance_rows, columns_of, read_chance, read_rows
+from flows.evaluation_results import chance_rows, columns_of, read_chance, read_items, read_rows
 from flows.evaluation_table import render_table
 from flows.plots import Plot, loss_curves, render, score_curves, selection_histograms
 from flows.run_folder import Run
@@ -52,9 +52,9 @@ def scores(run: Run, round_number: int) -> dict[str, Any]:
 def evaluation_page(run: Run) -> str:
     """Return the paper's table of the rounds so far, and their scores on the way, as Markdown."""
     with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
-        rows = [*chance_rows(read_chance(ledger)), *read_rows(ledger, run.folder.name)]
+        rows, items = [*chance_rows(read_chance(ledger)), *read_rows(ledger, run.folder.name)], read_items(ledger)
     table = render_table(rows, columns_of(rows), "markdown")
-    return f"{table}\n\n{_picture(run, score_curves, 'scores against tokens')}"
+    return f"{table}\n\n{items}\n\n{_picture(run, score_curves, 'scores against tokens')}"
 
 
 def selection_page(run: Run, dry: DryRun) -> str:

@@ -137,13 +137,13 @@ def _scores(results: duckdb.DuckDBPyConnection) -> Section:
         rows.append(Row(arm, {task: score for _, task, score, *_ in mine}, errors))
     rows = with_averages(rows)
     columns = columns_of(rows)
-    counts = results.sql("select task, max(num_items), max(num_unscorable) from scores group by task").fetchall()
+    counts = results.sql("select task, num_items, num_unscorable from scores").fetchall()
     [(num_seeds,)] = results.sql("select count(distinct seed) from scores").fetchall()
     means = "Percent, means over seeds, with their standard errors over seeds;"
     notes = [
         f"{means if num_seeds > 1 else 'Percent, with standard errors over items;'} the highest of a column is bold. "
         "The average is of the tasks that are shown.",
-        describe_items({task: (scored, unscorable) for task, scored, unscorable in counts}),
+        describe_items(counts),
     ]
     cells = table_cells(rows, columns)
     return Section("Scores in tasks", notes, ["arm", *(column.title for column in columns)], cells)

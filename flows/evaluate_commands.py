@@ -2,13 +2,12 @@
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
 import duckdb
 
-from data_scoring.config import EvaluationName
+from data_scoring.config import EvalConfig, EvaluationName
 from data_scoring.progress import Progress
 from flows.config import parse_config
 from flows.evaluation_table import Row
@@ -49,10 +48,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     chosen = [(run, _rounds(run, options.round)) for run in runs]
     with TerminalProgress() as progress:
         for run, numbers in chosen:
-            configured = _configured(run, options)
+            config = _config(run, options)
             with locked(run.folder):
-                for number in numbers:
-                    _score(configured, number, configured.config == run.config, progress)
+                replaced = [task for number in numbers for task in _score(run, number, config, progress)]
+            if replaced:
+                tasks = ", ".join(dict.fromkeys(replaced))
+                print(
+                    f"{run.folder}: scores of {tasks} are now of other items than the run's own; `reprise run "
+                    f"{run.folder}` makes those anew",
+                    file=sys.stderr,
+                )
     for run, numbers in chosen:
         # A table to paste is all that goes to standard output.
         _print_details(run, numbers, sys.stdout if options.format == "terminal" else sys.stderr)
@@ -75,8 +80,8 @@ def _rounds(run: Run, wanted: str) -> list[int]:
     return [int(wanted)]
 
 
-def _configured(run: Run, options: argparse.Namespace) -> Run:
-    """Return the run with what the command line says of its evaluation."""
+def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
+    """Return how the run is evaluated, with what the command line says of it."""
     tasks = options.tasks
     if tasks is None and not run.config.eval.asked:
         tasks = "paper"
@@ -87,16 +92,17 @@ def _configured(run: Run, options: argparse.Namespace) -> Run:
     if names is not None:
         # These and no others.
         values["eval"]["every_steps"] = None
-    return replace(run, config=parse_config(values, "evaluate"))
+    return parse_config(values, "evaluate").eval
 
 
-def _score(run: Run, number: int, is_configured: bool, progress: Progress) -> None:
+def _score(run: Run, number: int, config: EvalConfig, progress: Progress) -> list[str]:
+    """Score a round's model; return the tasks of the run's own whose scores are now of other items."""
     from flows import stages
 
-    if is_configured:
-        stages.evaluate(run, number, progress)
-    else:
-        stages.evaluate_otherwise(run, number, run.config.eval, progress)
+    if config != run.config.eval:
+        return stages.evaluate_otherwise(run, number, config, progress)
+    stages.evaluate(run, number, progress)
+    return []
 
 
 def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:

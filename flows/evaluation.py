@@ -5,7 +5,7 @@
 worth: a file a task each, which the ledger's views of these names read.
 """
 
-import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +52,13 @@ _ITEMS = pa.schema(
         ("is_end", pa.bool_()),
         ("task", pa.string()),
         ("subject", pa.string()),
-        ("item", pa.int32()),
+        ("item", pa.string()),
         ("score", pa.float64()),
     ]
 )
+# Folders beside answers, a file a task in each.
+_WORTH = ("items", "unscorable", "scores")
+_SECONDS_BETWEEN_LOOKS = 1.0
 _UNSCORABLE = pa.schema([("task", pa.string()), ("item", pa.string()), ("reason", pa.string())])
 
 
@@ -105,28 +108,37 @@ def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress:
     return questions
 
 
-def evaluate_round(run: Run, round_number: int, config: EvalConfig, progress: Progress) -> bool:
-    """Score the model that a round ended with in the tasks of `config`; return whether ranks were asked anything.
+def ask_round(run: Run, round_number: int, config: EvalConfig, progress: Progress) -> list[Question]:
+    """Have the model that a round ended with answer the tasks of `config`, and return what they ask.
 
     A task whose answers are there is not asked again.
     """
-    checkpoint = final_checkpoint(run, round_number)
     questions = read_questions(run, config.asked, config, progress)
-    step = int(read_checkpoint_record(checkpoint)["step"])
-    folder = evaluation_folder(run, round_number) / f"step-{step:08d}"
     names = tuple(question.task.name for question in questions if question.asked.requests)
     # Where no item fits, say, there is nothing to ask.
-    is_asked = bool(names) and _ask(run, checkpoint, names, folder, progress)
+    if names:
+        _ask(run, final_checkpoint(run, round_number), names, _last_folder(run, round_number), progress)
+    return questions
+
+
+def score_answers(run: Run, round_number: int, questions: Sequence[Question], progress: Progress) -> None:
+    """Score what the model that a round ended with has answered; right answers that were corrected count everywhere."""
     for number, question in enumerate(questions):
         progress("scoring answers (tasks)", number, len(questions))
-        _score(question, folder, is_end=True)
+        _score(question, _last_folder(run, round_number), is_end=True)
     progress("scoring answers (tasks)", len(questions), len(questions))
+    score_training(run, round_number, questions, anew=True)
     refresh_ledger(run.folder)
-    return is_asked
 
 
-def _ask(run: Run, checkpoint: Path, names: tuple[str, ...], folder: Path, progress: Progress) -> bool:
-    """Have a checkpoint's model answer tasks into `folder`; return whether any answer was missing."""
+def _last_folder(run: Run, round_number: int) -> Path:
+    """Return the folder of what the model that a round ended with answers."""
+    step = int(read_checkpoint_record(final_checkpoint(run, round_number))["step"])
+    return evaluation_folder(run, round_number) / f"step-{step:08d}"
+
+
+def _ask(run: Run, checkpoint: Path, names: tuple[str, ...], folder: Path, progress: Progress) -> None:
+    """Have a checkpoint's model give the answers to tasks that are missing in `folder`."""
     from flows.evaluation_model import answer_job
 
     job = answer_job(run, checkpoint, evaluation_of(run, names), folder)
@@ -137,7 +149,6 @@ def _ask(run: Run, checkpoint: Path, names: tuple[str, ...], folder: Path, progr
     )
     if not is_complete:
         launch(job, run.folder, f"evaluate-{checkpoint.parent.parent.name}", progress, run.config.launch)
-    return not is_complete
 
 
 def training_questions(run: Run, progress: Progress) -> list[Question]:
@@ -166,16 +177,40 @@ def forget_answers(run: Run, round_number: int, questions: Sequence[Question]) -
     """Delete what models of a round answered and scored that this training would not: of other inputs, or to others."""
     for folder in evaluation_folder(run, round_number).glob("step-*"):
         known = {question.task.name for question in questions if _is_on_the_way(run, round_number, question, folder)}
-        if not {path.stem for path in folder.glob("*.parquet")} <= known:
-            shutil.rmtree(folder)
+        # What answers are worth goes before them, lest it stay without them.
+        for place in [*(folder / kind for kind in reversed(_WORTH)), folder]:
+            for path in place.glob("*.parquet"):
+                if path.stem not in known:
+                    path.unlink()
 
 
-def score_training(run: Run, round_number: int, questions: Sequence[Question]) -> None:
-    """Score what a round's model answered on its way."""
+def scoring_on_the_way(run: Run, round_number: int, questions: Sequence[Question], progress: Progress) -> Progress:
+    """Return `progress` for a round's training, which besides has answers scored soon after the model gave them."""
+    folder, looked, known = evaluation_folder(run, round_number), 0.0, 0
+
+    def note(what: str, done: int, total: int | None) -> None:
+        nonlocal looked, known
+        progress(what, done, total)
+        if questions and time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
+            count, looked = len(list(folder.glob("step-*/*.parquet"))), time.monotonic()
+            if count != known:
+                score_training(run, round_number, questions)
+                known = count
+
+    return note
+
+
+def score_training(run: Run, round_number: int, questions: Sequence[Question], anew: bool = False) -> None:
+    """Score what a round's model answered on its way and has no scores yet; with `anew`, what has them as well."""
+    scored = 0
     for folder in sorted(evaluation_folder(run, round_number).glob("step-*")):
         for question in questions:
-            if _is_on_the_way(run, round_number, question, folder):
+            is_wanted = anew or not requests_path(folder / "scores", question.task.name).exists()
+            if is_wanted and _is_on_the_way(run, round_number, question, folder):
                 _score(question, folder, is_end=False)
+                scored += 1
+    if scored:
+        refresh_ledger(run.folder)
 
 
 def _is_on_the_way(run: Run, round_number: int, question: Question, folder: Path) -> bool:
@@ -228,10 +263,11 @@ def _score(question: Question, folder: Path, is_end: bool) -> None:
     answers = read_answers(requests_path(folder, name)) if question.asked.requests else []
     rows, items = score_question(question, answers)
     unscorable = [{"task": item.task, "item": item.item, "reason": item.reason} for item in question.task.unscorable]
-    for kind, found, schema in (
-        ("items", [{"is_end": is_end, **item} for item in items], _ITEMS),
-        ("unscorable", unscorable, _UNSCORABLE),
-        ("scores", [{"is_end": is_end, **row} for row in rows], _SCORES),
+    for kind, found, schema in zip(
+        _WORTH,
+        ([{"is_end": is_end, **item} for item in items], unscorable, [{"is_end": is_end, **row} for row in rows]),
+        (_ITEMS, _UNSCORABLE, _SCORES),
+        strict=True,
     ):
         write_parquet(requests_path(folder / kind, name), pa.Table.from_pylist(found, schema), "")
 
@@ -245,7 +281,12 @@ def score_question(question: Question, answers: Sequence[Answer]) -> tuple[list[
     if question.asked.requests:
         found = score_answers(task, question.asked, answers)
     items = [
-        {"task": task.name, "subject": subject, "item": sample["doc_id"], "score": float(sample[task.metric])}
+        {
+            "task": task.name,
+            "subject": subject,
+            "item": task.places[subject][sample["doc_id"]],
+            "score": float(sample[task.metric]),
+        }
         for subject, samples in found["samples"].items()
         for sample in samples
     ]

@@ -2,7 +2,7 @@
 
 import duckdb
 
-from flows.evaluation_results import chance_rows, columns_of, read_chance, read_rows
+from flows.evaluation_results import chance_rows, columns_of, read_chance, read_items, read_rows
 from flows.evaluation_table import render_table
 from flows.plots import render, score_curves
 from flows.report import html_figure, html_table, save_picture
@@ -20,7 +20,7 @@ def evaluation(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
     png = render(score_curves, ledger)
     sections = ["<h2>Evaluation</h2>"] if rows or png else []
     if rows:
-        sections.append(render_table(rows, columns_of(rows), "html"))
+        sections += [render_table(rows, columns_of(rows), "html"), f"<p>{read_items(ledger)}</p>"]
     if png:
         save_picture(run, "scores", png)
         sections.append(html_figure(png, _CAPTION))

@@ -1,6 +1,6 @@
 """What models scored, as the ledger has it: rows of the paper's table, and details of each task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import duckdb
@@ -70,15 +70,26 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     ]
 
 
-def describe_items(items: Mapping[str, tuple[int, int]]) -> str:
-    """Return, in a sentence, how many items of each task were scored, and how many could not be."""
-    counts = []
+def describe_items(counts: Iterable[tuple[str, int, int]]) -> str:
+    """Return, in a sentence, how many items of each task were scored, and how many could not be.
+
+    counts: of a task and a model each, the task, items that were scored, and items that could not be.
+    """
+    found = list(counts)
+    parts = []
     for column in COLUMNS:
-        if column.name in items:
-            scored, unscorable = items[column.name]
+        scored = sorted({count for task, count, _ in found if task == column.name})
+        unscorable = max((count for task, _, count in found if task == column.name), default=0)
+        if scored:
             more = f" ({unscorable:,} more could not be scored)" if unscorable else ""
-            counts.append(f"{scored:,} of {column.title}{more}")
-    return f"Items: {', '.join(counts)}."
+            # Models that were asked different items are better not compared.
+            parts.append(f"{' or '.join(f'{count:,}' for count in scored)} of {column.title}{more}")
+    return f"Items: {', '.join(parts)}."
+
+
+def read_items(ledger: duckdb.DuckDBPyConnection) -> str:
+    """Return, in a sentence, how many items of each task the models that rounds of a run ended with were scored in."""
+    return describe_items(ledger.sql("select task, num_items, num_unscorable from final_scores").fetchall())
 
 
 def read_details(ledger: duckdb.DuckDBPyConnection, round_number: int) -> list[dict[str, Any]]:

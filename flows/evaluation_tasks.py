@@ -37,6 +37,7 @@ class EvaluationTask:
     chance: float  # expected score of a guess, 0 to 1: mean over items of right options / options; 0 where generated
     subtasks: dict[str, ConfigurableTask]  # by lm-eval's name; those with no item that can be scored are left out
     samples: dict[str, list[int]]  # of each subtask, indices into its `eval_docs` of what is scored, ascending
+    places: dict[str, list[str]]  # of each subtask, where each of its `eval_docs` is from (`file:line`)
     unscorable: list[Unscorable]
     num_shortened: int  # items that are scored with fewer examples than `num_fewshot`, for their prompt was too long
 
@@ -99,8 +100,8 @@ def task_texts(tasks: Sequence[EvaluationTask]) -> Iterator[ItemText]:
     """Yield the text of every item that loaded tasks hold, for data sets that are no local files."""
     for task in tasks:
         for subtask, harness_task in task.subtasks.items():
-            for index, doc in enumerate(harness_task.eval_docs):
-                yield ItemText(task.name, f"{subtask}:{index}", item_text(task.name, doc))
+            for place, doc in zip(task.places[subtask], harness_task.eval_docs, strict=True):
+                yield ItemText(task.name, place, item_text(task.name, doc))
 
 
 @dataclass
@@ -207,6 +208,7 @@ def _load(name: str, manager: TaskManager, rows: _Rows, ours: dict[str, Any]) ->
         chance=sum(chances) / len(chances) if chances else 0.0,
         subtasks=subtasks,
         samples=samples,
+        places={subtask: rows.places[subtask] for subtask in subtasks},
         unscorable=unscorable,
         num_shortened=num_shortened,
     )

@@ -80,7 +80,7 @@ class HarnessTask(ConfigurableTask):
                 (
                     count
                     for count in range(self.config.num_fewshot or 0, -1, -1)
-                    if self._fits(self._prompt(doc, count), continuations)
+                    if self._is_short_enough(self._prompt(doc, count), continuations)
                 ),
                 None,
             )
@@ -96,6 +96,9 @@ class HarnessTask(ConfigurableTask):
     def _prompt(self, doc: dict[str, Any], num_fewshot: int, **kwargs: Any) -> str:
         return str(super().fewshot_context(doc=doc, num_fewshot=num_fewshot, **kwargs))
 
+    def _is_short_enough(self, prompt: str, continuations: Sequence[str]) -> bool:
+        return self._fits(prompt, continuations)
+
     def _continuations(self, doc: dict[str, Any]) -> tuple[str, ...]:
         if self.OUTPUT_TYPE == "generate_until":
             # A word that is a token in any vocabulary, as often as tokens may be generated.
@@ -106,31 +109,35 @@ class HarnessTask(ConfigurableTask):
 class WholeTextTask(HarnessTask):
     """A choice by the mean loss of the whole text, prompt and option (`score_whole_text`).
 
-    The prompt's own log-likelihood is asked as well, last of an item's requests. `config` has `num_tokens` besides.
+    That text is asked as one, for some tokenizers join the prompt's last characters with the option's first.
+    `config` has `num_tokens` besides.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         count = config["num_tokens"]
 
         def score(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-            prompt = self._prompt(doc, 0)
-            texts = [prompt + continuation for continuation in self._continuations(doc)]
+            texts = _join(self._prompt(doc, 0), self._continuations(doc))
             return score_whole_text([likelihood for likelihood, _ in results], count(texts), self.doc_to_target(doc))
 
         # lm-eval looks a metric up, on the hub if need be, unless its task has a function for it.
         super().__init__({**config, "process_results": score})
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
-        """Return lm-eval's requests, one an option, and one for the prompt."""
-        requests = super().construct_requests(doc, ctx, **kwargs)
-        prompt = Instance(
-            request_type="loglikelihood",
-            doc=doc,
-            arguments=("", ctx),
-            idx=len(requests),
-            metadata=kwargs["metadata"],
-        )
-        return [*requests, prompt]
+        """Return a request an option, for the whole text."""
+        return [
+            Instance(
+                request_type="loglikelihood", doc=doc, arguments=("", text), idx=number, metadata=kwargs["metadata"]
+            )
+            for number, text in enumerate(_join(ctx, self._continuations(doc)))
+        ]
+
+    def _is_short_enough(self, prompt: str, continuations: Sequence[str]) -> bool:
+        return self._fits("", _join(prompt, continuations))
+
+
+def _join(prompt: str, continuations: Sequence[str]) -> list[str]:
+    return [prompt + continuation for continuation in continuations]
 
 
 @contextmanager

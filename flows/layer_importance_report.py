@@ -57,8 +57,8 @@ def _scores(rows: list[dict[str, Any]]) -> Section:
     chances = [found[0, 0, task]["chance"] for task in tasks]
     cells.append(["chance", *(f"{100 * chance:.1f}" for chance in chances), f"{100 * sum(chances) / len(chances):.1f}"])
     titles = {column.name: column.title for column in COLUMNS}
-    items = {task: (found[0, 0, task]["num_items"], found[0, 0, task]["num_unscorable"]) for task in tasks}
-    notes = ["Percent, ± standard error over items, before any training.", describe_items(items)]
+    counts = [(row["task"], row["num_items"], row["num_unscorable"]) for row in rows]
+    notes = ["Percent, ± standard error over items, before any training.", describe_items(counts)]
     head = ["skipped layers", *(titles[task] for task in tasks), "average"]
     return Section("Scores in tasks", notes, head, cells)
 

@@ -25,20 +25,19 @@ def score_summary(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def score_whole_text(log_likelihoods: Sequence[float], num_tokens: Sequence[int], gold: int) -> dict[str, float]:
-    """Return whether the option of the least mean loss (`acc_text`), and that of the least loss (`acc`), is right.
+    """Return whether the option is right with which the whole text has the least mean loss (`acc_text`).
 
-    `log_likelihoods` are those of each option after the prompt and, last, of the prompt, in nats; `num_tokens` are of
-    prompt and option together, an option each. OpenCompass' PPLInferencer compares the mean loss of the whole text;
-    the token that is read before the first counts, as it does there (`get_ppl` of its HuggingFace models).
+    `log_likelihoods` are those of prompt and option together, in nats, an option each, and `num_tokens` their tokens.
+    OpenCompass' PPLInferencer compares these means; the token that is read before the first counts, as it does there
+    (`get_ppl` of its HuggingFace models).
     """
-    *options, prompt = log_likelihoods
-    losses = -(np.array(options) + prompt) / (np.array(num_tokens) + 1)
-    return {"acc_text": float(np.argmin(losses) == gold), "acc": float(np.argmax(options) == gold)}
+    losses = -np.array(log_likelihoods) / (np.array(num_tokens) + 1)
+    return {"acc_text": float(np.argmin(losses) == gold)}
 
 
 _MEAN = {"aggregation": "mean", "higher_is_better": True}
-# The metrics of `score_whole_text`.
-_WHOLE_TEXT = [{"metric": name, **_MEAN} for name in ("acc_text", "acc")]
+# The metric of `score_whole_text`.
+_WHOLE_TEXT = [{"metric": "acc_text", **_MEAN}]
 
 # configs/datasets/SuperGLUE_AX_b/SuperGLUE_AX_b_ppl_6db806.py
 AXB: dict[str, Any] = {

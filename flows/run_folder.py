@@ -32,6 +32,8 @@ _NOT_IN_WEIGHTS = {
     "global_batch_tokens",
     "max_tokens",
 }
+# Changes with what an item's prompts, its scores, or their files are.
+_EVALUATION_FORMAT = 1
 # Fields that came after 0.3, with the value that leaves everything as it was: runs from before go on.
 _NEUTRAL = {
     "start_from": None,
@@ -121,7 +123,8 @@ class Run:
         config = self.config.eval
         names = resolve_names(config.asked)
         files = [] if config.data is None else item_files(names, Path(config.data))
-        return [names, config.limit, [[path.name, checksum(path)] for path in files]]
+        prompts = importlib.metadata.version("lm_eval")
+        return [_EVALUATION_FORMAT, prompts, names, config.limit, [[path.name, checksum(path)] for path in files]]
 
     def training_inputs(self) -> list[dict[str, Any]]:
         """Return what of the model's and training's configuration decides the weights that a round ends with."""

@@ -23,14 +23,17 @@ from data_scoring.tokenizer import open_tokenizer
 from flows.config import RunConfig
 from flows.evaluation import (
     Question,
+    ask_round,
     check_items,
-    evaluate_round,
     forget_answers,
     item_texts,
     repeated_evaluation,
+    score_answers,
     score_training,
+    scoring_on_the_way,
     training_questions,
 )
+from flows.evaluation_table import resolve_names
 from flows.inheritance import inherited_checkpoint, is_current, make_start
 from flows.jobs import device_kind, final_checkpoint, job_fields
 from flows.launch import launch, plan
@@ -204,9 +207,11 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
     if run.config.eval.asked:
         check_items(run.config.eval)
     questions = training_questions(run, progress)
+    run.forget("evaluate", round_number)
     forget_answers(run, round_number, questions)
     job = _train_job(run, round_number, start_from, run.fingerprint("train", round_number), questions)
     with _completing(run, "train", round_number):
+        progress = scoring_on_the_way(run, round_number, questions, progress)
         launch(job, run.folder, f"train-{round_number}", progress, run.config.launch)
         score_training(run, round_number, questions)
     return True
@@ -233,16 +238,26 @@ def evaluate(run: Run, round_number: int, progress: Progress) -> bool:
         return False
     _require(run, "train", round_number)
     with _completing(run, "evaluate", round_number):
-        evaluate_round(run, round_number, config, progress)
+        questions = ask_round(run, round_number, config, progress)
+        score_answers(run, round_number, questions, progress)
     return True
 
 
-def evaluate_otherwise(run: Run, round_number: int, config: EvalConfig, progress: Progress) -> None:
-    """Score the model that a round ended with as `config` says, not the run's own configuration."""
+def evaluate_otherwise(run: Run, round_number: int, config: EvalConfig, progress: Progress) -> list[str]:
+    """Score the model that a round ended with as `config` says, not the run's own configuration.
+
+    Returns the tasks of the run's own that were so scored on other items: its stage makes their scores anew.
+    """
     _require(run, "train", round_number)
-    # What the run asks may so get other scores: its own are to be had again from the stage.
-    run.forget("evaluate", round_number)
-    evaluate_round(run, round_number, config, progress)
+    questions, own = ask_round(run, round_number, config, progress), run.config.eval
+    replaced: list[str] = []
+    if (config.data, config.limit) != (own.data, own.limit):
+        asked = resolve_names(own.asked)
+        replaced = [question.task.name for question in questions if question.task.name in asked]
+    if replaced:
+        run.forget("evaluate", round_number)
+    score_answers(run, round_number, questions, progress)
+    return replaced
 
 
 def score(run: Run, round_number: int, progress: Progress) -> bool:

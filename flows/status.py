@@ -33,16 +33,18 @@ def read_status(folder: Path) -> list[StageStatus]:
             stages.append(("evaluate", number))
     rows: list[StageStatus] = []
     for stage, number in stages:
-        is_next = all(row.state == "done" for row in rows)
-        rows.append(_stage_status(run, stage, number, is_next))
+        rows.append(_stage_status(run, stage, number, rows))
     return rows
 
 
-def _stage_status(run: Run, stage: str, number: int, is_next: bool) -> StageStatus:
+def _stage_status(run: Run, stage: str, number: int, before: list[StageStatus]) -> StageStatus:
     name = f"{stage} {number}" if number else stage
-    if is_next and run.is_complete(stage, number):
+    open_stages = [row.name for row in before if row.state != "done"]
+    # Nothing that comes after it needs an evaluation, which may be asked for, or be asked anew, when all is done.
+    is_possible = all(each.startswith("evaluate ") for each in open_stages)
+    if is_possible and run.is_complete(stage, number):
         return StageStatus(name, "done", _duration(run, stage, number))
-    if not is_next:
+    if open_stages:
         return StageStatus(name, "waiting", "")
     if is_locked(run.folder):
         return StageStatus(name, "running", _progress(run))

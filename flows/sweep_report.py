@@ -170,7 +170,6 @@ def _scores(views: duckdb.DuckDBPyConnection) -> Section | None:
     ).fetchall()
     if not found:
         return None
-    items = {task: (num_items, num_unscorable) for _, task, *_, num_items, num_unscorable in found}
     rows = [Row("chance", {task: chance for _, task, _, _, chance, *_ in found}, {}, "chance")]
     for name in dict.fromkeys(entry[0] for entry in found):
         mine = [entry for entry in found if entry[0] == name]
@@ -181,7 +180,7 @@ def _scores(views: duckdb.DuckDBPyConnection) -> Section | None:
     notes = [
         "Percent, with standard errors over items; the highest of a column is bold. The average is of the tasks that "
         "are shown.",
-        describe_items(items),
+        describe_items((entry[1], *entry[-2:]) for entry in found),
     ]
     head = ["depth×width×FFN", *(column.title for column in columns)]
     return Section("Scores in tasks", notes, head, table_cells(rows, columns))

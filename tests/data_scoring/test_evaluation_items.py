@@ -158,6 +158,11 @@ def test_releases_with_a_file_a_subject(tmp_path: Path) -> None:
         ("boolq", {"label": None}, "no answer"),
         ("xsum", {"summary": ""}, "no answer"),
         ("arc_easy", {"answerKey": None}, "no answer"),
+        ("agieval", {"options": ["(A)1", None, "(C)3"]}, "option B is missing"),
+        ("hellaswag", {"endings": ["[step]", "b", "c", "d"]}, "option A is missing"),
+        ("mmlu", {"choices": ["a", "b", "c"]}, "options are missing"),
+        ("axb", {"sentence2": ""}, "no sentence2"),
+        ("boolq", {"question": None}, "no question"),
     ],
 )
 def test_what_cannot_be_scored_is_kept_with_its_place(
@@ -195,8 +200,20 @@ def test_what_cannot_be_scored_is_kept_with_its_place(
         (
             "hellaswag",
             json.dumps({**FILES["hellaswag.jsonl"][0], "endings": 4}),
-            r":2: not an item as the data set has",
+            r":2: field 'endings' is 4, not a list",
         ),
+        (
+            "hellaswag",
+            json.dumps({**FILES["hellaswag.jsonl"][0], "endings": ["a", 3, "c", "d"]}),
+            r":2: field 'endings' holds 3, not a text",
+        ),
+        ("piqa", '{"goal": "g", "sol1": 5, "sol2": "b"}', r"piqa\.jsonl:2: option A is 5, not a text"),
+        ("ceval", json.dumps({**FILES["ceval.jsonl"][0], "C": 12}), r":2: option C is 12, not a text"),
+        ("mmlu", json.dumps({**FILES["mmlu.jsonl"][0], "choices": [*"abcde"]}), r":2: 5 options, and 4 are asked"),
+        ("c3", '[["p"], [{"question": "q", "choice": "ab", "answer": "a"}], "i"]', r":2: field 'choice' is 'ab', not"),
+        ("xsum", '{"document": "d", "summary": 5}', r"xsum\.jsonl:2: answer 5 is no text"),
+        ("agieval", json.dumps({**FILES["agieval.jsonl"][4], "answer": 7}), r":2: answer 7 is no text"),
+        ("eprstmt", '{"sentence": "a\\ud800b", "label": "Positive"}', r":2: holds half of a surrogate pair"),
     ],
 )
 def test_a_broken_line_is_named(task: str, line: str, said: str, tmp_path: Path) -> None:
@@ -205,6 +222,7 @@ def test_a_broken_line_is_named(task: str, line: str, said: str, tmp_path: Path)
     file.write_text(json.dumps(FILES[file.name][0]) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=said) as error:
         read_items(task, tmp_path)
+    assert str(error.value).startswith(f"{file}:2")
     assert "\n" not in str(error.value)
 
 
@@ -238,6 +256,7 @@ def test_texts_hold_passage_question_and_options(tmp_path: Path) -> None:
     # What cannot be scored is text all the same.
     assert texts["boolq", "boolq.jsonl:1"] == "Snow -- Snow is white.\nis snow white\nno\nyes"
     assert texts["c3", "c3.jsonl:1 question 1"] == "男：你好。\n女：再见。\n谁先走?\n女的\n男的"
+    assert texts["agieval", "agieval.jsonl:1"] == "Q: Which?\n(A)1\n(B)2\n(C)3\n(D)4\n(E)5"
     assert texts["agieval", "agieval.jsonl:5"] == "Q: 3+4?\n7"
     assert texts["xsum", "xsum.jsonl:2"] == "Rain fell.\nIt rained"
     assert len(texts) == 1 + 2 + 5 + 2

@@ -7,14 +7,14 @@ from typing import Any
 import duckdb
 import pytest
 
-from data_scoring.ledger import query
+from data_scoring.ledger import query, refresh_ledger
 from data_scoring.progress import silent
-from flows import stages
+from flows import evaluation, stages
 from flows.artifacts import evaluation_page
 from flows.cli import main
 from flows.compare import compare, init_sweep
 from flows.config import RunConfig, parse_config
-from flows.evaluation import _combine, _standard_error
+from flows.evaluation import _combine, _standard_error, training_questions
 from flows.run_folder import Run, open_run
 from flows.status import read_status
 from tests.evaluation_data import write_items
@@ -64,7 +64,9 @@ def test_scores_are_in_the_ledger_and_nothing_is_asked_twice(
     assert all(is_end for *_, is_end in rows)
     subjects = query(run.folder, "select subject, score from scores where subject is not null").fetchall()
     assert sorted(subjects) == [("ceval-valid_accountant", 0.0), ("ceval-valid_logic", 1.0)]
-    assert query(run.folder, "select sum(score) from scored_items").fetchall() == [(1.0 + 1.0 + 2.0,)]
+    items = query(run.folder, "select task, item from scored_items where score = 1 order by all").fetchall()
+    assert items == [("boolq", "boolq.jsonl:2"), ("ceval", "ceval.jsonl:3"), ("piqa", "piqa.jsonl:1"),
+                     ("piqa", "piqa.jsonl:2")]  # fmt: skip
     assert [row.state for row in read_status(run.folder) if row.name == "evaluate 1"] == ["done"]
     # A task that lost its answers is asked again, alone; another task is asked for the first time.
     (folder,) = run.round_folder(1).glob("evaluation/step-*")
@@ -97,41 +99,85 @@ def test_scores_on_the_way_are_drawn_against_tokens(texts: Path, tmp_path: Path,
     assert "<h2>Evaluation</h2>" in page
     assert "<td>x, round 1</td><td>50.0 ± 50.0</td><td>100.0 ± 0.0</td>" in page
     assert (run.folder / "report" / "scores.png").stat().st_size > 10_000
+    assert "<p>Items: 2 of BoolQ, 2 of PIQA.</p>" in page
     assert "x, round 1 | 50.0 ± 50.0 | 100.0 ± 0.0 |" in evaluation_page(run)
+    assert "Items: 2 of BoolQ, 2 of PIQA." in evaluation_page(run)
 
 
 def test_answers_of_other_inputs_are_forgotten(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
     config = configure(texts, tmp_path, data, tasks=[], every_steps=2, training_tasks=["piqa"])
     run = train(config)
     folder = run.round_folder(1) / "evaluation"
-    steps = {path.name for path in folder.glob("step-*")}
+    steps = {path.parent.parent.name for path in folder.glob("step-*/scores/*.parquet")}
     # What was asked before somebody lowered the limit, and the scores of it, go when training goes on.
     (run.round_folder(1) / "train.json").unlink()
     fewer = open_run(configure(texts, tmp_path, data, tasks=[], every_steps=4, training_tasks=["piqa"], limit=1))
     stages.train(fewer, 1, silent)
-    assert {path.name for path in folder.glob("step-*")} < steps
+    assert {path.parent.parent.name for path in folder.glob("step-*/scores/*.parquet")} < steps
     assert {row[0] for row in query(run.folder, "select num_items from scores where subject is null").fetchall()} == {1}
+
+
+def test_tasks_that_are_not_asked_on_the_way_any_more_leave_the_others_their_points(
+    texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks
+) -> None:
+    both = {"tasks": [], "every_steps": 2, "training_tasks": ["piqa", "boolq"]}
+    run = train(configure(texts, tmp_path, data, **both))
+    before = query(run.folder, "select step, score from scores where task = 'piqa' order by step").fetchall()
+    run = open_run(configure(texts, tmp_path, data, **both | {"training_tasks": ["piqa"]}))
+    stages.forget_answers(run, 1, training_questions(run, silent))
+    refresh_ledger(run.folder)
+    assert len(before) > 1
+    assert query(run.folder, "select step, score from scores order by step").fetchall() == before
+    assert query(run.folder, "select distinct task from scored_items").fetchall() == [("piqa",)]
+
+
+def test_answers_are_scored_while_the_model_trains_on(
+    texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(configure(texts, tmp_path, data, tasks=[], every_steps=2, training_tasks=["piqa"]))
+    whole = query(run.folder, "select step, score from scores order by step").fetchall()
+    for path in run.round_folder(1).glob("evaluation/step-*/scores/*.parquet"):
+        path.unlink()
+    refresh_ledger(run.folder)
+    assert query(run.folder, "select count(*) from scores").fetchall() == [(0,)]
+    monkeypatch.setattr(evaluation, "_SECONDS_BETWEEN_LOOKS", 0)
+    progress = evaluation.scoring_on_the_way(run, 1, training_questions(run, silent), silent)
+    progress("training (steps)", 3, 9)
+    assert query(run.folder, "select step, score from scores order by step").fetchall() == whole
 
 
 def test_a_right_answer_that_is_corrected_counts_without_asking_again(
     texts: Path, tmp_path: Path, fakes: FakeRanks
 ) -> None:
     data = write_items(tmp_path / "items")
-    run = train(configure(texts, tmp_path, data, tasks=["piqa"]))
+    run = train(configure(texts, tmp_path, data, tasks=["piqa"], every_steps=2, training_tasks=["piqa"]))
     stages.evaluate(run, 1, silent)
     (data / "piqa-labels.lst").write_text("1\n1\n")
     assert stages.evaluate(run, 1, silent)
-    assert query(run.folder, "select score from final_scores").fetchall() == [(0.5,)]
+    # On the way as well, lest a curve be of two keys.
+    scores = query(run.folder, "select is_end, score from scores").fetchall()
+    assert len(scores) > 2 and set(scores) == {(True, 0.5), (False, 0.5)}
     assert fakes.asked == ["piqa"]
 
 
-def test_other_scores_do_not_stand_for_the_run_s_own(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
+def test_other_scores_do_not_stand_for_the_run_s_own(
+    texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = train(configure(texts, tmp_path, data, tasks=["piqa"]))
+    folder = str(run.folder)
     stages.evaluate(run, 1, silent)
-    assert main(["evaluate", str(run.folder), "--limit", "1"]) == 0
-    assert query(run.folder, "select num_items from final_scores").fetchall() == [(1,)]
+    # Neither what fails nor what asks other tasks makes the run's own scores anything but done.
+    assert main(["evaluate", folder, "--data", str(tmp_path / "nowhere")]) == 1
+    assert main(["evaluate", folder, "--tasks", "boolq"]) == 0
+    assert {row.name: row.state for row in read_status(run.folder)}["evaluate 1"] == "done"
+    capsys.readouterr()
+    assert main(["evaluate", folder, "--limit", "1"]) == 0
+    assert "scores of piqa are now of other items than the run's own" in capsys.readouterr().err
+    states = {row.name: row.state for row in read_status(run.folder)}
+    assert (states["train 1"], states["evaluate 1"]) == ("done", "stopped")
+    assert query(run.folder, "select num_items from final_scores where task = 'piqa'").fetchall() == [(1,)]
     assert stages.evaluate(run, 1, silent)
-    assert query(run.folder, "select num_items from final_scores").fetchall() == [(2,)]
+    assert query(run.folder, "select num_items from final_scores where task = 'piqa'").fetchall() == [(2,)]
 
 
 def test_a_round_of_which_nothing_fits_is_listed(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:

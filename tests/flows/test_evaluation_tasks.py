@@ -102,13 +102,13 @@ def test_prompts_of_zero_shots_by_hand(tasks: dict[str, EvaluationTask]) -> None
     boolq = "Snow -- Snow is white.\nQuestion: is snow white?\nAnswer:"
     assert _requests(tasks["boolq"])[:2] == [(boolq, " no"), (boolq, " yes")]
     axb = "It rains.\nIt snows.\nIs the sentence below entailed by the sentence above?"
-    assert _requests(tasks["axb"])[:3] == [(axb, "\nYes"), (axb, "\nNo"), ("", axb)]
+    assert _requests(tasks["axb"])[:2] == [("", f"{axb}\nYes"), ("", f"{axb}\nNo")]
     piqa = "Question: Open a tin\nAnswer:"
     assert _requests(tasks["piqa"])[:2] == [(piqa, " use an opener"), (piqa, " use a feather, patiently")]
     eprstmt = '内容： "很好"。情绪分类：'
-    assert _requests(tasks["eprstmt"])[:3] == [(eprstmt, "\n消极。"), (eprstmt, "\n积极。"), ("", eprstmt)]
+    assert _requests(tasks["eprstmt"])[:2] == [("", f"{eprstmt}\n消极。"), ("", f"{eprstmt}\n积极。")]
     c3 = "文章：男：你好。 女：再见。\n问题：谁先走?"
-    assert _requests(tasks["c3"])[:3] == [(c3, "\n答案：女的"), (c3, "\n答案：男的"), ("", c3)]
+    assert _requests(tasks["c3"])[:2] == [("", f"{c3}\n答案：女的"), ("", f"{c3}\n答案：男的")]
     hellaswag = "Baking: A man bakes bread. He"
     assert _requests(tasks["hellaswag"])[0] == (hellaswag, " flies away.")
     arc = "Question: What is hot?\nAnswer:"
@@ -165,8 +165,7 @@ def test_scores_by_hand(tasks: dict[str, EvaluationTask]) -> None:
     # "(A)1" is not right, "(A)甲" is one of two that are, "(A)x" is; the generated text names no number.
     assert scores["agieval"] == [0, 1, 1, 0, 0]
     assert scores["boolq"] == [0.5]  # "no"
-    assert results["axb"]["acc,none"] == 0.5  # "No", right for the first
-    assert scores["axb"] == [0.5]  # as well: a nat a character, so of n + 1 the shorter text has the lesser mean
+    assert scores["axb"] == [0.5]  # "No": a nat a character, so of n + 1 the shorter text has the lesser mean
     assert scores["piqa"] == [0.5 + 0.5]  # the opener and the towel
     assert scores["eprstmt"] == [0.5]  # as long as each other, so the first: negative
     # "the cat ran" shares 2 of its 3 words with 2 of 6, "The cat slept on the mat"; none with the other.
@@ -176,7 +175,7 @@ def test_scores_by_hand(tasks: dict[str, EvaluationTask]) -> None:
     assert results["hellaswag"]["acc_norm,none"] == 0
     assert results["hellaswag"]["acc,none"] == 1
     # The first of C3's are the shortest: right for the first question, wrong for the second.
-    assert (results["c3"]["acc_text,none"], results["c3"]["acc,none"]) == (0.5, 0.5)
+    assert scores["c3"] == [0.5]
 
 
 def test_the_whole_texts_mean_loss_decides_as_in_opencompass() -> None:
@@ -184,10 +183,8 @@ def test_the_whole_texts_mean_loss_decides_as_in_opencompass() -> None:
     tokens = [14, 19]
     assert 6 / 15 < 9 / 20
     assert (20 + 6) / 15 > (20 + 9) / 20
-    assert score_whole_text([-6.0, -9.0, -20.0], tokens, gold=1) == {"acc_text": 1.0, "acc": 0.0}
-    assert score_whole_text([-6.0, -9.0, 0.0], tokens, gold=1) == {"acc_text": 0.0, "acc": 0.0}
-    # Options of as many tokens: the prompt decides nothing.
-    assert score_whole_text([-6.0, -5.0, -20.0], [7, 7], gold=1) == {"acc_text": 1.0, "acc": 1.0}
+    assert score_whole_text([-26.0, -29.0], tokens, gold=1) == {"acc_text": 1.0}
+    assert score_whole_text([-6.0, -9.0], tokens, gold=1) == {"acc_text": 0.0}
 
 
 def test_tokens_are_those_of_prompt_and_option_together(tmp_path: Path) -> None:
@@ -200,8 +197,8 @@ def test_tokens_are_those_of_prompt_and_option_together(tmp_path: Path) -> None:
     [task] = load_tasks(["eprstmt"], write_items(tmp_path), 1, _all_fit, count)
     doc = task.subtasks["eprstmt"].eval_docs[0]
     # Of two tokens in all 10 nats, of 101 tokens 12: the second option, which is right.
-    scores = task.subtasks["eprstmt"].process_results(doc, [(-1.0, False), (-3.0, False), (-9.0, False)])
-    assert scores == {"acc_text": 1.0, "acc": 0.0}
+    scores = task.subtasks["eprstmt"].process_results(doc, [(-10.0, False), (-12.0, False)])
+    assert scores == {"acc_text": 1.0}
     assert counted == ['内容： "很好"。情绪分类：\n消极。', '内容： "很好"。情绪分类：\n积极。']
 
 
@@ -332,7 +329,7 @@ def test_the_hub_is_asked_by_lm_evals_names(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(asked[2:]) == len(mmlu_task.subtasks) == 57
     assert [(one.item, one.reason) for one in boolq.unscorable] == [("aps/super_glue:validation:0", "no answer")]
     assert boolq.samples == {"boolq": [0, 1]}
-    assert _requests(c3)[0] == ("文章：x\n问题：y", "\n答案：a")
+    assert _requests(c3)[0] == ("", "文章：x\n问题：y\n答案：a")
     assert mmlu_task.samples["mmlu_anatomy"] == [0]
     assert mmlu_task.unscorable[0].reason == "option B is missing"
     assert [text.text for text in task_texts([c3])] == ["x\ny\na\nb"]
