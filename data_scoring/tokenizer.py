@@ -51,7 +51,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.end_of_document = _find_end(path, self._tokenizer.token_to_id, end_of_document)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

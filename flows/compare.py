@@ -5,6 +5,7 @@ first round by hard links, so that its stages find them complete, and does what 
 model begins have the corpus alone from their base, and train round 1 themselves.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +21,7 @@ from flows import stages
 from flows.compare_report import write_comparison
 from flows.compare_results import BASE, CURVES, RESULTS, SCORES, curves_path, scores_path
 from flows.config import RunConfig
-from flows.inheritance import layers_of
+from flows.inheritance import is_current, layers_of
 from flows.pages import Page
 from flows.run_folder import Run, locked, open_run
 from flows.teacher import check_inheritance
@@ -107,10 +108,11 @@ def init_sweep(text: str) -> Sweep:
     return Sweep("--inits", "compare-inits", arms, shares_round=False)
 
 
-def inherit_sweep(text: str, inherit: InheritConfig | None) -> Sweep:
+def inherit_sweep(text: str, inherit: InheritConfig | None, layers: Sequence[int] | None = None) -> Sweep:
     """Return the arms of a list of methods, such as base,l1,learned, each a way to inherit as `inherit` says.
 
-    Raises ValueError for one that there is not, or where there is nothing to inherit from.
+    layers: those that stay, where they are known already; `base` has no use for them. Raises ValueError for a method
+    that there is not, or where there is nothing to inherit from.
     """
     if inherit is None:
         raise ValueError("model.inherit: names no larger model to inherit from; add one, such as {from: runs/large}")
@@ -118,12 +120,12 @@ def inherit_sweep(text: str, inherit: InheritConfig | None) -> Sweep:
     for name in names:
         if name not in get_args(InheritMethod):
             raise ValueError(f"--methods: {name!r} is none of {', '.join(get_args(InheritMethod))}; give some of them")
-    arms = tuple(Arm(name, f"inherit-{name}", _inheriting(inherit, method=name), num_rounds=1) for name in names)
-    return Sweep("--methods", "compare-inherit", arms, shares_round=False)
-
-
-def _inheriting(inherit: InheritConfig, **fields: Any) -> dict[str, dict[str, Any]]:
-    return {"model": {"inherit": {**inherit.model_dump(), **fields}}}
+    arms = []
+    for name in names:
+        pinned = {} if layers is None or name == "base" else {"layers": tuple(layers)}
+        values = {"model": {"inherit": {**inherit.model_dump(), "method": name, **pinned}}}
+        arms.append(Arm(name, f"inherit-{name}", values, num_rounds=1))
+    return Sweep("--methods", "compare-inherit", tuple(arms), shares_round=False)
 
 
 def entries(option: str, text: str) -> list[str]:
@@ -169,9 +171,7 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
         layers = None
         if sweep.option == "--methods" and any(arm.name != "base" for arm in sweep.arms):
             layers = _measure_layers(config, folder, progress)
-            assert config.model.inherit is not None
-            inherit = config.model.inherit.model_copy(update={"layers": tuple(layers)})
-            sweep = inherit_sweep(",".join(arm.name for arm in sweep.arms), inherit)
+            sweep = inherit_sweep(",".join(arm.name for arm in sweep.arms), config.model.inherit, layers)
         scores: list[dict[str, Any]] = []
         if sweep.shares_round:
             rows, tokens = _go_on(config, folder, seeds, sweep, tokens, scores, progress)
@@ -231,6 +231,11 @@ def _begin(
         for arm in sweep.arms:
             arm_config = _config(config, folder, seed, arm)
             run = train_trial(arm_config, corpus, named(arm_config, progress))
+            if run.config.model.inherits and not is_current(run):
+                raise ValueError(
+                    f"{run.folder}: began with another larger model than there is now; delete that folder, or put the "
+                    "model back"
+                )
             rows += _results(run, seed, arm)
             scores += _scores(run, seed, arm, progress)
             curves += _curve(run, seed, arm)

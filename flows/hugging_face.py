@@ -16,6 +16,7 @@ from data_scoring.files import making, write_json
 from flows.hugging_face_tokenizer import ORIGINAL, TOKENIZER_FILES, give_tokenizer, take_tokenizer
 from flows.run_folder import read_run
 from flows.stored_model import MODEL, ORIGIN, StoredModel, find_model
+from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.config import ModelConfig
 from trainer.hugging_face import MODELLING, describe, family_of, read_description
 from trainer.hugging_face_files import TensorFiles, read_object
@@ -70,26 +71,30 @@ def import_model(source: Path, output: Path, end_of_document: str | None = None)
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported: the family that it is of to transformers, and the checkpoint."""
+    """What was exported: the family that it is of to transformers, the checkpoint, where it is now, and notes."""
 
     family: str
     checkpoint: Path
+    folder: Path
+    notes: list[str]
 
 
 def export_model(
     place: Path,
     round_number: int | None,
-    output: Path,
+    output: Path | None,
     dtype: Dtype = "keep",
     shard_bytes: int | None = None,
 ) -> Exported:
     """Make the folder `output`, which transformers opens, of a round of a run or of a model folder.
 
-    dtype: what weights are stored in. shard_bytes: the most that one file of them has; None: 500 MB. Raises ValueError,
-    leaving nothing behind, where there is no such model or it is damaged.
+    output: None: export/ in `place`, of a run a folder a round there. dtype: what weights are stored in. shard_bytes:
+    the most that one file of them has; None: 500 MB. Raises ValueError, leaving nothing behind, where there is no such
+    model or it is damaged.
     """
     stored = find_model(place, round_number)
     rows = stored.config.vocab_size or stored.vocab_size
+    output = output or _export_folder(stored)
     with _making(output) as folder:
         import torch
 
@@ -109,7 +114,20 @@ def export_model(
         if family == "reprise":
             code = importlib.resources.files("trainer") / f"{MODELLING}.py"
             (folder / f"{MODELLING}.py").write_bytes(code.read_bytes())
-    return Exported(family, stored.checkpoint)
+    return Exported(family, stored.checkpoint, output, _unfinished(stored))
+
+
+def _export_folder(stored: StoredModel) -> Path:
+    folder = stored.place / "export"
+    is_run = not (stored.place / MODEL).is_file()
+    return folder / f"round-{stored.checkpoint.parent.parent.name}" if is_run else folder
+
+
+def _unfinished(stored: StoredModel) -> list[str]:
+    """Return what there is to say of a round that has not ended."""
+    record = read_checkpoint_record(stored.checkpoint)
+    step, last = record["step"], record.get("num_steps")
+    return [] if last in (None, step) else [f"this is step {step:,} of {last:,}: its round has not ended"]
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def _importance(options: argparse.Namespace) -> None:
         run = _calibration_run(teacher, options.config, folder, progress)
         num_samples = _num_samples(run, options.samples)
         with locked(run.folder):
-            skips = measure_importance(run, teacher, teacher.checkpoint, folder, num_samples, progress)
+            skips = measure_importance(run, teacher, folder, num_samples, progress)
             scores = None
             if asked is not None:
                 scores = measure_scores(run, teacher, folder, asked, progress)
@@ -133,8 +133,9 @@ def _calibration_run(teacher: StoredModel, config: Path | None, folder: Path, pr
 
 
 def _check_tokenizer(config: RunConfig, teacher: StoredModel) -> None:
-    """Raise ValueError unless the configuration's tokenizer is the teacher's, byte by byte."""
+    """Raise ValueError unless the configuration's tokenizer is the teacher's, byte by byte and in its end."""
     from data_scoring.tokenizer import read_tokenizer
+    from flows.teacher import check_end
 
     path = config.tokenizer.path
     is_there = path is not None and Path(path).is_file()
@@ -142,6 +143,7 @@ def _check_tokenizer(config: RunConfig, teacher: StoredModel) -> None:
         raise ValueError(
             f"tokenizer.path: {path or 'null'} is not the tokenizer of the teacher; set it to {teacher.tokenizer}"
         )
+    check_end(config, teacher, None)
 
 
 def _num_samples(run: Run, wanted: int | None) -> int:

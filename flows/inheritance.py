@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data_scoring.files import checksum, fingerprint, read_json, write_json
+from data_scoring.files import fingerprint, read_json, write_json
 from data_scoring.progress import Progress
 from data_scoring.scoring import parquet_fingerprint, write_parquet
 from flows.jobs import job_fields
@@ -21,9 +21,9 @@ from flows.layer_importance import keep_layers, measure_importance
 from flows.run_folder import Run
 from flows.stored_model import StoredModel
 from flows.teacher import check_inheritance, check_vocabulary, find_teacher
-from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record
+from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import InheritConfig, ModelConfig
-from trainer.inheritance import Part, cut_depth, slice_checkpoint
+from trainer.inheritance import Part, cut_depth, is_as_wide, slice_checkpoint
 from trainer.jobs import MaskJob, TaylorJob
 from trainer.neuron_scores import choose
 from trainer.weights import Weights
@@ -70,7 +70,7 @@ def is_current(run: Run) -> bool:
         teacher = find_teacher(run.config.model.inherit)
     except ValueError:
         return True
-    return parquet_fingerprint(inheritance_folder(run) / "lineage.parquet") == checksum(teacher.checkpoint / RECORD)
+    return parquet_fingerprint(inheritance_folder(run) / "lineage.parquet") == teacher.identity
 
 
 def make_start(run: Run, progress: Progress) -> None:
@@ -134,7 +134,7 @@ def _choose_layers(run: Run, teacher: StoredModel, folder: Path, progress: Progr
     if not _needs_measuring(model, teacher):
         return range(model.num_layers) if model.inherit.layers == "auto" else model.inherit.layers
     samples = model.inherit.calibration_samples
-    skips = measure_importance(run, teacher, teacher.checkpoint, folder, samples, progress)
+    skips = measure_importance(run, teacher, folder, samples, progress)
     return keep_layers(skips, model.num_layers)
 
 
@@ -164,9 +164,10 @@ def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Prog
     model = run.config.model
     assert model.inherit is not None
     inherit = model.inherit
-    if inherit.method in ("l1", "l2"):
+    # Where all of them stay, no method has anything to choose.
+    if inherit.method in ("l1", "l2") or is_as_wide(teacher.config, model):
         return choose(Weights(teacher.checkpoint), teacher.config, model, 1 if inherit.method == "l1" else 2)
-    identity = fingerprint("neurons", run.fingerprint("inherit", 1), checksum(teacher.checkpoint / RECORD))
+    identity = fingerprint("neurons", run.fingerprint("inherit", 1), teacher.identity)
     fields = {
         **job_fields(run, 1, identity),
         "round_folder": folder,
@@ -215,6 +216,5 @@ def _write_lineage(folder: Path, teacher: StoredModel, inherit: InheritConfig, p
         }
         for layer, teacher_layer in enumerate(part.layers)
     ]
-    identity = checksum(teacher.checkpoint / RECORD)
-    write_parquet(folder / "lineage.parquet", pa.Table.from_pylist(rows, LINEAGE), identity)
+    write_parquet(folder / "lineage.parquet", pa.Table.from_pylist(rows, LINEAGE), teacher.identity)
     write_json(folder / "part.json", part.model_dump(mode="json"))

@@ -7,14 +7,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_scoring.files import checksum, fingerprint, remove_leftovers
+from data_scoring.files import fingerprint, remove_leftovers
 from data_scoring.progress import Progress
 from data_scoring.scoring import parquet_fingerprint
 from flows.jobs import device_kind, job_fields
 from flows.launch import launch
 from flows.run_folder import Run
 from flows.stored_model import StoredModel
-from trainer.checkpoint_folder import RECORD, read_checkpoint_record
+from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.config import check_layout
 from trainer.devices import resolve_precision
 from trainer.jobs import SkipJob
@@ -23,32 +23,25 @@ from trainer.jobs import SkipJob
 _UNITS_PER_NAT = 10**9
 
 
-def measure_importance(
-    run: Run, teacher: StoredModel, checkpoint: Path, folder: Path, num_samples: int, progress: Progress
-) -> Path:
+def measure_importance(run: Run, teacher: StoredModel, folder: Path, num_samples: int, progress: Progress) -> Path:
     """Return skips.parquet in `folder`: what skipping each block of one, two and three layers of the teacher costs.
 
     Measured in the layout of `run` on `num_samples` random samples of its corpus, or on all where there are fewer,
-    unless it is there already. `checkpoint` holds the teacher's weights, or those cut to the run's vocabulary. A row a
-    block, the first of length 0 for the whole model: start (layers count from 0), length, loss (nats per token),
-    increase, stderr. Raises ValueError where the vocabulary is another, or the layout does not divide the teacher.
+    unless it is there already. A row a block, the first of length 0 for the whole model: start (layers count from 0),
+    length, loss (nats per token), increase, stderr. Raises ValueError where the vocabulary is another, or the layout
+    does not divide the teacher.
     """
-    config, corpus = run.config, run.corpus()
+    config, corpus, checkpoint = run.config, run.corpus(), teacher.checkpoint
     vocab_size = read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size)
     if vocab_size != corpus.vocab_size:
         raise ValueError(
             f"{checkpoint}: was trained with a tokenizer of {vocab_size} entries, and that of {corpus.folder} has "
             f"{corpus.vocab_size}; give the teacher's tokenizer as tokenizer.path"
         )
-    model = teacher.config
-    if checkpoint != teacher.checkpoint:
-        model = model.model_copy(update={"vocab_size": None})
-    check_layout(model, config.resolved_train, config.parallel, corpus.seq_length)
+    check_layout(teacher.config, config.resolved_train, config.parallel, corpus.seq_length)
     precision = resolve_precision(config.train.precision, device_kind(config))
-    identity = fingerprint(
-        "skips", corpus.fingerprint, checksum(checkpoint / RECORD), num_samples, config.seed, precision
-    )
-    fields = job_fields(run, 1, identity) | {"model": model, "round_folder": folder.absolute()}
+    identity = fingerprint("skips", corpus.fingerprint, teacher.identity, num_samples, config.seed, precision)
+    fields = job_fields(run, 1, identity) | {"model": teacher.config, "round_folder": folder.absolute()}
     job = SkipJob(
         **fields,
         weights=checkpoint.absolute(),

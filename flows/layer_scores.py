@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from data_scoring.config import EvalConfig
-from data_scoring.files import checksum, fingerprint
+from data_scoring.files import fingerprint
 from data_scoring.progress import Progress
 from data_scoring.scoring import write_parquet
 from flows.evaluation import evaluation_of, read_questions, score_question
@@ -14,7 +14,6 @@ from flows.jobs import device_kind, job_fields
 from flows.launch import launch
 from flows.run_folder import Run
 from flows.stored_model import StoredModel
-from trainer.checkpoint_folder import RECORD
 from trainer.devices import resolve_precision
 from trainer.jobs import EvaluateJob
 from trainer.requests import has_answers, identify_answers, read_answers, requests_path
@@ -38,7 +37,7 @@ def measure_scores(run: Run, teacher: StoredModel, folder: Path, config: EvalCon
         tasks = ", ".join(config.tasks)
         raise ValueError(f"--tasks: no item of {tasks} can be scored ({first.item}: {first.reason}); name others")
     precision = resolve_precision(run.config.train.precision, device_kind(run.config))
-    fields = job_fields(run, 1, fingerprint("layer scores", checksum(teacher.checkpoint / RECORD), precision))
+    fields = job_fields(run, 1, fingerprint("layer scores", teacher.identity, precision))
     job = EvaluateJob(
         **fields | {"model": teacher.config, "round_folder": folder.absolute()},
         weights=teacher.checkpoint.absolute(),

@@ -6,13 +6,15 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from data_scoring.files import read_json
+from data_scoring.files import checksum, fingerprint, read_json
 from flows.compaction import find_checkpoint
 from flows.run_folder import read_run
-from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
+from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record
 from trainer.config import ModelConfig
 
 MODEL, ORIGIN = "model.yaml", "import.json"
+# Fields that say how a model began, and nothing of what it computes.
+_BEGINNING = {"preset", "start_from", "inherit", "init", "init_std"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,13 @@ class StoredModel:
     tokenizer: Path
     vocab_size: int
     end_of_document: str | None
+
+    @property
+    def identity(self) -> str:
+        """Return what stands for the model: its weights, and what is computed with them."""
+        return fingerprint(
+            "model", checksum(self.checkpoint / RECORD), self.config.model_dump(mode="json", exclude=_BEGINNING)
+        )
 
 
 def find_model(place: Path, round_number: int | None = None) -> StoredModel:
@@ -50,7 +59,9 @@ def find_model(place: Path, round_number: int | None = None) -> StoredModel:
     corpus = run.corpus()
     vocab_size = int(read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size))
     end = run.config.tokenizer.end_of_document
-    return StoredModel(place, run.config.model, checkpoint, corpus.tokenizer_path, vocab_size, end)
+    # Where its own weights came from says nothing about the parts that are cut from it.
+    config = run.config.model.model_copy(update={"inherit": None, "start_from": None})
+    return StoredModel(place, config, checkpoint, corpus.tokenizer_path, vocab_size, end)
 
 
 def _read_folder(place: Path) -> StoredModel:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from data_scoring.config import padded_vocab_size
-from data_scoring.tokenizer import read_tokenizer
+from data_scoring.tokenizer import name_token, open_tokenizer, read_tokenizer
 from data_scoring.vocabulary import open_vocabulary
 from flows.config import RunConfig
 from flows.stored_model import MODEL, StoredModel, find_model
@@ -72,8 +72,9 @@ def check_inheritance(config: RunConfig) -> None:
 
 
 def check_vocabulary(config: RunConfig, teacher: StoredModel) -> list[int] | None:
-    """Return what `kept_tokens` does. Raises ValueError where model.vocab_size is not that of the tokenizer."""
+    """Return what `kept_tokens` does. Raises ValueError where vocabularies or ends of documents do not go together."""
     kept = kept_tokens(Path(str(config.tokenizer.path)), teacher)
+    check_end(config, teacher, kept)
     num_tokens, wanted = teacher.vocab_size if kept is None else len(kept), config.model.vocab_size
     if wanted not in (None, num_tokens):
         raise ValueError(
@@ -81,6 +82,23 @@ def check_vocabulary(config: RunConfig, teacher: StoredModel) -> list[int] | Non
             "has rows that were trained; leave it out"
         )
     return kept
+
+
+def check_end(config: RunConfig, teacher: StoredModel, kept: list[int] | None) -> None:
+    """Raise ValueError where nobody says what ends documents, and it is not what ends them for the larger model.
+
+    kept: its tokens in the order of the configuration's tokenizer; None: all of them.
+    """
+    if config.tokenizer.end_of_document is not None:
+        return
+    ours = open_tokenizer(Path(str(config.tokenizer.path)), None).end_of_document
+    theirs = open_tokenizer(teacher.tokenizer, teacher.end_of_document).end_of_document
+    if (ours if kept is None else kept[ours]) != theirs:
+        here, there = name_token(Path(str(config.tokenizer.path)), ours), name_token(teacher.tokenizer, theirs)
+        raise ValueError(
+            f"tokenizer.end_of_document: null stands for {here!r} here, and documents of the larger model end with "
+            f"{there!r}; set it to one of them"
+        )
 
 
 def kept_tokens(tokenizer: Path, teacher: StoredModel) -> list[int] | None:

@@ -75,10 +75,16 @@ class ModelConfig(Config):
         default=None, ge=1, le=1024, description="Key-value heads, for grouped-query attention; null: one a query head."
     )
     ffn_hidden_size: int | None = Field(
-        default=None, ge=8, description="Width of the feed-forward layer; null: 8/3 of hidden_size, in steps of 64."
+        default=None,
+        ge=8,
+        le=1_048_576,
+        description="Width of the feed-forward layer; null: 8/3 of hidden_size, in steps of 64.",
     )
     vocab_size: int | None = Field(
-        default=None, ge=2, description="Entries of the embedding; null: the tokenizer's. Padded to a multiple of 128."
+        default=None,
+        ge=2,
+        le=16_777_216,
+        description="Entries of the embedding; null: the tokenizer's. Padded to a multiple of 128.",
     )
     tied_embeddings: bool = Field(default=False, description="Whether the embedding is the head too.")
     attention_bias: Literal["none", "qkv", "all"] = Field(

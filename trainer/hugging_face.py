@@ -135,6 +135,8 @@ def _read_rotary(fields: _Fields) -> tuple[int, float | None]:
     rope = fields.values.get(name) or {}
     if not isinstance(rope, dict):
         raise fields.refuse(name, "give what transformers writes there")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise fields.refuse(name, "only positions that are alike in all layers can be imported")
     every = {**fields.values, **rope}
     base = every.get("rope_theta", 10_000)
     # What is no number at all, such as NaN, is not between them either.
@@ -161,7 +163,7 @@ def _notes(fields: _Fields, family: str) -> list[str]:
     window = values.get("sliding_window", _MISTRAL_WINDOW if family == "mistral" else None)
     if family == "qwen2" and not values.get("use_sliding_window"):
         window = None
-    if window is not None:
+    if window:
         notes.append(
             f"sliding_window is {window}: beyond so many tokens this model attends to all of a sequence, which the "
             "original does not"

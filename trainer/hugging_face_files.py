@@ -43,6 +43,8 @@ class TensorFiles:
         for file in dict.fromkeys(listed.values()):
             with _opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                    if not name.isprintable():
+                        raise ValueError(f"{file}: {name!r} is no name of a tensor; {_FETCH}")
                     if name in self.entries:
                         raise ValueError(f"{file}: {name} is in {self.entries[name].file.name} too; {_FETCH}")
                     part = tensors.get_slice(name)
@@ -62,14 +64,18 @@ class TensorFiles:
                     f"{entry.file}: {name} is {_by(entry.shape)}, and config.json makes it {_by(shape)}; fetch the "
                     "config.json that belongs to it"
                 )
-            if entry.dtype not in DTYPES:
-                raise ValueError(f"{entry.file}: {name} is of type {entry.dtype}; give one of {', '.join(DTYPES)}")
+            self._check_type(name)
         for name, entry in self.entries.items():
             if name not in shapes and not is_ignored(name):
                 raise ValueError(
                     f"{entry.file}: {name} is no part of the model that config.json describes; such a model cannot be "
                     "imported"
                 )
+
+    def _check_type(self, name: str) -> None:
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{entry.file}: {name} is of type {entry.dtype}; give one of {', '.join(DTYPES)}")
 
     def dtype(self, names: Iterable[str]) -> torch.dtype:
         """Return the type of tensors that go into one. Raises ValueError where they have several."""
@@ -83,7 +89,11 @@ class TensorFiles:
         return DTYPES[self.entries[first].dtype]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor, in memory of its own. Raises ValueError where a value in it is not finite."""
+        """Return a tensor, in memory of its own. Raises ValueError where it has a type that we do not know.
+
+        So it does where a value in it is not finite.
+        """
+        self._check_type(name)
         file = self.entries[name].file
         with _opened(file) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
@@ -149,8 +159,12 @@ def _list_files(folder: Path) -> dict[str, Path]:
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{folder / INDEX}: has no weight_map; fetch it again")
     for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
-            raise ValueError(f"{folder / INDEX}: {name} is in {file!r}, which is no file beside it; fetch that too")
+        is_name = isinstance(file, str) and Path(file).name == file and len(file.encode(errors="replace")) < 256
+        if not is_name or not (folder / file).is_file():
+            shown = name if name.isprintable() else repr(name)
+            raise ValueError(
+                f"{folder / INDEX}: {shown} is in {file!r:.80}, which is no file beside it; fetch that too"
+            )
     return {name: folder / file for name, file in places.items()}
 
 

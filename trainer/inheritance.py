@@ -72,6 +72,14 @@ def bottleneck_size(model: ModelConfig) -> int:
     return 0 if model.shortcut_reduction is None else model.hidden_size // model.shortcut_reduction
 
 
+def is_as_wide(teacher: ModelConfig, student: ModelConfig) -> bool:
+    """Return whether layers of the student have as many of everything as the teacher's have."""
+    sizes = [
+        (model.hidden_size, model.ffn_size, model.num_groups, model.num_attention_heads) for model in (teacher, student)
+    ]
+    return sizes[0] == sizes[1] and bottleneck_size(teacher) in (0, bottleneck_size(student))
+
+
 def check_student(teacher: ModelConfig, student: ModelConfig) -> None:
     """Raise ValueError where `student` is no part of `teacher`: larger, or made otherwise."""
     _check_sizes(teacher, student)

@@ -17,6 +17,8 @@ from trainer.config import ModelConfig
 from trainer.inheritance import AXES, DOWN, UP, Part, bottleneck_size
 from trainer.weights import LAYERS, Weights
 
+_VALUES_AT_ONCE = 2**22
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -106,9 +108,13 @@ def _rows(sums: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
 
 
 def _along(tensor: Tensor, axis: int, power: int) -> Tensor:
-    """Return the sums of |value|^power over all axes but one, float64."""
-    powers = tensor.double().abs() ** power
-    return powers.movedim(axis, 0).reshape(tensor.shape[axis], -1).sum(dim=1)
+    """Return the sums of |value|^power over all axes but one, float64, some rows at a time."""
+    rows = max(1, _VALUES_AT_ONCE * len(tensor) // max(1, tensor.numel()))
+    sums = []
+    for block in torch.split(tensor, rows):
+        powers = block.double().abs_().pow_(power)
+        sums.append(powers.movedim(axis, 0).reshape(block.shape[axis], -1).sum(dim=1))
+    return torch.cat(sums) if axis == 0 else torch.stack(sums).sum(dim=0)
 
 
 def _add(sums: dict[str, Tensor], kind: str, found: Tensor) -> None:

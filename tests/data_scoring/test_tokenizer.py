@@ -67,11 +67,15 @@ def test_sentencepiece_models_are_used_as_they_are(tmp_path: Path) -> None:
     assert open_tokenizer(tmp_path / "m.model", "<end>").end_of_document == processor.piece_to_id("<end>")
 
 
+_EMPTY = tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "end", "message"),
     [
         ("none.json", None, None, r"tokenizer.path: .*none.json: no such file"),
         ("bad.json", "{}", None, r"bad.json: not a tokenizer.json"),
+        ("empty.json", _EMPTY, None, r"empty.json: none of <\|endoftext\|>, .* is in it"),
         ("bad.model", "junk", None, r"bad.model: not a SentencePiece model"),
         ("vocab.txt", "junk", None, r"vocab.txt: ends in neither .json nor .model"),
     ],

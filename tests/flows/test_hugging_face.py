@@ -260,6 +260,20 @@ def point_elsewhere(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
+def point_very_far(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    places = {"lm_head.weight": "x" * 5000}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def name_over_lines(tensors: dict[str, Tensor]) -> None:
+    tensors["a\nb"] = torch.ones(2)
+
+
+def add_float8_head(tensors: dict[str, Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+
+
 def point_wrongly(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     places = {"model.norm.weight": "other.safetensors", "model.norm.bias": "other.safetensors"}
@@ -320,6 +334,12 @@ REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     (point_wrongly, "other.safetensors: model.norm.bias is missing, which model.safetensors.index.json says is in it;"),
     (lambda folder: (folder / "model.safetensors").unlink(), ": has neither model.safetensors nor model.safetensors.i"),
     (lambda folder: (folder / "tokenizer.json").unlink(), ": has neither tokenizer.json nor tokenizer.model; save one"),
+    (change_config(vocab_size=10**30), "config.json: vocab_size is 1000000000000000000000000000000; give one that"),
+    (change_config(intermediate_size=10**20), "config.json: intermediate_size is 100000000000000000000; give one that"),
+    (change_config(rope_parameters={"full_attention": {"rope_type": "yarn"}}), "config.json: rope_parameters is {"),
+    (change_tensors(name_over_lines), "model.safetensors: 'a\\nb' is no name of a tensor; it was cut short or changed"),
+    (change_tensors(add_float8_head), "model.safetensors: lm_head.weight is of type F8_E4M3; give one of F32, F16, BF"),
+    (point_very_far, "index.json: lm_head.weight is in 'xxxxxxxxxxxx"),
     (take_another_tokenizer, "tokenizer.json: has 302 entries, and model.embed_tokens.weight 301 rows; it is another "),
 ]  # fmt: skip
 
@@ -367,7 +387,7 @@ def test_what_cannot_be_exported_is_named_in_a_line_and_leaves_nothing(
     shutil.copytree(hugging_face / "llama-imported", folder)
     take_another_tokenizer(folder)
     assert "tokenizer.json: has 302 entries, and the model's embedding 301 rows; put back the tokenizer" in export()
-    target.mkdir()
+    target.mkdir(parents=True)
     assert main(["export", "hf", str(folder), "--output", str(target)]) == 1
     assert "out: is there already; delete it, or name another folder with --output" in capsys.readouterr().err
 

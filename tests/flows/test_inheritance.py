@@ -1,6 +1,8 @@
 """A run whose first round starts from parts of a larger model: its lineage, and what is refused."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
 from data_scoring.config import padded_vocab_size
@@ -23,6 +26,8 @@ from flows.config import RunConfig, parse_config
 from flows.layer_importance import keep_layers
 from flows.run_folder import Run, open_run
 from flows.status import read_status
+from flows.stored_model import find_model
+from flows.teacher import check_inheritance
 from tests.conftest import read_rows
 from tests.flows.fakes import FakeRanks
 from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record
@@ -137,6 +142,57 @@ def test_what_was_cut_from_another_model_is_cut_anew_until_training_begins(confi
     assert not stages.inherit(run, silent)
 
 
+def test_a_model_that_inherited_itself_teaches_as_any_other(config: RunConfig, teacher: Run, fakes: FakeRanks) -> None:
+    """What it says of its own beginning does not go with the parts that are cut from it."""
+    first = run_all(student(config, teacher))
+    last = first.round_folder(1) / "checkpoint" / "step-00000007"
+    stored = replace(find_model(first.folder), checkpoint=last)
+    write_random_weights(stored.config, first.corpus().vocab_size, last)
+    # Ranks are told of it in a job, which is checked.
+    shallow = inheritance._cut(stored, [1], first.folder / "shallow")
+    assert ModelConfig.model_validate(shallow.config.model_dump()).num_layers == 1
+    assert (stored.config.inherit, first.config.model.inherits) == (None, True)
+
+
+@pytest.mark.parametrize("method", ["taylor", "learned"])
+def test_where_all_neurons_stay_none_is_measured(
+    config: RunConfig, teacher: Run, fakes: FakeRanks, method: str
+) -> None:
+    values = student(config, teacher, method=method).model_dump(by_alias=True)
+    values["model"] |= {name: LARGE[name] for name in ("hidden_size", "num_attention_heads", "ffn_hidden_size")}
+    run = run_all(parse_config(values, "shallow"))
+    assert [job for job in fakes.jobs if "inherit" in job] == []
+    old = read_checkpoint(list_checkpoints(teacher.round_folder(1) / "checkpoint")[-1])
+    for name, new in read_checkpoint(inheritance.inherited_checkpoint(run)).items():
+        if name not in (EMBEDDING, HEAD):
+            assert torch.equal(
+                new, old[name][[0, 3]] if new.shape[0] == 2 and name.startswith("decoder.layers") else old[name]
+            )
+
+
+def test_documents_end_as_they_do_for_the_larger_model(config: RunConfig, teacher: Run, tmp_path: Path) -> None:
+    """A tokenizer with two such tokens: the usual one is taken unless somebody says which."""
+    content = json.loads(teacher.corpus().tokenizer_path.read_text())
+    token = content["added_tokens"][0]
+    size = teacher.corpus().vocab_size
+    content["added_tokens"].append({**token, "id": size, "content": "<|im_end|>"})
+    folder = tmp_path / "model"
+    write_random_weights(teacher.config.model, size + 1, folder / "checkpoint" / "step-00000000")
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "model.yaml").write_text(yaml.safe_dump(LARGE))
+    write_json(folder / "import.json", {"end_of_document": "<|im_end|>"})
+    there = {"from": str(folder)}
+    with pytest.raises(
+        ValueError, match=r"tokenizer.end_of_document: null stands for '<\|endoftext\|>' here, and"
+    ) as error:
+        check_inheritance(student(config, teacher, folder / "tokenizer.json", **there))
+    assert "documents of the larger model end with '<|im_end|>'; set it to one of them" in str(error.value)
+    for said in ("<|im_end|>", "<|endoftext|>"):
+        values = student(config, teacher, folder / "tokenizer.json", **there).model_dump(by_alias=True)
+        values["tokenizer"]["end_of_document"] = said
+        check_inheritance(parse_config(values, "said"))
+
+
 def test_a_compact_vocabulary_takes_its_rows(
     config: RunConfig, teacher: Run, texts: Path, tmp_path: Path, fakes: FakeRanks
 ) -> None:
@@ -224,6 +280,19 @@ def test_methods_are_compared_from_the_same_layers_measured_once(
     assert "the larger model" in page.text and "4 layers of width 32, 4 heads, FFN 48" in page.text
     assert "its layers 1, 2, counted from 0, those whose absence costs most" in page.text
     assert compare(student(config, teacher, layers="auto"), sweep, 2, 300, silent).text == page.text
+    # An arm is as it is whichever others there are, and not of another larger model than they are.
+    fewer = student(config, teacher, layers="auto")
+    jobs = len(fakes.jobs)
+    compare(fewer, inherit_sweep("base", fewer.model.inherit), 2, 300, silent)
+    compare(fewer, inherit_sweep("l2,base", fewer.model.inherit), 2, 300, silent)
+    assert len(fakes.jobs) == jobs
+    [checkpoint] = list_checkpoints(teacher.round_folder(1) / "checkpoint")
+    shutil.rmtree(checkpoint)
+    write_random_weights(teacher.config.model, teacher.corpus().vocab_size, checkpoint, seed=4)
+    with pytest.raises(
+        ValueError, match=r"inherit-l1-seed-0: began with another larger model than there is now; delete"
+    ):
+        compare(fewer, sweep, 2, 300, silent)
     with pytest.raises(ValueError, match=r"model.inherit: initialisations are compared from random weights; leave it"):
         compare(student(config, teacher), init_sweep("gpt2,constant"), 1, 300, silent)
 

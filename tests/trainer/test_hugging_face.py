@@ -1,9 +1,15 @@
 """Imported models against transformers, under every layout."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from data_scoring.corpus import Corpus
+from flows.stored_model import find_model
+from tests.conftest import Ranks, read_rows
 from tests.hugging_face_models import MODELS, TIED
 from tests.trainer.two_ranks_hugging_face import LAYOUTS
 
@@ -17,6 +23,24 @@ def test_imported_models_give_the_logits_that_transformers_gives(layout: str, fo
     for entry in last_stages:
         for name in (*MODELS, "pangu"):
             assert entry[name]["logits"] < 1e-4, name
+
+
+def test_four_ranks_that_share_layers_and_stages_score_as_transformers_does(
+    ranks: Ranks, hugging_face: Path, tiny_corpus: Corpus
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    stored = find_model(hugging_face / "qwen2-imported")
+    folder = ranks.score("qwen2-scored", stored.checkpoint, (2, 2, 1), stored.config)
+    model = AutoModelForCausalLM.from_pretrained(hugging_face / "qwen2")
+    rows = read_rows(folder / "losses" / "shard=0000.parquet", "sample", "num_tokens", "loss")
+    assert len(rows) == tiny_corpus.num_samples(0) > 10
+    for sample, num_tokens, loss in rows:
+        tokens = torch.from_numpy(tiny_corpus.read(np.array([0]), np.array([sample])).tokens[:, : num_tokens + 1])
+        with torch.no_grad():
+            logits = model(tokens[:, :-1]).logits[0]
+        expected = torch.nn.functional.cross_entropy(logits, tokens[0, 1:])
+        assert loss == pytest.approx(float(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
