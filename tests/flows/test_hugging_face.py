@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
 from data_scoring.corpus import Corpus
-from data_scoring.files import read_json
+from data_scoring.files import read_json, write_json
 from flows.cli import main
 from flows.config import parse_config
 from flows.hugging_face import export_model, import_model
@@ -390,6 +390,21 @@ def test_what_cannot_be_exported_is_named_in_a_line_and_leaves_nothing(
     target.mkdir(parents=True)
     assert main(["export", "hf", str(folder), "--output", str(target)]) == 1
     assert "out: is there already; delete it, or name another folder with --output" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("modules")
+def test_an_export_goes_into_the_run_and_says_that_its_round_has_not_ended(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    record = list_checkpoints(copy / "rounds" / "1" / "checkpoint")[-1] / "reprise.json"
+    content = read_json(record)
+    write_json(record, {**content, "num_steps": content["step"] + 1000})
+    assert main(["export", "hf", str(copy)]) == 0
+    assert (copy / "export" / "round-1" / "model.safetensors").is_file()
+    assert (
+        f"note: this is step {content['step']} of {content['step'] + 1000:,}: its round has" in capsys.readouterr().out
+    )
 
 
 def test_code_that_comes_with_a_model_is_left_where_it_is(

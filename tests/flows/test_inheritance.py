@@ -170,6 +170,15 @@ def test_where_all_neurons_stay_none_is_measured(
             )
 
 
+def test_what_is_measured_of_a_model_is_of_its_description_too(teacher: Run) -> None:
+    stored = find_model(teacher.folder)
+    others = [
+        replace(stored, config=stored.config.model_copy(update=change))
+        for change in ({"rotary_base": 500_000}, {"norm_epsilon": 1e-6}, {"init_std": 0.01}, {"preset": "llama-1b"})
+    ]
+    assert [other.identity == stored.identity for other in others] == [False, False, True, True]
+
+
 def test_documents_end_as_they_do_for_the_larger_model(config: RunConfig, teacher: Run, tmp_path: Path) -> None:
     """A tokenizer with two such tokens: the usual one is taken unless somebody says which."""
     content = json.loads(teacher.corpus().tokenizer_path.read_text())

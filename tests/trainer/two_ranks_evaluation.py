@@ -39,7 +39,7 @@ from trainer.stopping import StoppedError, StopRequest
 # Tokens that the models which lm-eval asks read: shorter than some texts.
 HARNESS_LENGTH = 64
 # Whatever evaluation has to undo is undone here.
-TRAINED = ("sequence",)
+TRAINED = ("sequence", "pipeline")
 
 
 def make_requests(seed: int, vocab_size: int, seq_length: int) -> list[Request]:
@@ -121,9 +121,9 @@ def find(device: Device, corpus: Corpus, folder: Path, rank: int) -> dict[str, A
         assert _state(model) == before and model.training
         if name in TRAINED:
 
-            def train(way: str, parallel: ParallelConfig = parallel) -> dict[str, Any]:
+            def train(way: str, name: str = name, parallel: ParallelConfig = parallel) -> dict[str, Any]:
                 fresh = shared_model(device, corpus, parallel, whole, rank).train()
-                return _train(corpus, fresh, parallel, folder, way, requests)
+                return _train(corpus, fresh, parallel, folder / name, way, requests)
 
             ways = {"without": "without", "with": "with", "stopped": "stopped", "resumed": "stopped"}
             found[f"trained {name}"] = {key: train(way) for key, way in ways.items()}
