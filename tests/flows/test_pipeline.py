@@ -69,7 +69,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def kill_when(process: subprocess.Popen[str], is_time: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not is_time():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
