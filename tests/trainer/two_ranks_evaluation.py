@@ -39,7 +39,7 @@ from trainer.stopping import StoppedError, StopRequest
 # Tokens that the models which lm-eval asks read: shorter than some texts.
 HARNESS_LENGTH = 64
 # Whatever evaluation has to undo is undone here.
-TRAINED = ("sequence", "pipeline")
+TRAINED = ("sequence",)
 
 
 def make_requests(seed: int, vocab_size: int, seq_length: int) -> list[Request]:
