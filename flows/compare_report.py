@@ -7,8 +7,8 @@ import duckdb
 from flows.compare_plots import PLOTS
 from flows.compare_results import BASE, open_results, scores_path
 from flows.config import RunConfig
-from flows.evaluation_results import columns_of, describe_items
-from flows.evaluation_table import Row, table_cells, with_averages
+from flows.evaluation_results import columns_of, describe_items, score_rows
+from flows.evaluation_table import table_cells
 from flows.pages import Page, Picture, Section, span, write_page
 from flows.plots import render
 from flows.teacher import find_teacher
@@ -130,12 +130,7 @@ def _scores(results: duckdb.DuckDBPyConnection) -> Section:
         from scores where arm <> '{BASE}' or not exists (from costs where num_steps = 0)
         group by arm, task order by arm"""
     ).fetchall()
-    rows = [Row("chance", {task: score for _, task, *_, score in found}, {}, "chance")]
-    for arm in dict.fromkeys(entry[0] for entry in found):
-        mine = [entry for entry in found if entry[0] == arm]
-        errors = {task: error for _, task, _, error, *_ in mine if error is not None}
-        rows.append(Row(arm, {task: score for _, task, score, *_ in mine}, errors))
-    rows = with_averages(rows)
+    rows = score_rows(found)
     columns = columns_of(rows)
     counts = results.sql("select task, num_items, num_unscorable from scores").fetchall()
     [(num_seeds,)] = results.sql("select count(distinct seed) from scores").fetchall()

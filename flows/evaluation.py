@@ -123,9 +123,10 @@ def ask_round(run: Run, round_number: int, config: EvalConfig, progress: Progres
 
 def score_answers(run: Run, round_number: int, questions: Sequence[Question], progress: Progress) -> None:
     """Score what the model that a round ended with has answered; right answers that were corrected count everywhere."""
+    folder = _last_folder(run, round_number)
     for number, question in enumerate(questions):
         progress("scoring answers (tasks)", number, len(questions))
-        _score(question, _last_folder(run, round_number), is_end=True)
+        _score(question, folder, is_end=True)
     progress("scoring answers (tasks)", len(questions), len(questions))
     score_training(run, round_number, questions, anew=True)
     refresh_ledger(run.folder)

@@ -6,7 +6,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from flows.evaluation_table import AVERAGE, COLUMNS, PAPER, Column, Row, with_average
+from flows.evaluation_table import AVERAGE, COLUMNS, PAPER, Column, Row, with_average, with_averages
 
 # What a model scores in a task, in the columns of the view scores; 0 to 1.
 SCORE = pa.struct(
@@ -52,6 +52,19 @@ def read_chance(ledger: duckdb.DuckDBPyConnection) -> dict[str, float]:
 def chance_rows(chances: dict[str, float]) -> list[Row]:
     """Return the row of what guessing scores, or none where nothing was scored."""
     return [with_average(Row("chance", chances, {}, "chance"), PAPER)] if chances else []
+
+
+def score_rows(found: Sequence[tuple[Any, ...]]) -> list[Row]:
+    """Return the row of what guessing scores and a row a model, each with its average over the tasks that all have.
+
+    found: of a model and a task each, the model's name, the task, score, standard error or None, chance; percent.
+    """
+    rows = [Row("chance", {task: chance for _, task, _, _, chance in found}, {}, "chance")]
+    for name in dict.fromkeys(entry[0] for entry in found):
+        mine = [entry for entry in found if entry[0] == name]
+        errors = {task: error for _, task, _, error, _ in mine if error is not None}
+        rows.append(Row(name, {task: score for _, task, score, _, _ in mine}, errors))
+    return with_averages(rows)
 
 
 def paper_rows() -> list[Row]:

@@ -11,8 +11,8 @@ from scipy.stats import permutation_test, rankdata, spearmanr
 
 from data_scoring.files import read_json
 from flows.config import RunConfig
-from flows.evaluation_results import columns_of, describe_items
-from flows.evaluation_table import Row, table_cells, with_averages
+from flows.evaluation_results import columns_of, describe_items, score_rows
+from flows.evaluation_table import table_cells
 from flows.pages import Page, Picture, Section, span, write_page
 from flows.plots import render
 from flows.sweep_plots import PLOTS
@@ -170,12 +170,7 @@ def _scores(views: duckdb.DuckDBPyConnection) -> Section | None:
     ).fetchall()
     if not found:
         return None
-    rows = [Row("chance", {task: chance for _, task, _, _, chance, *_ in found}, {}, "chance")]
-    for name in dict.fromkeys(entry[0] for entry in found):
-        mine = [entry for entry in found if entry[0] == name]
-        errors = {task: error for _, task, _, error, *_ in mine if error is not None}
-        rows.append(Row(name, {task: score for _, task, score, *_ in mine}, errors))
-    rows = with_averages(rows)
+    rows = score_rows([entry[:5] for entry in found])
     columns = columns_of(rows)
     notes = [
         "Percent, with standard errors over items; the highest of a column is bold. The average is of the tasks that "
