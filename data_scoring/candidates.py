@@ -5,9 +5,8 @@ Everything is SQL over the Parquet files of earlier rounds, computed as it strea
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +17,9 @@ from data_scoring.expression import check_expression
 from data_scoring.scoring import losses_path
 from data_scoring.seen import last_seen
 from data_scoring.sql import gumbel, literal, random_bits
+
+if TYPE_CHECKING:
+    import duckdb
 
 # Losses are counted in bins of 1/1024 nats, so that medians and quantiles take bounded memory and are the same every
 # time.
@@ -115,7 +117,7 @@ class Limits:
     hardest: dict[int, float] = field(default_factory=dict)
 
 
-def find_limits(connection: duckdb.DuckDBPyConnection, draw: Draw) -> Limits:
+def find_limits(connection: "duckdb.DuckDBPyConnection", draw: Draw) -> Limits:
     """Return the limits that the draw's configuration asks for, found by counting losses in bins.
 
     The robust z-score of a loss is its distance from its source's median in units of 1.4826 times the median absolute
@@ -145,7 +147,7 @@ def find_limits(connection: duckdb.DuckDBPyConnection, draw: Draw) -> Limits:
     return limits
 
 
-def _counted(connection: duckdb.DuckDBPyConnection, group: str) -> list[tuple[Any, NDArray[Any], NDArray[Any]]]:
+def _counted(connection: "duckdb.DuckDBPyConnection", group: str) -> list[tuple[Any, NDArray[Any], NDArray[Any]]]:
     """Return each group's losses, in bins, with their counts."""
     rows = connection.sql(
         f"select {group} as name, list(bin) as bins, list(n) as counts from (select {group}, bin, sum(n)::bigint as n "

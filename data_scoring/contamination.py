@@ -9,8 +9,8 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,9 @@ from data_scoring.progress import Progress
 from data_scoring.reading_order import ReadingOrder
 from data_scoring.scoring import parquet_fingerprint, write_parquet
 from data_scoring.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import duckdb
 
 _FORMAT_VERSION = 1
 # Which samples overlap, in a few digits: what a mix without them depends on.
@@ -60,6 +63,8 @@ def write_contamination(
     What is there already of the same corpus, items and `ngram` is kept. Memory is that of the items' n-grams.
     Raises ValueError where there is no item.
     """
+    import duckdb
+
     folder, listed = order.corpus.folder, list(items)
     if not listed:
         raise ValueError("eval.contamination: there are no items to look for; name tasks that have some, or set off")
@@ -104,7 +109,7 @@ def _found(order: ReadingOrder, overlaps: Overlaps) -> pa.Table:
     return pa.table({name: values[is_trained_on] for name, values in columns.items()})
 
 
-def _items_table(connection: duckdb.DuckDBPyConnection, index: ItemIndex) -> pa.Table:
+def _items_table(connection: "duckdb.DuckDBPyConnection", index: ItemIndex) -> pa.Table:
     counts = connection.sql(
         f"""select range as item, count(owned.ngram) as num_ngrams, count(f.ngram) as num_found,
             count(common.ngram) as num_common
@@ -126,7 +131,7 @@ def _items_table(connection: duckdb.DuckDBPyConnection, index: ItemIndex) -> pa.
     return pa.table(columns)
 
 
-def _pairs_table(connection: duckdb.DuckDBPyConnection, index: ItemIndex, sources: list[str]) -> pa.Table:
+def _pairs_table(connection: "duckdb.DuckDBPyConnection", index: ItemIndex, sources: list[str]) -> pa.Table:
     pairs = connection.sql(
         """select item, shard, sample, any_value(source) as source, count(distinct ngram) as num_ngrams,
             min(place) as place

@@ -2,9 +2,10 @@
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
+if TYPE_CHECKING:
+    import duckdb
 
 COLUMNS = {
     "sample": "integer",
@@ -36,6 +37,8 @@ def check_expression(sql: str) -> set[str]:
     Raises ValueError where it is no single expression of these columns with a number as its result, or where it would
     read anything else, or not give the same result every time.
     """
+    import duckdb
+
     with duckdb.connect(config={"enable_external_access": "false"}) as connection:
         nodes = list(_nodes(_parse(connection, sql)))
         for node in nodes:
@@ -53,7 +56,7 @@ def check_expression(sql: str) -> set[str]:
     return {node["column_names"][-1].lower() for node in nodes if node["class"] == "COLUMN_REF"}
 
 
-def _parse(connection: duckdb.DuckDBPyConnection, sql: str) -> dict[str, Any]:
+def _parse(connection: "duckdb.DuckDBPyConnection", sql: str) -> dict[str, Any]:
     """Return the expression's tree. What closes the bracket early shows as more than one expression, or as a FROM."""
     [(text,)] = connection.execute("select json_serialize_sql(?::varchar)", [f"select ({sql})"]).fetchall()
     parsed = json.loads(text)
@@ -84,7 +87,9 @@ def _nodes(tree: Any) -> Any:
             yield from _nodes(value)
 
 
-def _check_type(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+def _check_type(connection: "duckdb.DuckDBPyConnection", sql: str) -> None:
+    import duckdb
+
     columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
     connection.execute(f"create table candidates ({columns})")
     try:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
@@ -69,6 +68,8 @@ def is_everything_seen(corpus: Corpus, rounds_folder: Path, round_number: int) -
 
 
 def _seen_losses(rounds_folder: Path, round_number: int, shard: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    import duckdb
+
     with duckdb.connect() as connection:
         relation = last_seen(rounds_folder, round_number, f"shard = {shard}")
         columns = connection.sql(f"select sample, loss from {relation} order by sample").fetchnumpy()

@@ -7,14 +7,17 @@ shard, and DuckDB puts on disk what does not fit into memory.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
 from data_scoring.candidates import EXCLUSIONS, LATE, Draw, Limits, candidates_query, check_losses, is_joined
 from data_scoring.config import RefineConfig
 from data_scoring.sql import literal
+
+if TYPE_CHECKING:
+    import duckdb
 
 # Enough for a bucket at the cut to hold a thousandth of the samples, few enough to be counted at no cost.
 _NUM_BUCKETS = 4096
@@ -74,12 +77,16 @@ def num_kept(num_samples: int, config: RefineConfig) -> int:
     return max(1, int(num_samples * config.sampling_rate + 0.5))
 
 
-def select(connection: duckdb.DuckDBPyConnection, draw: Draw, limits: Limits, shard: int, name: str = "chosen") -> str:
+def select(
+    connection: "duckdb.DuckDBPyConnection", draw: Draw, limits: Limits, shard: int, name: str = "chosen"
+) -> str:
     """Return the SQL whose rows (sample, loss, kept, reason) are the selection from a shard, in the losses' order.
 
     A table that it refers to is made on `connection`, its name beginning with `name`. Raises ValueError where
     losses are missing or incomplete, a score is not finite, or floors are above the sampling rate.
     """
+    import duckdb
+
     check_losses(draw, shard)
     try:
         return _select(connection, draw, limits, shard, name)
@@ -92,7 +99,7 @@ def _policy(config: RefineConfig) -> str:
     return f"refine.sql: {config.sql!r}" if config.policy == "sql" else f"refine.policy: {config.policy}"
 
 
-def _select(connection: duckdb.DuckDBPyConnection, draw: Draw, limits: Limits, shard: int, name: str) -> str:
+def _select(connection: "duckdb.DuckDBPyConnection", draw: Draw, limits: Limits, shard: int, name: str) -> str:
     relation = f"({candidates_query(draw, limits, shard)})"
     if is_joined(draw):
         connection.execute(f"create or replace temp table {name}_candidates as from {relation}")
@@ -112,7 +119,7 @@ def _group(config: RefineConfig) -> str:
     return f"case when source in ({', '.join(map(literal, ruled))}) then source else '' end" if ruled else "''"
 
 
-def _range(connection: duckdb.DuckDBPyConnection, relation: str) -> tuple[float, float]:
+def _range(connection: "duckdb.DuckDBPyConnection", relation: str) -> tuple[float, float]:
     """Return where buckets begin and how wide they are. It decides how fast selecting is, and nothing else."""
     [(low, high)] = connection.sql(
         f"""select min(key), max(key) from (select * from {relation} limit {_RANGE_ROWS})
@@ -131,7 +138,7 @@ class Counts:
     num_samples: int
 
 
-def _count(connection: duckdb.DuckDBPyConnection, draw: Draw, shard: int, bucketed: str) -> dict[str, Counts]:
+def _count(connection: "duckdb.DuckDBPyConnection", draw: Draw, shard: int, bucketed: str) -> dict[str, Counts]:
     if draw.config.policy in ("forgetting", "excess", "sql"):
         _check_finite(connection, draw, shard, bucketed)
     rows = connection.sql(
@@ -149,7 +156,7 @@ def _count(connection: duckdb.DuckDBPyConnection, draw: Draw, shard: int, bucket
     return counts
 
 
-def _check_finite(connection: duckdb.DuckDBPyConnection, draw: Draw, shard: int, bucketed: str) -> None:
+def _check_finite(connection: "duckdb.DuckDBPyConnection", draw: Draw, shard: int, bucketed: str) -> None:
     [(bad,)] = connection.sql(
         f"""select min(sample) from {bucketed}
         where excluded is null and not is_fresh and (key is null or not isfinite(key))"""
@@ -230,7 +237,7 @@ class Place:
 
 
 def _find_places(
-    connection: duckdb.DuckDBPyConnection, cuts: Cuts, bucketed: str
+    connection: "duckdb.DuckDBPyConnection", cuts: Cuts, bucketed: str
 ) -> tuple[dict[str, Place], Place | None]:
     """Return the last place that each group keeps in the bucket where it is cut off, and the last that is contested.
 

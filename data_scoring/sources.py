@@ -7,15 +7,17 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
 from fsspec.core import get_fs_token_paths
 
 from data_scoring.config import SourceConfig
 from data_scoring.indexed import open_indexed
 from data_scoring.python_text import KINDS, read_python_text
+
+if TYPE_CHECKING:
+    import datasets
 
 # Called with (file, line or row, reason); raises or records.
 BadRecord = Callable[[str, int, str], None]
@@ -132,6 +134,8 @@ def _ending(name: str) -> str:
 
 
 def _raw_rows(files: list[str], sample_by: str) -> Iterator[bytes]:
+    import datasets
+
     # Latin-1 maps every byte to one character and back, so a line that is not UTF-8 still arrives and can be named.
     rows = datasets.load_dataset(
         "text",
@@ -240,7 +244,9 @@ def _read_rows(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
                 on_bad_record(source.path, row_number, str(error))
 
 
-def _open_rows(source: SourceConfig) -> datasets.IterableDataset | datasets.Dataset:
+def _open_rows(source: SourceConfig) -> "datasets.IterableDataset | datasets.Dataset":
+    import datasets
+
     if resolve_format(source) == "parquet":
         return datasets.load_dataset("parquet", data_files=matching_files(source), split="train", streaming=True)
     if (Path(source.path) / "state.json").exists():

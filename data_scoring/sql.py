@@ -4,15 +4,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from data_scoring.files import disk_error
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 @contextmanager
 def writing_errors(path: Path) -> Iterator[None]:
     """Turn what DuckDB raises for a full disk into the OSError that everything else raises, naming `path`."""
+    import duckdb
+
     try:
         yield
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
@@ -21,8 +25,10 @@ def writing_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def bounded(folder: Path, memory_gb: float) -> Iterator[duckdb.DuckDBPyConnection]:
+def bounded(folder: Path, memory_gb: float) -> Iterator["duckdb.DuckDBPyConnection"]:
     """Yield a connection to an empty database that takes `memory_gb` GB at most and puts the rest under `folder`."""
+    import duckdb
+
     spill = folder / ".spill"
     shutil.rmtree(spill, ignore_errors=True)
     # DuckDB's own limit does not cover what it reads and writes files with.

@@ -8,11 +8,10 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Format = Literal["terminal", "markdown", "latex", "html"]
 AVERAGE = "average"
@@ -154,6 +153,9 @@ def _spans(columns: Sequence[Column]) -> list[tuple[str, int]]:
 
 
 def _terminal(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 1))
     table.add_column("\nmodel", no_wrap=True)
     last = ""
@@ -170,8 +172,10 @@ def _terminal(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     return f"{print_wide(table)}\n{_NOTE}"
 
 
-def print_wide(table: Table) -> str:
+def print_wide(table: "Table") -> str:
     """Return a table as text, with bold and underlines where standard output is a terminal, and as wide as it is."""
+    from rich.console import Console
+
     console = Console(width=_WIDTH)
     with console.capture() as capture:
         console.print(table)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_scoring.files import disk_error, write_json
@@ -123,6 +121,9 @@ def write_tensors(
 
     A file has `shard_bytes` at most, or one of these; memory holds what goes into one. Several get an index.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     shards: list[list[int]] = [[]]
     for number, size in enumerate(sizes):
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
@@ -170,6 +171,8 @@ def _list_files(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         # Read, not mapped: what has been read would stay in memory as long as the mapping does.
         with safe_open(file, framework="pt", backend="pread") as tensors:

@@ -513,7 +513,7 @@ def test_a_full_disk_is_told_in_a_line(
     def fail(*_: object, metadata: dict[str, str]) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("trainer.hugging_face_files.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     made = tmp_path / "made" / "model"
     for arguments, name in (
         (["import", "hf", str(hugging_face / "llama")], "checkpoint/step-00000000"),
