@@ -59,14 +59,25 @@ def judge_labels(
     group: ProcessGroup | None = None,
     num_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `linear_cross_entropy` does, and whether no other label is more probable, [n] bool.
+    """Return what `linear_cross_entropy` does, and whether the label is the most probable one, [n] bool.
 
-    Takes the same, and gives no gradients.
+    Takes the same, and gives no gradients. Of labels that are equally probable the first one is meant, as by argmax:
+    in bfloat16 that is no rare case, for logits are rounded.
     """
     weight_vh, labels_n, kernel = _own_part(weight_vh, labels_n, kernel, group, num_rows)
-    statistics = _reference_statistics if kernel == "reference" else _kernel(kernel).statistics
-    maximum_n, sum_n, target_n = _add_up(*statistics(hidden_nh, weight_vh, labels_n), group)
-    return maximum_n + sum_n.log() - target_n, target_n == maximum_n
+    if kernel == "triton":
+        # Its logits are not rounded, and no two are alike by chance.
+        first_n, statistics = labels_n, _kernel(kernel).statistics(hidden_nh, weight_vh, labels_n)
+    else:
+        first_n = torch.zeros_like(labels_n)
+        told = _reference_statistics if kernel == "reference" else chunked.statistics
+        statistics = told(hidden_nh, weight_vh, labels_n, first_n)
+    own_n = statistics[0].clone()
+    maximum_n, sum_n, target_n = _add_up(*statistics, group)
+    comes_later_n = ((own_n == maximum_n) & (first_n < labels_n)).float()
+    if group is not None:
+        all_reduce(comes_later_n, ReduceOp.MAX, group)
+    return maximum_n + sum_n.log() - target_n, (target_n == maximum_n) & (comes_later_n == 0)
 
 
 def _own_part(
@@ -119,10 +130,13 @@ def _reference(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, group: Pr
     return loss
 
 
-def _reference_statistics(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a kernel's statistics are, in plain torch, holding the logits."""
+def _reference_statistics(
+    hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, first_n: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a kernel's statistics are, in plain torch, holding the logits; `first_n` as for chunks."""
     logits_nv = F.linear(hidden_nh, weight_vh).float()
-    maximum_n = logits_nv.amax(dim=1)
+    maximum_n, row_n = logits_nv.max(dim=1)
+    first_n.copy_(row_n)
     sum_n = torch.exp(logits_nv - maximum_n[:, None]).sum(dim=1)
     is_here_n = (labels_n >= 0) & (labels_n < len(weight_vh))
     target_n = logits_nv.gather(1, labels_n.clamp(0, len(weight_vh) - 1)[:, None])[:, 0].where(is_here_n, 0.0)

@@ -19,10 +19,13 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 LogitGradients = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
-def statistics(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(
+    hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, first_n: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return each token's greatest logit, sum of exponentials relative to it and label's logit, [n] float32 each.
 
-    hidden_nh: [n, h]; weight_vh: [v, h]; labels_n: [n] int64, rows of the weight; another's logit counts as 0.
+    hidden_nh: [n, h]; weight_vh: [v, h]; labels_n: [n] int64, rows of the weight; another's logit counts as 0. first_n:
+    [n] int64, overwritten by the first row that has the greatest logit, which takes longer to find than the logit does.
     """
     maximum_n = torch.full((len(hidden_nh),), -torch.inf, device=hidden_nh.device)
     sum_n, target_n = torch.zeros_like(maximum_n), torch.zeros_like(maximum_n)
@@ -31,7 +34,12 @@ def statistics(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor) -> tuple[
         for tokens in _slices(len(hidden_nh), _TOKENS):
             logits_nv = logits(hidden_nh[tokens], weight_vh[rows])
             target_n[tokens] += _target(logits_nv, labels_n[tokens] - rows.start)
-            maximum = torch.maximum(maximum_n[tokens], logits_nv.amax(dim=1))
+            if first_n is None:
+                greatest = logits_nv.amax(dim=1)
+            else:
+                greatest, row_n = logits_nv.max(dim=1)
+                first_n[tokens] = torch.where(greatest > maximum_n[tokens], row_n + rows.start, first_n[tokens])
+            maximum = torch.maximum(maximum_n[tokens], greatest)
             sums = logits_nv.sub_(maximum[:, None]).exp_().sum(dim=1)
             sum_n[tokens] = sum_n[tokens] * torch.exp(maximum_n[tokens] - maximum) + sums
             maximum_n[tokens] = maximum

@@ -157,6 +157,20 @@ def test_the_most_probable_label_is_told(kernel: LossKernel, shape: tuple[int, i
     assert not losses.requires_grad
 
 
+@pytest.mark.parametrize("kernel", ["reference", "chunked"])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]])
+def test_of_labels_that_rounding_makes_equal_the_first_is_told(kernel: LossKernel, shape: tuple[int, int, int]) -> None:
+    """Labels are the last of the greatest, which are several for many tokens in bfloat16: argmax has the first."""
+    hidden, weight, _, _ = inputs(shape, torch.bfloat16)
+    logits = F.linear(hidden, weight)
+    is_greatest = logits == logits.amax(dim=1, keepdim=True)
+    labels = (is_greatest * torch.arange(shape[1])).argmax(dim=1)
+    expected = is_greatest.sum(dim=1) == 1
+    assert 0.01 < 1 - expected.float().mean() < 0.5
+    assert torch.equal(judge_labels(hidden, weight, labels, kernel)[1], expected)
+    assert judge_labels(hidden, weight, logits.argmax(dim=1), kernel)[1].all()
+
+
 @pytest.mark.parametrize("shape", VOCABULARIES)
 def test_triton_at_large_vocabularies(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     if IS_INTERPRETED:
@@ -216,7 +230,12 @@ def _rank(rank: int, ranks: int, folder: Path) -> None:
     hidden, weight, labels, num_rows = judged(SHARDED)
     part = weight.chunk(ranks)[rank]
     told = {kernel: judge_labels(hidden, part, labels, kernel, group, num_rows) for kernel in results}
-    torch.save({"results": results, "reduced": reduced[:6], "told": told}, folder / f"{rank}.pt")
+    # Where both ranks have the same rows, a label of the second has its like on the first.
+    again = {
+        kernel: [judge_labels(hidden, weight, labels + first, kernel, group)[1] for first in (0, len(weight))]
+        for kernel in results
+    }
+    torch.save({"results": results, "reduced": reduced[:6], "told": told, "again": again}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -242,6 +261,9 @@ def test_ranks_with_parts_of_the_vocabulary_agree_with_one_and_exchange_little(t
         losses, are_greatest = rank["told"][kernel]
         torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"), atol=2e-6, rtol=1e-5)
         assert torch.equal(are_greatest, logits.argmax(dim=1) == labels)
+        on_first, on_second = rank["again"][kernel]
+        assert torch.equal(on_first, (hidden @ weight.t()).argmax(dim=1) == labels)
+        assert on_first.any() and not on_second.any()
     # Of each kernel: the maxima, the sums with the targets, and in the backward pass the hidden states' gradient.
     assert found[0]["reduced"] == [(tokens,), (2, tokens), (tokens, channels)] * 2
 
