@@ -7,12 +7,19 @@ three run the same Megatron code. `initialise` must be called before anything of
 
 import functools
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from trainer import ascend
+from trainer.config import Precision
+
+_LOG = logging.getLogger(__name__)
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -37,43 +44,56 @@ class Device:
         torch.manual_seed(seed)
 
 
-def _missing_for_ascend() -> list[str]:
-    """Return what an Ascend device needs beside torch and is not installed."""
-    return [name for name in ("torch_npu", "mindspeed") if importlib.util.find_spec(name) is None]
-
-
 def resolve(requested: str) -> str:
     """Return the device kind, `cuda`, `npu` or `cpu`, that `device: requested` means on this machine.
 
-    Raises ValueError where a device is requested by name and cannot be used here.
+    Raises ValueError where a device is requested by name and cannot be used here, and where `auto` finds Ascend devices
+    but not MindSpeed.
     """
-    has_npu = importlib.util.find_spec("torch_npu") is not None
     if requested == "auto":
-        return "cuda" if torch.cuda.is_available() else "npu" if has_npu else "cpu"
+        return "cuda" if torch.cuda.is_available() else _npu_or_cpu()
     if requested == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device: 'cuda' was requested but torch finds no CUDA device; "
             "install a CUDA build of torch and its driver, or set device: auto"
         )
-    missing = _missing_for_ascend()
-    if requested == "npu" and missing:
-        raise ValueError(
-            f"device: 'npu' was requested but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
-            "installed; install torch_npu and MindSpeed for this torch (docs/devices.md), or set device: auto"
-        )
+    if requested == "npu":
+        fault = ascend.count_devices()[1] or ascend.find_adaptor()
+        if fault is not None:
+            raise ValueError(f"device: 'npu' was requested but {fault}, or set device: auto")
     return requested
 
 
-def resolve_precision(requested: str, kind: str) -> str:
+def _npu_or_cpu() -> str:
+    count, fault = ascend.count_devices()
+    if fault is not None:
+        if ascend.is_installed():
+            _warn(f"device: 'auto' takes the CPU because {fault}")
+        return "cpu"
+    fault = ascend.find_adaptor()
+    if fault is not None:
+        raise ValueError(f"device: 'auto' finds {count} Ascend devices, but {fault}, or set device: cpu")
+    return "npu"
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    # Once, however many stages ask.
+    _LOG.warning("%s", text)
+
+
+def resolve_precision(requested: Literal["auto"] | Precision, kind: str) -> Precision:
     """Return what a device of `kind` computes in, float32 or bfloat16, under `train.precision: requested`."""
     return requested if requested != "auto" else "float32" if kind == "cpu" else "bfloat16"
 
 
 def check_count(kind: str, num_ranks: int) -> None:
-    """Raise ValueError where this host has fewer accelerators than `num_ranks`."""
+    """Raise ValueError where this host has fewer accelerators than `num_ranks`, or where they cannot be counted."""
     if kind == "cpu":
         return
-    available = getattr(torch, kind).device_count()
+    available, fault = (torch.cuda.device_count(), None) if kind == "cuda" else ascend.count_devices()
+    if fault is not None:
+        raise ValueError(f"device: '{kind}' cannot be used because {fault}")
     if num_ranks > available:
         raise ValueError(
             f"parallel: tensor x pipeline x data makes {num_ranks} processes, but this host has {available} "
@@ -107,47 +127,57 @@ def check_kernel(field: str, kernel: str, kind: str, other: str) -> None:
         raise ValueError(f"{field}: 'triton' was requested but the device is {kind}; use a CUDA device, {remedy}")
 
 
-def free_memory(kind: str) -> int | None:
-    """Return the bytes that are free on all devices of a kind together, or None for the CPU, whose are the host's."""
+def least_free_memory(kind: str, num_ranks: int) -> int | None:
+    """Return the bytes free on that of the devices of this host's ranks that has least, or None for the CPU.
+
+    Ranks take the first devices of the kind; where there are fewer than ranks, those there are count. Raises ValueError
+    where the devices cannot be asked.
+    """
     if kind == "cpu":
         return None
-    module = getattr(torch, kind)
-    return sum(int(module.mem_get_info(number)[0]) for number in range(module.device_count()))
+    if kind == "cuda":
+        free = [int(torch.cuda.mem_get_info(number)[0]) for number in range(torch.cuda.device_count())]
+    else:
+        free, fault = ascend.measure_memory()
+        if fault is not None:
+            raise ValueError(f"device: '{kind}' cannot be used because {fault}")
+    return min(free[:num_ranks], default=0)
+
+
+def has_fused_norm(kind: str) -> bool:
+    """Return whether torch has a kernel of its own for RMSNorm on devices of a kind, which keeps its input alone."""
+    return kind == "cuda"
 
 
 def describe_devices() -> list[tuple[bool, str]]:
     """Return, for each kind of device, whether this host has it, and what it has or how to get it."""
-    gib = 1 << 30
     rows = [(True, f"cpu: gloo {'is' if torch.distributed.is_gloo_available() else 'is not'} built into torch")]
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(number)
-            nccl = ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
-            rows.append(
-                (
-                    True,
-                    f"cuda {number}: {torch.cuda.get_device_name(number)}, {free / gib:.1f} of {total / gib:.1f} GiB "
-                    f"free, NCCL {nccl}, "
-                    f"bfloat16 {'works' if torch.cuda.is_bf16_supported() else 'does not work'}",
-                )
-            )
-    else:
-        rows.append((False, "cuda: none found; it takes a CUDA build of torch and NVIDIA's driver"))
-    missing = _missing_for_ascend()
-    if missing:
-        rows.append((False, f"npu: {' and '.join(missing)} not installed; docs/devices.md says how"))
-    else:
-        rows.append((True, f"npu: {_ascend()}"))
+    rows += _describe_cuda()
+    rows += [(is_there, f"npu: {text}") for is_there, text in ascend.describe_installation()]
+    if ascend.is_installed() and torch.version.cuda is not None:
+        rows.append(
+            (False, "npu: torch is a CUDA build, beside which torch_npu does not load; install the CPU build of torch")
+        )
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     rows.append((has_engine, f"Transformer Engine: {'installed' if has_engine else 'not installed'} (model.layers)"))
     return rows
 
 
-def _ascend() -> str:
-    import torch_npu  # noqa: F401
-
-    npu = torch.npu  # type: ignore[attr-defined]
-    return f"{npu.device_count()} of {npu.get_device_name(0) if npu.device_count() else 'no kind'}"
+def _describe_cuda() -> list[tuple[bool, str]]:
+    if not torch.cuda.is_available():
+        return [(False, "cuda: none found; it takes a CUDA build of torch and NVIDIA's driver")]
+    rows = []
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        nccl = ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
+        rows.append(
+            (
+                True,
+                f"cuda {number}: {torch.cuda.get_device_name(number)}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB "
+                f"free, NCCL {nccl}, bfloat16 {'works' if torch.cuda.is_bf16_supported() else 'does not work'}",
+            )
+        )
+    return rows
 
 
 def initialise(kind: str, local_rank: int) -> Device:
@@ -158,21 +188,30 @@ def initialise(kind: str, local_rank: int) -> Device:
     if kind == "cpu":
         # One thread a rank where ranks fill the cores: OpenMP's spinning threads slow each other down many-fold.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, _num_cores() // ranks_here))
+        torch.set_num_threads(max(1, num_cores() // ranks_here))
         _adapt_megatron_to_cpu()
         return Device("cpu", torch.device("cpu"), "gloo")
     if kind == "npu":
-        import mindspeed.megatron_adaptor  # noqa: F401
-        import torch_npu  # noqa: F401
-        from torch_npu.contrib import transfer_to_npu  # noqa: F401
-
+        _adapt_megatron_to_ascend()
         torch.npu.set_device(local_rank)  # type: ignore[attr-defined]
         return Device("npu", torch.device("npu", local_rank), "hccl")
     torch.cuda.set_device(local_rank)
     return Device("cuda", torch.device("cuda", local_rank), "nccl")
 
 
-def _num_cores() -> int:
+def _adapt_megatron_to_ascend() -> None:
+    try:
+        importlib.import_module("torch_npu.contrib.transfer_to_npu")
+        importlib.import_module("mindspeed.megatron_adaptor")
+    except ImportError as error:
+        # Where ranks run on other hosts than the command, nobody has asked the device before.
+        raise ValueError(
+            f"device: 'npu' cannot be used ({error}); {ascend.SET_ENVIRONMENT}, and run `reprise doctor` there"
+        ) from error
+
+
+def num_cores() -> int:
+    """Return the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
