@@ -12,17 +12,35 @@ import httpx
 import psutil
 from prefect.settings import get_current_settings
 
+from data_scoring.config import padded_vocab_size
 from data_scoring.sources import check_source
 from flows.config import RunConfig
+from flows.jobs import device_kind
 from flows.run_folder import package_versions
 from flows.slurm import check_tools
-from flows.stages import check_kernels, check_vocabulary
+from flows.stages import check_kernels, check_vocabulary, vocabulary_size
 from flows.torchrun import local_address
-from trainer.devices import check_count, check_layers, describe_devices, free_memory, resolve
+from trainer.devices import (
+    check_count,
+    check_layers,
+    describe_devices,
+    has_fused_norm,
+    least_free_memory,
+    resolve,
+    resolve_precision,
+)
+from trainer.memory import RankMemory, Workload, checkpoint_bytes, rank_memory
 
 _GIB = 1 << 30
-# A tokenizer is trained and a table sorted in less than that; activations come on top.
-_SPARE_BYTES = _GIB
+# What a rank's process takes on its host beside tensors: the interpreter, torch and Megatron, and on an accelerator
+# the driver's part too.
+_PROCESS_BYTES = _GIB // 2
+_DEVICE_PROCESS_BYTES = 3 * _GIB
+# Of what is allocated and freed in each step, the share that the C library's allocator holds on top (34 % with 30 M
+# parameters in float32).
+_UNUSED_SHARE = 0.4
+# What the driver, matrix products and collectives take of a device.
+_LIBRARY_BYTES = _GIB
 
 
 @dataclass(frozen=True)
@@ -85,12 +103,13 @@ def _run(config: RunConfig) -> Iterator[Finding]:
         f"score.loss_kernel {config.score.loss_kernel}",
         lambda: check_kernels(config),
     )
-    yield _checked("tokenizer and vocabulary", lambda: check_vocabulary(config))
+    yield _checked("tokenizer and vocabulary", lambda: _check_tokenizer(config))
     for source in config.corpus.sources:
         if source.format == "datasets":
             yield Finding("ok", f"source {source.name}: {source.path} is looked up when it is read")
             continue
         yield _checked(f"source {source.name}: {source.path}", partial(check_source, source))
+    yield _checked(f"output: {config.output}", lambda: _check_output(config))
     yield from _space(config, here)
 
 
@@ -103,16 +122,9 @@ def _check_ranks(config: RunConfig, here: int) -> None:
             local_address(config.launch.rendezvous, is_head=True)
 
 
-def _free_memory(config: RunConfig) -> int | None:
-    """Return the bytes that this host's ranks have, or None where they run elsewhere or cannot run at all."""
-    if config.launch.kind == "slurm":
-        return None
-    try:
-        kind = resolve(config.device)
-    except ValueError:
-        return None
-    on_devices = free_memory(kind)
-    return psutil.virtual_memory().available if on_devices is None else on_devices
+def _check_tokenizer(config: RunConfig) -> None:
+    check_vocabulary(config)
+    vocabulary_size(config)
 
 
 def _checked(what: str, check: Callable[[], None]) -> Finding:
@@ -124,34 +136,143 @@ def _checked(what: str, check: Callable[[], None]) -> Finding:
 
 
 def _space(config: RunConfig, here: int) -> Iterator[Finding]:
-    parameters = config.model.num_parameters(config.model.vocab_size or config.tokenizer.vocab_size)
-    # Weights, gradients and AdamW's two moments in single precision; with bfloat16 a half-size copy comes on top.
-    needed = parameters * 18 * here / (config.parallel.tensor * config.parallel.pipeline) + _SPARE_BYTES
-    shape = f"{parameters / 1e6:,.1f} M parameters"
-    memory = _free_memory(config)
-    if memory is None:
-        yield Finding("ok", f"{shape}; {needed / _GIB:.1f} GiB memory a host before activations")
-    elif memory < needed:
-        yield Finding(
-            "missing",
-            f"memory: {shape} need {needed / _GIB:.1f} GiB before activations and {memory / _GIB:.1f} are free; "
-            "make the model smaller, or use more hosts",
-        )
-    else:
-        yield Finding("ok", f"memory: {shape} need {needed / _GIB:.1f} GiB before activations")
+    try:
+        workload = _workload(config)
+    except ValueError:
+        # The tokenizer's own line says why it cannot be opened.
+        return
+    yield from (_on_host if _kind(config) == "cpu" else _on_devices)(config, workload, here)
+    yield _disk(config, workload)
+
+
+def _on_host(config: RunConfig, workload: Workload, here: int) -> Iterator[Finding]:
+    """Yield whether a host has room for its ranks, which compute there."""
+    memory = rank_memory(workload)
+    unused = round((memory.activations + memory.logits + memory.workspace) * _UNUSED_SHARE)
+    needed = here * (memory.total + unused + _PROCESS_BYTES)
+    parts = {**_parts(memory), "allocator": unused, "process": _PROCESS_BYTES}
+    text = f"memory of a host: {_shape(workload)} take {_gib(needed)} GiB; {here} here, of each {_listed(parts)}"
+    yield _judged(text, needed, _free_on_host(config), _remedies(workload, "put fewer ranks on a host"))
+
+
+def _on_devices(config: RunConfig, workload: Workload, here: int) -> Iterator[Finding]:
+    """Yield whether a device has room for its rank, and a host for its ranks' processes and what they save."""
+    memory = rank_memory(workload)
+    needed = memory.total + _LIBRARY_BYTES
+    text = f"memory of a device: {_shape(workload)} take {_gib(needed)} GiB; "
+    text += _listed({**_parts(memory), "libraries": _LIBRARY_BYTES})
+    free = None if config.launch.kind == "slurm" else _free_on_device(config, here)
+    yield _judged(text, needed, free, _remedies(workload, "raise parallel.tensor or parallel.data"))
+    saved = _checkpoint_bytes(workload) * here // config.parallel.world_size
+    needed = here * _DEVICE_PROCESS_BYTES + saved
+    text = f"memory of a host: {here} ranks take {_gib(needed)} GiB, {_gib(saved)} of it for what they save"
+    yield _judged(text, needed, _free_on_host(config), "put fewer ranks on a host (launch.nodes)")
+
+
+def _checkpoint_bytes(workload: Workload) -> int:
+    return checkpoint_bytes(_parameters(workload), workload.precision)
+
+
+def _shape(workload: Workload) -> str:
+    ranks = workload.parallel.world_size
+    return f"{_parameters(workload) / 1e6:,.1f} M parameters on {ranks} rank{'s' if ranks > 1 else ''}"
+
+
+def _parameters(workload: Workload) -> int:
+    return workload.model.num_parameters(padded_vocab_size(workload.vocab_size))
+
+
+def _workload(config: RunConfig) -> Workload:
+    """Return what training asks of ranks. Raises ValueError where the tokenizer cannot be opened."""
+    kind = _kind(config)
+    precision = resolve_precision(config.train.precision, kind)
+    return Workload(
+        config.model,
+        vocabulary_size(config),
+        config.corpus.seq_length,
+        config.resolved_train,
+        config.parallel,
+        precision,
+        has_fused_norm=has_fused_norm(kind),
+        has_fused_step=kind != "cpu",
+    )
+
+
+def _kind(config: RunConfig) -> str:
+    """Return the kind of device that ranks are to be on, whether it can be used here or not."""
+    try:
+        return device_kind(config)
+    except ValueError:
+        return config.device
+
+
+def _free_on_device(config: RunConfig, here: int) -> int | None:
+    """Return the bytes that each of this host's ranks has on its device, or None where they cannot run here."""
+    try:
+        return least_free_memory(resolve(config.device), here)
+    except ValueError:
+        return None
+
+
+def _free_on_host(config: RunConfig) -> int | None:
+    """Return the bytes that are free here, or None where ranks run on hosts that are not seen from here."""
+    return None if config.launch.kind == "slurm" else psutil.virtual_memory().available
+
+
+def _judged(text: str, needed: int, free: int | None, remedy: str) -> Finding:
+    """Return `text` with what is free, where that is known, and with the remedy where it is less than is needed."""
+    if free is None:
+        return Finding("ok", text)
+    text = f"{text}; {_gib(free)} are free"
+    return Finding("ok", text) if needed <= free else Finding("missing", f"{text}; {remedy}")
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.1f}"
+
+
+def _listed(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+
+
+def _parts(memory: RankMemory) -> dict[str, int]:
+    """Return where a rank's memory goes, in bytes."""
+    return {
+        "model states": memory.states,
+        "activations": memory.activations,
+        "logits": memory.logits,
+        "workspace": memory.workspace,
+    }
+
+
+def _remedies(workload: Workload, more_room: str) -> str:
+    ways = []
+    if workload.train.micro_batch_size > 1:
+        ways.append("lower train.micro_batch_size")
+    if workload.train.loss_kernel == "reference":
+        ways.append("set train.loss_kernel: chunked")
+    return ", ".join([*ways, f"{more_room}, or make the model smaller"])
+
+
+def _output_folder(config: RunConfig) -> Path:
+    """Return the folder that run folders are made in, or the one that it would be made in."""
     folder = Path(config.output).absolute()
     while not folder.exists():
         folder = folder.parent
+    return folder
+
+
+def _check_output(config: RunConfig) -> None:
+    folder = _output_folder(config)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"output: {folder} cannot be written to; give yourself access, or set another output")
+
+
+def _disk(config: RunConfig, workload: Workload) -> Finding:
+    folder = _output_folder(config)
     free = shutil.disk_usage(folder).free
     # One final checkpoint a round, those kept while a round trains, and the one being written.
     checkpoints = config.rounds.num_rounds + config.checkpoint.keep_last + 1
-    disk = parameters * 14 * checkpoints
-    state = "ok" if free > disk else "missing"
-    remedy = "" if free > disk else "; free some, set another output, or lower checkpoint.keep_last"
-    yield Finding(
-        state,
-        f"disk: {free / _GIB:.1f} GiB free at {folder}, {disk / _GIB:.1f} for {checkpoints} checkpoints, "
-        f"and the tokenised corpus{remedy}",
-    )
-    if not os.access(folder, os.W_OK):
-        yield Finding("missing", f"output: {folder} cannot be written to; give yourself access, or set another output")
+    disk = _checkpoint_bytes(workload) * checkpoints
+    text = f"disk: {_gib(disk)} GiB for {checkpoints} checkpoints, and the tokenised corpus, at {folder}"
+    return _judged(text, disk, free, "free some, set another output, or lower checkpoint.keep_last")

@@ -38,9 +38,11 @@ def _describe(options: argparse.Namespace) -> None:
     if name is None:
         models = {preset: ModelConfig(preset=preset) for preset in PRESETS}
     elif is_file:
+        from flows.stages import vocabulary_size
+
         config = read_config(Path(name), options.set)
         models = {config.run_name: config.model}
-        default = options.vocab_size or config.tokenizer.vocab_size
+        default = options.vocab_size or vocabulary_size(config)
     elif name in PRESETS:
         models = {name: ModelConfig(preset=name)}
     else:

@@ -9,6 +9,8 @@ from trainer.presets import fill_from_preset
 
 # How the series informed activation is computed; `kernels.series_activation` holds them.
 ActivationKernel = Literal["reference", "triton"]
+# What models compute in; with bfloat16, gradients and the optimizer's state are in single precision.
+Precision = Literal["float32", "bfloat16"]
 
 
 # How the neurons that stay are chosen; base: none do, weights are random.
@@ -157,21 +159,31 @@ class ModelConfig(Config):
         """Return whether round 1 starts from parts of a larger model."""
         return self.inherit is not None and self.inherit.method != "base"
 
+    def layer_parameters(self, tensor: int = 1) -> int:
+        """Return the number of a layer's weights that one of `tensor` tensor-parallel ranks has."""
+        queries, keys_and_values = self.channels * self.num_attention_heads, 2 * self.channels * self.num_groups
+        matrices = self.hidden_size * (2 * queries + keys_and_values) + 3 * self.hidden_size * self.ffn_size
+        divided, whole = matrices, 2 * self.hidden_size
+        if self.attention_bias != "none":
+            divided += queries + keys_and_values
+        if self.attention_bias == "all":
+            whole += self.hidden_size
+        if self.ffn_bias:
+            divided += 2 * self.ffn_size
+            whole += self.hidden_size
+        # Scales and offsets of the activation, and the two matrices of the shortcut.
+        if self.activation_terms > 1 and self.activation_scales == "channel":
+            divided += 2 * self.activation_terms * self.ffn_size
+        elif self.activation_terms > 1:
+            whole += 2 * self.activation_terms
+        if self.shortcut_reduction is not None:
+            whole += 2 * self.hidden_size * (self.hidden_size // self.shortcut_reduction)
+        return divided // tensor + whole
+
     def num_parameters(self, vocab_size: int) -> int:
         """Return the number of weights, with the embedding and the head of `vocab_size` entries, padding left out."""
-        # Scales and offsets of the activation, and the two matrices of the shortcut.
-        additions = 0
-        if self.activation_terms > 1:
-            additions += 2 * self.activation_terms * (self.ffn_size if self.activation_scales == "channel" else 1)
-        if self.shortcut_reduction is not None:
-            additions += 2 * self.hidden_size * (self.hidden_size // self.shortcut_reduction)
-        queries, keys_and_values = self.channels * self.num_attention_heads, 2 * self.channels * self.num_groups
-        attention = self.hidden_size * (2 * queries + keys_and_values)
-        biases = {"none": 0, "qkv": queries + keys_and_values, "all": queries + keys_and_values + self.hidden_size}
-        ffn = 3 * self.hidden_size * self.ffn_size + self.ffn_bias * (2 * self.ffn_size + self.hidden_size)
-        layer = attention + biases[self.attention_bias] + ffn + 2 * self.hidden_size + additions
         embeddings = (1 if self.tied_embeddings else 2) * vocab_size * self.hidden_size
-        return self.num_layers * layer + self.hidden_size + embeddings
+        return self.num_layers * self.layer_parameters() + self.hidden_size + embeddings
 
     def embedding_share(self, vocab_size: int) -> float:
         """Return the share of the weights that are in embedding and head, of `vocab_size` entries."""

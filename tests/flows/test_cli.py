@@ -76,7 +76,7 @@ def test_a_device_that_is_not_there_is_refused(config: Path, capsys: pytest.Capt
     assert main(["prepare", str(config), *kernel]) == 1
     assert "train.activation_kernel: 'triton' was requested but the device is cpu" in one_line(capsys)
     assert main(["prepare", str(config), "--set", "device=npu"]) == 1
-    assert "device: 'npu' was requested but torch_npu and mindspeed are not installed; install" in one_line(capsys)
+    assert "device: 'npu' was requested but torch-npu is not installed; install" in one_line(capsys)
 
 
 def test_a_stage_out_of_turn_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,10 +119,11 @@ def test_doctor_names_what_is_missing(config: Path, capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     missing = [line for line in out.splitlines() if line.startswith("missing")]
     assert [words in line for words, line in zip(
-        ("torch_npu and mindspeed are not installed", "install transformer_engine[pytorch]", "a.jsonl", "disk: "),
+        ("torch-npu is not installed", "install transformer_engine[pytorch]", "a.jsonl",
+         "memory of a host: ", "disk: "),
         missing, strict=True,
-    )] == [True] * 4  # fmt: skip
-    assert "4 of what it needs are missing here" in err
+    )] == [True] * 5  # fmt: skip
+    assert "5 of what it needs are missing here" in err
 
 
 def test_a_dry_run_of_the_launch_starts_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
+from tests.flows.fakes import make_tokenizer
 from trainer.presets import PRESETS
 
 
@@ -36,6 +37,24 @@ def test_a_configuration_s_model_is_described(tmp_path: Path, capsys: pytest.Cap
         f"{parameters / 1e6:.1f}",
     ]
     assert "counted with 1,000 entries" in out
+
+
+def test_parameters_are_counted_with_the_tokenizer_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tokenizer(tmp_path / "tokenizer.json", 48_000)
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "name: x\ncorpus: {sources: [{name: a, path: a.txt}]}\n"
+        f"tokenizer: {{path: {tmp_path}/tokenizer.json}}\nmodel: {{preset: pangu-pi-1b-pro, vocab_size: null}}"
+    )
+    assert main(["model", str(path)]) == 0
+    out = capsys.readouterr().out
+    # As of the paper's model: 2 x 48,000 x 1792 in embedding and head of 995,604,736.
+    assert cells(out.splitlines()[2])[-3:] == ["*", "995.6", "17.3%"]
+    assert "counted with 48,000 entries" in out
+    assert main(["model", str(path), "--vocab-size", "2048"]) == 0
+    assert cells(capsys.readouterr().out.splitlines()[2])[-2:] == ["830.9", "0.9%"]
 
 
 @pytest.mark.parametrize(
