@@ -55,6 +55,13 @@ class SlurmConfig(Config):
     account: SlurmWord | None = Field(default=None, description="Account that is charged (sbatch --account).")
     qos: SlurmWord | None = Field(default=None, description="Quality of service (sbatch --qos).")
     gres: SlurmWord | None = Field(default=None, description="Devices a node, such as gpu:8 (sbatch --gres).")
+    cpus_per_rank: int = Field(
+        default=4,
+        ge=1,
+        le=1024,
+        description="CPUs a rank: a node is asked for so many times its ranks (sbatch --cpus-per-task); not used "
+        "where options name --cpus-per-task or --cpus-per-gpu.",
+    )
     time_limit: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]{1,2})?(:[0-9]{2}){0,2}$")] | None = Field(
         default=None, description="Time limit a stage, D-HH:MM:SS (sbatch --time); a stage cut off is submitted again."
     )
@@ -63,6 +70,11 @@ class SlurmConfig(Config):
         description="Other options of sbatch, such as --constraint=a100 or --exclusive; those that name files or "
         "users are refused.",
     )
+
+    @property
+    def names_cpus(self) -> bool:
+        """Return whether the other options say how many CPUs there are to be."""
+        return any(option.startswith(("--cpus-per-task", "--cpus-per-gpu")) for option in self.options)
 
 
 class LaunchConfig(Config):

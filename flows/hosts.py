@@ -132,7 +132,7 @@ def _take_part(run_folder: Path, job_path: Path, meeting: Meeting, interface: st
         except subprocess.TimeoutExpired:
             pass
         finally:
-            torchrun.stop(process)
+            torchrun.stop(process, meeting.seconds_to_stop)
             pulse.end()
 
 

@@ -44,6 +44,7 @@ class _LocalRanks:
 
     def __init__(self, job: Job, job_path: Path, run_folder: Path, log: BinaryIO, launch: LaunchConfig) -> None:
         meeting = local_meeting(job, launch)
+        self._seconds_to_stop = job.seconds_to_stop
         self._leader = Leader(run_folder, job_path, meeting) if launch.nodes > 1 else None
         self._process = torchrun.start(job_path, meeting, is_head=True, interface=launch.interface, log=log)
 
@@ -55,7 +56,7 @@ class _LocalRanks:
 
     def stop(self) -> None:
         try:
-            torchrun.stop(self._process)
+            torchrun.stop(self._process, self._seconds_to_stop)
         finally:
             if self._leader is not None:
                 self._leader.end()
@@ -72,6 +73,7 @@ def local_meeting(job: Job, launch: LaunchConfig) -> Meeting:
         num_nodes=launch.nodes,
         processes_per_node=job.parallel.world_size // launch.nodes,
         join_seconds=round(60 * launch.join_minutes),
+        seconds_to_stop=job.seconds_to_stop,
     )
 
 
@@ -143,7 +145,7 @@ def _attempt(job: Job, job_path: Path, run_folder: Path, name: str, progress: Pr
             ranks = SlurmRanks(job, job_path, name, log_path, config)
         else:
             job_path.write_text(job.model_dump_json(indent=2), encoding="utf-8")
-            stack.enter_context(ranks_gone(job.lock))
+            stack.enter_context(ranks_gone(job.lock, 60 + job.seconds_to_stop))
             ranks = _LocalRanks(job, job_path, run_folder, log, config)
         stack.callback(ranks.stop)
         while (code := ranks.poll()) is None:

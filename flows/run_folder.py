@@ -263,7 +263,7 @@ def is_locked(folder: Path) -> bool:
 def ranks_gone(path: Path, seconds: float = 60.0) -> Iterator[None]:
     """Wait until no rank of an earlier launch holds the lock at `path`, which all ranks share, any more.
 
-    Ranks end within a second of their launcher; one that lives on is an error after `seconds`.
+    Ranks end with their launcher once they have saved; one that lives on is an error after `seconds`.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -35,7 +35,7 @@ _AUTOMATION = "Mark flow runs that fell silent as crashed"
 _SECONDS_TO_START = 120.0
 _SECONDS_OF_SILENCE = 90
 _SECONDS_BETWEEN_LOOKS = 20.0
-# Ranks are given 20 seconds to save, and a flow some more to say so.
+# Most ranks save in 20 seconds, and a flow takes some more to say so; those of large models save on by themselves.
 _SECONDS_TO_STOP = 45.0
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_scoring.candidates import Draw
-from data_scoring.config import EvalConfig, RefineConfig
+from data_scoring.config import EvalConfig, RefineConfig, padded_vocab_size
 from data_scoring.contamination import contamination_path, write_contamination
 from data_scoring.dry_run import DryRun, dry_run
 from data_scoring.item_ngrams import ItemText
@@ -42,10 +42,11 @@ from flows.run_folder import Run
 from flows.scoring import check_losses, check_reference, score_round
 from flows.slurm import check_tools
 from flows.teacher import check_inheritance
-from trainer.checkpoint_folder import list_checkpoints
+from trainer.checkpoint_folder import list_checkpoints, seconds_to_stop
 from trainer.checkpoint_shapes import check_start
-from trainer.devices import check_count, check_kernel, check_layers, resolve
+from trainer.devices import check_count, check_kernel, check_layers, resolve, resolve_precision
 from trainer.jobs import TrainJob
+from trainer.memory import checkpoint_bytes
 
 
 def prepare(run: Run, progress: Progress) -> bool:
@@ -221,8 +222,16 @@ def _train_job(
     run: Run, round_number: int, start_from: Path | None, fingerprint: str, questions: Sequence[Question] = ()
 ) -> TrainJob:
     config = run.config
+    fields = job_fields(run, round_number, fingerprint)
+    # A tokenizer that the corpus was prepared with need not be there any more.
+    vocab_size = config.model.vocab_size or (
+        run.corpus().vocab_size if (run.corpus_folder / "manifest.json").exists() else vocabulary_size(config)
+    )
+    num_parameters = config.model.num_parameters(padded_vocab_size(vocab_size))
+    num_bytes = checkpoint_bytes(num_parameters, resolve_precision(config.train.precision, fields["device"]))
     return TrainJob(
-        **job_fields(run, round_number, fingerprint),
+        **fields,
+        seconds_to_stop=seconds_to_stop(num_bytes),
         train=config.resolved_train,
         checkpoint=config.checkpoint,
         score=config.score,

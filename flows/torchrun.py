@@ -1,5 +1,7 @@
 """One host's ranks under torchrun: how they are started, over which network they meet, and how they are stopped."""
 
+import logging
+import math
 import os
 import socket
 import subprocess
@@ -11,19 +13,22 @@ from typing import BinaryIO
 
 import psutil
 
-# Ranks save a checkpoint when told to stop; whoever cancels a run gives it 30 seconds in all.
-_SECONDS_TO_SAVE = 20
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where and how the hosts of one attempt at a job meet; `id` tells it from every other attempt."""
+    """Where and how the hosts of one attempt at a job meet; `id` tells it from every other attempt.
+
+    seconds_to_stop: what ranks get to save and end once they are told to stop.
+    """
 
     id: str
     endpoint: str
     num_nodes: int
     processes_per_node: int
     join_seconds: int
+    seconds_to_stop: float
 
 
 def command(job_path: Path, meeting: Meeting, is_head: bool, address: str) -> list[str]:
@@ -49,13 +54,19 @@ def start(
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
-        env={**rank_environment(interface or found), "REPRISE_LAUNCHER": str(os.getpid())},
+        env={
+            **rank_environment(interface or found, meeting.seconds_to_stop),
+            "REPRISE_LAUNCHER": str(os.getpid()),
+        },
         start_new_session=True,
     )
 
 
-def rank_environment(interface: str | None) -> dict[str, str]:
-    """Return the environment of ranks that talk over `interface`; what the user has set wins."""
+def rank_environment(interface: str | None, seconds_to_stop: float) -> dict[str, str]:
+    """Return the environment of ranks that talk over `interface`; what the user has set wins.
+
+    seconds_to_stop: what torchrun gives them to end once it is told to stop.
+    """
     environment = dict(os.environ)
     if interface is not None and sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -63,6 +74,7 @@ def rank_environment(interface: str | None) -> dict[str, str]:
             environment.setdefault("NCCL_SOCKET_IFNAME", interface)
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("PYTHONWARNINGS", "ignore")
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(seconds_to_stop)))
     # Whoever reads the log sees which rank speaks.
     environment.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}]: ")
     return environment
@@ -91,8 +103,8 @@ def local_address(endpoint: str, is_head: bool) -> tuple[str, str | None]:
     return address, interfaces[0] if interfaces else None
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Tell torchrun and its ranks to save and end; end them in 20 seconds if they do not.
+def stop(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Tell torchrun and its ranks to save and end; end them after so many seconds if they do not.
 
     A signal that asks for the same meanwhile is raised when it is done.
     """
@@ -100,7 +112,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         return
     process.terminate()
     interruption: BaseException | None = None
-    deadline = time.monotonic() + _SECONDS_TO_SAVE
+    deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
@@ -109,6 +121,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         except BaseException as error:  # noqa: BLE001 - raised below
             interruption = error
     if process.poll() is None:
+        _LOG.warning("ranks did not save and end in %.0f s; what came after their last checkpoint is lost", seconds)
         process.kill()
         process.wait()
     if interruption is not None:

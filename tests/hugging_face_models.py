@@ -72,7 +72,7 @@ def make_models(folder: Path, tokenizer: Path) -> None:
     """Leave in `folder`, by name, each model as transformers saves it, Reprise's model folder of it, and what it gives.
 
     The last is ours, as transformers opens its export. <name>.pt has tokens, [2, 33], logits, [2, 32, rows], losses,
-    [2, 32], and the gradients of their mean.
+    [2, 32], and the gradients of their mean; and logits of the weights rounded to bfloat16, computed in it and not.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
@@ -89,18 +89,36 @@ def make_models(folder: Path, tokenizer: Path) -> None:
         (folder / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
         # Cast there and back, a model would keep positions of the lower precision.
         opened = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
-        torch.save(_compute(opened), folder / f"{name}.pt")
+        torch.save({**_compute(opened), **_compute_rounded(folder / name)}, folder / f"{name}.pt")
         import_model(folder / name, folder / f"{name}-imported")
     make_folder(PANGU, folder / "pangu-imported", tokenizer)
     export_model(folder / "pangu-imported", None, folder / "pangu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
         opened = AutoModelForCausalLM.from_pretrained(folder / "pangu", trust_remote_code=True)
-        torch.save(_compute(opened), folder / "pangu.pt")
+        torch.save({**_compute(opened), **_compute_rounded(folder / "pangu")}, folder / "pangu.pt")
+
+
+def _tokens() -> Tensor:
+    return torch.randint(0, ROWS, (2, 33), generator=torch.Generator().manual_seed(1))
+
+
+def _compute_rounded(folder: Path) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    half, single = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    with torch.no_grad():
+        for parameter in single.parameters():
+            parameter.copy_(parameter.bfloat16())
+        tokens = _tokens()[:, :-1]
+        return {"in bfloat16": half(tokens).logits.float(), "of rounded weights": single(tokens).logits}
 
 
 def _compute(model: Any) -> dict[str, Any]:
-    tokens = torch.randint(0, ROWS, (2, 33), generator=torch.Generator().manual_seed(1))
+    tokens = _tokens()
     logits = model(tokens[:, :-1]).logits
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     losses.mean().backward()

@@ -3,8 +3,6 @@
 import logging
 import pickle
 import shutil
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,18 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer.checkpoint_folder import RECORD, find_damage, list_checkpoints, read_checkpoint_record, set_aside
+from trainer.optimizer_state import load_states, needed_states, owned_states
 from trainer.pickles import check_pickles, explain_refusal
 
 _LOG = logging.getLogger(__name__)
 
 _EXTRA = "_extra_state"
-# How the optimizer's state is cut: per parameter, so that any layout can load it.
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# What Megatron calls the states of parameters within the optimizer's.
+_PARAM_STATE = "param_state"
 
 
 def find_usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
@@ -64,7 +64,6 @@ def _find_damage_together(checkpoint: Path) -> str | None:
 
 def load_checkpoint(checkpoint: Path, state: "TrainingState") -> None:
     """Load a whole training state, saved under whatever layout, into `state`."""
-    state.allocate()
     state.load(_load(checkpoint, state.sharded(is_loading=True)))
 
 
@@ -78,7 +77,9 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
         raise ValueError(_failure(checkpoint, f"it is damaged: {damage}"))
     # What layers of other makes would like to keep beside their weights is of no use to those of torch.
     wanted = {name: part for name, part in sharded_weights(model).items() if not name.endswith(_EXTRA)}
-    missing, unexpected = model.load_state_dict(_load(checkpoint, {"model": wanted})["model"], strict=False)
+    # Megatron's wrapper for bfloat16 does not say what is missing.
+    inner = unwrap_model(model)
+    missing, unexpected = inner.load_state_dict(_load(checkpoint, {"model": wanted})["model"], strict=False)
     assert not unexpected
     assert all(name.endswith(_EXTRA) for name in missing), missing
 
@@ -115,46 +116,35 @@ class TrainingState:
     def __init__(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
 
-    def load(self, loaded: dict[str, Any]) -> None:
-        """Take over what `dist_checkpointing.load` returned for `sharded`."""
-        self.model.module.load_state_dict(loaded["model"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
-        self.scheduler.load_state_dict(loaded["scheduler"])
-        for _, inner in self._torch_optimizers():
-            for moments in inner.state.values():
-                # Megatron gives all parameters one and the same counter, which each of them would then advance.
-                moments["step"] = moments["step"].clone()
-
-    def allocate(self) -> None:
-        """Make a fresh optimizer ready to be loaded into.
-
-        Megatron describes the state that is there, and a torch optimizer has none before its first step. Its
-        step counters are then in the way: Megatron 0.16 keeps them elsewhere but asks for them with the moments.
-        """
-        for optimizer, inner in self._torch_optimizers():
-            for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-                inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-            optimizer._set_main_param_and_optimizer_states = partial(_set_moments, optimizer)
-
-    def _torch_optimizers(self) -> Iterator[tuple[Any, torch.optim.Optimizer]]:
-        """Yield Megatron's optimizers that wrap one of torch's; Transformer Engine's need no help."""
-        for optimizer in self.optimizer.chained_optimizers:
-            if isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
-                yield optimizer, optimizer.optimizer
-
     def sharded(self, is_loading: bool) -> ShardedStateDict:
-        """Return Megatron's description of the parts of the state that this rank holds."""
+        """Return Megatron's description of the parts of the state that this rank saves, or is to load.
+
+        Every rank calls this at once.
+        """
         weights = sharded_weights(self.model.module)
-        optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_SHARDING)
+        if is_loading:
+            return {"model": weights, "optimizer": {_PARAM_STATE: needed_states(self._inner, weights)}}
+        optimizer = {**self.optimizer.state_dict(), _PARAM_STATE: owned_states(self._inner, weights)}
         return {"model": weights, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
+    def load(self, loaded: dict[str, Any]) -> None:
+        """Take over what `dist_checkpointing.load` returned for `sharded`."""
+        unwrap_model(self.model).load_state_dict(loaded["model"])
+        # Megatron's optimizer, or MindSpeed's in its place, allocates its state by this; ours is then filled in.
+        states = loaded["optimizer"].pop(_PARAM_STATE, {})
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        load_states(self._inner, states)
+        # Megatron adds what is loaded to what it has counted.
+        self.scheduler.num_steps = 0
+        self.scheduler.load_state_dict(loaded["scheduler"])
+        if isinstance(self._inner.optimizer, torch.optim.Optimizer):
+            for moments in self._inner.optimizer.state.values():
+                # Megatron gives all parameters one and the same counter, which each of them would then advance.
+                if isinstance(moments.get("step"), torch.Tensor):
+                    moments["step"] = moments["step"].clone()
 
-def _set_moments(optimizer: Any, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-    group, order = optimizer.model_param_group_index_map[parameter]
-    main_parameter = optimizer.optimizer.param_groups[group]["params"][order]
-    step = optimizer.optimizer.state[main_parameter]["step"]
-    type(optimizer)._set_main_param_and_optimizer_states(optimizer, parameter, {"step": step, **tensors})
+    @property
+    def _inner(self) -> Any:
+        """Return Megatron's distributed optimizer, the only one of the chain: there are no experts."""
+        [inner] = self.optimizer.chained_optimizers
+        return inner

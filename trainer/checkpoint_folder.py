@@ -1,16 +1,30 @@
 """Checkpoints on disk: which a folder holds, and whether their files are what was written; told without Megatron."""
 
+import io
 import os
 import shutil
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from data_scoring.files import commit, read_json, write_json
 
 RECORD = "reprise.json"
 _MEASURED = ".measured-"
 _BLOCK_BYTES = 1 << 20
+# What ranks that save nothing, or little, get to end once they are told to stop.
+SECONDS_TO_STOP = 20.0
+# The least that a disk, perhaps one of the network, is taken to write or to read a second.
+_SLOWEST_BYTES_A_SECOND = 400e6
+# A checkpoint that was being written is finished before the last one: each is written and read back.
+_PASSES = 4
+
+
+def seconds_to_stop(num_bytes: int) -> float:
+    """Return what ranks that train get to save a checkpoint of so many bytes and end, once they are told to stop."""
+    return SECONDS_TO_STOP + _PASSES * num_bytes / _SLOWEST_BYTES_A_SECOND
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -24,20 +38,39 @@ def read_checkpoint_record(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
-def measure_files(checkpoint: Path, names: list[str], part: str) -> None:
-    """Note sizes and checksums of the files `names`, just written, in `checkpoint`, for `seal_checkpoint` to collect.
+class _MeasuredFile(io.BufferedWriter):
+    """A new file that keeps the checksum of what is written to it, one thing after another."""
 
-    Each is read twice: as the system remembers it, and as the disk returns it, where the system can be told to
-    forget. `part` tells apart the notes of the processes that share the work.
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"), _BLOCK_BYTES)
+        self.num_bytes = self.crc32 = 0
+
+    def write(self, data: Any) -> int:
+        """Write `data`, bytes or a view of them, and take it into the checksum."""
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.num_bytes += memoryview(data).nbytes
+        return super().write(data)
+
+
+@contextmanager
+def writing_measured(path: str | Path, mode: str = "wb") -> Iterator[BinaryIO]:
+    """Yield the new file `path` of a checkpoint to write, front to back; note its size and checksum when it is closed.
+
+    What the disk returns is held against them, where the system can be told to forget. `seal_checkpoint` collects the
+    notes, whoever wrote the files.
     """
-    files, changed = {}, []
-    for name in names:
-        measured = _measure(checkpoint / name)
-        files[name] = {"bytes": measured[0], "crc32": measured[1]}
-        _forget(checkpoint / name)
-        if _measure(checkpoint / name) != measured:
-            changed.append(name)
-    write_json(checkpoint / f"{_MEASURED}{part}.json", {"files": files, "changed": changed})
+    assert mode == "wb"
+    path = Path(path)
+    with _MeasuredFile(path) as file:
+        yield cast(BinaryIO, file)
+    _note(path, (file.num_bytes, file.crc32))
+
+
+def _note(path: Path, measured: tuple[int, int]) -> None:
+    """Note what was written to a file, and whether the disk returns it."""
+    _forget(path)
+    entry = {"bytes": measured[0], "crc32": measured[1], "is_changed": _measure(path) != measured}
+    write_json(path.with_name(f"{_MEASURED}{path.name}.json"), {path.name: entry})
 
 
 def seal_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
@@ -46,35 +79,38 @@ def seal_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
     Raises ValueError where the disk does not return what was written to it.
     """
     (checkpoint / RECORD).unlink(missing_ok=True)
-    files, changed = _collect_measured(checkpoint)
-    measure_files(checkpoint, sorted({path.name for path in checkpoint.iterdir()} - files.keys()), "rest")
-    rest, changed_rest = _collect_measured(checkpoint)
-    changed += changed_rest
+    # Files that were not measured while they were written: small ones, and those of whoever copies a checkpoint.
+    notes = {path.name for path in checkpoint.glob(f"{_MEASURED}*.json")}
+    for path in checkpoint.iterdir():
+        if path.name not in notes and f"{_MEASURED}{path.name}.json" not in notes:
+            _note(path, _measure(path))
+    files: dict[str, Any] = {}
+    for path in checkpoint.glob(f"{_MEASURED}*.json"):
+        files |= read_json(path)
+        path.unlink()
+    changed = sorted(name for name, entry in files.items() if entry.pop("is_changed"))
     if changed:
         raise ValueError(
             f"{checkpoint / changed[0]}: the disk does not return what was written to it; the checkpoints before are "
             "kept; check the disk, then the same command goes on from them"
         )
-    write_json(checkpoint / RECORD, {**record, "files": dict(sorted({**files, **rest}.items()))})
+    write_json(checkpoint / RECORD, {**record, "files": dict(sorted(files.items()))})
 
 
-def _collect_measured(checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return what `measure_files` has noted, and remove its notes."""
-    files: dict[str, Any] = {}
-    changed: list[str] = []
-    for path in checkpoint.glob(f"{_MEASURED}*.json"):
-        measured = read_json(path)
-        files |= measured["files"]
-        changed += measured["changed"]
-        path.unlink()
-    return files, changed
-
-
-def complete_checkpoint(temporary: Path, target: Path, record: dict[str, Any], keep_last: int) -> None:
+def complete_checkpoint(
+    temporary: Path, target: Path, record: dict[str, Any], keep_last: int, names: Iterable[str] = ()
+) -> None:
     """Make the checkpoint written as `temporary` appear, sealed, at `target`, then drop all but the last `keep_last`.
 
-    Raises ValueError, leaving the older ones, where the disk does not return what was written to it.
+    names: the files that ranks wrote. Raises ValueError, leaving the older ones, where one of them is not there, or the
+    disk does not return what was written to it.
     """
+    for name in names:
+        if not all((temporary / each).exists() for each in (name, f"{_MEASURED}{name}.json")):
+            raise ValueError(
+                f"{temporary / name}: a rank wrote it, and it is not there for the first rank; the checkpoints before "
+                "are kept; put the run's folder on a disk that all hosts share"
+            )
     seal_checkpoint(temporary, record)
     # Training that went back to an older checkpoint reaches the same step again.
     shutil.rmtree(target, ignore_errors=True)

@@ -8,6 +8,7 @@ from pydantic import Field
 from data_scoring.config import Config, LossKernel, ScoreConfig
 from data_scoring.files import fingerprint
 from data_scoring.origin import Origin
+from trainer.checkpoint_folder import SECONDS_TO_STOP
 from trainer.config import ActivationKernel, CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 
 
@@ -26,6 +27,9 @@ class Job(Config):
     progress: Path = Field(description="File that says how far the work is.")
     errors: Path = Field(description="Folder where a failing rank leaves its error.")
     lock: Path = Field(description="File that every rank holds a shared lock on while it lives.")
+    seconds_to_stop: float = Field(
+        default=SECONDS_TO_STOP, gt=0, description="Time that ranks get to save and end once they are told to stop."
+    )
 
 
 class Evaluation(Config):

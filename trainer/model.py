@@ -39,6 +39,10 @@ class ScaledDotProductAttention(MegatronModule):
         before it, and a single one is the last position, which sees all keys.
         """
         query_bhsd, key_bhsd, value_bhsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if attention_mask is not None and query.shape[2] != key.shape[2]:
+            # Of torch's kernels for CUDA, the one that takes a mask and groups of queries holds all scores at once.
+            size = query.shape[2] // key.shape[2]
+            key_bhsd, value_bhsd = (tensor.repeat_interleave(size, dim=1) for tensor in (key_bhsd, value_bhsd))
         out_bhsd = F.scaled_dot_product_attention(
             query_bhsd,
             key_bhsd,
@@ -46,7 +50,7 @@ class ScaledDotProductAttention(MegatronModule):
             attn_mask=attention_mask,
             is_causal=attention_mask is None and query.shape[0] > 1,
             scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+            enable_gqa=query_bhsd.shape[1] != key_bhsd.shape[1],
         )
         return out_bhsd.permute(2, 0, 1, 3).flatten(start_dim=2)
 

@@ -39,8 +39,8 @@ def main(job_path: Path) -> None:
     """Do the job that `job_path` describes, as one of its ranks."""
     job: AnyJob = TypeAdapter(AnyJob).validate_json(job_path.read_text(encoding="utf-8"))
     allow_plain_pickles_only()
-    end_with_launcher(job)
     stop = StopRequest()
+    end_with_launcher(job, stop)
     try:
         _run(job, stop)
     except StoppedError:
@@ -54,6 +54,17 @@ def main(job_path: Path) -> None:
 
 def _run(job: AnyJob, stop: StopRequest) -> None:
     device = initialise(job.device, int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(device.backend, timeout=timedelta(minutes=30))
+    do(job, device, stop)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def do(job: AnyJob, device: Device, stop: StopRequest) -> None:
+    """Do `job` on `device` as one of the ranks of the process group that there is.
+
+    Raises StoppedError where training heeds `stop`.
+    """
     # Nothing of Megatron may be imported before the device is initialised.
     from trainer.checkpoint import load_weights
     from trainer.model import Kernels, build_model
@@ -79,8 +90,6 @@ def _run(job: AnyJob, stop: StopRequest) -> None:
         load_weights(job.weights, model)
         model.eval()
         _use(job, corpus, model, bf16)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def _use(job: AnyJob, corpus: Corpus, model: torch.nn.Module, bf16: bool) -> None:
@@ -156,7 +165,6 @@ def _generate(job: GenerateJob, corpus: Corpus, model: torch.nn.Module) -> None:
 def _initialise_parallel(job: Job, device: Device) -> None:
     from megatron.core import parallel_state
 
-    torch.distributed.init_process_group(device.backend, timeout=timedelta(minutes=30))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=job.parallel.tensor,
         pipeline_model_parallel_size=job.parallel.pipeline,

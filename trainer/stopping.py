@@ -14,7 +14,6 @@ from trainer.jobs import Job
 # Ranks that fail for the same reason have that long to leave their errors.
 _SECONDS_TO_REPORT = 5.0
 _SECONDS_OF_ECHO = 3.0
-_SECONDS_TO_SAVE = 20.0
 
 
 class StoppedError(Exception):
@@ -49,12 +48,13 @@ class StopRequest:
         self.is_made = True
 
 
-def end_with_launcher(job: Job) -> None:
+def end_with_launcher(job: Job, stop: StopRequest) -> None:
     """Hold the ranks' lock while this process lives, and end it when torchrun or the launcher ends, or a rank fails.
 
     Torchrun puts each rank in a session of its own, which no signal to the launcher's group reaches. Without a
-    launcher, ranks that train save a checkpoint first. A rank that waits for a failed one, inside a collective, does
-    not act on signals. The processes that write a checkpoint end with their rank.
+    launcher, ranks that train save a checkpoint first, or finish the one that `stop` made them save: whoever told the
+    launcher to stop may have less patience than a large checkpoint takes. A rank that waits for a failed one, inside a
+    collective, does not act on signals. The processes that write a checkpoint end with their rank.
     """
     lock = os.open(job.lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_SH)
@@ -68,16 +68,25 @@ def end_with_launcher(job: Job) -> None:
             if _has_failed(job):
                 os._exit(1)
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_SECONDS_TO_SAVE)
+        if not stop.is_made:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(job.seconds_to_stop)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    os.register_at_fork(after_in_child=_end_with_parent)
+    os.register_at_fork(before=_note_parent, after_in_child=_end_with_parent)
+
+
+_parents: list[int] = [0]
+
+
+def _note_parent() -> None:
+    # In the child it may have ended already.
+    _parents[0] = os.getpid()
 
 
 def _end_with_parent() -> None:
-    parent = os.getppid()
+    parent = _parents[0]
 
     def watch() -> None:
         while os.getppid() == parent:

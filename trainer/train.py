@@ -163,7 +163,7 @@ class _Round:
             is_stopping = self.is_stopping and not is_last
             is_due = step % self.job.train.validate_every_steps == 0 or self.is_evaluation_due(step)
             is_validation_due = is_last or is_due
-            # Who asks to stop waits half a minute at most: save first, and validate when the round goes on.
+            # Who asks to stop waits only as long as saving takes: validate when the round goes on.
             is_put_off = is_validation_due and is_stopping
             if is_validation_due and not is_stopping:
                 self.validate(step)

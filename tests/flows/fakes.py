@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import tokenizers
 
 from data_scoring.corpus import Corpus
 from data_scoring.files import fingerprint, write_json
@@ -167,3 +168,10 @@ def fake_ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
     for module in (stages, scoring, evaluation, generation, layer_importance):
         monkeypatch.setattr(module, "launch", fake)
     return fake
+
+
+def make_tokenizer(path: Path, vocab_size: int) -> None:
+    """Write a tokenizer of so many entries, of words that nobody says."""
+    words = {f"w{number}": number for number in range(vocab_size - 1)}
+    vocabulary = {**words, "<|endoftext|>": vocab_size - 1}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "w0")).save(str(path))

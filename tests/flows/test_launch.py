@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 
 from data_scoring.corpus import Corpus
+from flows.config import parse_config
 from flows.launch import _raise_failure
 from flows.run_folder import RanksFailedError
+from flows.stages import launch_plan
+from flows.torchrun import rank_environment
 from tests.conftest import Ranks
+from tests.flows.fakes import values
+from trainer.checkpoint_folder import seconds_to_stop
 
 
 def test_a_rank_s_own_traceback_is_what_is_seen(ranks: Ranks, trained: Path, tmp_path: Path) -> None:
@@ -49,3 +54,21 @@ def test_a_killed_rank_is_the_cause_of_what_the_others_say(
     with pytest.raises(RanksFailedError) as raised:
         _raise_failure(job, "ended", tmp_path / "log", 0)
     assert str(raised.value).startswith(message)
+
+
+def test_ranks_have_the_time_to_save_that_their_checkpoint_takes(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """995.6 M parameters of 14 bytes, four times at 400 MB a second, beside the 20 seconds that everybody has."""
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert seconds_to_stop(995_600_000 * 14) == pytest.approx(20 + 4 * 995.6 * 14 / 400)
+    assert rank_environment(None, 89.69)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
+    slurm = {"launch": {"kind": "slurm"}, "device": "cuda"}
+    large = launch_plan(
+        parse_config({**values(texts, tmp_path), **slurm, "model": {"preset": "pangu-pi-1b-pro"}}, "test")
+    )
+    assert "#SBATCH --signal=TERM@160\n" in large
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=160\n" in large
+    small = launch_plan(parse_config({**values(texts, tmp_path), **slurm}, "test"))
+    assert "--signal" not in small
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=21\n" in small

@@ -12,7 +12,7 @@ from flows import hosts, torchrun
 from flows.hosts import Leader, join
 from flows.torchrun import Meeting, local_address
 
-MEETING = Meeting("now", "127.0.0.1:29400", 2, 1, 60)
+MEETING = Meeting("now", "127.0.0.1:29400", 2, 1, 60, 20)
 
 
 def say(folder: Path, meeting: str, beat: int) -> None:
@@ -50,7 +50,7 @@ def test_the_way_to_the_rendezvous_decides_the_address() -> None:
     assert local_address("127.0.0.1:29400", is_head=True) == ("127.0.0.1", "lo")
     with pytest.raises(ValueError, match=r"launch.rendezvous: nowhere.invalid:1 cannot be reached"):
         local_address("nowhere.invalid:1", is_head=True)
-    assert torchrun.rank_environment("eth7")["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert torchrun.rank_environment("eth7", 20)["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
 def test_a_second_wish_to_stop_waits_for_the_first(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_second_wish_to_stop_waits_for_the_first(tmp_path: Path) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         with pytest.raises(KeyboardInterrupt):
-            torchrun.stop(process)
+            torchrun.stop(process, 20)
     finally:
         signal.signal(signal.SIGALRM, before)
     process.stdout.close()

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2, ffn_hidden_size:
 train: {global_batch_size: 4, micro_batch_size: 2, lr: 1.0e-2}
 parallel: {data: 2}
 checkpoint: {every_steps: 20}
-launch: {kind: slurm, slurm: {partition: tiny, time_limit: "10"}}
+launch: {kind: slurm, slurm: {partition: tiny, time_limit: "10", cpus_per_rank: 1}}
 """
 CLUSTER = """
 ClusterName=tiny
@@ -38,7 +39,7 @@ SlurmctldHost={host}(127.0.0.1)
 AuthType=auth/munge
 CredType=cred/munge
 ProctrackType=proctrack/pgid
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort=16817
@@ -149,6 +150,30 @@ def test_a_run_is_submitted_followed_cancelled_requeued_and_found_again(
         assert mine == theirs
 
 
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_ranks_have_the_cpus_that_are_asked_for(ranks: Ranks, tmp_path: Path, cluster: dict[str, str]) -> None:
+    """Of a node's two CPUs one rank that asks for one has one, and two ranks have both between them."""
+    for num_ranks in (1, 2):
+        launch = LaunchConfig(kind="slurm", slurm=SlurmConfig(partition="tiny", cpus_per_rank=1))
+        log = tmp_path / f"{num_ranks}.log"
+        text = script(ranks.job("cpus", (1, 1, num_ranks)), tmp_path / "x.job.json", f"cpus-{num_ranks}", log, launch)
+        # In place of a worker, torchrun starts what says how many CPUs it may run on; OpenMP's setting would be heeded.
+        path = tmp_path / f"{num_ranks}.sbatch"
+        path.write_text(text.replace("-m trainer.worker", "--no-python env -u OMP_NUM_THREADS nproc #"))
+        subprocess.run(["sbatch", "--wait", path], env={**cluster, "PYTHONPATH": str(ROOT)}, check=True, timeout=300)
+        seen = set(re.findall(r"\[rank (\d)\]: *(\d+)$", log.read_text(), re.MULTILINE))
+        assert seen == {(str(rank), str(num_ranks)) for rank in range(num_ranks)}
+
+
+def test_cpus_that_the_options_name_hold(ranks: Ranks, tmp_path: Path) -> None:
+    arguments = ranks.job("cpus", (1, 1, 8)), tmp_path / "job.json", "train-1", tmp_path / "log"
+    assert "#SBATCH --cpus-per-task=16\n" in script(*arguments, LaunchConfig(kind="slurm", nodes=2))
+    for option in ("--cpus-per-task=12", "--cpus-per-gpu=12"):
+        text = script(*arguments, LaunchConfig(kind="slurm", nodes=2, slurm=SlurmConfig(options=(option,))))
+        assert re.findall("--cpus.*", text) == [option]
+
+
 def test_the_script_quotes_what_it_is_given(ranks: Ranks, tmp_path: Path) -> None:
     job = ranks.job("quoted")
     launch = LaunchConfig(
@@ -158,12 +183,15 @@ def test_the_script_quotes_what_it_is_given(ranks: Ranks, tmp_path: Path) -> Non
     assert "#SBATCH --partition=gpu\n" in text
     assert "#SBATCH --exclusive\n" in text
     assert f"'{tmp_path}/a b$(touch x)/train.job.json'" in text
-    (tmp_path / "script").write_text(text.replace("exec srun", "exec echo").replace("$(scontrol", "$(echo"))
-    environment = {**os.environ, "SLURM_JOB_NODELIST": "h", "SLURM_JOB_ID": "7"}
+    (tmp_path / "script").write_text(
+        text.replace("exec srun", "exec echo cpus $SRUN_CPUS_PER_TASK").replace("$(scontrol", "$(echo")
+    )
+    environment = {**os.environ, "SLURM_JOB_NODELIST": "h", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
     command = ["bash", str(tmp_path / "script")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith(f"-m trainer.worker {tmp_path}/a b$(touch x)/train.job.json")
     assert "--rdzv-id 7-0 " in done.stdout
+    assert done.stdout.startswith("cpus 4 ")
     assert not (tmp_path / "x").exists()
 
 

@@ -26,7 +26,13 @@ def found(
     with FileLock(f"{folder}.lock"):
         if not (folder / "1.pickle").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            (folder / "meetings").mkdir(parents=True)
             checkpoint = list_checkpoints(trained / "checkpoint")[-1]
             torch.multiprocessing.spawn(work, args=(folder, tiny_corpus.folder, hugging_face, checkpoint), nprocs=2)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+
+
+@pytest.fixture(scope="session")
+def left(found: list[dict[str, Any]]) -> Path:
+    """The folder of what jobs in bfloat16 left: `tests.trainer.two_ranks_bfloat16` says which."""
+    return Path(found[0]["bfloat16"])

@@ -16,8 +16,8 @@ import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from trainer.stopping import StopRequest, end_with_launcher
-folder = Path(sys.argv[1])
-end_with_launcher(SimpleNamespace(lock=folder / "lock", errors=folder))
+folder, stop = Path(sys.argv[1]), StopRequest()
+end_with_launcher(SimpleNamespace(lock=folder / "lock", errors=folder, seconds_to_stop=6), stop)
 """
 
 
@@ -55,6 +55,17 @@ def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
         assert time.monotonic() - started < 8
 
 
+@pytest.mark.parametrize(("seconds", "code"), [(8, 14), (14, 1)])
+def test_a_rank_that_was_told_to_stop_saves_on_when_its_launcher_is_gone(
+    seconds: int, code: int, tmp_path: Path
+) -> None:
+    """It has as long as a checkpoint of its size takes, 6 seconds here, and no longer."""
+    with subprocess.Popen(["sleep", "4"]) as launcher:
+        threading.Thread(target=launcher.wait).start()
+        script = f"with stop.heeded(): os.kill(os.getpid(), 15); time.sleep({seconds}); sys.exit(14)"
+        assert end_of(script, tmp_path, launcher.pid).returncode == code
+
+
 def test_a_rank_ends_when_another_has_failed(tmp_path: Path) -> None:
     # Left three of the five seconds ago in which ranks that fail together may say why.
     (tmp_path / "rank-00001.json").touch()
@@ -81,3 +92,43 @@ os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.05)
     with (tmp_path / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_torchrun_passes_on_one_signal_and_waits_though_its_launcher_is_killed(tmp_path: Path) -> None:
+    """Whoever told the launcher to stop kills it 4 seconds later, and the rank takes 7 to save."""
+    (tmp_path / "rank.py").write_text(
+        "import os, signal, sys, time\n"
+        "def save(*_):\n"
+        "    with open('signals', 'a') as file:\n"
+        "        file.write('one\\n')\n"
+        "    time.sleep(7)\n"
+        "    open('saved', 'w').close()\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "open('ready', 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    agent = [
+        *(sys.executable, "-W", "ignore", "-m", "trainer.agent", "--standalone", "--nproc-per-node", "1"),
+        "rank.py",
+    ]
+    launcher = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True).wait()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "30"}
+    with subprocess.Popen([sys.executable, "-c", launcher, *agent], cwd=tmp_path, env=environment) as process:
+        wait_for_file(tmp_path / "ready")
+        [torchrun] = psutil.Process(process.pid).children()
+        torchrun.terminate()
+        wait_for_file(tmp_path / "signals")
+        time.sleep(4)
+        process.kill()
+    wait_for_file(tmp_path / "saved")
+    psutil.wait_procs([torchrun], timeout=30)
+    assert not torchrun.is_running()
+    assert (tmp_path / "signals").read_text() == "one\n"
+
+
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)

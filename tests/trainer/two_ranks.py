@@ -14,7 +14,8 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_we
 from data_scoring.corpus import Corpus
 from data_scoring.scoring import Block
 from kernels.series_activation import initial_offsets
-from tests.trainer import two_ranks_evaluation, two_ranks_masks
+from tests.trainer import two_ranks_bfloat16, two_ranks_evaluation, two_ranks_masks
+from tests.trainer.meeting import meet
 from tests.trainer.two_ranks_hugging_face import LAYOUTS, agree
 from tests.trainer.two_ranks_layers import skip_layers
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
@@ -36,18 +37,30 @@ def with_fields(**fields: Any) -> ModelConfig:
 
 def work(rank: int, folder: Path, corpus: Path, hugging_face: Path, trained: Path) -> None:
     """Leave in `folder` what this rank found."""
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "MEETINGS": str(folder / "meetings")}
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     device = initialise("cpu", 0)
+    meet()
     found = alone(device, Corpus(corpus)) | together(device, Corpus(corpus), rank)
     found |= {f"hugging face {layout}": agree(layout, hugging_face) for layout in LAYOUTS}
+    found |= {f"hugging face {layout} in bfloat16": agree(layout, hugging_face, True) for layout in LAYOUTS}
     found["evaluation"] = two_ranks_evaluation.find(device, Corpus(corpus), folder / "evaluation", rank)
     found["harness"] = {name: two_ranks_evaluation.respond(hugging_face, name) for name in ("llama", "pangu")}
     found["masks"] = two_ranks_masks.find(device, Corpus(corpus), trained, folder / "masks", rank)
+    found["bfloat16"] = _do_in_bfloat16(device, Corpus(corpus), trained, folder / "bfloat16", rank)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()
+
+
+def _do_in_bfloat16(device: Device, corpus: Corpus, trained: Path, folder: Path, rank: int) -> Path:
+    """Return the folder of what jobs in bfloat16 left, the last of which each rank did by itself."""
+    if rank == 0:
+        folder.mkdir()
+        two_ranks_bfloat16.prepare(corpus, trained, folder)
+    torch.distributed.barrier()
+    two_ranks_bfloat16.do_together(device, corpus, trained, folder)
+    two_ranks_bfloat16.do_alone(device, corpus, trained, folder, rank)
+    return folder
 
 
 def alone(device: Device, corpus: Corpus) -> dict[str, Any]:
@@ -94,7 +107,7 @@ class _Models:
         if parallel_state.model_parallel_is_initialized():
             if parallel_state.get_tensor_model_parallel_world_size() == tensor:
                 return
-            parallel_state.destroy_model_parallel()
+            meet()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
 
     def build(self, model: ModelConfig, sequence: bool = False, vocab_size: int = VOCAB_SIZE) -> Any:

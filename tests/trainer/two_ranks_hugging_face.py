@@ -10,28 +10,31 @@ from torch import Tensor
 from data_scoring.corpus import Batch
 from flows.stored_model import find_model
 from tests.hugging_face_models import MODELS, TIED
+from tests.trainer.meeting import meet
 from trainer.config import ParallelConfig, TrainConfig
 
 LAYOUTS = {"one": (1, 1), "tensor": (2, 1), "pipeline": (1, 2)}
 
 
-def agree(layout: str, folder: Path) -> dict[str, dict[str, float]]:
-    """Return how far imported models are, at most, from what transformers computes: on the last stage."""
+def agree(layout: str, folder: Path, bf16: bool = False) -> dict[str, dict[str, float]]:
+    """Return how far imported models are, at most, from what transformers computes: on the last stage.
+
+    Those in bfloat16 are compared with what transformers makes in float32 of the same weights.
+    """
     from megatron.core import parallel_state
 
     tensor, pipeline = LAYOUTS[layout]
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    meet()
     parallel_state.initialize_model_parallel(tensor, pipeline)
     found = {
-        name: _differences(folder, name, ParallelConfig(tensor=tensor, pipeline=pipeline))
+        name: _differences(folder, name, ParallelConfig(tensor=tensor, pipeline=pipeline), bf16)
         for name in (*MODELS, "pangu")
     }
     parallel_state.destroy_model_parallel()
     return found
 
 
-def _differences(folder: Path, name: str, parallel: ParallelConfig) -> dict[str, float]:
+def _differences(folder: Path, name: str, parallel: ParallelConfig, bf16: bool) -> dict[str, float]:
     from megatron.core import parallel_state
 
     from trainer.checkpoint import load_weights
@@ -43,9 +46,11 @@ def _differences(folder: Path, name: str, parallel: ParallelConfig) -> dict[str,
     expected = torch.load(folder / f"{name}.pt")
     rows = stored.config.vocab_size
     assert rows is not None
-    gpt = build_model(stored.config, rows, 32, parallel, torch.get_default_device(), False, Kernels())
+    gpt = build_model(stored.config, rows, 32, parallel, torch.get_default_device(), bf16, Kernels())
     load_weights(stored.checkpoint, gpt)
     tokens: Tensor = expected["tokens"]
+    if bf16:
+        return _errors_of_rounding(_logits(gpt, tokens[:, :-1]), expected, rows)
     logits = _logits(gpt, tokens[:, :-1])
     differences = {}
     if logits is not None:
@@ -66,6 +71,16 @@ def _differences(folder: Path, name: str, parallel: ParallelConfig) -> dict[str,
     assert not gradient[len(part) :].any()
     differences["gradient"] = float((gradient[: len(part)] - part).abs().max() / whole.abs().max())
     return differences
+
+
+def _errors_of_rounding(logits: Tensor | None, expected: dict[str, Any], rows: int) -> dict[str, float]:
+    """Return the root mean square of the errors of our logits in bfloat16, and that of transformers' own."""
+    if logits is None:
+        return {}
+    errors = {"logits": logits[..., :rows], "theirs": expected["in bfloat16"]}
+    return {
+        name: float((each - expected["of rounded weights"]).square().mean().sqrt()) for name, each in errors.items()
+    }
 
 
 def _logits(gpt: Any, tokens: Tensor) -> Tensor | None:

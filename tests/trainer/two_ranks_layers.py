@@ -14,6 +14,7 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_we
 from data_scoring.calibration import draw_calibration_set
 from data_scoring.corpus import Corpus
 from data_scoring.progress import silent
+from tests.trainer.meeting import meet
 from trainer.config import ModelConfig, ParallelConfig
 from trainer.devices import Device
 from trainer.jobs import SkipJob
@@ -73,7 +74,7 @@ def shared_model(
 def share(parallel: ParallelConfig) -> None:
     from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
+    meet()
     parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
 
 

@@ -12,6 +12,7 @@ from data_scoring.calibration import draw_from
 from data_scoring.corpus import Corpus
 from data_scoring.files import read_json
 from tests.conftest import TINY_MODEL
+from tests.trainer.meeting import meet
 from tests.trainer.test_inheritance import random_part
 from trainer.checkpoint_shapes import shapes_of
 from trainer.config import ModelConfig, ParallelConfig
@@ -97,6 +98,9 @@ def find(device: Device, corpus: Corpus, trained: Path, folder: Path, rank: int)
     for layout, parallel in LAYOUTS.items():
         for name in TEACHERS:
             found[f"{name} {layout}"] = _Layout(device, corpus, folder / name, parallel).find(name, layout)
+        found[f"bfloat16 {layout}"] = _Layout(device, corpus, folder / "grouped", parallel, True).find(
+            "grouped", layout
+        )
     alive = _Layout(device, corpus, folder / "half dead", LAYOUTS["data"])
     sizes = {"num_samples": 100, "steps": STEPS, "batch_size": 16, "micro_batch_size": 8}
     found["half dead"] = alive.jobs(HALF_DEAD, QUARTER, "data", sizes)
@@ -112,12 +116,14 @@ def find(device: Device, corpus: Corpus, trained: Path, folder: Path, rank: int)
 class _Layout:
     """A teacher and its student on two ranks."""
 
-    def __init__(self, device: Device, corpus: Corpus, folder: Path, parallel: ParallelConfig) -> None:
+    def __init__(
+        self, device: Device, corpus: Corpus, folder: Path, parallel: ParallelConfig, bf16: bool = False
+    ) -> None:
         from megatron.core import parallel_state
 
-        self.device, self.corpus, self.folder, self.parallel = device, corpus, folder, parallel
+        self.device, self.corpus, self.folder, self.parallel, self.bf16 = device, corpus, folder, parallel, bf16
         self.weights = folder / "teacher" / "step-00000000"
-        parallel_state.destroy_model_parallel()
+        meet()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
         )
@@ -162,13 +168,14 @@ class _Layout:
         from trainer.mask_learning import learn_masks
         from trainer.taylor import measure_taylor
 
+        place = self.folder / (f"{layout}-bfloat16" if self.bf16 else layout)
         common = {
             "corpus": self.corpus.folder,
-            "round_folder": self.folder / layout,
+            "round_folder": place,
             "model": teacher,
             "parallel": self.parallel,
             "device": "cpu",
-            "precision": "float32",
+            "precision": "bfloat16" if self.bf16 else "float32",
             "activation_kernel": "reference",
             "seed": 3,
             "fingerprint": "f",
@@ -178,12 +185,12 @@ class _Layout:
             "weights": self.weights,
         }
         of_samples = {name: sizes[name] for name in ("num_samples", "micro_batch_size")}
-        measure_taylor(TaylorJob(**common, **of_samples), self.corpus, self.build(teacher, self.weights), bf16=False)
+        measure_taylor(TaylorJob(**common, **of_samples), self.corpus, self.build(teacher, self.weights), self.bf16)
         job = MaskJob(**common, student=student, **sizes)
         learn_masks(job, self.corpus, self.build(teacher, self.weights))
         torch.distributed.barrier()
-        values = read_checkpoint(self.folder / layout / "taylor" / "step-00000000")
-        return {"taylor": values, "masks": read_json(self.folder / layout / "masks.json")}
+        values = read_checkpoint(place / "taylor" / "step-00000000")
+        return {"taylor": values, "masks": read_json(place / "masks.json")}
 
     def build(self, model: ModelConfig, weights: Path) -> Any:
         from trainer.checkpoint import load_weights
@@ -196,7 +203,7 @@ class _Layout:
             self.corpus.seq_length,
             self.parallel,
             self.device.torch_device,
-            False,
+            self.bf16,
             Kernels(),
         )
         load_weights(weights, gpt)
@@ -278,10 +285,10 @@ def _with_gradients(model: PlainModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _write_random(folder: Path, model: ModelConfig, vocab_size: int) -> None:
-    """Write a checkpoint of weights far enough from their start for all of them to matter."""
+    """Write a checkpoint of weights far enough from their start for all to matter, which bfloat16 holds too."""
     generator = torch.Generator().manual_seed(11)
     tensors = {
-        name: torch.randn(shape, generator=generator) * 0.15 + (1.0 if "norm" in name else 0.0)
+        name: (torch.randn(shape, generator=generator) * 0.15 + (1.0 if "norm" in name else 0.0)).bfloat16().float()
         for name, shape in shapes_of(model, -(-vocab_size // 128) * 128).items()
     }
     write_weights(
