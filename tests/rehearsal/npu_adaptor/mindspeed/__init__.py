@@ -1,0 +1,1 @@
+"""A stand-in for MindSpeed, where no checkout is at hand."""

@@ -1,0 +1,70 @@
+"""A rank that does jobs one after another, since it takes much longer to start than they do: `python -m … JOBS.json`.
+
+JOBS.json has each job, the step in which it is asked to stop, or null, and the port of the store in which ranks meet.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from trainer import rank
+from trainer.checkpoint_folder import list_checkpoints
+from trainer.jobs import AnyJob
+from trainer.pickles import allow_plain_pickles_only
+from trainer.stopping import StoppedError, StopRequest, end_with_launcher
+
+
+class StopAtStep(StopRequest):
+    """What a rank is asked in a step, and in no other."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._asked = step, 0
+        super().__init__()
+
+    @property
+    def is_made(self) -> bool:
+        """Return whether to stop; ranks agree on it once a step."""
+        self._asked += 1
+        return self._asked == self._step
+
+    @is_made.setter
+    def is_made(self, _: bool) -> None: ...
+
+
+def main(jobs: Path) -> None:
+    allow_plain_pickles_only()
+    tasks = [
+        (TypeAdapter(AnyJob).validate_python(content), stop_at, port)
+        for content, stop_at, port in json.loads(jobs.read_text())
+    ]
+    end_with_launcher(tasks[0][0], StopRequest())
+    for job, stop_at, port in tasks:
+        os.environ["MASTER_PORT"] = str(port)
+        if stop_at is None:
+            rank._run(job, StopRequest())
+        else:
+            run_until(job, stop_at)
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+
+
+def run_until(job: AnyJob, step: int) -> None:
+    """Do a job that is asked to stop in `step`, and what it leaves to the end of its process."""
+    import torch
+
+    try:
+        rank._run(job, StopAtStep(step))
+    except StoppedError:
+        assert list_checkpoints(job.round_folder / "checkpoint")[-1].name == f"step-{step:08d}"
+    else:
+        raise AssertionError("nobody stopped")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,3 @@
+"""Types by which the arguments of operators are annotated."""
+
+Tensor = TensorSpec = DataType = object

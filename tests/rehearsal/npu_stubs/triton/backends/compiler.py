@@ -1,0 +1,1 @@
+"""What torch looks for in Triton as it is imported."""

@@ -1,0 +1,1 @@
+"""Modules of functions for one make of device."""

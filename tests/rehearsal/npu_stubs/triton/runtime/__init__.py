@@ -1,0 +1,3 @@
+"""What kernels run by."""
+
+from triton.runtime import driver  # noqa: F401

@@ -1,0 +1,108 @@
+"""Triton's kernels, compiled for devices that are not there: what ptxas says of them, and their instructions."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Shared memory that a program may ask for, in KiB, and what multiplies matrices on tensor cores.
+ARCHITECTURES = {
+    "sm_80": (163, "mma.sync"),
+    "sm_90a": (227, "wgmma.mma_async"),
+    "sm_100a": (227, "tcgen05.mma"),
+}
+HEAD = "kernels.linear_cross_entropy_triton"
+ACTIVATION = "kernels.series_activation_triton"
+KERNELS = [f"{HEAD}._statistics", f"{HEAD}._logit_gradients", f"{ACTIVATION}._activate", f"{ACTIVATION}._gradients"]
+# The head's tile of 128 x 256 logits, made for Hopper, takes more registers than these have left: the bytes that one
+# thread spills at most. A tile half as wide would be for whoever can measure what it costs.
+SPILLED_BYTES = {
+    (f"{HEAD}._statistics", "sm_80"): 572,
+    (f"{HEAD}._logit_gradients", "sm_80"): 776,
+    (f"{HEAD}._statistics", "sm_100a"): 84,
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All variants of the kernels, and the kernels of which there is none."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("kernels are compiled by Triton, which is an extra and not installed")
+    # Here the tests of the kernels interpret them, and so nothing can be compiled.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    script = Path(__file__).with_name("compile_kernels.py")
+    command = [sys.executable, str(script), "80", "90", "100"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def variants_of(compiled: dict[str, Any], name: str, architecture: str) -> list[dict[str, Any]]:
+    variants = [
+        each
+        for each in compiled["variants"]
+        if (each["name"], each["architecture"], each["dtype"]) == (name, architecture, "bfloat16")
+    ]
+    assert variants
+    return variants
+
+
+def test_every_kernel_is_compiled(compiled: dict[str, Any]) -> None:
+    assert compiled["unused"] == [], "have `compile_kernels` launch these, and name them in KERNELS"
+    found = {(each["name"], each["architecture"]) for each in compiled["variants"]}
+    assert found == {(name, architecture) for name in KERNELS for architecture in ARCHITECTURES}
+
+
+def spilled(name: str, architecture: str) -> Any:
+    """Return the parameters of a test that has to fail where spills are known."""
+    known = SPILLED_BYTES.get((name, architecture))
+    if known is None:
+        return pytest.param(name, architecture)
+    reason = f"a thread spills up to {known} bytes"
+    return pytest.param(name, architecture, marks=pytest.mark.xfail(reason=reason, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"), [spilled(name, architecture) for name in KERNELS for architecture in ARCHITECTURES]
+)
+def test_no_register_is_spilled(compiled: dict[str, Any], name: str, architecture: str) -> None:
+    assert max(each["spilled_bytes"] for each in variants_of(compiled, name, architecture)) == 0
+
+
+@pytest.mark.parametrize(("name", "architecture"), SPILLED_BYTES)
+def test_no_more_is_spilled_than_known(compiled: dict[str, Any], name: str, architecture: str) -> None:
+    worst = max(each["spilled_bytes"] for each in variants_of(compiled, name, architecture))
+    assert worst <= SPILLED_BYTES[name, architecture]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_shared_memory_is_the_devices(compiled: dict[str, Any], name: str, architecture: str) -> None:
+    limit, _ = ARCHITECTURES[architecture]
+    for each in compiled["variants"]:
+        if (each["name"], each["architecture"]) == (name, architecture):
+            assert each["shared_bytes"] <= limit * 1024, each
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_products_are_the_tensor_cores(compiled: dict[str, Any], name: str, architecture: str) -> None:
+    _, instruction = ARCHITECTURES[architecture]
+    for each in variants_of(compiled, name, architecture):
+        assert each["has_products"] == name.startswith(HEAD)
+        assert list(each["tensor_cores"]) == ([instruction] if each["has_products"] else []), each
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_single_precision_has_no_tensor_cores(compiled: dict[str, Any], name: str) -> None:
+    # Those would round to TF32.
+    variants = [each for each in compiled["variants"] if (each["name"], each["dtype"]) == (name, "float32")]
+    assert variants
+    assert not any(each["tensor_cores"] for each in variants)
