@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo serve test check bench clean
+.PHONY: demo serve test check bench device-check clean
 
 # The whole job on the text that Python carries: trains, scores, refines, trains again.
 demo: $(INSTALLED)
@@ -28,6 +28,11 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.run
+
+# What Reprise computes on this machine's device, how fast and in how much memory: runs/device-check/summary.md, in ten
+# minutes at most. Before it, a CPU's losses are recorded, in one or two.
+device-check: $(INSTALLED)
+	$(BIN)/python -W ignore -m benchmarks.device run --output runs/device-check
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

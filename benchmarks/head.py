@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import measure_in_turns, ratio, single_rank, topics
+from benchmarks.measure import device_seconds, matrix_product_speed, measure_in_turns, ratio, single_rank, topics
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
 from data_scoring.corpus import Corpus
 from data_scoring.scoring import Block
@@ -196,31 +197,54 @@ def _head_work(kernel: LossKernel, shape: tuple[int, int, int], backward: bool) 
 def _gpu_heads() -> list[dict[str, Any]]:
     """Return the speed of the Triton kernel's forward pass, as a share of what a plain matrix product reaches."""
     rows = []
-    for tokens, vocabulary, width in GPU_HEADS:
+    for shape in GPU_HEADS:
+        tokens, vocabulary, width = shape
         claim = f"triton head / bfloat16 matrix product, {tokens} x {vocabulary} x {width}, forward"
         if not torch.cuda.is_available():
             rows.append({"claim": claim, "not measured": "no CUDA device here"})
             continue
-        hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16) * 0.05
-        labels = torch.randint(0, vocabulary, (tokens,), device="cuda")
-        square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        seconds = _gpu_seconds(lambda: linear_cross_entropy(hidden, weight, labels, "triton"))  # noqa: B023
-        peak = 2 * 8192**3 / _gpu_seconds(lambda: square @ square)  # noqa: B023
-        rows.append({"claim": claim, "median": round(2 * tokens * vocabulary * width / seconds / peak, 3)})
+        [forward, _] = heads_on("cuda", ("triton",), shape, matrix_product_speed("cuda", 8192))
+        rows.append({"claim": claim, "median": forward["share of the matrix product"]})
     return rows
 
 
-def _gpu_seconds(work: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(12):
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        started.record()
-        work()
-        ended.record()
-        ended.synchronize()
-        seconds.append(started.elapsed_time(ended) / 1000)
-    return statistics.median(seconds[2:])
+def heads_on(
+    kind: str, kernels: tuple[LossKernel, ...], shape: tuple[int, int, int], product: float
+) -> list[dict[str, Any]]:
+    """Return how fast kernels are in bfloat16 on a device of `kind`, two rows each, and the mean of their losses.
+
+    shape: tokens, vocabulary and channels; product: the operations a second that the device's matrix product reaches,
+    of which the share is told that a head's own products, one forward and two backward, are done at.
+    """
+    tokens, vocabulary, width = shape
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, width, device=kind, dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(vocabulary, width, device=kind, dtype=torch.bfloat16) * 0.05).requires_grad_()
+    labels = torch.randint(0, vocabulary, (tokens,), device=kind)
+    rows = []
+    for kernel in kernels:
+        mean = float(linear_cross_entropy(hidden, weight, labels, kernel).mean())
+        for backward in (False, True):
+            seconds = device_seconds(kind, partial(_train_or_score, hidden, weight, labels, kernel, backward))
+            share = 2 * (1 + 2 * backward) * tokens * vocabulary * width / seconds / product
+            rows.append(
+                {
+                    "kernel": kernel,
+                    "pass": "forward and backward" if backward else "forward",
+                    "ms": round(seconds * 1000, 3),
+                    "share of the matrix product": round(share, 3),
+                    "mean loss": mean,
+                }
+            )
+    return rows
+
+
+def _train_or_score(hidden: Tensor, weight: Tensor, labels: Tensor, kernel: LossKernel, backward: bool) -> None:
+    hidden.grad = weight.grad = None
+    with torch.set_grad_enabled(backward):
+        loss = linear_cross_entropy(hidden, weight, labels, kernel)
+    if backward:
+        loss.sum().backward()
 
 
 def _memory_of(name: str, folder: Path, shape: tuple[int, int, int] = HEADS[0]) -> dict[str, int]:

@@ -18,14 +18,14 @@ from trainer.devices import Device, initialise
 TURNS = 7
 
 
-def single_rank() -> Device:
-    """Return the CPU, this process made the only rank on it, whatever an earlier benchmark left."""
-    device = initialise("cpu", 0)
+def single_rank(kind: str = "cpu") -> Device:
+    """Return the device, this process made the only rank on it, whatever an earlier benchmark left."""
+    device = initialise(kind, 0)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.distributed.init_process_group(device.backend, store=store, rank=0, world_size=1)
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -63,3 +63,27 @@ def ratio(speeds: dict[str, list[float]], name: str, baseline: str) -> dict[str,
         "min": round(min(ratios), 3),
         "max": round(max(ratios), 3),
     }
+
+
+def device_seconds(kind: str, work: Callable[[], object], turns: int = 10) -> float:
+    """Return the median of the seconds that `work` takes on a device of `kind`, `cuda`, `npu` or `cpu`, once warm."""
+    seconds = []
+    for _ in range(turns + 2):
+        if kind == "cpu":
+            begun = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - begun)
+            continue
+        started, ended = (getattr(torch, kind).Event(enable_timing=True) for _ in range(2))
+        started.record()
+        work()
+        ended.record()
+        ended.synchronize()
+        seconds.append(started.elapsed_time(ended) / 1000)
+    return statistics.median(seconds[2:])
+
+
+def matrix_product_speed(kind: str, size: int) -> float:
+    """Return the operations a second that the product of two bfloat16 matrices, [size, size], reaches on a device."""
+    square = torch.randn(size, size, device=kind, dtype=torch.bfloat16)
+    return 2 * size**3 / device_seconds(kind, lambda: square @ square)

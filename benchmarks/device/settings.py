@@ -1,0 +1,94 @@
+"""What the check computes with: the models, their shapes, and what is reduced on a CPU."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_scoring.config import LossKernel
+from data_scoring.files import read_json
+from trainer.config import ModelConfig
+
+Precision = Literal["float32", "bfloat16"]
+
+SEED = 1
+# What learns from a few tokens a step, so that a CPU's losses are recorded in a minute: 10 M parameters, or fewer.
+SMALL = ModelConfig.model_validate({"preset": "pangu-pi-10m"})
+REDUCED_SMALL = ModelConfig.model_validate({"preset": "pangu-pi-2m", "num_layers": 2})
+SMALL_SEQ_LENGTH = 64
+NUM_STEPS = 20
+MICRO_BATCH, GLOBAL_BATCH = 2, 4
+NUM_SCORED = 16
+# Nats that a step's loss may be away from the one that is recorded.
+TOLERANCES: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 1e-2}
+# Nats a token that losses and log-likelihoods under trained weights may be away from recorded ones.
+TRAINED_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes of what costs most: `heads` are of tokens, vocabulary and channels, `activation` of tokens and width.
+
+    matrix: rows and columns of the matrices by whose product in bfloat16 a device's speed is told.
+    """
+
+    large: ModelConfig
+    seq_length: int
+    timed_steps: int
+    matrix: int
+    heads: tuple[tuple[int, int, int], ...]
+    activation: tuple[int, int]
+
+
+_1B = ModelConfig.model_validate({"preset": "pangu-pi-1b-pro"})
+_TINY = ModelConfig.model_validate({"preset": "pangu-pi-2m", "num_layers": 2, "vocab_size": 2048})
+FULL = Sizes(_1B, 2048, 10, 8192, ((8192, 48_000, 1792), (8192, 131_072, 4096)), (8192, _1B.ffn_size))
+REDUCED = Sizes(_TINY, 64, 3, 512, ((256, 2048, 128),), (256, _TINY.ffn_size))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part works: what was prepared, where results go, and on which kind of device."""
+
+    prepared: Path
+    output: Path
+    kind: Literal["cuda", "npu", "cpu"]
+
+    @property
+    def sizes(self) -> Sizes:
+        """Return the shapes in force."""
+        return REDUCED if self.kind == "cpu" else FULL
+
+    @property
+    def corpus(self) -> Path:
+        """Return the folder of the corpus."""
+        return self.prepared / "corpus"
+
+    @property
+    def work(self) -> Path:
+        """Return the folder of what is of no use once a part has ended."""
+        return self.output / "work"
+
+    def empty_work(self) -> None:
+        """Make that folder anew."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+
+    @property
+    def kernels(self) -> tuple[LossKernel, ...]:
+        """Return the loss kernels that run on the device."""
+        return ("reference", "chunked", "triton") if self.kind == "cuda" else ("reference", "chunked")
+
+    def small(self) -> ModelConfig:
+        """Return the small model, with which a CPU's losses were recorded."""
+        return ModelConfig.model_validate(self.recorded()["model"])
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what a CPU has found. Raises ValueError where nothing is prepared."""
+        recorded: dict[str, Any] | None = read_json(self.prepared / "recorded.json")
+        if recorded is None:
+            raise ValueError(
+                f"{self.prepared}: has no recorded.json; write it with `python -m benchmarks.device prepare "
+                f"{self.prepared}`, where all packages are installed"
+            )
+        return recorded
