@@ -228,7 +228,8 @@ def _judged(text: str, needed: int, free: int | None, remedy: str) -> Finding:
 
 
 def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f}"
+    # Small models have parts of megabytes.
+    return f"{size / _GIB:.1f}" if size >= _GIB // 10 else f"{size / _GIB:.3f}"
 
 
 def _listed(parts: dict[str, int]) -> str:
