@@ -17,7 +17,10 @@ import httpx
 import psutil
 
 from data_scoring.files import read_json
+from data_scoring.progress import silent
+from flows import stages
 from flows.config import RunConfig
+from flows.run_folder import locked, open_run
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 
 TURNS = 3
@@ -42,35 +45,35 @@ def _spread(claim: str, values: list[float]) -> dict[str, Any]:
     }
 
 
+def run_stages(config: RunConfig) -> Path:
+    """Do all that the flow does, as plain function calls, and return the run's folder."""
+    with locked(config.folder):
+        run = open_run(config)
+        stages.prepare(run, silent)
+        for number in range(1, config.rounds.num_rounds + 1):
+            if number > 1:
+                stages.score(run, number - 1, silent)
+                stages.refine(run, number, silent)
+            stages.mix(run, number, silent)
+            stages.train(run, number, silent)
+        stages.report(run)
+    return run.folder
+
+
 def prefect_overhead(folder: Path) -> list[dict[str, Any]]:
     """Return the seconds of a pipeline with nothing left to do, as Prefect's flow and as plain function calls."""
     config = RunConfig.model_validate({**TINY, "name": "noop", "output": str(folder)})
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     # Its own server, whatever else is configured here.
     os.environ["PREFECT_API_URL"] = ""
-    from data_scoring.progress import silent
-    from flows import stages
     from flows.pipeline import multi_round
-    from flows.run_folder import locked, open_run
     from flows.server import server
-
-    def plain() -> None:
-        with locked(config.folder):
-            run = open_run(config)
-            stages.prepare(run, silent)
-            for number in range(1, config.rounds.num_rounds + 1):
-                if number > 1:
-                    stages.score(run, number - 1, silent)
-                    stages.refine(run, number, silent)
-                stages.mix(run, number, silent)
-                stages.train(run, number, silent)
-            stages.report(run)
 
     seconds: dict[str, list[float]] = {"plain": [], "prefect": []}
     with server():
         multi_round(config)
         for _ in range(TURNS):
-            for name, work in (("plain", plain), ("prefect", lambda: multi_round(config))):
+            for name, work in (("plain", lambda: run_stages(config)), ("prefect", lambda: multi_round(config))):
                 started = time.perf_counter()
                 work()
                 seconds[name].append(time.perf_counter() - started)

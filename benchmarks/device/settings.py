@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 from data_scoring.config import LossKernel
 from data_scoring.files import read_json
-from trainer.config import ModelConfig
-
-Precision = Literal["float32", "bfloat16"]
+from trainer.config import ModelConfig, Precision
 
 SEED = 1
 # What learns from a few tokens a step, so that a CPU's losses are recorded in a minute: 10 M parameters, or fewer.

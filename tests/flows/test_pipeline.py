@@ -19,13 +19,12 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+from benchmarks.operation import run_stages
 from benchmarks.plain_model import read_checkpoint
-from data_scoring.progress import silent
 from data_scoring.python_text import read_python_text
-from flows import stages
 from flows.cli import main
-from flows.config import RunConfig, parse_config
-from flows.run_folder import locked, open_run
+from flows.config import parse_config
+from flows.run_folder import locked
 from flows.status import read_status
 from tests.conftest import read_rows
 from tests.flows.place import Place
@@ -172,20 +171,6 @@ def test_the_report_is_one_file_with_its_pictures(unbroken: Path) -> None:
     assert {path.name for path in (unbroken / "report").iterdir()} == {
         "loss.png", "selection-2.png", "sources-2.png", "forgetting-1.png"
     }  # fmt: skip
-
-
-def run_stages(config: RunConfig) -> Path:
-    """Do in this process all that the flow does, and return the run's folder."""
-    run = open_run(config)
-    stages.prepare(run, silent)
-    for number in (1, 2):
-        if number > 1:
-            stages.score(run, number - 1, silent)
-            stages.refine(run, number, silent)
-        stages.mix(run, number, silent)
-        stages.train(run, number, silent)
-    stages.report(run)
-    return run.folder
 
 
 def test_two_rounds_in_bfloat16_are_about_those_in_float32(workplace: Path, unbroken: Path) -> None:

@@ -110,9 +110,7 @@ class DeviceFunctions(TorchFunctionMode):
             args = tree_map_only(FakeTensor, Tensor.item, args)
         elif args and is_on_device(args[0]):
             if func is F.scaled_dot_product_attention:
-                kernel = choose_attention(*args, **kwargs)
-                self._note_attention(kernel.name)
-                return _attend(kernel, *args, **kwargs)
+                return _attend(self._note_attention, *args, **kwargs)
             if func is F.rms_norm:
                 return _normalise(*args, **kwargs)
             if func is Tensor.type and len(args) == 1 and not kwargs:
@@ -122,14 +120,7 @@ class DeviceFunctions(TorchFunctionMode):
 
 
 def choose_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
 ) -> SDPBackend:
     """Return the kernel that torch takes on CUDA from sm_80 on, where cuDNN's is not preferred.
 
@@ -150,7 +141,7 @@ def choose_attention(
 
 
 def _attend(
-    kernel: SDPBackend,
+    note_attention: Callable[[str], None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -160,7 +151,9 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    aten = torch.ops.aten
+    """Return what `F.scaled_dot_product_attention` does, which takes the same, by the kernel that is noted."""
+    kernel, aten = choose_attention(query, key, attn_mask, is_causal, enable_gqa), torch.ops.aten
+    note_attention(kernel.name)
     if kernel is SDPBackend.FLASH_ATTENTION:
         out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     elif kernel is SDPBackend.EFFICIENT_ATTENTION:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.conftest import TINY_MODEL
-from trainer.config import ParallelConfig, TrainConfig
+from tests.trainer.training_states import make, train, values
+from trainer.config import ParallelConfig
 
 VOCAB_SIZE, SEQ_LENGTH = 256, 8
 # What of the optimizer MindSpeed replaces it with.
@@ -34,15 +35,15 @@ def work(_: int, folder: Path, bf16: bool) -> None:
 
     parallel_state.initialize_model_parallel()
     refused = refuse_unknown_formats()
-    state = make(device, bf16, seed=1)
-    train(state)
+    state = make(device, TINY_MODEL, VOCAB_SIZE, SEQ_LENGTH, ParallelConfig(), bf16, seed=1)
+    train(state, seed=3)
     CheckpointSaver(folder, 1, False).save(1, state, {"fingerprint": "f"}, is_waiting=True)
-    resumed = make(device, bf16, seed=2)
+    resumed = make(device, TINY_MODEL, VOCAB_SIZE, SEQ_LENGTH, ParallelConfig(), bf16, seed=2)
     found = {"fresh": values(resumed), "trained": values(state)}
     load_checkpoint(folder / "step-00000001", resumed)
     found["resumed"] = values(resumed)
     for name, each in (("trained, a step on", state), ("resumed, a step on", resumed)):
-        train(each)
+        train(each, seed=3)
         found[name] = values(each)
     found["refused"] = refused(state)
     (folder / "found.pickle").write_bytes(pickle.dumps(found))
@@ -74,39 +75,6 @@ def refuse_unknown_formats() -> Any:
 
     DistributedOptimizer.load_state_dict = load_state_dict
     return is_refused
-
-
-def make(device: Any, bf16: bool, seed: int) -> Any:
-    from trainer.model import Kernels, build_model
-    from trainer.train import make_state
-
-    device.seed(seed)
-    place = torch.get_default_device()
-    model = build_model(TINY_MODEL, VOCAB_SIZE, SEQ_LENGTH, ParallelConfig(), place, bf16, Kernels())
-    return make_state(TrainConfig(lr=1e-2, min_lr=1e-3), model, 10, bf16)
-
-
-def train(state: Any) -> None:
-    """Do a step with random gradients, which are those of every call."""
-    generator = torch.Generator().manual_seed(3)
-    state.model.zero_grad_buffer()
-    for parameter in state.model.parameters():
-        parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
-    state.model.finish_grad_sync()
-    state.scheduler.step(1)
-    state.optimizer.step()
-
-
-def values(state: Any) -> dict[str, torch.Tensor]:
-    """Return the weights, the main weights and the moments."""
-    [optimizer] = state.optimizer.chained_optimizers
-    found = {name: parameter.detach().float().clone() for name, parameter in state.model.module.named_parameters()}
-    main = [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in enumerate(main):
-        found[f"main {number}"] = parameter.detach().clone()
-        for name, moment in optimizer.optimizer.state.get(parameter, {}).items():
-            found[f"{name} {number}"] = moment.clone()
-    return found
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.conftest import TINY_MODEL
-from trainer.config import ParallelConfig, TrainConfig
+from tests.trainer.training_states import make, train, values
+from trainer.config import ParallelConfig
 
 # Of three ranks, some parameters lie across two, and the embedding is more than a rank's share.
 RANKS, VOCAB_SIZE, SEQ_LENGTH = 3, 1024, 8
@@ -43,8 +44,8 @@ def compare(device: Any, name: str, bf16: bool, folder: Path, rank: int) -> dict
     from trainer.checkpoint_folder import RECORD
     from trainer.saver import CheckpointSaver
 
-    place = folder / f"{name}-{bf16}"
-    state = make(device, name, bf16, seed=1)
+    place, parallel = folder / f"{name}-{bf16}", ParallelConfig(data=RANKS)
+    state = make(device, MODELS[name], VOCAB_SIZE, SEQ_LENGTH, parallel, bf16, seed=1)
     train(state, rank)
     CheckpointSaver(place, 1, False).save(1, state, {"fingerprint": "f"}, is_waiting=True)
     files = {path.name: path.stat().st_size for path in (place / "step-00000001").glob(f"__{rank}_*.distcp")}
@@ -63,7 +64,7 @@ def compare(device: Any, name: str, bf16: bool, folder: Path, rank: int) -> dict
     dist_checkpointing.save(theirs, str(megatron), validate_access_integrity=False)
     found = {"files": files, "trained": values(state)}
     for way, checkpoint in (("ours", place / "step-00000001"), ("megatron", megatron)):
-        fresh = make(device, name, bf16, seed=2)
+        fresh = make(device, MODELS[name], VOCAB_SIZE, SEQ_LENGTH, parallel, bf16, seed=2)
         load_checkpoint(checkpoint, fresh)
         found[way] = values(fresh)
         train(fresh, rank)
@@ -77,38 +78,6 @@ def compare(device: Any, name: str, bf16: bool, folder: Path, rank: int) -> dict
     found["again, a step on"] = values(state)
     assert (place / "step-00000001" / RECORD).exists()
     return found
-
-
-def make(device: Any, name: str, bf16: bool, seed: int) -> Any:
-    from trainer.model import Kernels, build_model
-    from trainer.train import make_state
-
-    device.seed(seed)
-    parallel, place = ParallelConfig(data=RANKS), torch.get_default_device()
-    model = build_model(MODELS[name], VOCAB_SIZE, SEQ_LENGTH, parallel, place, bf16, Kernels())
-    return make_state(TrainConfig(lr=1e-2, min_lr=1e-3), model, 10, bf16)
-
-
-def train(state: Any, rank: int) -> None:
-    """Do a step with random gradients."""
-    generator = torch.Generator().manual_seed(rank)
-    state.model.zero_grad_buffer()
-    for parameter in state.model.parameters():
-        parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
-    state.model.finish_grad_sync()
-    state.scheduler.step(1)
-    state.optimizer.step()
-
-
-def values(state: Any) -> dict[str, Any]:
-    """Return this rank's weights and all that its optimizer has."""
-    [optimizer] = state.optimizer.chained_optimizers
-    found = {name: parameter.detach().float().clone() for name, parameter in state.model.module.named_parameters()}
-    for number, moments in enumerate(optimizer.optimizer.state.values()):
-        found |= {f"{number} {name}": tensor.clone() for name, tensor in moments.items()}
-    for group in optimizer.optimizer.param_groups:
-        found |= {f"main {len(found)}": parameter.detach().clone() for parameter in group["params"]}
-    return found | {"lr": torch.tensor([group["lr"] for group in optimizer.optimizer.param_groups])}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +100,7 @@ def test_a_state_comes_back_bit_for_bit_and_trains_on_alike(
     assert sum("exp_avg_sq" in name for rank in ranks[1] for name in rank[case]["trained"]) > 10
     for rank in ranks[1]:
         found = rank[case]
-        first, second = (found[f"trained{after}"]["0 exp_avg"] for after in ("", ", a step on"))
+        first, second = (found[f"trained{after}"]["exp_avg 0"] for after in ("", ", a step on"))
         assert not torch.equal(first, second)
         for after in ("", ", a step on"):
             loaded, expected = found[f"{way}{after}"], found[f"trained{after}"]
