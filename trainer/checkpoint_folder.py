@@ -70,7 +70,11 @@ def _note(path: Path, measured: tuple[int, int]) -> None:
     """Note what was written to a file, and whether the disk returns it."""
     _forget(path)
     entry = {"bytes": measured[0], "crc32": measured[1], "is_changed": _measure(path) != measured}
-    write_json(path.with_name(f"{_MEASURED}{path.name}.json"), {path.name: entry})
+    write_json(_note_path(path), {path.name: entry})
+
+
+def _note_path(path: Path) -> Path:
+    return path.with_name(f"{_MEASURED}{path.name}.json")
 
 
 def seal_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
@@ -80,9 +84,8 @@ def seal_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
     """
     (checkpoint / RECORD).unlink(missing_ok=True)
     # Files that were not measured while they were written: small ones, and those of whoever copies a checkpoint.
-    notes = {path.name for path in checkpoint.glob(f"{_MEASURED}*.json")}
-    for path in checkpoint.iterdir():
-        if path.name not in notes and f"{_MEASURED}{path.name}.json" not in notes:
+    for path in list(checkpoint.iterdir()):
+        if not path.name.startswith(_MEASURED) and not _note_path(path).exists():
             _note(path, _measure(path))
     files: dict[str, Any] = {}
     for path in checkpoint.glob(f"{_MEASURED}*.json"):
@@ -106,9 +109,10 @@ def complete_checkpoint(
     disk does not return what was written to it.
     """
     for name in names:
-        if not all((temporary / each).exists() for each in (name, f"{_MEASURED}{name}.json")):
+        path = temporary / name
+        if not (path.exists() and _note_path(path).exists()):
             raise ValueError(
-                f"{temporary / name}: a rank wrote it, and it is not there for the first rank; the checkpoints before "
+                f"{path}: a rank wrote it, and it is not there for the first rank; the checkpoints before "
                 "are kept; put the run's folder on a disk that all hosts share"
             )
     seal_checkpoint(temporary, record)
