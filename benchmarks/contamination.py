@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import measure_in_turns, ratio
+from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
-from data_scoring.contamination import contaminated_items_path, contamination_path, write_contamination
-from data_scoring.corpus import Corpus
-from data_scoring.item_ngrams import ItemText
-from data_scoring.prepare import prepare_corpus
-from data_scoring.progress import silent
-from data_scoring.python_text import read_python_text
-from data_scoring.reading_order import ReadingOrder
-from data_scoring.tokenizer import open_tokenizer
+from data_scoring.contamination.contaminated_samples import (
+    contaminated_items_path,
+    contamination_path,
+    write_contamination,
+)
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.corpus.prepare_corpus import prepare_corpus
+from data_scoring.corpus.python_text import read_python_text
+from data_scoring.corpus.reading_order import ReadingOrder
+from data_scoring.evaluation.items import ItemText
+from data_scoring.tokenizer.tokenizer import open_tokenizer
 
 NUM_ITEMS = 2_000
 OVERLAPPING = 20  # items that the corpus holds, one in a hundred

@@ -18,8 +18,8 @@ import yaml
 
 from benchmarks.head import resident
 from benchmarks.measure import single_rank, topics
-from flows.hugging_face import export_model
-from flows.stored_model import MODEL, find_model
+from flows.models.hugging_face_models import export_model
+from flows.run.stored_model import MODEL, find_model
 from trainer.checkpoint_shapes import shapes_of
 from trainer.config import ModelConfig, ParallelConfig
 from trainer.requests import Likelihood
@@ -136,7 +136,7 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNING
 
 def _reprise(folder: Path) -> Callable[[list[Likelihood]], list[float]]:
     device = single_rank()
-    from data_scoring.tokenizer import open_tokenizer
+    from data_scoring.tokenizer.tokenizer import open_tokenizer
     from trainer.checkpoint import load_weights
     from trainer.evaluate import answer_requests
     from trainer.model import Kernels, build_model

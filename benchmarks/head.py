@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.measure import device_seconds, matrix_product_speed, measure_in_turns, ratio, single_rank, topics
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
-from data_scoring.corpus import Corpus
-from data_scoring.scoring import Block
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.shard_scoring import Block
 from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy
 from trainer.config import ModelConfig, ParallelConfig
 

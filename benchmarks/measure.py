@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
-from data_scoring.corpus import Corpus
-from data_scoring.prepare import prepare_corpus
-from data_scoring.progress import silent
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.corpus.prepare_corpus import prepare_corpus
 from trainer.devices import Device, initialise
 
 TURNS = 7

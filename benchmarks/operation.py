@@ -16,11 +16,12 @@ from typing import Any
 import httpx
 import psutil
 
-from data_scoring.files import read_json
-from data_scoring.progress import silent
-from flows import stages
-from flows.config import RunConfig
-from flows.run_folder import locked, open_run
+from data_scoring.base.files import read_json
+from data_scoring.base.progress import silent
+from flows.run.config import RunConfig
+from flows.run.folder import open_run
+from flows.run.locks import locked
+from flows.stages import completion as stages
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 
 TURNS = 3
@@ -66,8 +67,8 @@ def prefect_overhead(folder: Path) -> list[dict[str, Any]]:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     # Its own server, whatever else is configured here.
     os.environ["PREFECT_API_URL"] = ""
+    from flows.orchestration.temporary_server import server
     from flows.pipeline import multi_round
-    from flows.server import server
 
     seconds: dict[str, list[float]] = {"plain": [], "prefect": []}
     with server():
@@ -131,7 +132,7 @@ def _served(folder: Path) -> Iterator[tuple[Callable[[dict[str, Any]], str], Cal
         port = probe.getsockname()[1]
     api = f"http://127.0.0.1:{port}/api"
     environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect")}
-    command = [sys.executable, "-m", "flows.cli", "serve", "--port", str(port), "--allow", str(folder)]
+    command = [sys.executable, "-m", "flows.cli.main", "serve", "--port", str(port), "--allow", str(folder)]
     log = folder / "serve.log"
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)

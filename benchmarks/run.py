@@ -22,9 +22,9 @@ from benchmarks.measure import measure_in_turns, ratio, single_rank, topics
 from benchmarks.operation import prefect_overhead, stopping
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
 from benchmarks.scale import scale
-from data_scoring.files import read_json, write_json
-from data_scoring.scoring import Block
-from flows.run_folder import package_versions
+from data_scoring.base.files import read_json, write_json
+from data_scoring.losses.shard_scoring import Block
+from flows.run.folder import package_versions
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 
 RESULTS = Path("benchmarks/results")
@@ -94,7 +94,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
 def demo(folder: Path) -> list[dict[str, Any]]:
     """Return the seconds that the demo takes, and those outside its training and scoring stages."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "flows.cli", "run", "configs/demo.yaml", "--set", f"output={folder}"]
+    command = [sys.executable, "-m", "flows.cli.main", "run", "configs/demo.yaml", "--set", f"output={folder}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
     rounds = folder / "demo" / "rounds"

@@ -118,12 +118,12 @@ def _mix(folder: Path) -> list[dict[str, Any]]:
 
 
 def _work(name: str, rounds: Path, size: int) -> dict[str, float]:
-    from data_scoring.candidates import Draw, find_limits
+    from data_scoring.base.progress import silent
+    from data_scoring.base.sql import bounded
     from data_scoring.config import RefineConfig
-    from data_scoring.progress import silent
-    from data_scoring.refine import refine
-    from data_scoring.selection import select
-    from data_scoring.sql import bounded
+    from data_scoring.refine.candidates import Draw, find_limits
+    from data_scoring.refine.refine_shards import refine
+    from data_scoring.refine.selection import select
 
     outlier_z = 6.0 if "outliers" in name else None
     draw = Draw(rounds, 2, RefineConfig(outlier_z=outlier_z), 0, [size // NUM_SHARDS] * NUM_SHARDS)
@@ -141,7 +141,7 @@ def _work(name: str, rounds: Path, size: int) -> dict[str, float]:
             connection.sql(f"select avg(loss) from read_parquet('{rounds}/1/losses/*.parquet')").fetchall()
 
     def sort() -> None:
-        from data_scoring.candidates import candidates_query
+        from data_scoring.refine.candidates import candidates_query
 
         with bounded(rounds, 4.0) as connection:
             for shard in range(NUM_SHARDS):
@@ -192,7 +192,7 @@ def _baselines(rounds: Path) -> dict[str, float]:
 def _mix_work(name: str, path: Path, size: int) -> dict[str, float]:
     import psutil
 
-    from data_scoring.mix import Mix, write_mix
+    from data_scoring.refine.training_mix import Mix, write_mix
 
     if name == "write mix":
         rows = (

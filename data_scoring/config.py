@@ -5,20 +5,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_scoring.expression import check_expression
+from data_scoring.base.expression import check_expression
+from data_scoring.evaluation.tasks import EvaluationName
 
 # How token losses are computed from the model's last hidden states; `kernels.linear_cross_entropy` holds them.
 LossKernel = Literal["reference", "chunked", "triton"]
-
-# How losses become inclusion; `data_scoring.candidates` holds what each means.
+# How losses become inclusion; `data_scoring.refine.candidates` holds what each means.
 Policy = Literal["loss", "loss_batch", "top", "band", "forgetting", "excess", "random", "all", "sql"]
-
-# What models are evaluated on; `flows.evaluation_tasks` defines them, docs/evaluation.md describes them.
-EvaluationName = Literal[
-    "paper", "ablation", "ceval", "cmmlu", "mmlu", "agieval", "boolq", "axb", "piqa", "eprstmt", "xsum", "c3",
-    "hellaswag", "arc_easy",
-]  # fmt: skip
-
 # Rows of embedding and head come in multiples of this, alike for every tensor-parallel size that divides it.
 VOCABULARY_MULTIPLE = 128
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import duckdb
 
-from data_scoring.files import writing
-from data_scoring.sql import literal, writing_errors
+from data_scoring.base.files import writing
+from data_scoring.base.sql import literal, writing_errors
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from prefect.states import Cancelled
 from pydantic import Field
 
 from data_scoring.config import EvalConfig, RefineConfig
-from flows import stages
-from flows.approval import ask
-from flows.artifacts import evaluation_page, summary
-from flows.config import RunConfig, check_path, check_paths
-from flows.reporting import Reporter, RunCancelledError, allowed_folders
-from flows.run_folder import Run, locked, open_run, read_run
+from flows.orchestration.approval import ask
+from flows.orchestration.flow_progress import Reporter, RunCancelledError, allowed_folders
+from flows.report.tables import evaluation_page, summary
+from flows.run.config import RunConfig, check_path, check_paths
+from flows.run.folder import Run, open_run, read_run
+from flows.run.locks import locked
+from flows.stages import completion as stages
 
 prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(stages.prepare)
 contamination = task(name="contamination", task_run_name="contamination", cache_policy=NO_CACHE)(stages.contamination)

@@ -13,15 +13,16 @@ from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled
 
-from data_scoring.progress import Progress
-from flows import sweep
-from flows.config import RunConfig, check_paths
-from flows.reporting import Reporter, RunCancelledError, allowed_folders
-from flows.run_folder import Run, locked
-from flows.search_space import SearchConfig
-from flows.sweep_report import write_sweep_report
-from flows.sweep_results import read_trials, write_views
-from flows.trials import TRIAL_ERRORS, check_trained, named, run_all, run_trial
+from data_scoring.base.progress import Progress
+from flows.experiments import sweep
+from flows.experiments.search_space import SearchConfig
+from flows.experiments.sweep_report import write_sweep_report
+from flows.experiments.sweep_results import read_trials, write_views
+from flows.experiments.trials import TRIAL_ERRORS, check_trained, named, run_all, run_trial
+from flows.orchestration.flow_progress import Reporter, RunCancelledError, allowed_folders
+from flows.run.config import RunConfig, check_paths
+from flows.run.folder import Run
+from flows.run.locks import locked
 
 prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(sweep.begin)
 train = task(name="train", task_run_name="train {config.name}", cache_policy=NO_CACHE)(run_trial)

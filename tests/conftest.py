@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, ScoreConfig, SourceConfig, TokenizerConfig
-from data_scoring.corpus import Corpus
-from data_scoring.origin import Origin
-from data_scoring.prepare import prepare_corpus
-from data_scoring.progress import silent
-from data_scoring.refine import mix_all
-from flows.launch import launch
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.corpus.prepare_corpus import prepare_corpus
+from data_scoring.losses.origin import Origin
+from data_scoring.refine.refine_shards import mix_all
+from flows.launch.launcher import launch
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 from trainer.jobs import CalibrateJob, GenerateJob, Job, ScoreJob, SkipJob, TrainJob

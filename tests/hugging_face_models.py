@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from flows.hugging_face import export_model, import_model
+from flows.models.hugging_face_models import export_model, import_model
 from trainer.checkpoint_shapes import shapes_of
 from trainer.config import ModelConfig
 from trainer.weights import write_weights

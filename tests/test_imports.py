@@ -61,9 +61,13 @@ def modules_of(*folders: str) -> list[str]:
     ("modules", "expected"),
     [
         pytest.param(modules_of("trainer", "kernels"), {"torch", "megatron", "pyarrow", "tokenizers"}, id="ranks"),
-        pytest.param(["flows.launch"], {"pydantic", "psutil"}, id="launcher"),
+        pytest.param(["flows.launch.launcher"], {"pydantic", "psutil"}, id="launcher"),
         pytest.param([*modules_of("benchmarks/device"), "tests.conftest"], {"torch", "pyarrow"}, id="device-check"),
-        pytest.param(["data_scoring.prepare", "data_scoring.refine"], {"pyarrow", "tokenizers"}, id="corpus"),
+        pytest.param(
+            ["data_scoring.corpus.prepare_corpus", "data_scoring.refine.refine_shards"],
+            {"pyarrow", "tokenizers"},
+            id="corpus",
+        ),
     ],
 )
 def test_imports_no_more_than_a_machine_with_torch_has(modules: list[str], expected: set[str]) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from data_scoring.files import commit, read_json, write_json
+from data_scoring.base.files import commit, read_json, write_json
 
 RECORD = "reprise.json"
 _MEASURED = ".measured-"

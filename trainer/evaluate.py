@@ -11,12 +11,12 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from data_scoring.progress import Progress, silent
-from data_scoring.tokenizer import Tokenizer
+from data_scoring.base.progress import Progress, silent
+from data_scoring.tokenizer.tokenizer import Tokenizer
 from trainer.generate import Endings, generate
 from trainer.jobs import Evaluation
 from trainer.model import ScaledDotProductAttention
-from trainer.packs import Pack, pack_requests
+from trainer.prefix_trees import Pack, pack_requests
 from trainer.requests import (
     Answer,
     Generation,

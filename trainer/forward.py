@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_scoring.corpus import Batch, Corpus
+from data_scoring.corpus.corpus import Batch, Corpus
 from kernels.sample_loss import sum_per_sample
 
 

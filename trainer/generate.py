@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from data_scoring.tokenizer import Tokenizer
+from data_scoring.tokenizer.tokenizer import Tokenizer
 from trainer.requests import Generation
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_scoring.files import disk_error, write_json
+from data_scoring.base.files import disk_error, write_json
 from trainer.checkpoint_shapes import Shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

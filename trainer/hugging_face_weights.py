@@ -10,7 +10,7 @@ from torch import Tensor
 from data_scoring.config import padded_vocab_size
 from trainer.checkpoint_shapes import EMBEDDING, HEAD, Shape, find_difference, shapes_of
 from trainer.config import ModelConfig
-from trainer.hugging_face import has_zero_bias
+from trainer.hugging_face_config import has_zero_bias
 from trainer.hugging_face_files import TensorFiles, write_tensors
 from trainer.weights import LAYERS, Weights, write_weights
 

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from data_scoring.base.files import fingerprint
 from data_scoring.config import Config, LossKernel, ScoreConfig
-from data_scoring.files import fingerprint
-from data_scoring.origin import Origin
+from data_scoring.losses.origin import Origin
 from trainer.checkpoint_folder import SECONDS_TO_STOP
 from trainer.config import ActivationKernel, CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 

@@ -8,16 +8,16 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from data_scoring.calibration import draw_from
-from data_scoring.corpus import Corpus
-from data_scoring.files import write_json
-from data_scoring.progress import ProgressFile, silent
+from data_scoring.base.files import write_json
+from data_scoring.base.progress import ProgressFile, silent
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.calibration import draw_from
 from trainer.forward import read_microbatches, run_schedule
-from trainer.inheritance import Part
 from trainer.jobs import MaskJob
 from trainer.masked_model import MaskedModel
 from trainer.masks import Masks
 from trainer.neuron_scores import Scores, keep_best, sum_bottlenecks
+from trainer.pruning import Part
 from trainer.score import is_writer
 from trainer.weights import Weights
 

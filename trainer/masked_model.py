@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from trainer.config import ModelConfig
-from trainer.inheritance import Numbers
+from trainer.pruning import Numbers
 
 _NORMS = ("layernorm.weight", "layer_norm_weight")
 

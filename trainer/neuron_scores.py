@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD
 from trainer.config import ModelConfig
-from trainer.inheritance import AXES, DOWN, UP, Part, bottleneck_size
+from trainer.pruning import AXES, DOWN, UP, Part, bottleneck_size
 from trainer.weights import LAYERS, Weights
 
 _VALUES_AT_ONCE = 2**22

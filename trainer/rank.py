@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from data_scoring.calibration import calibrate, candidate_prefixes, draw_from
-from data_scoring.corpus import Corpus
-from data_scoring.files import explain, write_json
-from data_scoring.progress import ProgressFile, silent
-from data_scoring.scoring import LossFiles, score_shards
-from data_scoring.tokenizer import open_tokenizer
+from data_scoring.base.files import explain, write_json
+from data_scoring.base.progress import ProgressFile, silent
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.calibration import calibrate, candidate_prefixes, draw_from
+from data_scoring.losses.shard_scoring import LossFiles, score_shards
+from data_scoring.tokenizer.tokenizer import open_tokenizer
 from trainer.devices import Device, initialise, resolve_precision
 from trainer.jobs import (
     AnyJob,
@@ -128,7 +128,7 @@ def _score(job: ScoreJob | CalibrateJob, corpus: Corpus, model: torch.nn.Module)
 
 
 def _skip(job: SkipJob, corpus: Corpus, model: torch.nn.Module) -> None:
-    from trainer.layer_skips import measure_skips
+    from trainer.layer_ablation import measure_skips
     from trainer.score import is_writer
 
     measure_skips(job, corpus, model, ProgressFile(job.progress) if is_writer() else silent)
@@ -136,7 +136,7 @@ def _skip(job: SkipJob, corpus: Corpus, model: torch.nn.Module) -> None:
 
 def _evaluate(job: EvaluateJob, corpus: Corpus, model: torch.nn.Module) -> None:
     from trainer.evaluate import answer_tasks
-    from trainer.layer_skips import Skip, skipping
+    from trainer.layer_ablation import Skip, skipping
     from trainer.score import is_writer
 
     tokenizer = open_tokenizer(corpus.tokenizer_path, job.evaluation.end_of_document)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_scoring.scoring import parquet_fingerprint, write_parquet
+from data_scoring.base.parquet import parquet_fingerprint, write_parquet
 
 STEPS = pa.schema(
     [

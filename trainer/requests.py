@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_scoring.files import fingerprint
-from data_scoring.scoring import parquet_fingerprint, write_parquet
+from data_scoring.base.files import fingerprint
+from data_scoring.base.parquet import parquet_fingerprint, write_parquet
 
 Tokens = NDArray[np.int32]
 

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data_scoring.files import disk_error
+from data_scoring.base.files import disk_error
 from trainer.checkpoint_folder import complete_checkpoint, writing_measured
 from trainer.devices import num_cores
 

@@ -8,8 +8,8 @@ from megatron.core import parallel_state
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_scoring.corpus import VALIDATION, Batch, Corpus
-from data_scoring.scoring import Block, score_samples
+from data_scoring.corpus.corpus import VALIDATION, Batch, Corpus
+from data_scoring.losses.shard_scoring import Block, score_samples
 from trainer.forward import read_microbatches, run_schedule
 
 # Enough microbatches at a time to fill the pipeline, few enough for progress to move.

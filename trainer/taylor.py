@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
-from data_scoring.calibration import draw_from
-from data_scoring.corpus import Corpus
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.calibration import draw_from
 from trainer.checkpoint import sharded_weights
 from trainer.forward import read_microbatches, run_schedule
 from trainer.jobs import TaylorJob

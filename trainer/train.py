@@ -18,11 +18,11 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from data_scoring.corpus import Corpus
-from data_scoring.files import fingerprint
-from data_scoring.mix import Mix
-from data_scoring.progress import ProgressFile, silent
-from data_scoring.tokenizer import open_tokenizer
+from data_scoring.base.files import fingerprint
+from data_scoring.base.progress import ProgressFile, silent
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.refine.training_mix import Mix
+from data_scoring.tokenizer.tokenizer import open_tokenizer
 from trainer.checkpoint import TrainingState, find_usable_checkpoint, load_checkpoint, load_weights
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from data_scoring.files import disk_error, making, write_json
+from data_scoring.base.files import disk_error, making, write_json
 from trainer.checkpoint_folder import seal_checkpoint
 from trainer.checkpoint_shapes import Shape, read_shapes
 from trainer.pickles import allow_plain_pickles_only

@@ -16,7 +16,7 @@ from benchmarks.device.record import Record
 from benchmarks.device.settings import Place
 from benchmarks.device.small_model import training_job
 from benchmarks.measure import single_rank
-from flows.launch import launch
+from flows.launch.launcher import launch
 from trainer.checkpoint_folder import find_damage, list_checkpoints, read_checkpoint_record, seconds_to_stop
 from trainer.memory import checkpoint_bytes
 

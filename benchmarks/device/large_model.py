@@ -15,7 +15,7 @@ from benchmarks.device.record import Record
 from benchmarks.device.settings import SEED, Place
 from benchmarks.measure import matrix_product_speed, single_rank
 from benchmarks.memory_budgets import BUDGETS
-from data_scoring.corpus import Batch
+from data_scoring.corpus.corpus import Batch
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 from trainer.devices import Device
 

@@ -10,12 +10,12 @@ import torch
 from benchmarks.device.settings import GLOBAL_BATCH, NUM_STEPS, SEED, SMALL, SMALL_SEQ_LENGTH, TOLERANCES, Place
 from benchmarks.device.small_model import answer_here, load_model, score_here, train_here, training_job
 from benchmarks.measure import single_rank
+from data_scoring.base.files import write_json
+from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
-from data_scoring.corpus import Corpus
-from data_scoring.files import write_json
-from data_scoring.prepare import prepare_corpus
-from data_scoring.progress import silent
-from data_scoring.refine import mix_all
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.corpus.prepare_corpus import prepare_corpus
+from data_scoring.refine.refine_shards import mix_all
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import ModelConfig
 from trainer.requests import Generation, Likelihood, requests_path, write_requests

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_scoring.files import write_json
+from data_scoring.base.files import write_json
 
 Content = dict[str, Any]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_scoring.base.files import read_json
 from data_scoring.config import LossKernel
-from data_scoring.files import read_json
 from trainer.config import ModelConfig, Precision
 
 SEED = 1

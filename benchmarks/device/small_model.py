@@ -25,13 +25,13 @@ from benchmarks.device.settings import (
     Precision,
 )
 from benchmarks.measure import single_rank
+from data_scoring.base.progress import silent
 from data_scoring.config import LossKernel, ScoreConfig
-from data_scoring.corpus import Corpus
-from data_scoring.progress import silent
-from data_scoring.scoring import score_samples
-from data_scoring.tokenizer import open_tokenizer
-from flows.launch import launch
-from flows.run_folder import RanksFailedError
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.shard_scoring import score_samples
+from data_scoring.tokenizer.tokenizer import open_tokenizer
+from flows.launch.launcher import launch
+from flows.run.rank_errors import RanksFailedError
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import ActivationKernel, CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 from trainer.devices import Device, resolve_precision

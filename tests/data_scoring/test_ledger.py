@@ -5,8 +5,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_scoring.base.parquet import write_parquet
 from data_scoring.ledger import DERIVED, VIEWS, query, refresh_ledger
-from data_scoring.scoring import losses_path, write_parquet
+from data_scoring.losses.shard_scoring import losses_path
 
 
 def test_an_empty_run_has_every_view_with_every_column_documented(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.config import RunConfig, parse_config
+from flows.run.config import RunConfig, parse_config
 from tests.flows.fakes import FakeRanks, fake_ranks, values, write_texts
-from tests.flows.place import Place
+from tests.flows.orchestration.place import Place
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pytest
 import tokenizers
 
-from data_scoring.corpus import Corpus
-from data_scoring.files import fingerprint, write_json
-from data_scoring.mix import Mix
-from data_scoring.progress import Progress
-from data_scoring.scoring import losses_path, write_losses, write_parquet
-from flows import evaluation, generation, layer_importance, scoring, stages
+from data_scoring.base.files import fingerprint, write_json
+from data_scoring.base.parquet import write_parquet
+from data_scoring.base.progress import Progress
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.shard_scoring import losses_path, write_losses
+from data_scoring.refine.training_mix import Mix
+from flows.launch import launcher
 from tests.conftest import make_documents
 from trainer.jobs import EvaluateJob, Evaluation, GenerateJob, Job, SkipJob, TrainJob
 from trainer.records import STEPS, VALIDATION
@@ -165,8 +166,7 @@ def write_texts(folder: Path) -> Path:
 def fake_ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
     """Return what takes the place of real ranks."""
     fake = FakeRanks()
-    for module in (stages, scoring, evaluation, generation, layer_importance):
-        monkeypatch.setattr(module, "launch", fake)
+    monkeypatch.setattr(launcher, "launch", fake)
     return fake
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, ScoreConfig, SourceConfig, TokenizerConfig
-from data_scoring.corpus import Corpus
-from data_scoring.mix import write_mix
-from data_scoring.prepare import prepare_corpus
-from data_scoring.progress import silent
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.corpus.prepare_corpus import prepare_corpus
+from data_scoring.refine.training_mix import write_mix
 from tests.conftest import ORIGIN, TINY_MODEL, make_documents
 from tests.rehearsal.flaws import FLAWS
 from tests.rehearsal.plan import Rehearsal

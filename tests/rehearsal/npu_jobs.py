@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 from torch.distributed import TCPStore
 
 from benchmarks.plain_model import read_checkpoint
+from data_scoring.base.files import read_json
 from data_scoring.config import LossKernel, ScoreConfig
-from data_scoring.corpus import Corpus
-from data_scoring.files import read_json
-from data_scoring.mix import write_mix
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.refine.training_mix import write_mix
 from tests.conftest import ORIGIN, TINY_MODEL, TINY_TRAIN
 from trainer.config import CheckpointConfig, ParallelConfig
 from trainer.jobs import (

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_scoring.corpus import Corpus
-from data_scoring.files import read_json
+from data_scoring.base.files import read_json
+from data_scoring.corpus.corpus import Corpus
 from tests.rehearsal.npu_jobs import STEPS, STOPPED_AT, Layout, Numbers, Place, read_results
 from tests.rehearsal.npu_library import compile_library, find_compiler
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from data_scoring.corpus import Corpus
+from data_scoring.corpus.corpus import Corpus
 from tests.trainer.two_ranks import work
 from trainer.checkpoint_folder import list_checkpoints
 

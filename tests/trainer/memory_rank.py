@@ -12,7 +12,7 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_scoring.corpus import Batch
+from data_scoring.corpus.corpus import Batch
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 from trainer.devices import initialise
 from trainer.memory import Workload

@@ -122,7 +122,7 @@ def test_broken_packages_of_devices_keep_nothing_from_starting(tmp_path: Path, m
     status, error = start("import torch")
     assert status == 1
     assert "Failed to load the backend extension: torch_npu" in error
-    for module in ("flows.cli", "trainer.rank"):
+    for module in ("flows.cli.main", "trainer.rank"):
         assert start(f"import {module}, torch") == (0, "")
 
 

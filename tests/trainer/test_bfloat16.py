@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
-from data_scoring.calibration import draw_calibration_set
-from data_scoring.corpus import VALIDATION, Corpus
-from data_scoring.files import read_json
+from data_scoring.base.files import read_json
+from data_scoring.corpus.corpus import VALIDATION, Corpus
+from data_scoring.losses.calibration import draw_calibration_set
 from tests.conftest import TINY_MODEL, read_rows
 from tests.hugging_face_models import MODELS
 from tests.trainer.test_masks import JOB_LAYOUTS, losses
@@ -30,8 +30,8 @@ from tests.trainer.two_ranks_hugging_face import LAYOUTS as HUGGING_FACE_LAYOUTS
 from tests.trainer.two_ranks_layers import LAYOUTS
 from tests.trainer.two_ranks_masks import NUM_SAMPLES, STUDENTS
 from trainer.config import ModelConfig
-from trainer.inheritance import Part
 from trainer.masks import KINDS
+from trainer.pruning import Part
 from trainer.requests import Generation, Likelihood, read_answers, read_requests
 
 EVERYWHERE = ("one", *LAYOUTS)

@@ -11,17 +11,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.plain_model import read_checkpoint
-from data_scoring.corpus import Corpus
-from data_scoring.files import read_json
-from flows.hugging_face import export_model, import_model
-from flows.stored_model import find_model
+from data_scoring.base.files import read_json
+from data_scoring.corpus.corpus import Corpus
+from flows.models.hugging_face_models import export_model, import_model
+from flows.run.stored_model import find_model
 from tests.conftest import TINY_MODEL
 from tests.trainer.test_bfloat16 import open_plain
-from tests.trainer.test_inheritance import random_part
+from tests.trainer.test_pruning import random_part
 from tests.trainer.two_ranks_bfloat16 import CUT, KEPT_TOKENS, ROUNDED, SLICED, STUDENT
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD, shapes_of
-from trainer.inheritance import slice_checkpoint, whole_layers
+from trainer.pruning import slice_checkpoint, whole_layers
 from trainer.weights import write_weights
 
 

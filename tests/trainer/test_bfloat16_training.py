@@ -11,8 +11,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
-from data_scoring.corpus import VALIDATION, Corpus
-from data_scoring.mix import Mix
+from data_scoring.corpus.corpus import VALIDATION, Corpus
+from data_scoring.refine.training_mix import Mix
 from tests.conftest import TINY_MODEL, TINY_TRAIN, read_rows
 from tests.trainer.test_bfloat16 import (
     EVERYWHERE,

@@ -15,8 +15,8 @@ import torch
 
 import trainer.checkpoint_folder
 from benchmarks.plain_model import read_checkpoint
-from data_scoring.mix import write_mix
-from flows.run_folder import RanksFailedError
+from data_scoring.refine.training_mix import write_mix
+from flows.run.rank_errors import RanksFailedError
 from tests.conftest import TINY_CHECKPOINT, TINY_TRAIN, Ranks, read_rows
 from trainer.checkpoint_folder import (
     RECORD,

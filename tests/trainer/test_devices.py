@@ -15,8 +15,8 @@ WORDS = ("cuda", "npu", "hccl", "nccl")
 
 # File, spelling and reason: these name the choice to the user, or in a job that was resolved from it.
 ALLOWED = {
-    ("flows/config.py", "cuda"): "device: what a user may choose",
-    ("flows/config.py", "npu"): "device: what a user may choose",
+    ("flows/run/config.py", "cuda"): "device: what a user may choose",
+    ("flows/run/config.py", "npu"): "device: what a user may choose",
     ("trainer/jobs.py", "cuda"): "a job's device: what the choice was resolved to",
     ("trainer/jobs.py", "npu"): "a job's device: what the choice was resolved to",
 }

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import dynamic_module_utils
 
-from data_scoring.corpus import Corpus
-from data_scoring.tokenizer import open_tokenizer
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.tokenizer.tokenizer import open_tokenizer
 from tests.trainer.two_ranks_evaluation import HARNESS_LENGTH, TRAINED, make_instances
 from tests.trainer.two_ranks_layers import LAYOUTS
 from trainer.generate import Endings

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.plain_model import read_checkpoint
-from data_scoring.corpus import Corpus
+from data_scoring.corpus.corpus import Corpus
 from tests.conftest import Ranks
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record, seal_checkpoint
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.plain_model import read_checkpoint
-from data_scoring.corpus import Corpus
-from data_scoring.mix import write_mix
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.refine.training_mix import write_mix
 from tests.conftest import TINY_MODEL, TINY_TRAIN, Ranks, read_rows
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.trainer.two_ranks_masks import GROUPED, LAYOUTS, NUM_SAMPLES, QUARTER, STUDENTS, TEACHERS
-from trainer.inheritance import Part
 from trainer.masks import KINDS, Masks, keep_highest, relax
+from trainer.pruning import Part
 
 Found = list[dict[str, Any]]
 JOB_LAYOUTS = ("data", "tensor", "pipeline")

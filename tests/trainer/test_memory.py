@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data_scoring.config import padded_vocab_size
-from data_scoring.corpus import Corpus
+from data_scoring.corpus.corpus import Corpus
 from tests.conftest import TINY_MODEL
 from tests.trainer import memory_rank
 from tests.trainer.memory_rank import LAYOUTS, SHAPES, SMALL, workload

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.test_inheritance import STUDENT, TEACHER, VOCAB_SIZE, expect_layer, with_fields, write_random
+from tests.trainer.test_pruning import STUDENT, TEACHER, VOCAB_SIZE, expect_layer, with_fields, write_random
 from trainer.checkpoint_shapes import EMBEDDING, HEAD
 from trainer.config import ModelConfig
-from trainer.inheritance import Part, bottleneck_size, whole_layers
 from trainer.neuron_scores import Scores, choose, keep_best, sum_values
+from trainer.pruning import Part, bottleneck_size, whole_layers
 from trainer.weights import Weights, write_weights
 
 DEPTH_CUT = with_fields(STUDENT, num_layers=TEACHER.num_layers)
@@ -117,7 +117,7 @@ def _kill_in_layer(name: str, tensor: Tensor, model: ModelConfig, part: Part, la
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_what_is_dead_goes(power: Any, tmp_path: Path) -> None:
-    from tests.trainer.test_inheritance import random_part
+    from tests.trainer.test_pruning import random_part
 
     alive = random_part(TEACHER, DEPTH_CUT, range(3), seed=5)
     tensors = write_random(tmp_path / "random", TEACHER)

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
-from data_scoring.files import read_json
+from data_scoring.base.files import read_json
 from tests.conftest import TINY_MODEL, Ranks, read_rows
 from tests.trainer.test_masks import JOB_LAYOUTS
 from tests.trainer.two_ranks_masks import GROUPED
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.checkpoint_shapes import shapes_of
-from trainer.inheritance import Part, slice_checkpoint
 from trainer.jobs import MaskJob, TaylorJob
 from trainer.neuron_scores import choose
+from trainer.pruning import Part, slice_checkpoint
 from trainer.weights import Weights
 
 Found = list[dict[str, Any]]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
-from data_scoring.corpus import Corpus
-from data_scoring.scoring import Block
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.shard_scoring import Block
 from kernels.series_activation import initial_offsets
 from tests.trainer import two_ranks_bfloat16, two_ranks_evaluation, two_ranks_masks
 from tests.trainer.meeting import meet

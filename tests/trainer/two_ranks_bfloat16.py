@@ -12,17 +12,16 @@ import torch
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint, stacked_weights
 from data_scoring.config import ScoreConfig
-from data_scoring.corpus import Corpus
-from data_scoring.mix import write_mix
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.refine.training_mix import write_mix
 from tests.conftest import ORIGIN, TINY_MODEL, TINY_TRAIN, Ranks
 from tests.trainer import two_ranks_layers
 from tests.trainer.meeting import meet
-from tests.trainer.test_inheritance import random_part
+from tests.trainer.test_pruning import random_part
 from tests.trainer.two_ranks_evaluation import make_requests
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig
 from trainer.devices import Device
-from trainer.inheritance import slice_checkpoint
 from trainer.jobs import (
     AnyJob,
     CalibrateJob,
@@ -34,9 +33,10 @@ from trainer.jobs import (
     SkipJob,
     TrainJob,
 )
+from trainer.pruning import slice_checkpoint
 from trainer.requests import requests_path, write_requests
 from trainer.stopping import StoppedError, StopRequest
-from trainer.vocabulary import cut_checkpoint
+from trainer.vocabulary_rows import cut_checkpoint
 from trainer.weights import write_weights
 
 LAYOUTS = two_ranks_layers.LAYOUTS

@@ -13,11 +13,11 @@ from lm_eval.api.instance import Instance
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
 from data_scoring.config import ScoreConfig
-from data_scoring.corpus import Corpus
-from data_scoring.mix import write_mix
-from data_scoring.tokenizer import open_tokenizer
-from flows.evaluation_requests import Reader, Response
-from flows.stored_model import find_model
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.refine.training_mix import write_mix
+from data_scoring.tokenizer.tokenizer import open_tokenizer
+from flows.evaluation.harness_requests import Reader, Response
+from flows.run.stored_model import find_model
 from tests.trainer.two_ranks_layers import LAYOUTS, MODEL, random_model, share, shared_model
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ParallelConfig, TrainConfig

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_scoring.corpus import Batch
-from flows.stored_model import find_model
+from data_scoring.corpus.corpus import Batch
+from flows.run.stored_model import find_model
 from tests.hugging_face_models import MODELS, TIED
 from tests.trainer.meeting import meet
 from trainer.config import ParallelConfig, TrainConfig

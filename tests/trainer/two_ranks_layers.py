@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
-from data_scoring.calibration import draw_calibration_set
-from data_scoring.corpus import Corpus
-from data_scoring.progress import silent
+from data_scoring.base.progress import silent
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.calibration import draw_calibration_set
 from tests.trainer.meeting import meet
 from trainer.config import ModelConfig, ParallelConfig
 from trainer.devices import Device
@@ -99,7 +99,7 @@ def _fill(gpt: Any, whole: dict[str, Tensor], rank: int) -> None:
 
 
 def _measure(corpus: Corpus, model: torch.nn.Module, parallel: ParallelConfig) -> dict[str, Any]:
-    from trainer.layer_skips import measure_skips
+    from trainer.layer_ablation import measure_skips
 
     rows_through_layers: list[int] = []
     layers = [module for module in model.modules() if type(module).__name__ == "TransformerLayer"]

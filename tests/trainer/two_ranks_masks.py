@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
-from data_scoring.calibration import draw_from
-from data_scoring.corpus import Corpus
-from data_scoring.files import read_json
+from data_scoring.base.files import read_json
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.calibration import draw_from
 from tests.conftest import TINY_MODEL
 from tests.trainer.meeting import meet
-from tests.trainer.test_inheritance import random_part
+from tests.trainer.test_pruning import random_part
 from trainer.checkpoint_shapes import shapes_of
 from trainer.config import ModelConfig, ParallelConfig
 from trainer.devices import Device
-from trainer.inheritance import Part, slice_checkpoint, whole_layers
 from trainer.jobs import MaskJob, TaylorJob
 from trainer.neuron_scores import choose
+from trainer.pruning import Part, slice_checkpoint, whole_layers
 from trainer.weights import Weights, write_weights
 
 # Of two query heads a group, and the additions; and of all biases, one matrix for embedding and head.

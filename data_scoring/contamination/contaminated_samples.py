@@ -1,0 +1,169 @@
+"""Contamination: which evaluation items, or parts of them, the training text holds, found by their n-grams.
+
+The rule is GPT-3's (Brown et al. 2020, arXiv 2005.14165, appendix C): an item overlaps where any of its n-grams, by
+default 13 units long, is in the corpus, but for n-grams that more than 10 documents have, which are common phrases and
+boilerplate. What a unit is, and how text is normalised, `ngrams.py` says.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data_scoring.base.files import fingerprint
+from data_scoring.base.parquet import parquet_fingerprint, write_parquet
+from data_scoring.base.progress import Progress
+from data_scoring.contamination.item_ngrams import ItemIndex, index_items
+from data_scoring.contamination.ngrams import split_units
+from data_scoring.contamination.overlaps import Overlaps, find_overlaps
+from data_scoring.corpus.reading_order import ReadingOrder
+from data_scoring.evaluation.items import ItemText
+from data_scoring.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import duckdb
+
+_FORMAT_VERSION = 1
+# Which samples overlap, in a few digits: what a mix without them depends on.
+_SAMPLES_KEY = b"reprise.samples"
+_PAIRS = pa.schema(
+    [
+        ("task", pa.string()),
+        ("item", pa.string()),
+        ("shard", pa.int32()),
+        ("sample", pa.int32()),
+        ("source", pa.string()),
+        ("num_ngrams", pa.int64()),
+        ("excerpt", pa.string()),
+    ]
+)
+
+
+def contamination_path(corpus_folder: Path) -> Path:
+    """Return the path of the overlapping pairs of items and samples."""
+    return corpus_folder / "contamination.parquet"
+
+
+def contaminated_items_path(corpus_folder: Path) -> Path:
+    """Return the path of the items, each with how much of it was found."""
+    return corpus_folder / "contamination-items.parquet"
+
+
+def write_contamination(
+    order: ReadingOrder, tokenizer: Tokenizer, items: Iterable[ItemText], ngram: int, progress: Progress
+) -> bool:
+    """Write which `items` overlap with which training samples into the corpus' folder; return whether it was to do.
+
+    Two files: a row an overlapping item and sample, and a row an item, with the share of its n-grams that was found.
+    What is there already of the same corpus, items and `ngram` is kept. Memory is that of the items' n-grams.
+    Raises ValueError where there is no item.
+    """
+    import duckdb
+
+    folder, listed = order.corpus.folder, list(items)
+    if not listed:
+        raise ValueError("eval.contamination: there are no items to look for; name tasks that have some, or set off")
+    pairs_path, items_path = contamination_path(folder), contaminated_items_path(folder)
+    identity = f"{_origin(order.corpus.fingerprint, ngram)}-{fingerprint([asdict(item) for item in listed])}"
+    if parquet_fingerprint(pairs_path) == parquet_fingerprint(items_path) == identity:
+        return False
+    index = index_items(listed, ngram)
+    overlaps = find_overlaps(order, tokenizer, index, progress)
+    with duckdb.connect() as connection:
+        connection.register("owned", pa.table({"ngram": index.ngrams, "item": index.owners, "place": index.places}))
+        connection.register("found", _found(order, overlaps))
+        connection.register("common", pa.table({"ngram": np.flatnonzero(overlaps.is_common)}))
+        items_table, pairs_table = _items_table(connection, index), _pairs_table(connection, index, order.sources)
+    write_parquet(items_path, items_table, identity)
+    write_parquet(pairs_path, pairs_table.replace_schema_metadata({_SAMPLES_KEY: _digest(pairs_table)}), identity)
+    return True
+
+
+def samples_fingerprint(corpus_folder: Path, corpus_fingerprint: str, ngram: int) -> str | None:
+    """Return what identifies the samples of a corpus that overlap with items, or None where nobody has looked."""
+    path = contamination_path(corpus_folder)
+    if not (parquet_fingerprint(path) or "").startswith(f"{_origin(corpus_fingerprint, ngram)}-"):
+        return None
+    return str(pq.read_schema(path).metadata[_SAMPLES_KEY].decode())
+
+
+def _origin(corpus_fingerprint: str, ngram: int) -> str:
+    return f"{corpus_fingerprint}-{_FORMAT_VERSION}-{ngram}"
+
+
+def _found(order: ReadingOrder, overlaps: Overlaps) -> pa.Table:
+    """Return a row for each n-gram and training sample that has it: ngram, source, shard, sample."""
+    shards, samples = (np.full(len(overlaps.ngrams), -1, np.int64) for _ in range(2))
+    for source in range(len(order.sources)):
+        mine = np.flatnonzero(overlaps.sources == source)
+        places, rows = np.unique(overlaps.samples[mine], return_inverse=True)
+        located = order.locate(source, places)
+        shards[mine], samples[mine] = (numbers[rows] for numbers in located)
+    is_trained_on = shards >= 0
+    columns = {"ngram": overlaps.ngrams, "source": overlaps.sources, "shard": shards, "sample": samples}
+    return pa.table({name: values[is_trained_on] for name, values in columns.items()})
+
+
+def _items_table(connection: "duckdb.DuckDBPyConnection", index: ItemIndex) -> pa.Table:
+    counts = connection.sql(
+        f"""select range as item, count(owned.ngram) as num_ngrams, count(f.ngram) as num_found,
+            count(common.ngram) as num_common
+        from range({len(index.items)}) left join owned on item = range
+        left join (select distinct ngram from found) as f using (ngram) left join common using (ngram)
+        group by range order by range"""
+    ).fetchnumpy()
+    num_ngrams, num_found = counts["num_ngrams"], counts["num_found"]
+    is_too_short = num_ngrams == 0
+    columns = {
+        "task": [item.task for item in index.items],
+        "item": [item.item for item in index.items],
+        "num_ngrams": num_ngrams,
+        "num_found": num_found,
+        "num_common": counts["num_common"],
+        "share": pa.array(num_found / np.maximum(num_ngrams, 1), mask=is_too_short),
+        "is_too_short": is_too_short,
+    }
+    return pa.table(columns)
+
+
+def _pairs_table(connection: "duckdb.DuckDBPyConnection", index: ItemIndex, sources: list[str]) -> pa.Table:
+    pairs = connection.sql(
+        """select item, shard, sample, any_value(source) as source, count(distinct ngram) as num_ngrams,
+            min(place) as place
+        from found join owned using (ngram) group by item, shard, sample order by item, shard, sample"""
+    ).fetchnumpy()
+    excerpts: list[str] = []
+    # One item after the other, so that each is cut into units once.
+    numbers, starts = np.unique(pairs["item"], return_index=True)
+    for number, start, stop in zip(numbers, starts, [*starts[1:], len(pairs["item"])], strict=False):
+        excerpts += _excerpts(index.items[number].text, pairs["place"][start:stop], index.longest)
+    owners = [index.items[number] for number in pairs["item"].tolist()]
+    columns = {
+        "task": [item.task for item in owners],
+        "item": [item.item for item in owners],
+        "shard": pairs["shard"].astype(np.int32),
+        "sample": pairs["sample"].astype(np.int32),
+        "source": [sources[number] for number in pairs["source"].tolist()],
+        "num_ngrams": pairs["num_ngrams"],
+        "excerpt": excerpts,
+    }
+    return pa.table(columns, schema=_PAIRS)
+
+
+def _excerpts(text: str, places: NDArray[np.int64], longest: int) -> list[str]:
+    """Return the n-grams of an item that begin at `places`, numbers of units, as they are compared."""
+    units = split_units([text])
+    lasts = np.minimum(places + longest, len(units.ends)) - 1
+    spans = zip(units.starts[places].tolist(), units.ends[lasts].tolist(), strict=True)
+    return [" ".join(units.text[start:end].split()) for start, end in spans]
+
+
+def _digest(pairs: pa.Table) -> bytes:
+    samples = np.stack([pairs["shard"].to_numpy(), pairs["sample"].to_numpy()], axis=1).astype("<i4")
+    return hashlib.blake2b(np.unique(samples, axis=0).tobytes(), digest_size=8).hexdigest().encode()

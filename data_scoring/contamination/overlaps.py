@@ -1,0 +1,174 @@
+"""Looking for the n-grams of evaluation items in the training text, document by document, as it is decoded.
+
+An n-gram may go from one sample to the next: text is read in its own order, not in the shards', and samples are told
+apart only where something was found.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_scoring.base.progress import Progress
+from data_scoring.contamination.item_ngrams import ItemIndex
+from data_scoring.contamination.ngrams import Units, split_units
+from data_scoring.corpus.reading_order import ReadingOrder
+from data_scoring.tokenizer.tokenizer import Tokenizer
+
+# An n-gram that more documents have is a common phrase (GPT-3, appendix C).
+MOST_DOCUMENTS = 10
+# Longer documents are decoded in pieces, which overlap by more tokens than an n-gram's units ever have.
+_PIECE_TOKENS = 1 << 13
+_TOKENS_PER_UNIT = 32
+_CONTEXT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Which samples have which n-grams: `ngrams`, `sources` and `samples`, [n] int64 each, distinct rows.
+
+    Samples are numbered as they follow in their source. n-grams that are common, [num_ngrams] bool, are not listed.
+    """
+
+    ngrams: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    is_common: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece of a document: its tokens, the first of which is at `start` in its source."""
+
+    document: int
+    start: int
+    tokens: NDArray[np.integer]
+    is_head: bool
+    is_tail: bool
+
+
+def find_overlaps(order: ReadingOrder, tokenizer: Tokenizer, index: ItemIndex, progress: Progress) -> Overlaps:
+    """Return which samples of the corpus have which n-grams of `index`."""
+    search = _Search(tokenizer, index, order.sample_length)
+    documents = done = 0
+    for source in range(len(order.sources)):
+        for pieces in _cut(order, source, documents, index.longest * _TOKENS_PER_UNIT):
+            if pieces:
+                search.look(source, pieces)
+                documents = pieces[-1].document
+                progress("looking for evaluation items (tokens)", done + pieces[-1].start, order.num_tokens)
+        documents += 1
+        done += order.num_source_tokens(source)
+    progress("looking for evaluation items (tokens)", done, order.num_tokens)
+    return search.result()
+
+
+def _cut(order: ReadingOrder, source: int, document: int, overlap: int) -> Iterator[list[_Piece]]:
+    """Yield the documents of a source in pieces, some at a time; documents are numbered from `document` on."""
+    end = int(order.corpus.manifest["end_of_document"])
+    rest: NDArray[np.integer] = np.empty(0, np.int64)
+    # Where the rest begins in the source, and whether a document begins there.
+    position, is_head = 0, True
+    for block in chain(order.blocks(source), [None]):
+        tokens = rest if block is None else np.concatenate([rest, block])
+        stops = np.flatnonzero(tokens == end).tolist()
+        is_over = [True] * len(stops)
+        if len(tokens) > (stops[-1] + 1 if stops else 0):
+            # The last document ends where the source does, else it may go on in the next block.
+            stops.append(len(tokens))
+            is_over.append(block is None)
+        pieces, start = [], 0
+        for stop, ends in zip(stops, is_over, strict=True):
+            while stop - start > _PIECE_TOKENS:
+                piece = tokens[start : start + _PIECE_TOKENS]
+                pieces.append(_Piece(document, position + start, piece, is_head, is_tail=False))
+                start, is_head = start + _PIECE_TOKENS - overlap, False
+            if ends:
+                pieces.append(_Piece(document, position + start, tokens[start:stop], is_head, is_tail=True))
+                start, is_head, document = stop + 1, True, document + 1
+        rest, position = tokens[start:], position + start
+        yield pieces
+
+
+class _Search:
+    """What was found so far."""
+
+    def __init__(self, tokenizer: Tokenizer, index: ItemIndex, sample_length: int) -> None:
+        self._tokenizer, self._index, self._sample_length = tokenizer, index, sample_length
+        # In how many documents each n-gram was, and the last one of them.
+        self._num_documents = np.zeros(len(index.hashes), np.int64)
+        self._last_document = np.full(len(index.hashes), -1, np.int64)
+        self._found = [np.empty((0, 3), np.int64)]
+
+    def look(self, source: int, pieces: list[_Piece]) -> None:
+        """Look into some pieces of documents, each document's in order."""
+        units = split_units(self._tokenizer.decode_batch([piece.tokens.tolist() for piece in pieces]))
+        ngrams, firsts, lasts = self._index.find(_without_fragments(units, pieces))
+        if not len(ngrams):
+            return
+        self._count(ngrams, np.array([piece.document for piece in pieces])[units.owners[firsts]])
+        listed = np.flatnonzero(~self._is_common[ngrams])
+        listed = listed[np.argsort(firsts[listed], kind="stable")]
+        owners, bounds = np.unique(units.owners[firsts[listed]], return_index=True)
+        for owner, mine in zip(owners.tolist(), np.split(listed, bounds[1:]), strict=False):
+            before = int(np.searchsorted(units.owners, owner))
+            samples = self._samples_of(pieces[owner], np.stack([firsts[mine], lasts[mine]]) - before)
+            self._add(ngrams[mine], source, *samples)
+
+    def _count(self, ngrams: NDArray[np.int64], documents: NDArray[np.int64]) -> None:
+        ngrams, documents = np.unique(np.stack([ngrams, documents]), axis=1)
+        # Documents come in order, so that only the last one of before may come again.
+        is_new = documents != self._last_document[ngrams]
+        np.add.at(self._num_documents, ngrams[is_new], 1)
+        self._last_document[ngrams] = documents
+
+    @property
+    def _is_common(self) -> NDArray[np.bool_]:
+        return np.asarray(self._num_documents > MOST_DOCUMENTS)
+
+    def _samples_of(self, piece: _Piece, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the samples, of the shape of `units`, in which units of a piece begin."""
+        length = self._sample_length
+        first = piece.start // length
+        borders = np.arange((first + 1) * length, piece.start + len(piece.tokens), length) - piece.start
+        if not len(borders):
+            return np.full_like(units, first)
+        # Counted from border to border, with a few tokens before, for a text's first tokens may decode otherwise than
+        # the same tokens within it.
+        lasts = [0, *borders[:-1].tolist()]
+        starts = [max(0, last - _CONTEXT_TOKENS) for last in lasts]
+        spans = [*zip(starts, borders.tolist(), strict=True), *zip(starts, lasts, strict=True)]
+        parts = self._tokenizer.decode_batch([piece.tokens[start:stop].tolist() for start, stop in spans])
+        up_to, before = np.bincount(split_units(parts).owners, minlength=len(parts)).reshape(2, -1)
+        return np.asarray(first + np.searchsorted(np.cumsum(up_to - before), units, side="right"))
+
+    def _add(self, ngrams: NDArray[np.int64], source: int, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> None:
+        """Note that the samples `firsts` to `lasts` have parts of `ngrams`."""
+        sizes = lasts - firsts + 1
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rows = [np.repeat(ngrams, sizes), np.full(len(within), source), np.repeat(firsts, sizes) + within]
+        self._found.append(np.unique(np.stack(rows, axis=1), axis=0))
+
+    def result(self) -> Overlaps:
+        """Return all that was found."""
+        found = np.unique(np.concatenate(self._found), axis=0)
+        found = found[~self._is_common[found[:, 0]]]
+        return Overlaps(found[:, 0], found[:, 1], found[:, 2], self._is_common)
+
+
+def _without_fragments(units: Units, pieces: list[_Piece]) -> Units:
+    """Return `units` such that no n-gram holds one at which a document was cut, for that may be half a word.
+
+    The n-grams there are those of the next piece too, or of the one before.
+    """
+    owners = units.owners.copy()
+    numbers = np.arange(len(pieces))
+    starts, stops = np.searchsorted(units.owners, numbers), np.searchsorted(units.owners, numbers, side="right")
+    has_units = stops > starts
+    has_no_start = numbers[has_units & [not piece.is_head for piece in pieces]]
+    has_no_end = numbers[has_units & [not piece.is_tail for piece in pieces]]
+    owners[starts[has_no_start]] = -2 * has_no_start - 1
+    owners[stops[has_no_end] - 1] = -2 * has_no_end - 2
+    return replace(units, owners=owners)

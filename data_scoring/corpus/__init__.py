@@ -1,0 +1,1 @@
+"""Text to shards and back: sources, tokenisation, packing, reading."""

@@ -1,0 +1,130 @@
+"""The corpus: its manifest and the reading of samples, wherever their tokens lie."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_scoring.base.files import allow_open_files, checksum, fingerprint, read_json
+from data_scoring.corpus.indexed import IndexedTokens, open_indexed
+
+FORMAT_VERSION = 1
+VALIDATION = -1  # the shard number by which the validation set is read
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side.
+
+    tokens: [num_samples, seq_length + 1] int64, padded with zeros; num_tokens: [num_samples] int64, how many of a
+    sample's tokens are predicted, that is its length, as far as it was read, less one.
+    """
+
+    tokens: NDArray[np.int64]
+    num_tokens: NDArray[np.int64]
+
+
+class Corpus:
+    """A prepared corpus, opened read-only.
+
+    Shards are numbered 0..num_shards-1, samples 0..num_samples(shard)-1; both numbers hold for the corpus' life.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = read_json(folder / "manifest.json")
+        if manifest is None:
+            raise ValueError(f"{folder}: holds no complete corpus; run `reprise prepare` or `reprise run` first")
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder / 'manifest.json'}: format {manifest['format_version']}, this version reads "
+                f"{FORMAT_VERSION}; prepare the corpus again in a new run folder"
+            )
+        self.manifest: dict[str, Any] = manifest
+        self.fingerprint: str = fingerprint(manifest)
+        self.seq_length: int = manifest["seq_length"]
+        self.vocab_size: int = manifest["vocab_size"]
+        self.num_shards = len(manifest["shards"])
+        self.num_validation_samples: int = manifest["validation"]["num_samples"]
+        self._parts: dict[int, list[IndexedTokens]] = {}
+        # A mapped pair takes three descriptors, for a map keeps one of its own.
+        allow_open_files(3 * sum(len(entry["parts"]) for entry in [manifest["validation"], *manifest["shards"]]))
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Return the path of the tokenizer file."""
+        return self.folder / str(self.manifest["tokenizer"])
+
+    @property
+    def samples_path(self) -> Path:
+        """Return the Parquet file that lists every sample: shard, sample, source, num_tokens."""
+        return self.folder / "samples.parquet"
+
+    @cached_property
+    def validation_sources(self) -> list[str]:
+        """Return the source of every validation sample."""
+        parts = self.manifest["validation"]["sources"]
+        return [part["name"] for part in parts for _ in range(part["num_samples"])]
+
+    def num_samples(self, shard: int) -> int:
+        """Return how many samples a shard, or the validation set, holds."""
+        return int(self._entry(shard)["num_samples"])
+
+    def lengths(self, shard: int) -> NDArray[np.int32]:
+        """Return how many tokens each sample of a shard predicts, [num_samples] int32, from the index alone."""
+        return np.concatenate([part.lengths for part in self.parts(shard)], dtype=np.int32) - np.int32(1)
+
+    def read(self, shards: NDArray[np.integer], samples: NDArray[np.integer], seq_length: int | None = None) -> Batch:
+        """Return the samples identified by the pairs of `shards` and `samples`, [num_samples] each.
+
+        They are cut and padded to `seq_length` predicted tokens, by default to the corpus' own. Raises ValueError,
+        naming the shard, where a token lies outside the vocabulary.
+        """
+        seq_length = seq_length or self.seq_length
+        tokens = np.zeros((len(samples), seq_length + 1), np.int64)
+        num_tokens = np.empty(len(samples), np.int64)
+        for row, (shard, sample) in enumerate(zip(shards.tolist(), samples.tolist(), strict=True)):
+            sequence = self._sequence(shard, sample)[: seq_length + 1]
+            tokens[row, : len(sequence)] = sequence
+            num_tokens[row] = len(sequence) - 1
+        if len(tokens) and (tokens.max() >= self.vocab_size or tokens.min() < 0):
+            row = int(np.argmax((tokens >= self.vocab_size).any(1) | (tokens < 0).any(1)))
+            raise ValueError(
+                f"{self._paths(int(shards[row]))[0]}.bin: corrupt: sample {samples[row]} of shard {shards[row]} holds "
+                f"a token outside the vocabulary of {self.vocab_size}; restore the file or prepare again"
+            )
+        return Batch(tokens, num_tokens)
+
+    def verify(self, shard: int) -> None:
+        """Raise ValueError where the files of `shard` are not what was written, by size and checksum."""
+        for prefix, part in zip(self._paths(shard), self._entry(shard)["parts"], strict=True):
+            for ending, expected in part["checksums"].items():
+                path = Path(f"{prefix}{ending}")
+                if not path.exists() or checksum(path) != expected:
+                    raise ValueError(
+                        f"{path}: corrupt: its content is not what was prepared; restore it from a copy, "
+                        f"or delete {self.folder} and prepare again"
+                    )
+
+    def _entry(self, shard: int) -> dict[str, Any]:
+        entry: dict[str, Any] = self.manifest["validation"] if shard == VALIDATION else self.manifest["shards"][shard]
+        return entry
+
+    def _paths(self, shard: int) -> list[Path]:
+        return [self.folder / part["prefix"] for part in self._entry(shard)["parts"]]
+
+    def parts(self, shard: int) -> list[IndexedTokens]:
+        """Return a shard's parts, one after the other, opened; one a source where the corpus is used in place."""
+        if shard not in self._parts:
+            self._parts[shard] = [open_indexed(path) for path in self._paths(shard)]
+        return self._parts[shard]
+
+    def _sequence(self, shard: int, sample: int) -> NDArray[np.integer]:
+        for part in self.parts(shard):
+            if sample < len(part.lengths):
+                return part.sequence(sample)
+            sample -= len(part.lengths)
+        raise IndexError(f"shard {shard} has no such sample")

@@ -1,0 +1,72 @@
+"""An existing Megatron corpus used where it lies: shards are index files of our own over its `.bin` files."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_scoring.base.files import checksum, writing
+from data_scoring.corpus.indexed import IndexedTokens, open_indexed, write_index
+from data_scoring.corpus.packing import Dealing, Stream
+
+_Described = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+
+def deal_in_place(
+    prefixes: list[tuple[str, Path]], sample_length: int, validation_fraction: float, num_shards: int, seed: int
+) -> tuple[Dealing, list[IndexedTokens]]:
+    """Return the assignment of samples, windows of `sample_length` tokens over each (name, prefix), and the corpora.
+
+    Windows, not documents, are held out for validation, and duplicates stay: dropping a document would mean copying.
+    """
+    corpora = [open_indexed(prefix) for _, prefix in prefixes]
+    streams = [
+        Stream(name, int(corpus.lengths.sum(dtype=np.int64)), sample_length)
+        for (name, _), corpus in zip(prefixes, corpora, strict=True)
+    ]
+    total = sum(stream.num_samples for stream in streams)
+    return Dealing(streams, num_shards, seed, max(1, round(total * validation_fraction))), corpora
+
+
+def index_in_place(
+    dealing: Dealing, corpora: list[IndexedTokens], folder: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the manifest entries of the validation set and of the shards, one index file a source in each."""
+    validation = _index_parts("validation", dealing.held_out, dealing, corpora, folder)
+    shards = []
+    for shard in range(dealing.num_shards):
+        entry = _index_parts(f"shard-{shard:04d}", partial(dealing.samples, shard), dealing, corpora, folder)
+        shards.append({"num_samples": entry["num_samples"], "parts": entry["parts"]})
+    return validation, shards
+
+
+def _index_parts(
+    name: str,
+    describe: Callable[[], Iterator[_Described]],
+    dealing: Dealing,
+    corpora: list[IndexedTokens],
+    folder: Path,
+) -> dict[str, Any]:
+    parts, sources = [], []
+    for number, (stream, corpus) in enumerate(zip(dealing.streams, corpora, strict=True)):
+        count = sum(int((source == number).sum()) for source, _, _ in describe())
+        itemsize = corpus.tokens.itemsize
+
+        def chunks(
+            number: int = number, stride: int = stream.sample_length * itemsize
+        ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+            for source, within, lengths in describe():
+                yield lengths[source == number], within[source == number] * stride
+
+        prefix = f"{name}-{stream.name}"
+        with writing(folder / f"{prefix}.idx") as temporary:
+            write_index(temporary, corpus.tokens.dtype, count, chunks())
+        with writing(folder / f"{prefix}.bin") as temporary:
+            temporary.symlink_to(Path(f"{corpus.prefix}.bin").resolve())
+        # The index is ours to check; summing somebody's whole corpus would cost more than reading it.
+        parts.append({"prefix": prefix, "checksums": {".idx": checksum(folder / f"{prefix}.idx")}})
+        sources.append({"name": stream.name, "num_samples": count})
+    return {"num_samples": sum(part["num_samples"] for part in sources), "sources": sources, "parts": parts}

@@ -1,0 +1,187 @@
+"""The first stage: sources to a corpus of shards, a validation set, a tokenizer and a manifest."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_scoring.base.files import checksum, fingerprint, remove_leftovers, write_json, writing
+from data_scoring.base.progress import Progress
+from data_scoring.config import CorpusConfig, TokenizerConfig
+from data_scoring.corpus.corpus import FORMAT_VERSION
+from data_scoring.corpus.in_place import deal_in_place, index_in_place
+from data_scoring.corpus.indexed import token_dtype
+from data_scoring.corpus.packing import Dealing, Stream, assign_roles, index_shards, pack_shards, pack_validation
+from data_scoring.corpus.sources import check_source, megatron_prefix, read_documents, resolve_format
+from data_scoring.corpus.tokenise import Rejects, StagedSource, stage_source
+from data_scoring.tokenizer.tokenizer import Tokenizer, install_tokenizer, open_tokenizer
+
+_SAMPLES = pa.schema(
+    [
+        pa.field("shard", pa.int32()),
+        pa.field("sample", pa.int32()),
+        pa.field("source", pa.dictionary(pa.int32(), pa.string())),
+        pa.field("num_tokens", pa.int32()),
+    ]
+)
+
+
+def prepare_corpus(
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    seed: int,
+    folder: Path,
+    stage_fingerprint: str,
+    progress: Progress,
+) -> None:
+    """Write the corpus into `folder`; its `manifest.json`, written last, says that it is complete.
+
+    Raises ValueError, naming file and line or field, for anything about the input that cannot be used; files staged
+    for sources that were read completely are used again by the next try.
+    """
+    in_place = _check(corpus, tokenizer)
+    staging = folder / "staging"
+    staging.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    remove_leftovers(staging)
+    texts = _all_texts(corpus, staging / "tokenizer.rejects.jsonl", progress)
+    tokenizer_path = install_tokenizer(tokenizer, texts, seed, folder)
+    opened = open_tokenizer(tokenizer_path, tokenizer.end_of_document)
+    if in_place:
+        entries = _prepare_in_place(corpus, opened, seed, folder)
+    else:
+        entries = _prepare_from_text(corpus, opened, tokenizer_path, seed, folder, progress)
+    shutil.rmtree(staging)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "stage_fingerprint": stage_fingerprint,
+        "seq_length": corpus.seq_length,
+        "vocab_size": opened.vocab_size,
+        "end_of_document": opened.end_of_document,
+        "tokenizer": tokenizer_path.name,
+        **entries,
+    }
+    write_json(folder / "manifest.json", manifest)
+
+
+def _check(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:
+    """Return whether the corpus is used in place; raise ValueError for what is wrong before anything is written."""
+    names = [source.name for source in corpus.sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"corpus.sources: the names {names} are not distinct; rename the sources that share one")
+    for source in corpus.sources:
+        check_source(source)
+    if tokenizer.path is not None:
+        open_tokenizer(Path(tokenizer.path), tokenizer.end_of_document)
+    in_place = [resolve_format(source) == "megatron" for source in corpus.sources]
+    if any(in_place) and not all(in_place):
+        raise ValueError(
+            "corpus.sources: sources in Megatron's format are used in place and cannot be mixed with text; "
+            "tokenise the text with Megatron's preprocess_data.py, or give the text of all sources"
+        )
+    if all(in_place) and tokenizer.path is None:
+        raise ValueError("tokenizer.path: not set, but sources in Megatron's format need the one that tokenised them")
+    return all(in_place)
+
+
+def _all_texts(corpus: CorpusConfig, rejects_path: Path, progress: Progress) -> Iterator[str]:
+    """Yield every document, for training a tokenizer; bad records are listed when the sources are tokenised."""
+    rejects = Rejects(rejects_path, corpus.on_bad_record == "skip")
+    for source in corpus.sources:
+        for number, text in enumerate(read_documents(source, rejects), start=1):
+            if number % 1000 == 0:
+                progress(f"sampling {source.name} for the tokenizer (documents)", number, None)
+            yield text
+
+
+def _prepare_from_text(
+    corpus: CorpusConfig, tokenizer: Tokenizer, tokenizer_path: Path, seed: int, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    staging = folder / "staging"
+    skip = corpus.on_bad_record == "skip"
+    tokenizer_checksum = checksum(tokenizer_path)
+    staged = [
+        stage_source(
+            source, tokenizer, staging, skip, fingerprint(source.model_dump(), skip, tokenizer_checksum), progress
+        )
+        for source in corpus.sources
+    ]
+    for source in staged:
+        if source.counts["documents"] == 0:
+            raise ValueError(f"corpus.sources.{source.name}.path: holds no text; remove the source or correct its path")
+    _collect_rejects(staged, staging, folder / "rejects.jsonl")
+    results = assign_roles(staged, corpus.validation_fraction, seed)
+    sample_length = corpus.seq_length + 1
+    train = [Stream(result.source.name, result.tokens[0], sample_length) for result in results]
+    held_out = [Stream(result.source.name, result.tokens[1], sample_length) for result in results]
+    dealing = pack_shards(results, train, dtype, corpus.num_shards, seed, folder, progress)
+    _write_samples(dealing, folder / "samples.parquet")
+    sources = [
+        {
+            **{key: result.source.counts[key] for key in ("documents", "empty", "rejected", "bytes")},
+            "name": result.source.name,
+            "duplicates": result.documents[2],
+            "validation_documents": result.documents[1],
+            "train_tokens": result.tokens[0],
+            "validation_tokens": result.tokens[1],
+        }
+        for result in results
+    ]
+    return {
+        "sources": sources,
+        "validation": pack_validation(results, held_out, dtype, folder),
+        "shards": index_shards(dealing, dtype, folder),
+    }
+
+
+def _collect_rejects(staged: list[StagedSource], staging: Path, target: Path) -> None:
+    if any(source.counts["rejected"] for source in staged):
+        with writing(target) as temporary, temporary.open("wb") as out:
+            for source in staged:
+                rejects = staging / f"{source.name}.rejects.jsonl"
+                if rejects.exists():
+                    with rejects.open("rb") as lines:
+                        shutil.copyfileobj(lines, out)
+
+
+def _prepare_in_place(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int, folder: Path) -> dict[str, Any]:
+    prefixes = [(source.name, megatron_prefix(source)) for source in corpus.sources]
+    dealing, corpora = deal_in_place(
+        prefixes, corpus.seq_length + 1, corpus.validation_fraction, corpus.num_shards, seed
+    )
+    for (name, prefix), tokens in zip(prefixes, corpora, strict=True):
+        largest = int(tokens.tokens[: 1 << 20].max(initial=0))
+        if largest >= tokenizer.vocab_size:
+            raise ValueError(
+                f"{prefix}.bin: source {name} holds token {largest}, but tokenizer.path has only "
+                f"{tokenizer.vocab_size}; give the tokenizer that tokenised it"
+            )
+    validation, shards = index_in_place(dealing, corpora, folder)
+    _write_samples(dealing, folder / "samples.parquet", grouped=True)
+    sources = [{"name": stream.name, "train_tokens": stream.num_tokens} for stream in dealing.streams]
+    return {"sources": sources, "validation": validation, "shards": shards}
+
+
+def _write_samples(dealing: Dealing, path: Path, grouped: bool = False) -> None:
+    """Write the table of samples; `grouped` numbers a shard's samples source by source, as its parts lie."""
+    names = pa.array([stream.name for stream in dealing.streams])
+    numbers = range(len(dealing.streams))
+    with writing(path) as temporary, pq.ParquetWriter(temporary, _SAMPLES) as writer:
+        for shard in range(dealing.num_shards):
+            sample = 0
+            for wanted in numbers if grouped else [None]:
+                for source, _, lengths in dealing.samples(shard):
+                    chosen = np.arange(len(source)) if wanted is None else np.flatnonzero(source == wanted)
+                    columns = [
+                        pa.array(np.full(len(chosen), shard, np.int32)),
+                        pa.array(np.arange(sample, sample + len(chosen), dtype=np.int32)),
+                        pa.DictionaryArray.from_arrays(source[chosen].astype(np.int32), names),
+                        pa.array((lengths[chosen] - 1).astype(np.int32)),
+                    ]
+                    writer.write_batch(pa.record_batch(columns, schema=_SAMPLES))
+                    sample += len(chosen)

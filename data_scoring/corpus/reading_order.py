@@ -1,0 +1,94 @@
+"""The corpus in its reading order: the tokens of each source as its documents were written, found in the shards.
+
+Shards hold samples at random places, which the corpus' seed decides, so that the order is known without a list.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.corpus.packing import Dealing, Stream
+
+_CHUNK_TOKENS = 1 << 20
+
+
+class ReadingOrder:
+    """The training text of a corpus that was prepared with `seed`, source by source, in samples as they follow.
+
+    A source's samples are numbered as they follow each other in its text.
+    """
+
+    def __init__(self, corpus: Corpus, seed: int) -> None:
+        self.corpus = corpus
+        self.sample_length = corpus.seq_length + 1
+        self.sources: list[str] = [source["name"] for source in corpus.manifest["sources"]]
+        streams = [
+            Stream(source["name"], source["train_tokens"], self.sample_length) for source in corpus.manifest["sources"]
+        ]
+        num_samples = sum(stream.num_samples for stream in streams)
+        # Of a corpus that is used in place, samples are held out, of others whole documents.
+        num_held_out = num_samples - sum(corpus.num_samples(shard) for shard in range(corpus.num_shards))
+        self.is_in_place = num_held_out > 0
+        self._dealing = Dealing(streams, corpus.num_shards, seed, num_held_out)
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens of all sources, those that are held out of a corpus used in place among them."""
+        return sum(stream.num_tokens for stream in self._dealing.streams)
+
+    def num_source_tokens(self, source: int) -> int:
+        """Return the tokens of the source of the number `source`."""
+        return self._dealing.streams[source].num_tokens
+
+    def blocks(self, source: int) -> Iterator[NDArray[np.integer]]:
+        """Yield the tokens of the source of the number `source`, in order, in blocks of bounded size.
+
+        Raises ValueError where a token lies outside the vocabulary.
+        """
+        if self.is_in_place:
+            yield from self._blocks_in_place(source)
+            return
+        count = self._dealing.streams[source].num_samples
+        step = max(1, _CHUNK_TOKENS // self.sample_length)
+        for start in range(0, count, step):
+            batch = self.corpus.read(*self._place(source, np.arange(start, min(start + step, count), dtype=np.int64)))
+            # Only a source's last sample may be shorter than the others.
+            yield batch.tokens.reshape(-1)[: int((batch.num_tokens + 1).sum())]
+
+    def _blocks_in_place(self, source: int) -> Iterator[NDArray[np.integer]]:
+        # Every part of a source is an index over the whole of its tokens.
+        part = self.corpus.parts(0)[source]
+        for start in range(0, self._dealing.streams[source].num_tokens, _CHUNK_TOKENS):
+            tokens = part.tokens[start : min(start + _CHUNK_TOKENS, self._dealing.streams[source].num_tokens)]
+            if tokens.max() >= self.corpus.vocab_size or tokens.min() < 0:
+                raise ValueError(
+                    f"{part.prefix}.bin: holds a token outside the vocabulary of {self.corpus.vocab_size}; give the "
+                    "tokenizer that tokenised it"
+                )
+            yield tokens
+
+    def locate(self, source: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the shards, and the numbers there, [n] int64 each, of a source's samples; -1 for those held out."""
+        shards, places = self._place(source, samples)
+        is_held_out = places < 0
+        shards[is_held_out] = -1
+        if not self.is_in_place:
+            return shards, places
+        # Here a shard's samples are numbered part by part, in the order of their places.
+        numbers = np.full(len(samples), -1, np.int64)
+        for shard in np.unique(shards[~is_held_out]).tolist():
+            mine = np.flatnonzero(shards == shard)
+            parts = self.corpus.parts(shard)
+            first = sum(len(part.lengths) for part in parts[:source])
+            part = parts[source]
+            pointers = samples[mine] * self.sample_length * part.tokens.itemsize
+            order = np.argsort(pointers)
+            rows = np.flatnonzero(np.isin(part.pointers, pointers))
+            found = np.searchsorted(pointers[order], part.pointers[rows])
+            numbers[mine[order[found]]] = first + rows
+        return shards, numbers
+
+    def _place(self, source: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return self._dealing.place(samples + self._dealing.starts[source])

@@ -1,0 +1,227 @@
+"""Evaluation items read from local files in the data sets' original schemas, and what of them cannot be scored.
+
+A folder holds one file a task (docs/evaluation.md names them); C-Eval, CMMLU, MMLU and AGIEval may also lie there as
+they are released, a file a subject. What is broken is an error that names file and line; what merely lacks an answer
+or an option is kept, with the reason, so that it can be counted.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_scoring.evaluation.rows import SCHEMAS, Row, defect, item_text
+
+
+@dataclass(frozen=True)
+class ItemText:
+    """The text of an evaluation item, under the names that lists show: its task, and which of its items it is."""
+
+    task: str
+    item: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of a task: where it is from (`file:line`), its subject, its row, and why it cannot be scored, if so."""
+
+    place: str
+    subject: str
+    row: Row
+    defect: str | None
+
+
+@dataclass(frozen=True)
+class Unscorable:
+    """An item that gets no score, where it is from (`file:line`, or the hub's split and index), and why."""
+
+    task: str
+    item: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where a task's items are looked for in a folder: by name, or else in a release's folder, a file a subject."""
+
+    names: tuple[str, ...]
+    release: str = ""  # pattern below the task's folder; what `*` stands for is the subject
+    has_header: bool = True
+
+
+_ITEMS: dict[str, _Files] = {
+    "ceval": _Files(("ceval.jsonl",), "val/*_val.csv"),
+    "cmmlu": _Files(("cmmlu.jsonl",), "test/*.csv"),
+    "mmlu": _Files(("mmlu.jsonl",), "test/*_test.csv", has_header=False),
+    "agieval": _Files(("agieval.jsonl",), "v1/*.jsonl"),
+    **{
+        task: _Files((f"{task}.jsonl",))
+        for task in ("boolq", "axb", "piqa", "eprstmt", "xsum", "c3", "hellaswag", "arc_easy")
+    },
+}
+_EXAMPLES: dict[str, _Files] = {
+    "ceval": _Files(("ceval_dev.jsonl",), "dev/*_dev.csv"),
+    "cmmlu": _Files(("cmmlu_dev.jsonl",), "dev/*.csv"),
+    "mmlu": _Files(("mmlu_dev.jsonl", "mmlu_dev_hf.jsonl"), "dev/*_dev.csv", has_header=False),
+}
+_PIQA_LABELS = "piqa-labels.lst"
+# What a record that is no item of its task raises.
+_BROKEN = (ValueError, KeyError, TypeError, AttributeError)
+_MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
+
+
+def read_items(task: str, data: Path) -> list[Item]:
+    """Return a task's items in the folder `data`, in the files' order.
+
+    Raises ValueError, in one line with the file and its line, where a file is missing, is no JSON or CSV, where a field
+    is missing or an answer is none of its options.
+    """
+    return _read(task, data, _ITEMS[task])
+
+
+def read_examples(task: str, data: Path) -> list[Item]:
+    """Return the solved examples that go before a task's questions, of every subject. Raises as `read_items`."""
+    return _read(task, data, _EXAMPLES[task])
+
+
+def make_item(task: str, place: str, subject: str, row: Row) -> Item:
+    """Return the item of a row in the hub's schema. Raises ValueError, with its place, where it is broken."""
+    try:
+        return Item(place, subject, row, defect(task, row))
+    except _BROKEN as error:
+        raise ValueError(f"{place}: {_said(error)}") from None
+
+
+def item_files(names: Sequence[str], data: Path) -> list[Path]:
+    """Return the files in the folder `data` that the items and examples of tasks are read from, as far as there are."""
+    labels = data / _PIQA_LABELS
+    found = [labels] if "piqa" in names and labels.is_file() else []
+    for files in [table[name] for name in names for table in (_ITEMS, _EXAMPLES) if name in table]:
+        found += [data / name for name in files.names if (data / name).is_file()]
+    for name in names:
+        found += [path for path in sorted((data / name).rglob("*")) if path.is_file()]
+    return found
+
+
+def evaluation_texts(names: Sequence[str], data: Path) -> Iterator[ItemText]:
+    """Yield the text of every item of those tasks in the folder `data`, whether it can be scored or not."""
+    for task in names:
+        for item in read_items(task, data):
+            yield ItemText(task, item.place, item_text(task, item.row))
+
+
+def _read(task: str, data: Path, files: _Files) -> list[Item]:
+    schema, items = SCHEMAS[task], []
+    for path, subject in _find(task, data, files):
+        for line, record in _records(task, path, files.has_header):
+            place = line
+            try:
+                named = {schema.subject: subject, **record} if schema.subject and subject else record
+                name = str(named[schema.subject]) if schema.subject else ""
+                parts = schema.split(named)
+                for number, part in enumerate(parts, start=1):
+                    place = line if len(parts) == 1 else f"{line} question {number}"
+                    row = schema.convert(part)
+                    items.append(Item(place, name, row, defect(task, row)))
+            except _BROKEN as error:
+                raise ValueError(f"{path.parent / place}: {_said(error)}") from None
+    if not items:
+        raise ValueError(f"eval.data: {data} holds no item of {task}; put the data set's items there")
+    return items
+
+
+def _said(error: Exception) -> str:
+    # A KeyError's text is the field alone.
+    if isinstance(error, KeyError):
+        return f"no field {error}; write it, or leave the item out"
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"not an item as the data set has them ({error}); repair the line"
+
+
+def _find(task: str, data: Path, files: _Files) -> list[tuple[Path, str]]:
+    """Return the files of a task with the subject that each stands for, empty where its records name it."""
+    for name in files.names:
+        if (data / name).is_file():
+            return [(data / name, "")]
+    folder = data / task
+    if files.release and folder.is_dir():
+        found = sorted(folder.glob(files.release))
+        before, _, after = Path(files.release).name.partition("*")
+        if found:
+            return [(path, path.name.removeprefix(before).removesuffix(after)) for path in found]
+    places = [str(data / name) for name in files.names] + ([str(folder / files.release)] if files.release else [])
+    missing = " or ".join(places)
+    raise ValueError(
+        f"eval.data: no file {missing}, which {task} needs; put it there, or leave {task} out of eval.tasks"
+    )
+
+
+def _records(task: str, path: Path, has_header: bool) -> Iterator[tuple[str, Any]]:
+    """Yield (`file:line`, record) of a file of JSON lines or of CSV. Raises ValueError where it is not what it says."""
+    if path.suffix == ".csv":
+        yield from _csv_records(path, has_header)
+        return
+    records = list(_json_records(path))
+    if task == "piqa":
+        labels = _read_labels(path.with_name(_PIQA_LABELS), path, len(records))
+        records = [(place, {**record, "label": label}) for (place, record), label in zip(records, labels, strict=True)]
+    yield from records
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    # As bytes: texts may hold what Python takes for the end of a line as well (U+2028).
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        place = f"{path.name}:{number}"
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path.parent / place}: not valid JSON ({error.msg} at column {error.colno}); repair the line"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path.parent / place}: not UTF-8 ({error.reason}); write the file in UTF-8") from None
+        if not isinstance(record, dict | list):
+            raise ValueError(f"{path.parent / place}: {record!r:.40} is no item; repair the line")
+        if b"\\ud" in line.lower() and not _is_unicode(record):
+            raise ValueError(f"{path.parent / place}: holds half of a surrogate pair (\\ud…); repair the line")
+        yield place, record
+
+
+def _is_unicode(record: Any) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _csv_records(path: Path, has_header: bool) -> Iterator[tuple[str, Row]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, fieldnames=None if has_header else _MMLU_COLUMNS, strict=True)
+            for row in rows:
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path}:{rows.line_num}: not {len(rows.fieldnames or ())} fields; repair the line"
+                    )
+                yield f"{path.name}:{rows.line_num}", dict(row)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}); write the file in UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: not valid CSV ({error}); repair the line") from None
+
+
+def _read_labels(path: Path, items: Path, count: int) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"eval.data: no file {path}, which has the answers to {items.name}; put it there")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    labels = [line.strip() for line in (lines[:-1] if lines[-1] == "" else lines)]
+    if len(labels) != count:
+        raise ValueError(f"{path}: {len(labels)} labels for the {count} items of {items.name}; they go line by line")
+    return labels

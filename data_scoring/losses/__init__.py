@@ -1,0 +1,1 @@
+"""Loss files: written, identified by origin, calibrated. It knows no policy."""

@@ -1,0 +1,77 @@
+"""Seen losses as scores: what a sample's loss was the last time it was trained on, at no forward pass."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_scoring.base.files import remove_leftovers
+from data_scoring.base.parquet import parquet_fingerprint
+from data_scoring.base.sql import literal
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.origin import Origin
+from data_scoring.losses.shard_scoring import losses_path, write_losses
+
+
+def last_seen(rounds_folder: Path, round_number: int, where: str) -> str:
+    """Return the SQL relation (shard, sample, loss) of the last losses of samples trained on up to a round.
+
+    `where` is the condition on shard and sample by which they are chosen, before anything is held in memory.
+    """
+    # The empty part is there for the types, should nothing have been recorded.
+    parts = ["select 0 as round, 0 as step, 0 as shard, 0 as sample, 0::float as loss where false"]
+    for number in range(1, round_number + 1):
+        files = rounds_folder / str(number) / "seen" / "step=*.parquet"
+        if any(files.parent.glob(files.name)):
+            parts.append(f"select {number} as round, step, shard, sample, loss from read_parquet({literal(files)})")
+    order = "round::bigint * 4294967296 + step"
+    rows = " union all ".join(parts)
+    return f"(select shard, sample, arg_max(loss, {order}) as loss from ({rows}) where {where} group by all)"
+
+
+def write_seen_losses(
+    corpus: Corpus,
+    round_folder: Path,
+    round_number: int,
+    fingerprint: str,
+    origin: Origin,
+    on_shard: Callable[[int], None],
+) -> None:
+    """Write each shard's losses, every sample's being its last seen one, up to `round_number`.
+
+    Shards with this `fingerprint` are skipped; `on_shard` is told how many are done. Raises ValueError where a sample
+    was never trained on. A shard at a time, so that memory is that of one shard.
+    """
+    remove_leftovers(round_folder / "losses")
+    for shard in range(corpus.num_shards):
+        path = losses_path(round_folder, shard)
+        if parquet_fingerprint(path) != fingerprint:
+            samples, losses = _seen_losses(round_folder.parent, round_number, shard)
+            count = corpus.num_samples(shard)
+            if len(samples) < count:
+                missing = np.setdiff1d(np.arange(count), samples)
+                raise ValueError(
+                    f"score.budget: seen: {len(missing)} of the {count} samples of shard {shard} were never trained on "
+                    f"(the first is sample {missing[0]}), so that they have no seen loss; take prefix:P, full or auto "
+                    "in a run of another name"
+                )
+            write_losses(path, corpus, shard, corpus.lengths(shard), losses, fingerprint, origin)
+        on_shard(shard + 1)
+
+
+def is_everything_seen(corpus: Corpus, rounds_folder: Path, round_number: int) -> bool:
+    """Return whether every sample of the corpus was trained on in some round up to `round_number`."""
+    return all(
+        len(_seen_losses(rounds_folder, round_number, shard)[0]) == corpus.num_samples(shard)
+        for shard in range(corpus.num_shards)
+    )
+
+
+def _seen_losses(rounds_folder: Path, round_number: int, shard: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    import duckdb
+
+    with duckdb.connect() as connection:
+        relation = last_seen(rounds_folder, round_number, f"shard = {shard}")
+        columns = connection.sql(f"select sample, loss from {relation} order by sample").fetchnumpy()
+    return np.asarray(columns["sample"], np.int32), np.asarray(columns["loss"], np.float32)

@@ -1,0 +1,1 @@
+"""From losses to the next mix: policies, the draw, selection and mixing."""

@@ -1,0 +1,274 @@
+"""The candidates of a draw: a shard's samples with what is known of each, who is out of the question, and a score.
+
+Everything is SQL over the Parquet files of earlier rounds, computed as it streams by.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data_scoring.base.expression import check_expression
+from data_scoring.base.sql import gumbel, literal, random_bits
+from data_scoring.config import RefineConfig
+from data_scoring.losses.seen_losses import last_seen
+from data_scoring.losses.shard_scoring import losses_path
+
+if TYPE_CHECKING:
+    import duckdb
+
+# Losses are counted in bins of 1/1024 nats, so that medians and quantiles take bounded memory and are the same every
+# time.
+_BINS_PER_NAT = 1024
+# Of a handful of losses, nobody can say which is out of the ordinary.
+_FEWEST_FOR_OUTLIERS = 20
+# Makes the median absolute deviation of a normal distribution its standard deviation.
+_MAD_TO_DEVIATION = 1.4826
+
+# Why samples are excluded. Those of a source that joins later are not of the samples that shares are of.
+LATE = "its source joins later"
+CONTAMINATED = "contaminated"
+SHORT, OUTLIER, REPEATED = "too few tokens", "outlier", "near duplicate"
+WORN, HARDEST = "trained on often enough", "among the hardest"
+EXCLUSIONS = (LATE, CONTAMINATED, SHORT, OUTLIER, REPEATED, WORN, HARDEST)
+
+_SCORES = {
+    "loss": "loss",
+    "loss_batch": "batch_loss",
+    "top": "loss",
+    "band": "loss",
+    # What was never trained on has all of its loss to lose.
+    "forgetting": "loss - coalesce(seen_loss, 0)",
+    "excess": "loss - reference_loss",
+    "random": "0",
+    "all": "0",
+}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the samples of a round are drawn from, and how.
+
+    `rounds` is the folder that holds the rounds' folders, `num_samples` each shard's size, `duplicates` the file that
+    lists near duplicates, where they are looked for, and `contaminated` the one that lists samples with parts of
+    evaluation items, where these are left out.
+    """
+
+    rounds: Path
+    round_number: int
+    config: RefineConfig
+    seed: int
+    num_samples: list[int]
+    duplicates: Path | None = None
+    contaminated: Path | None = None
+
+    @property
+    def target(self) -> Path:
+        """Return the folder of the round that is drawn for."""
+        return self.rounds / str(self.round_number)
+
+    @property
+    def scored(self) -> Path:
+        """Return the folder of the round whose losses are drawn by."""
+        return self.rounds / str(self.round_number - 1)
+
+    def losses(self, shard: int) -> str:
+        """Return the SQL relation of a shard's losses."""
+        return f"read_parquet({literal(losses_path(self.scored, shard))})"
+
+
+def check_losses(draw: Draw, shard: int) -> None:
+    """Raise ValueError where a shard's losses, or its reference losses, are missing or incomplete."""
+    _check_file(losses_path(draw.scored, shard), draw.num_samples[shard], "score the round")
+    if draw.config.policy == "excess":
+        path = losses_path(Path(str(draw.config.reference)), shard)
+        _check_file(path, draw.num_samples[shard], "score the reference (refine.reference)")
+
+
+def _check_file(path: Path, expected: int, remedy: str) -> None:
+    """Look at the file's footer alone, which counts rows and what is missing."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; {remedy} first with `reprise score`")
+    try:
+        metadata = pq.read_metadata(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: cannot be read ({error}); delete it and {remedy} again") from None
+    names = metadata.schema.names
+    if not {"loss", "source"} <= set(names):
+        raise ValueError(f"{path}: holds {', '.join(names)} and no source or loss; delete it and {remedy} again")
+    groups = [metadata.row_group(number).column(names.index("loss")) for number in range(metadata.num_row_groups)]
+    nulls = sum(group.statistics.null_count for group in groups if group.statistics is not None)
+    counted = (metadata.num_rows, metadata.num_rows - nulls)
+    if counted != (expected, expected):
+        raise ValueError(
+            f"{path}: {counted} rows and losses where the shard has {expected} samples; delete it and {remedy} again"
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Losses that are too much, nats: for an outlier of its source, and to be among the hardest of its shard."""
+
+    outlier: dict[str, float] = field(default_factory=dict)
+    hardest: dict[int, float] = field(default_factory=dict)
+
+
+def find_limits(connection: "duckdb.DuckDBPyConnection", draw: Draw) -> Limits:
+    """Return the limits that the draw's configuration asks for, found by counting losses in bins.
+
+    The robust z-score of a loss is its distance from its source's median in units of 1.4826 times the median absolute
+    deviation; a loss of more than `outlier_z` is an outlier. A source of fewer than 20 samples, or of equal ones, has
+    none. Raises ValueError where losses are missing or incomplete.
+    """
+    config, limits = draw.config, Limits()
+    if config.outlier_z is None and config.policy != "band":
+        return limits
+    connection.execute("create or replace temp table loss_counts (shard int, source varchar, bin int, n bigint)")
+    for shard in range(len(draw.num_samples)):
+        check_losses(draw, shard)
+        connection.execute(
+            f"insert into loss_counts select {shard}, source, floor(least(loss, 1e6) * {_BINS_PER_NAT})::int as bin, "
+            f"count(*) from {draw.losses(shard)} group by source, bin"
+        )
+    if config.policy == "band":
+        for shard, losses, counts in _counted(connection, "shard"):
+            # The bin's upper edge: losses that share the last bin are not told apart, and stay.
+            limits.hardest[shard] = _quantile(losses, counts, 1 - config.drop_hardest) + 0.5 / _BINS_PER_NAT
+    if config.outlier_z is not None:
+        for source, losses, counts in _counted(connection, "source"):
+            median = _quantile(losses, counts, 0.5)
+            deviation = _MAD_TO_DEVIATION * _quantile(abs(losses - median), counts, 0.5)
+            if counts.sum() >= _FEWEST_FOR_OUTLIERS and deviation > 0:
+                limits.outlier[source] = median + config.outlier_z * deviation
+    return limits
+
+
+def _counted(connection: "duckdb.DuckDBPyConnection", group: str) -> list[tuple[Any, NDArray[Any], NDArray[Any]]]:
+    """Return each group's losses, in bins, with their counts."""
+    rows = connection.sql(
+        f"select {group} as name, list(bin) as bins, list(n) as counts from (select {group}, bin, sum(n)::bigint as n "
+        f"from loss_counts group by {group}, bin) group by name order by name"
+    ).fetchall()
+    return [(name, (np.array(bins) + 0.5) / _BINS_PER_NAT, np.array(counts)) for name, bins, counts in rows]
+
+
+def _quantile(values: NDArray[Any], counts: NDArray[Any], share: float) -> float:
+    """Return the least of `values`, each as often as `counts` says, that `share` of them do not exceed."""
+    order = np.argsort(values)
+    covered = np.cumsum(counts[order])
+    return float(values[order][np.searchsorted(covered, share * covered[-1])])
+
+
+def candidates_query(draw: Draw, limits: Limits, shard: int) -> str:
+    """Return the SQL of a shard's candidates, a row a sample, in the order of the losses file.
+
+    Columns: sample; source; loss; excluded, why a sample is out of the question, else null; is_fresh, whether its
+    source joins now; key, by which the highest are kept; bits, 64 random ones, which settle ties.
+    """
+    config = draw.config
+    unit = f"(sample // {config.batch_size})::int" if config.policy == "loss_batch" else "sample::int"
+    bits = random_bits(draw.seed, draw.round_number, shard, unit)
+    score = f"({config.sql})" if config.policy == "sql" else _SCORES[config.policy]
+    key = f"({score})::double"
+    if config.draw_temperature > 0:
+        key = f"{key} / {config.draw_temperature!r}::double + {gumbel('bits')}"
+    joins = [*_guard_joins(draw, shard), *_policy_joins(draw, shard)]
+    excluded, is_fresh = _excluded(draw, limits, shard), _is_fresh(draw)
+    known = f"select * from {draw.losses(shard)} {' '.join(joins)}"
+    if config.policy == "loss_batch":
+        batch = f"(sample // {config.batch_size})"
+        known = f"""select * from (select *, {excluded} as excluded from ({known})) left join (
+            select {batch} as batch, sum(loss::double * num_tokens) / sum(num_tokens) as batch_loss
+            from ({known}) where {excluded} is null and not {is_fresh} group by batch) on batch = {batch}"""
+        excluded = "excluded"
+    return f"""select sample, source, loss, {excluded} as excluded, {is_fresh} as is_fresh, {key} as key, bits
+        from (select *, {bits} as bits from ({known}))"""
+
+
+def uses_seen_loss(config: RefineConfig) -> bool:
+    """Return whether the policy compares losses with seen losses."""
+    return config.policy == "forgetting" or (
+        config.policy == "sql" and "seen_loss" in check_expression(str(config.sql))
+    )
+
+
+def is_joined(draw: Draw) -> bool:
+    """Return whether candidates take joins to make, so that making them once is cheaper than at every scan."""
+    config = draw.config
+    return (
+        config.policy in ("loss_batch", "excess")
+        or uses_seen_loss(config)
+        or config.near_duplicates is not None
+        or config.max_rounds is not None
+        or draw.contaminated is not None
+    )
+
+
+def _excluded(draw: Draw, limits: Limits, shard: int) -> str:
+    """Return the SQL expression of the reason why a sample is out of the question, or null."""
+    config = draw.config
+    cases = []
+    late = [rule.name for rule in config.sources if rule.from_round > draw.round_number]
+    if late:
+        cases.append(f"when source in ({_literals(late)}) then '{LATE}'")
+    if draw.contaminated is not None:
+        cases.append(f"when is_contaminated then '{CONTAMINATED}'")
+    if config.min_tokens > 1:
+        cases.append(f"when num_tokens < {config.min_tokens} then '{SHORT}'")
+    if limits.outlier:
+        limit = " ".join(f"when {literal(source)} then {value!r}::double" for source, value in limits.outlier.items())
+        cases.append(f"when loss > case source {limit} end then '{OUTLIER}'")
+    if config.near_duplicates is not None:
+        cases.append(f"when is_duplicate then '{REPEATED}'")
+    if config.max_rounds is not None:
+        cases.append(f"when num_rounds >= {config.max_rounds} then '{WORN}'")
+    if shard in limits.hardest:
+        cases.append(f"when loss > {limits.hardest[shard]!r}::double then '{HARDEST}'")
+    return f"case {' '.join(cases)} end::varchar" if cases else "null::varchar"
+
+
+def _is_fresh(draw: Draw) -> str:
+    fresh = [rule.name for rule in draw.config.sources if rule.from_round == draw.round_number]
+    return f"source in ({_literals(fresh)})" if fresh else "false"
+
+
+def _literals(values: list[str]) -> str:
+    return ", ".join(literal(value) for value in values)
+
+
+def _guard_joins(draw: Draw, shard: int) -> list[str]:
+    config, joins = draw.config, []
+    if draw.contaminated is not None:
+        relation = f"read_parquet({literal(draw.contaminated)})"
+        joins.append(
+            f"left join (select distinct sample, true as is_contaminated from {relation} where shard = {shard}) "
+            "using (sample)"
+        )
+    if config.near_duplicates is not None:
+        relation = f"read_parquet({literal(draw.duplicates)})"
+        joins.append(
+            f"left join (select sample, true as is_duplicate from {relation} where shard = {shard}) using (sample)"
+        )
+    if config.max_rounds is not None:
+        mixes = _literals([str(draw.rounds / str(number) / "mix.parquet") for number in range(1, draw.round_number)])
+        joins.append(
+            f"left join (select sample, count(*) as num_rounds from read_parquet([{mixes}]) where shard = {shard} "
+            "group by sample) using (sample)"
+        )
+    return joins
+
+
+def _policy_joins(draw: Draw, shard: int) -> list[str]:
+    config, joins = draw.config, []
+    if uses_seen_loss(config):
+        # The latest time it was trained on is what the model may have forgotten since.
+        seen = last_seen(draw.rounds, draw.round_number - 1, f"shard = {shard}")
+        joins.append(f"left join (select sample, loss as seen_loss from {seen}) using (sample)")
+    if config.policy == "excess":
+        reference = literal(losses_path(Path(str(config.reference)), shard))
+        joins.append(f"left join (select sample, loss as reference_loss from read_parquet({reference})) using (sample)")
+    return joins

@@ -1,0 +1,92 @@
+"""Refining: losses to the samples that are kept, drawn in DuckDB, shard by shard.
+
+The paper's draw (arXiv 2402.02791, section 5): within each shard, N0 of N samples without replacement, with
+p_i = exp(l_i) / sum_j exp(l_j). Keeping the N0 largest of l_i / T - ln(-ln U_i), U_i uniform, is exactly that draw
+(Gumbel-top-k; Kool et al. 2019, arXiv 1903.06059). U_i is a hash of (seed, round, shard, sample), so the draw does
+not depend on row order, threads or processes. Every policy is a score in the place of l_i (`candidates.py`).
+"""
+
+from pathlib import Path
+
+from data_scoring.base.files import remove_leftovers, writing
+from data_scoring.base.parquet import FINGERPRINT_KEY, parquet_fingerprint
+from data_scoring.base.progress import Progress
+from data_scoring.base.sql import bounded, literal, writing_errors
+from data_scoring.config import RefineConfig
+from data_scoring.refine.candidates import Draw, Limits, find_limits
+from data_scoring.refine.selection import select
+from data_scoring.refine.training_mix import write_mix
+
+_PLAIN = RefineConfig()
+
+
+def selection_path(round_folder: Path, shard: int) -> Path:
+    """Return the path of what was selected from a shard for the round in `round_folder`."""
+    return round_folder / "selection" / f"shard={shard:04d}.parquet"
+
+
+def refine(draw: Draw, fingerprint: str, progress: Progress) -> None:
+    """Select the samples of a round by the losses of the round before.
+
+    Writes a selection file a shard, each committed as it is done and skipped by a rerun with the same `fingerprint`.
+    Raises ValueError where a shard's losses are missing or incomplete.
+    """
+    (draw.target / "selection").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(draw.target / "selection")
+    paths = [selection_path(draw.target, shard) for shard in range(len(draw.num_samples))]
+    missing = [shard for shard, path in enumerate(paths) if parquet_fingerprint(path) != fingerprint]
+    if not missing:
+        return
+    with bounded(draw.target, draw.config.memory_gb) as connection:
+        progress("refining (shards)", len(paths) - len(missing), len(paths))
+        limits = find_limits(connection, draw)
+    for place, shard in enumerate(missing):
+        _refine_shard(draw, limits, shard, paths[shard], fingerprint)
+        progress("refining (shards)", len(paths) - len(missing) + place + 1, len(paths))
+
+
+def _refine_shard(draw: Draw, limits: Limits, shard: int, path: Path, fingerprint: str) -> None:
+    with bounded(draw.target, draw.config.memory_gb) as connection:
+        query = select(connection, draw, limits, shard)
+        with writing(path) as temporary, writing_errors(path):
+            connection.execute(
+                f"copy ({query}) to {literal(temporary)} (format parquet, parquet_version v2, compression zstd, "
+                f"kv_metadata {{ '{FINGERPRINT_KEY.decode()}': '{fingerprint}' }})"
+            )
+
+
+def mix_all(
+    path: Path,
+    samples_path: Path,
+    seed: int,
+    config: RefineConfig = _PLAIN,
+    max_tokens: int | None = None,
+    contaminated: Path | None = None,
+) -> int:
+    """Write round 1's mix, of every sample whose source has joined, to `path` and return their number.
+
+    With `max_tokens` it ends before the sample that would exceed it. Samples that the file `contaminated` lists are
+    left out. Raises ValueError where none is left.
+    """
+    conditions = ["true"]
+    if late := ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > 1):
+        conditions.append(f"source not in ({late})")
+    if contaminated is not None:
+        listed = f"select (shard, sample) from read_parquet({literal(contaminated)})"
+        conditions.append(f"(shard, sample) not in ({listed})")
+    where = " and ".join(conditions)
+    query = f"select shard, sample, num_tokens from read_parquet({literal(samples_path)}) where {where}"
+    return write_mix(path, query, seed, 1, max_tokens, config.memory_gb)
+
+
+def mix_selection(path: Path, draw: Draw, samples_path: Path) -> int:
+    """Write the mix of the samples that the selection for a round keeps to `path` and return their number.
+
+    With `refine.max_tokens` it ends before the sample that would exceed it, by the tokens that `samples_path` lists.
+    """
+    files, config = draw.target / "selection" / "*.parquet", draw.config
+    shard = r"regexp_extract(filename, 'shard=(\d+)', 1)::int"
+    query = f"select {shard} as shard, sample from read_parquet({literal(files)}, filename = true) where kept"
+    if config.max_tokens is not None:
+        query = f"select * from ({query}) join read_parquet({literal(samples_path)}) using (shard, sample)"
+    return write_mix(path, query, draw.seed, draw.round_number, config.max_tokens, config.memory_gb)

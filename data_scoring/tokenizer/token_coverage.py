@@ -1,0 +1,134 @@
+"""Which tokens a smaller vocabulary keeps, what each size is worth, and which size to take."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_scoring.config import VOCABULARY_MULTIPLE, padded_vocab_size
+from data_scoring.tokenizer.pieces import Vocabulary
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tokens of a vocabulary in the order in which they were taken up, and why each was."""
+
+    tokens: list[int]
+    reasons: dict[int, str]
+
+    @property
+    def kept(self) -> list[int]:
+        """Return the tokens in their old order, in which they are numbered anew."""
+        return sorted(self.tokens)
+
+
+def choose_tokens(vocabulary: Vocabulary, counts: NDArray[np.int64], size: int) -> Choice:
+    """Return the `size` tokens to keep: the required ones, then the most frequent, each after those that it needs.
+
+    A token that does not fit any more with what it needs is left out, and the next ones that do are taken instead,
+    so that there are exactly `size`. `counts`, [num_tokens], is how often each occurs. Raises ValueError where the
+    required ones alone are more, or where there are not that many.
+    """
+    reasons = dict(vocabulary.required)
+    if size < len(reasons):
+        raise ValueError(
+            f"vocabulary size {size} is too small: {len(reasons)} tokens have to stay ({_kinds(vocabulary)}); "
+            f"give {len(reasons)} or more"
+        )
+    num_tokens = sum(piece is not None for piece in vocabulary.pieces)
+    if size > num_tokens:
+        raise ValueError(f"vocabulary size {size} is more than the tokenizer's {num_tokens}; give less")
+    tokens = sorted(reasons)
+    for token in np.argsort(-counts, kind="stable").tolist():
+        if token in reasons or vocabulary.pieces[token] is None:
+            continue
+        step = _missing(vocabulary, token, reasons)
+        if len(tokens) + len(step) <= size:
+            tokens += step
+            reasons |= dict.fromkeys(step, "merge path")
+            reasons[token] = "frequent" if counts[token] else "fill"
+    assert len(tokens) == size, f"{len(tokens)} of {size} tokens found"
+    return Choice(tokens, reasons)
+
+
+def _missing(vocabulary: Vocabulary, token: int, taken: dict[int, str]) -> list[int]:
+    """Return `token`, after what it needs that is not taken yet."""
+    step: list[int] = []
+    stack = [(token, False)]
+    while stack:
+        current, is_ready = stack.pop()
+        if is_ready:
+            step.append(current)
+        elif current not in taken and current not in step:
+            stack.append((current, True))
+            stack += [(need, False) for need in vocabulary.needs[current]]
+    return list(dict.fromkeys(step))
+
+
+def _kinds(vocabulary: Vocabulary) -> str:
+    kinds = list(vocabulary.required.values())
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What vocabularies of growing size are worth, [num_sizes] each.
+
+    sizes: tokens kept; coverage: share of the corpus, in tokens of the whole tokenizer, that are kept; lengths: tokens
+    that the corpus has then, estimated, as a multiple of what it has with the whole tokenizer.
+    """
+
+    sizes: NDArray[np.int64]
+    coverage: NDArray[np.float64]
+    lengths: NDArray[np.float64]
+
+
+def measure_curve(vocabulary: Vocabulary, counts: NDArray[np.int64]) -> Curve:
+    """Return what every size is worth, from that of the required tokens on.
+
+    A dropped token is taken to fall into the two that its last merge joins (unigram: into the best pieces that are
+    left), and these on, once they are dropped in turn. Merges that dropping others makes room for are not seen.
+    """
+    num_tokens = sum(piece is not None for piece in vocabulary.pieces)
+    order = choose_tokens(vocabulary, counts, num_tokens).tokens
+    rank = np.full(len(vocabulary.pieces), num_tokens, np.int64)
+    rank[order] = np.arange(num_tokens)
+    ranks = rank.tolist()
+    smallest, total = len(vocabulary.required), max(1, int(counts.sum()))
+    occurrences = counts.tolist()
+    lengths = np.empty(num_tokens - smallest + 1)
+    length = total
+    for size in range(num_tokens, smallest, -1):
+        lengths[size - smallest] = length
+        token = order[size - 1]
+        if occurrences[token]:
+            parts = vocabulary.parts(token, ranks)
+            length += occurrences[token] * (len(parts) - 1)
+            for part in parts:
+                occurrences[part] += occurrences[token]
+    lengths[0] = length
+    covered = np.cumsum(counts[order])[smallest - 1 :] if smallest else np.concatenate([[0], np.cumsum(counts[order])])
+    return Curve(np.arange(smallest, num_tokens + 1), covered / total, lengths / total)
+
+
+def size_for_coverage(curve: Curve, coverage: float) -> int:
+    """Return the smallest size that covers as much, in steps of `VOCABULARY_MULTIPLE`.
+
+    Raises ValueError where `coverage` is no share.
+    """
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage: {coverage} is not above 0 and at most 1; give a share such as 0.9786")
+    # What was summed up in floating point may miss 1 by a rounding.
+    enough = int(np.argmax(curve.coverage >= coverage - 1e-12))
+    # What embedding and head are padded to costs nothing more.
+    return min(padded_vocab_size(int(curve.sizes[enough])), int(curve.sizes[-1]))
+
+
+def cheapest_size(curve: Curve, num_parameters: NDArray[np.float64]) -> int:
+    """Return the size at which a byte of text passes through the fewest parameters, in steps of `VOCABULARY_MULTIPLE`.
+
+    `num_parameters`, [num_sizes], is the model's at each size. What training costs per byte is that times a constant.
+    """
+    costs = curve.lengths * num_parameters
+    steps = np.flatnonzero((curve.sizes % VOCABULARY_MULTIPLE == 0) | (curve.sizes == curve.sizes[-1]))
+    return int(curve.sizes[steps[np.argmin(costs[steps])]])

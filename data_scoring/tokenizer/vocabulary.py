@@ -1,0 +1,13 @@
+"""Opening the vocabulary of a tokenizer, whatever library made it."""
+
+from pathlib import Path
+
+from data_scoring.tokenizer.pieces import Vocabulary
+
+
+def open_vocabulary(path: Path) -> Vocabulary:
+    """Return the vocabulary of the tokenizer in `path`. Raises ValueError where it is of a kind that cannot be cut."""
+    from data_scoring.tokenizer.vocabulary_bpe import HuggingFaceVocabulary
+    from data_scoring.tokenizer.vocabulary_sentencepiece import SentencePieceVocabulary
+
+    return SentencePieceVocabulary(path) if path.suffix == ".model" else HuggingFaceVocabulary(path)

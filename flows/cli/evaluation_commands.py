@@ -1,0 +1,145 @@
+"""`reprise evaluate`: what models score in tasks, as the paper's table."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, TextIO, get_args
+
+import duckdb
+
+from data_scoring.base.progress import Progress
+from data_scoring.config import EvalConfig
+from data_scoring.evaluation.tasks import EvaluationName
+from flows.evaluation.results_table import Row
+from flows.run.config import parse_config
+from flows.run.folder import Run, read_run
+from flows.run.locks import locked
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add the command to the parser's."""
+    command = commands.add_parser("evaluate", help="score what rounds ended with in tasks, and print the paper's table")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, whose models become rows")
+    command.add_argument(
+        "--round", default="last", metavar="N", help="round whose model is scored, or last, or all (default: last)"
+    )
+    command.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help=f"paper, ablation, or names with commas between: {', '.join(get_args(EvaluationName)[2:])} "
+        "(default: the run's eval.tasks, or paper)",
+    )
+    command.add_argument("--data", metavar="DIR", help="folder with the tasks' files (default: eval.data, or the hub)")
+    command.add_argument("--limit", type=int, help="items of each task or subject, the first (default: eval.limit)")
+    command.add_argument("--reference", choices=["paper"], help="show what the paper has published, too")
+    command.add_argument(
+        "--format",
+        choices=["terminal", "markdown", "latex", "html"],
+        default="terminal",
+        help="form of the table (default: terminal)",
+    )
+    command.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from flows.display.terminal_progress import TerminalProgress
+    from flows.evaluation.results import columns_of, paper_rows
+    from flows.evaluation.results_table import render_table
+
+    runs = [read_run(folder) for folder in options.runs]
+    chosen = [(run, _rounds(run, options.round)) for run in runs]
+    with TerminalProgress() as progress:
+        for run, numbers in chosen:
+            config = _config(run, options)
+            with locked(run.folder):
+                replaced = [task for number in numbers for task in _score(run, number, config, progress)]
+            if replaced:
+                tasks = ", ".join(dict.fromkeys(replaced))
+                print(
+                    f"{run.folder}: scores of {tasks} are now of other items than the run's own; `reprise run "
+                    f"{run.folder}` makes those anew",
+                    file=sys.stderr,
+                )
+    for run, numbers in chosen:
+        # A table to paste is all that goes to standard output.
+        _print_details(run, numbers, sys.stdout if options.format == "terminal" else sys.stderr)
+    rows = _rows(chosen)
+    if options.reference == "paper":
+        rows += paper_rows()
+    print(render_table(rows, columns_of(rows), options.format))
+
+
+def _rounds(run: Run, wanted: str) -> list[int]:
+    """Return the numbers of the rounds that are meant. Raises ValueError where one has no model."""
+    trained = [number for number in range(1, run.config.rounds.num_rounds + 1) if run.is_complete("train", number)]
+    if not trained:
+        raise ValueError(f"{run.folder}: no round has been trained; `reprise run {run.folder}` trains them")
+    if wanted in ("last", "all"):
+        return trained if wanted == "all" else trained[-1:]
+    if not wanted.isdecimal() or int(wanted) not in trained:
+        places = ", ".join(map(str, trained))
+        raise ValueError(f"--round: {wanted!r} is no round of {run.folder} that was trained ({places}), last or all")
+    return [int(wanted)]
+
+
+def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
+    """Return how the run is evaluated, with what the command line says of it."""
+    tasks = options.tasks
+    if tasks is None and not run.config.eval.asked:
+        tasks = "paper"
+    names = None if tasks is None else [name.strip() for name in tasks.split(",")]
+    said = {"tasks": names, "data": options.data, "limit": options.limit}
+    values = run.config.model_dump()
+    values["eval"] |= {field: value for field, value in said.items() if value is not None}
+    if names is not None:
+        # These and no others.
+        values["eval"]["every_steps"] = None
+    return parse_config(values, "evaluate").eval
+
+
+def _score(run: Run, number: int, config: EvalConfig, progress: Progress) -> list[str]:
+    """Score a round's model; return the tasks of the run's own whose scores are now of other items."""
+    from flows.stages import completion as stages
+
+    if config != run.config.eval:
+        return stages.evaluate_otherwise(run, number, config, progress)
+    stages.evaluate(run, number, progress)
+    return []
+
+
+def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:
+    """Return the table's rows: what guessing scores, and the rounds of each run."""
+    from flows.evaluation.results import chance_rows, read_chance, read_rows
+
+    chances: dict[str, float] = {}
+    rows = []
+    for run, numbers in chosen:
+        with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+            chances |= read_chance(ledger)
+            rows += read_rows(ledger, run.folder.name, numbers)
+    return [*chance_rows(chances), *rows]
+
+
+def _print_details(run: Run, numbers: list[int], stream: TextIO) -> None:
+    from rich.table import Table
+
+    from flows.evaluation.results import read_details
+    from flows.evaluation.results_table import print_wide
+
+    for number in numbers:
+        with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+            details = read_details(ledger, number)
+            reasons = ledger.sql(
+                f"""select task, reason, count(*), min(item) from unscorable where round = {number}
+                and step in (select step from scores where round = {number} and is_end)
+                group by task, reason order by task, count(*) desc"""
+            ).fetchall()
+        table = Table(box=None, pad_edge=False, title=f"{run.folder.name}, round {number}", title_justify="left")
+        for position, name in enumerate(details[0] if details else ()):
+            table.add_column(name, justify="left" if position < 2 else "right")
+        for row in details:
+            table.add_row(*("" if value is None else str(value) for value in row.values()))
+        print(print_wide(table), file=stream)
+        for task, reason, count, first in reasons:
+            print(f"  {task}: {count} unscorable, {reason} (such as {first})", file=stream)
+        print(file=stream)

@@ -1,0 +1,155 @@
+"""The commands that train many models to find out what is best: `compare`, `sweep` and `grid`."""
+
+import argparse
+import atexit
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from flows.cli.options import add_config, count, read_trial_config
+from flows.run.rank_errors import RanksFailedError
+
+
+def add_trial_commands(commands: Any) -> None:
+    """Add the commands to the parser's."""
+    _add_compare(commands.add_parser("compare", help="train arms that differ in one thing, and say what it is worth"))
+    _add_sweep(commands.add_parser("sweep", help="search for depth, width and expansion at one number of parameters"))
+    _add_grid(commands.add_parser("grid", help="train every batch size with every rule for the learning rate"))
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    add_config(command)
+    sweep = command.add_mutually_exclusive_group(required=True)
+    sweep.add_argument("--policies", help="arms that differ in refine.policy, such as loss,random, at equal tokens")
+    sweep.add_argument("--sampling-rates", help="arms that differ in refine.sampling_rate, such as 0,0.25,0.5,0.75,1")
+    sweep.add_argument("--rounds", help="arms that differ in rounds.num_rounds, such as 1,2,3")
+    sweep.add_argument("--inits", help="arms that differ in model.init, such as constant,gpt2,internlm, one round each")
+    command.add_argument("--seeds", type=int, default=1, help="seeds, from the configuration's on (default: 1)")
+    command.add_argument(
+        "--tokens",
+        type=count,
+        help="with --policies: tokens of round 2 (default: what all arms reach; name it to add arms or seeds later); "
+        "with --inits: tokens of round 1 (default: train.max_tokens)",
+    )
+    command.set_defaults(command=_compare)
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    add_config(command)
+    command.add_argument("--parameters", type=count, required=True, help="parameters of every model, such as 1e9")
+    command.add_argument("--tolerance", type=float, help="share of it that a model may be more or less (default: 0.03)")
+    command.add_argument("--trials", type=int, help="models to train (default: 30)")
+    command.add_argument("--depth", metavar="LEAST-MOST", help="layers to draw from (default: 9-40)")
+    command.add_argument("--expansion", metavar="LEAST-MOST", help="FFN by width to draw from (default: 1-4)")
+    command.add_argument("--tokens", type=count, help="tokens that each trains on (default: train.max_tokens)")
+    command.add_argument("--seed", type=int, help="seed of what is drawn (default: 0)")
+    command.add_argument("--jobs", type=int, help="trials that train at once (default: 1)")
+    command.add_argument("--no-generation", action="store_true", help="leave generation speed out")
+    command.set_defaults(command=_sweep)
+
+
+def _add_grid(command: argparse.ArgumentParser) -> None:
+    add_config(command)
+    command.add_argument("--batch-tokens", required=True, help="batch sizes in tokens, such as 4096,8192,16384")
+    command.add_argument("--increment-rates", default="0.5,1.0", help="exponents r of the batch (default: 0.5,1.0)")
+    command.add_argument("--seeds", type=int, default=1, help="seeds, from the configuration's on (default: 1)")
+    command.add_argument("--tokens", type=count, help="tokens that each trains on (default: train.max_tokens)")
+    command.add_argument("--jobs", type=int, default=1, help="trials that train at once (default: 1)")
+    command.set_defaults(command=_grid)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from flows.display.terminal_progress import TerminalProgress
+    from flows.experiments.compare import compare, init_sweep, policy_sweep, rate_sweep, round_sweep
+
+    config = read_trial_config(options)
+    if options.policies is not None:
+        sweep = policy_sweep(options.policies)
+    elif options.inits is not None:
+        sweep = init_sweep(options.inits)
+    elif options.tokens is not None:
+        raise ValueError("--tokens: goes with --policies and --inits; the others differ in their tokens")
+    else:
+        sweep = round_sweep(options.rounds) if options.sampling_rates is None else rate_sweep(options.sampling_rates)
+    with TerminalProgress() as progress:
+        page = compare(config, sweep, options.seeds, options.tokens, progress)
+    print(f"{page.text}\ncomparison: {page.page}")
+
+
+def _grid(options: argparse.Namespace) -> None:
+    from flows.display.terminal_progress import TerminalProgress
+    from flows.experiments.compare import entries, numbers
+    from flows.experiments.grid import Grid, train_grid
+
+    config = read_trial_config(options)
+    batches = []
+    for entry in entries("--batch-tokens", options.batch_tokens):
+        if not entry.isdecimal() or int(entry) < 1:
+            raise ValueError(f"--batch-tokens: {entry!r} is no number of tokens; give whole numbers with commas")
+        batches.append(int(entry))
+    rates = tuple(sorted(numbers("--increment-rates", options.increment_rates, 0, 2)))
+    grid = Grid(tuple(sorted(set(batches))), rates, options.seeds, options.tokens, options.jobs)
+    with TerminalProgress() as progress:
+        page = train_grid(config, grid, progress)
+    print(f"{page.text}\ngrid: {page.page}")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from flows.experiments.trials import with_tokens
+
+    config = with_tokens(read_trial_config(options), options.tokens)
+    search = _search(options)
+    # As for `reprise run`.
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    atexit.register(silence)
+    from prefect.exceptions import CancelledRun
+
+    from flows.orchestration.temporary_server import server
+    from flows.sweep_pipeline import architecture_sweep
+
+    with server():
+        try:
+            page = architecture_sweep(config, search)
+        except CancelledRun:
+            raise RanksFailedError("cancelled in Prefect; the same command goes on from here") from None
+    assert isinstance(page, Path)
+    print(f"{page.with_suffix('.md').read_text(encoding='utf-8')}\nsweep: {page}")
+
+
+def silence() -> None:
+    """Drop what is written to standard error from here on: everything was said, and the process is at its end.
+
+    Prefect's threads keep modules alive until then, about which DuckDB's binding writes forty lines.
+    """
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _search(options: argparse.Namespace) -> Any:
+    from flows.experiments.search_space import SearchConfig
+
+    names = ("parameters", "tolerance", "trials", "seed", "jobs")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    for name in ("depth", "expansion"):
+        if (text := getattr(options, name)) is not None:
+            given[f"min_{name}"], given[f"max_{name}"] = _range(name, text)
+    try:
+        return SearchConfig.model_validate({**given, "generation": not options.no_generation})
+    except ValidationError as error:
+        detail, *_ = error.errors()
+        if not detail["loc"]:
+            raise ValueError(f"--{detail['ctx']['error']}") from None
+        option = re.sub("^(min|max)_", "", str(detail["loc"][0]))
+        raise ValueError(f"--{option}: {detail['msg']} (it is {detail['input']}); give another") from None
+
+
+def _range(option: str, text: str) -> tuple[float, float]:
+    found = re.fullmatch(r"([0-9.]+)-([0-9.]+)", text.strip())
+    try:
+        return (float(found[1]), float(found[2])) if found else (float(text), float(text))
+    except ValueError:
+        raise ValueError(f"--{option}: {text!r} is no range; write LEAST-MOST, such as 9-40") from None

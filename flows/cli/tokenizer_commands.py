@@ -1,0 +1,74 @@
+"""`reprise tokenizer …`: commands about tokenizers."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.config import ModelConfig
+
+
+def add_tokenizer(commands: Any) -> None:
+    """Add the commands about tokenizers to the parser's `commands`."""
+    parser = commands.add_parser("tokenizer", help="cut a tokenizer down to the tokens that a corpus needs")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    compact = actions.add_parser("compact", help="count tokens over a corpus, drop the rarest, write what is left")
+    compact.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="T",
+        help="SentencePiece .model, tokenizer.json of a BPE, or GPT-2's vocabulary with its merges beside it",
+    )  # fmt: skip
+    compact.add_argument(
+        "--corpus", type=Path, required=True, metavar="C",
+        help="run folder, YAML configuration, or a file, folder or glob of text",
+    )  # fmt: skip
+    size = compact.add_mutually_exclusive_group()
+    size.add_argument("--vocab-size", type=int, help="tokens to keep (default: what makes training cheapest)")
+    size.add_argument("--coverage", type=float, help="keep the fewest that cover this share of the corpus")
+    compact.add_argument("--output", type=Path, help="folder to make (default: beside T, by its name and the size)")
+    compact.add_argument(
+        "--model",
+        help="preset, or YAML configuration, whose shares of parameters are told (default: C's, or the paper's)",
+    )
+    compact.add_argument("--checkpoint", type=Path, help="checkpoint, or run folder, to cut down with it")
+    compact.add_argument("--round", type=int, help="round of the run whose checkpoint is cut (default: the last)")
+    compact.add_argument("--end-of-document", help="token that ends a document, where T does not tell")
+    compact.set_defaults(command=_compact)
+
+
+def _compact(options: argparse.Namespace) -> None:
+    from flows.display.terminal_progress import TerminalProgress
+    from flows.models.vocabulary_pruning import compact_tokenizer
+    from flows.models.vocabulary_pruning_report import summarise
+    from flows.models.vocabulary_pruning_result import Request
+    from flows.run.stored_model import find_checkpoint
+
+    if options.round is not None and options.checkpoint is None:
+        raise ValueError("--round: goes with --checkpoint RUN; give that too")
+    request = Request(
+        options.tokenizer,
+        options.corpus,
+        options.vocab_size,
+        options.coverage,
+        options.output,
+        None if options.model is None else _model(options.model),
+        None if options.checkpoint is None else find_checkpoint(options.checkpoint, options.round),
+        options.end_of_document,
+    )
+    with TerminalProgress() as progress:
+        made = compact_tokenizer(request, progress)
+    print(f"{summarise(made)}\n\ntokenizer: {made.tokenizer}\nreport: {made.folder / 'report.html'}")
+    if request.checkpoint is not None:
+        print(f"checkpoint: {made.folder / 'checkpoint' / request.checkpoint.name}")
+
+
+def _model(name: str) -> ModelConfig:
+    from flows.run.config import read_config
+
+    if Path(name).suffix in (".yaml", ".yml"):
+        return read_config(Path(name), []).model
+    try:
+        return ModelConfig.model_validate({"preset": name})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ValueError(f"--model: {name!r} is no configuration (.yaml) and no preset ({reason}); give one") from None

@@ -1,0 +1,1 @@
+"""How results are shown: HTML, Markdown, figures, terminal progress. It knows no run."""

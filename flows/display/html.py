@@ -1,0 +1,56 @@
+"""HTML pages, figures and tables."""
+
+import base64
+import html
+
+# Characters from which on a table's cell is set as running text.
+_LONG_TEXT = 40
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .lead { color: gray; margin-top: .2rem; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child, td.text { text-align: left; }
+td.text { font-size: 13px; overflow-wrap: anywhere; }
+img { width: 100%; background: white; border-radius: 4px; }
+pre { overflow-x: auto; background: #8881; padding: 1rem; border-radius: 4px; }
+figure { margin: 1rem 0; } figcaption { color: gray; font-size: 14px; }
+"""
+
+
+def html_page(title: str, body: str) -> str:
+    """Return a whole page, which needs nothing beside it, around the HTML `body`."""
+    name = html.escape(title)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Reprise: {name}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style><h1>{name}</h1>{body}</html>\n'
+    )
+
+
+def html_figure(png: bytes, caption: str) -> str:
+    """Return a picture with its caption as HTML that holds the picture itself."""
+    data = base64.b64encode(png).decode()
+    escaped = html.escape(caption)
+    return (
+        f'<figure><img alt="{escaped}" src="data:image/png;base64,{data}"><figcaption>{escaped}</figcaption></figure>'
+    )
+
+
+def html_table(columns: list[str], rows: list[tuple[object, ...]]) -> str:
+    """Return `rows` under their `columns` as HTML."""
+    # Long names, which sources have, may break at their underscores.
+    head = "".join(f"<th>{html.escape(column).replace('_', '_<wbr>')}" for column in columns)
+    body = "".join("<tr>" + "".join(map(_cell, row)) for row in rows)
+    return f"<table><tr>{head}{body}</table>"
+
+
+def _cell(value: object) -> str:
+    kind = " class=text" if isinstance(value, str) and len(value) > _LONG_TEXT else ""
+    return f"<td{kind}>{html.escape(_text(value))}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)

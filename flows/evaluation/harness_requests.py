@@ -1,0 +1,157 @@
+"""What lm-eval asks, in text, as requests in token ids, and the answers to these as what lm-eval expects.
+
+Tokens are those that lm-eval's own backend for transformers gives the model that `reprise export hf` writes.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from data_scoring.tokenizer.tokenizer import Tokenizer
+from trainer.requests import Answer, Generation, Likelihood, Likely, Request
+
+# What lm-eval asks of a model: log-likelihood with whether it is greedy, rolling log-likelihood, generated text.
+Response = tuple[float, bool] | float | str
+
+_INSTANCES_AT_ONCE = 1000
+
+
+class HarnessTasks(Protocol):
+    """What of `flows.evaluation.task_loading.EvaluationTask` decides what is asked: lm-eval's tasks, and items."""
+
+    @property
+    def subtasks(self) -> Mapping[str, Any]:
+        """Return lm-eval's tasks by name."""
+
+    @property
+    def samples(self) -> Mapping[str, list[int]]:
+        """Return, by task, the numbers of the items that are asked."""
+
+
+@dataclass
+class Asked:
+    """Requests, and which of them each instance of lm-eval's is answered by."""
+
+    tokenizer: Tokenizer
+    requests: list[Request] = field(default_factory=list)
+    _places: dict[bytes, slice] = field(default_factory=dict)
+
+    def add(self, instance: Instance, requests: Iterable[Request]) -> None:
+        """Add the requests of an instance; none, where the same was asked before."""
+        key = _identify(instance)
+        if key not in self._places:
+            start = len(self.requests)
+            self.requests += requests
+            self._places[key] = slice(start, len(self.requests))
+
+    def respond(self, instances: Sequence[Instance], answers: Sequence[Answer]) -> list[Response]:
+        """Return what lm-eval expects for each of the instances, given the answers to all requests, in their order."""
+        return [self._respond(instance, answers[self._places[_identify(instance)]]) for instance in instances]
+
+    def _respond(self, instance: Instance, answers: Sequence[Answer]) -> Response:
+        if instance.request_type == "generate_until":
+            [tokens] = answers
+            assert isinstance(tokens, list)
+            stop = _generation_arguments(instance)[1]
+            return str(postprocess_generated_text(self.tokenizer.decode(tokens), stop, think_end_token=None))
+        likely = [answer for answer in answers if isinstance(answer, Likely)]
+        if instance.request_type == "loglikelihood_rolling":
+            return sum(each.log_likelihood for each in likely)
+        [only] = likely
+        return only.log_likelihood, only.is_greedy
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads text as a model does: with its tokenizer, and no more than `seq_length` tokens of it."""
+
+    tokenizer: Tokenizer
+    seq_length: int
+
+    def fits(self, context: str, continuations: Sequence[str]) -> bool:
+        """Return whether the model can read a prompt with each of its continuations.
+
+        It reads all tokens but the last one. Where it generates, one of as many tokens as it may generate stands for
+        the continuation.
+        """
+        # A token has a byte or more, but for one that some tokenizers put before a text.
+        texts = [context + each for each in continuations or [""]]
+        texts = [text for text in texts if len(text.encode()) > self.seq_length]
+        # Without a context, the end of a document is read in its place.
+        extra = 0 if context else 1
+        return all(len(tokens) + extra <= self.seq_length + 1 for tokens in self.tokenizer.encode_batch(texts))
+
+    def read(self, instances: Sequence[Instance]) -> Asked:
+        """Return what is asked by instances of lm-eval's, in token ids.
+
+        Raises ValueError where one asks for anything but greedy generation or likelihoods.
+        """
+        asked = Asked(self.tokenizer)
+        for start in range(0, len(instances), _INSTANCES_AT_ONCE):
+            some = instances[start : start + _INSTANCES_AT_ONCE]
+            texts = list(dict.fromkeys(text for instance in some for text in _texts(instance)))
+            tokens = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
+            for instance in some:
+                asked.add(instance, self._make_requests(instance, tokens))
+        return asked
+
+    def _make_requests(self, instance: Instance, tokens: Mapping[str, list[int]]) -> Iterator[Request]:
+        """Yield an instance's requests, given the tokens of its `_texts`."""
+        texts, end = _texts(instance), self.tokenizer.end_of_document
+        if instance.request_type == "generate_until":
+            max_new_tokens, stop = _generation_arguments(instance)
+            yield Generation(_ids(tokens[texts[0]] or [end]), max_new_tokens, tuple(stop))
+        elif instance.request_type == "loglikelihood_rolling":
+            for window in get_rolling_token_windows(tokens[texts[0]], end, self.seq_length, context_len=1):
+                context, continuation = make_disjoint_window(window)
+                yield Likelihood(_ids(context), _ids(continuation))
+        else:
+            context, whole = (tokens[text] for text in texts)
+            if len(whole) == 1 or (not context and whole[:1] != [end]):
+                context, whole = [end], [end, *whole]
+            # A continuation that the tokenizer joins with what is before it still has the last token.
+            start = min(max(1, len(context)), len(whole) - 1)
+            yield Likelihood(_ids(whole[:start]), _ids(whole[start:]))
+
+
+def ask(task: HarnessTasks, reader: Reader) -> Asked:
+    """Return all that the items of a task ask of a model; no model takes part. Takes as long as tokenising does."""
+    instances: list[Instance] = []
+    for name, subtask in task.subtasks.items():
+        subtask.build_all_requests(samples=task.samples[name], rank=0, world_size=1)
+        instances += subtask.instances
+    return reader.read(instances)
+
+
+def _texts(instance: Instance) -> tuple[str, ...]:
+    """Return the texts of an instance that have to be read: of a likelihood, the context, and all of it."""
+    if instance.request_type != "loglikelihood":
+        return (instance.args[0],)
+    context, continuation = instance.args
+    # Spaces between go with the continuation, as tokenizers have it (`TemplateLM._encode_pair`).
+    return context.rstrip(), context + continuation
+
+
+def _generation_arguments(instance: Instance) -> tuple[int, list[str]]:
+    """Return how many tokens may be generated, and the strings that end it."""
+    arguments = normalize_gen_kwargs(instance.args[1])
+    if arguments["do_sample"]:
+        raise ValueError(
+            f"{instance.task_name}: asks for sampling ({instance.args[1]}), and generation here is greedy; set "
+            "do_sample: false in its generation_kwargs"
+        )
+    return arguments["max_gen_toks"], handle_stop_sequences(arguments.get("until"), eos=None)
+
+
+def _identify(instance: Instance) -> bytes:
+    return hashlib.blake2b(repr((instance.request_type, instance.args)).encode(), digest_size=16).digest()
+
+
+def _ids(tokens: Sequence[int]) -> Any:
+    return np.array(tokens, np.int32)

@@ -1,0 +1,101 @@
+"""What models are asked: the items of tasks, and the requests that go to ranks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_scoring.base.progress import Progress
+from data_scoring.config import EvalConfig
+from data_scoring.evaluation.items import ItemText, evaluation_texts
+from data_scoring.evaluation.tasks import resolve_names
+from flows.run.folder import Run
+from trainer.jobs import Evaluation
+from trainer.requests import requests_path, write_requests
+
+if TYPE_CHECKING:
+    from flows.evaluation.harness_requests import Asked
+    from flows.evaluation.task_loading import EvaluationTask
+
+
+@dataclass(frozen=True)
+class Question:
+    """A task, and all that it asks of a model."""
+
+    task: "EvaluationTask"
+    asked: "Asked"
+
+
+def check_items(config: EvalConfig) -> None:
+    """Raise ValueError, in one line, where what the tasks need is missing or broken; better known before training."""
+    from flows.evaluation.task_loading import load_tasks
+
+    load_tasks(config.asked, data_of(config), config.limit, _fits_all, _one_token_each)
+
+
+def evaluation_folder(run: Run, round_number: int) -> Path:
+    """Return the folder of what a round's models answered and scored."""
+    return run.round_folder(round_number) / "evaluation"
+
+
+def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress: Progress) -> list[Question]:
+    """Return what the tasks of those names ask of the run's models, and write it down where ranks read it.
+
+    Raises ValueError, in one line, for an unknown task, and for a file that is missing or broken.
+    """
+    # Importing lm-eval takes seconds, which who evaluates nothing need not wait.
+    from flows.evaluation.harness_model import open_reader
+    from flows.evaluation.harness_requests import ask
+    from flows.evaluation.task_loading import load_tasks
+
+    reader, resolved = open_reader(run), resolve_names(names)
+
+    def count_tokens(texts: Sequence[str]) -> list[int]:
+        return list(map(len, reader.tokenizer.encode_batch(list(texts))))
+
+    questions = []
+    for number, name in enumerate(resolved):
+        progress("reading evaluation tasks", number, len(resolved))
+        [task] = load_tasks([name], data_of(config), config.limit, reader.fits, count_tokens)
+        question = Question(task, ask(task, reader))
+        write_requests(requests_path(requests_folder(run), name), question.asked.requests)
+        questions.append(question)
+    progress("reading evaluation tasks", len(resolved), len(resolved))
+    return questions
+
+
+def item_texts(run: Run) -> Iterator[ItemText]:
+    """Yield the text of every item of the run's tasks, those during training as well, in which overlaps are sought."""
+    from flows.evaluation.task_loading import load_tasks, task_texts
+
+    config = run.config.eval
+    names, data = resolve_names(config.asked), data_of(config)
+    if data is not None:
+        yield from evaluation_texts(names, data)
+    else:
+        yield from task_texts(load_tasks(names, None, config.limit, _fits_all, _one_token_each))
+
+
+def data_of(config: EvalConfig) -> Path | None:
+    """Return the folder of the evaluation items, or None where they come from the hub."""
+    return None if config.data is None else Path(config.data)
+
+
+def _fits_all(context: str, continuations: Sequence[str]) -> bool:
+    """Return that a prompt fits: what is read is the items alone, for no model."""
+    return True
+
+
+def _one_token_each(texts: Sequence[str]) -> list[int]:
+    return [1] * len(texts)
+
+
+def requests_folder(run: Run) -> Path:
+    """Return the folder of the requests that ranks answer."""
+    return run.folder / "evaluation"
+
+
+def evaluation_of(run: Run, names: tuple[str, ...]) -> Evaluation:
+    """Return what ranks are told of tasks of those names, whose requests `read_questions` has written."""
+    end_of_document = run.config.tokenizer.end_of_document
+    return Evaluation(requests=requests_folder(run), tasks=names, end_of_document=end_of_document)

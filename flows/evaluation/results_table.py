@@ -1,0 +1,195 @@
+"""The paper's table: models as rows, tasks as columns in their groups, for a terminal, Markdown, LaTeX and HTML.
+
+Layout after PanGu-π Pro (arXiv 2402.02791): groups Examination, Knowledge, Reasoning and Understanding, then the
+average; the best of a column is bold and the second underlined.
+"""
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+from data_scoring.evaluation.tasks import AVERAGE, COLUMNS, Column
+
+Format = Literal["terminal", "markdown", "latex", "html"]
+# Wider than any table: a line that a terminal breaks is read more easily than cells that are cut.
+_WIDTH = 400
+_NOTE = "Percent. Chance is what guessing scores; quoted rows are as published, by another implementation."
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model's scores in percent by column, and standard errors where known; others' rows are quoted or chance."""
+
+    label: str
+    scores: dict[str, float]
+    errors: dict[str, float]
+    kind: Literal["own", "quoted", "chance"] = "own"
+
+
+def with_average(row: Row, tasks: Sequence[str]) -> Row:
+    """Return `row` with the mean of its scores of `tasks`, and that mean's standard error, where it has all of them."""
+    if AVERAGE in row.scores or any(task not in row.scores for task in tasks):
+        return row
+    scores = {**row.scores, AVERAGE: sum(row.scores[task] for task in tasks) / len(tasks)}
+    errors = dict(row.errors)
+    if all(task in row.errors for task in tasks):
+        errors[AVERAGE] = sum(row.errors[task] ** 2 for task in tasks) ** 0.5 / len(tasks)
+    return Row(row.label, scores, errors, row.kind)
+
+
+def with_averages(rows: Sequence[Row]) -> list[Row]:
+    """Return `rows`, each with the mean of its scores of the tasks that all of them have, where these are several."""
+    common = [column.name for column in COLUMNS if all(column.name in row.scores for row in rows)]
+    return [with_average(row, common) for row in rows] if len(common) > 1 else list(rows)
+
+
+def rank(rows: Sequence[Row], column: str) -> dict[int, Literal["best", "second"]]:
+    """Return which rows have a column's best score and which its second, by number; chance has no place.
+
+    Scores that are shown alike, to a tenth, share a place. Among one score alone nothing is best.
+    """
+    shown = {
+        number: round(row.scores[column], 1)
+        for number, row in enumerate(rows)
+        if column in row.scores and row.kind != "chance"
+    }
+    if len(shown) < 2:
+        return {}
+    first, *rest = sorted(set(shown.values()), reverse=True)
+    places: dict[int, Literal["best", "second"]] = {number: "best" for number, score in shown.items() if score == first}
+    if rest and len(places) == 1:
+        places |= {number: "second" for number, score in shown.items() if score == rest[0]}
+    return places
+
+
+def render_table(rows: Sequence[Row], columns: Sequence[Column], form: Format) -> str:
+    """Return the table as text in the form asked for."""
+    return {"terminal": _terminal, "markdown": _markdown, "latex": _latex, "html": _html}[form](rows, columns)
+
+
+def table_cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
+    """Return the table's cells, the label first, the best of a column between two asterisks each."""
+    return _cells(rows, columns, {"best": "**{}**".format, "second": str}, " ± ", _label)
+
+
+def _cells(
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    mark: dict[str, Callable[[str], str]],
+    plus_minus: str,
+    label: Callable[[Row], str],
+) -> list[list[str]]:
+    """Return the table's cells, the label first, the best and the second marked by the functions of these names."""
+    places = {column.name: rank(rows, column.name) for column in columns}
+    table = []
+    for number, row in enumerate(rows):
+        line = [label(row)]
+        for column in columns:
+            place = places[column.name].get(number)
+            line.append(_cell(row, column.name, mark[place] if place else str, plus_minus))
+        table.append(line)
+    return table
+
+
+def _cell(row: Row, column: str, mark: Callable[[str], str], plus_minus: str) -> str:
+    if column not in row.scores:
+        return "–"
+    score = mark(f"{row.scores[column]:.1f}")
+    return f"{score}{plus_minus}{row.errors[column]:.1f}" if column in row.errors else score
+
+
+def _label(row: Row) -> str:
+    return f"{row.label} (quoted)" if row.kind == "quoted" else row.label
+
+
+def _spans(columns: Sequence[Column]) -> list[tuple[str, int]]:
+    return [(group, len(list(members))) for group, members in groupby(columns, key=lambda column: column.group)]
+
+
+def _terminal(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 1))
+    table.add_column("\nmodel", no_wrap=True)
+    last = ""
+    for column in columns:
+        # A group's name stands over its first column.
+        group, last = ("" if column.group == last else column.group), column.group
+        table.add_column(f"{group}\n{column.title}", justify="right", no_wrap=True)
+    mark: dict[str, Callable[[str], str]] = {
+        "best": lambda text: f"\x1b[1m{text}\x1b[0m",
+        "second": lambda text: f"\x1b[4m{text}\x1b[0m",
+    }
+    for cells in _cells(rows, columns, mark, " ±", _label):
+        table.add_row(*(Text.from_ansi(cell) for cell in cells))
+    return f"{print_wide(table)}\n{_NOTE}"
+
+
+def print_wide(table: "Table") -> str:
+    """Return a table as text, with bold and underlines where standard output is a terminal, and as wide as it is."""
+    from rich.console import Console
+
+    console = Console(width=_WIDTH)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    heads = [f"{column.group}: {column.title}" if column.group else column.title for column in columns]
+    mark: dict[str, Callable[[str], str]] = {"best": "**{}**".format, "second": "<u>{}</u>".format}
+    lines = [["model", *heads], ["---", *["---:"] * len(columns)], *_cells(rows, columns, mark, " ± ", _plain)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{_NOTE}"
+
+
+def _plain(row: Row) -> str:
+    """Return the label so that Markdown reads no markup and no border in it."""
+    return html.escape(_label(row), quote=False).replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")
+
+
+def _latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    mark: dict[str, Callable[[str], str]] = {"best": r"\textbf{{{}}}".format, "second": r"\underline{{{}}}".format}
+    groups = " & ".join(
+        [""] + [rf"\multicolumn{{{count}}}{{c}}{{{_escaped(group)}}}" for group, count in _spans(columns)]
+    )
+    heads = " & ".join(["Model", *(_escaped(column.title) for column in columns)])
+    body = _cells(rows, columns, mark, r"\,$\pm$\,", lambda row: _escaped(_label(row)))
+    lines = [
+        rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+        r"\toprule",
+        rf"{groups} \\",
+        rf"{heads} \\",
+        r"\midrule",
+        *(" & ".join(cell.replace("–", "--") for cell in line) + r" \\" for line in body),
+        r"\bottomrule",
+        r"\end{tabular}",
+        f"% {_NOTE} Needs the packages booktabs and, for names in other scripts, fontspec.",
+    ]
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """Return `text` with what LaTeX would read as commands made plain."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "π": r"$\pi$"}
+    special |= {character: rf"\{character}" for character in "&%$#_{}"}
+    return "".join(special.get(character, character) for character in text)
+
+
+def _html(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    mark: dict[str, Callable[[str], str]] = {"best": "<b>{}</b>".format, "second": "<u>{}</u>".format}
+    groups = "".join(
+        f'<th colspan="{count}" style="text-align:center">{html.escape(group)}</th>' for group, count in _spans(columns)
+    )
+    heads = "".join(f"<th>{html.escape(column.title)}</th>" for column in columns)
+    body = _cells(rows, columns, mark, " ± ", lambda row: html.escape(_label(row)))
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in body)
+    style = "font-size: 13px; white-space: nowrap"
+    return (
+        f'<table style="{style}"><tr><th></th>{groups}</tr><tr><th>Model</th>{heads}</tr>{lines}</table>'
+        f"<p>{html.escape(_NOTE)}</p>"
+    )

@@ -1,0 +1,122 @@
+"""The scores of tasks, from the answers that ranks left."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from data_scoring.base.parquet import write_parquet
+from trainer.requests import Answer, read_answers, requests_path
+
+if TYPE_CHECKING:
+    from flows.evaluation.task_loading import EvaluationTask
+from flows.evaluation.questions import Question
+
+SCORES = pa.schema(
+    [
+        ("is_end", pa.bool_()),
+        ("task", pa.string()),
+        ("subject", pa.string()),
+        ("metric", pa.string()),
+        ("score", pa.float64()),
+        ("stderr", pa.float64()),
+        ("chance", pa.float64()),
+        ("num_items", pa.int64()),
+        ("num_unscorable", pa.int64()),
+        ("num_fewshot", pa.int32()),
+        ("num_shortened", pa.int64()),
+    ]
+)
+ITEMS = pa.schema(
+    [
+        ("is_end", pa.bool_()),
+        ("task", pa.string()),
+        ("subject", pa.string()),
+        ("item", pa.string()),
+        ("score", pa.float64()),
+    ]
+)
+# Folders beside answers, a file a task in each.
+WORTH = ("items", "unscorable", "scores")
+UNSCORABLE = pa.schema([("task", pa.string()), ("item", pa.string()), ("reason", pa.string())])
+
+
+def write_scores(question: Question, folder: Path, is_end: bool) -> None:
+    """Write what the answers in `folder` to a task are worth; anew each time, for right answers may be corrected."""
+    name = question.task.name
+    answers = read_answers(requests_path(folder, name)) if question.asked.requests else []
+    rows, items = score_question(question, answers)
+    unscorable = [{"task": item.task, "item": item.item, "reason": item.reason} for item in question.task.unscorable]
+    for kind, found, schema in zip(
+        WORTH,
+        ([{"is_end": is_end, **item} for item in items], unscorable, [{"is_end": is_end, **row} for row in rows]),
+        (ITEMS, UNSCORABLE, SCORES),
+        strict=True,
+    ):
+        write_parquet(requests_path(folder / kind, name), pa.Table.from_pylist(found, schema), "")
+
+
+def score_question(question: Question, answers: Sequence[Answer]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return what answers to a task are worth: rows of the view scores, the whole task's first, and of scored_items."""
+    from flows.evaluation.harness_model import score_answers
+
+    task = question.task
+    found: dict[str, Any] = {"results": {}, "samples": {}}
+    if question.asked.requests:
+        found = score_answers(task, question.asked, answers)
+    items = [
+        {
+            "task": task.name,
+            "subject": subject,
+            "item": task.places[subject][sample["doc_id"]],
+            "score": float(sample[task.metric]),
+        }
+        for subject, samples in found["samples"].items()
+        for sample in samples
+    ]
+    return _rows(task, found["results"], items), items
+
+
+def _rows(task: "EvaluationTask", results: dict[str, Any], items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for the task, the mean over its subjects, and, where it has several, one for each of these."""
+    common = {"task": task.name, "metric": task.metric, "num_fewshot": task.num_fewshot}
+    subjects: list[dict[str, Any]] = []
+    for subject in task.subtasks:
+        scores = [item["score"] for item in items if item["subject"] == subject]
+        score = float(results[subject][f"{task.metric},none"])
+        row = {"subject": subject, "score": score, "stderr": _standard_error(scores), "num_items": len(scores)}
+        subjects.append({**common, **row})
+    whole = {
+        **common,
+        # Of a task whose items are all too long, say, there is none.
+        "score": sum(row["score"] for row in subjects) / len(subjects) if subjects else None,
+        "stderr": _combine([(row["stderr"], row["num_items"]) for row in subjects]),
+        "chance": task.chance,
+        "num_items": len(items),
+        "num_unscorable": len(task.unscorable),
+        "num_shortened": task.num_shortened,
+    }
+    return [whole, *(subjects if len(subjects) > 1 else [])]
+
+
+def _combine(subjects: list[tuple[float | None, int]]) -> float | None:
+    """Return the standard error of the mean of subjects' scores, given each one's and its number of items.
+
+    The item of a subject that has but one varies as those of the others do on average; None where all have but one.
+    """
+    variances = [error**2 * count for error, count in subjects if error is not None]
+    if not variances:
+        return None
+    typical = sum(variances) / len(variances)
+    squares = [typical if error is None else error**2 for error, _ in subjects]
+    return float(sum(squares) ** 0.5 / len(subjects))
+
+
+def _standard_error(scores: list[float]) -> float | None:
+    """Return the standard error of the mean of `scores`; None where there is but one."""
+    if len(scores) < 2:
+        return None
+    mean = sum(scores) / len(scores)
+    variance = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
+    return float((variance / len(scores)) ** 0.5)

@@ -1,0 +1,264 @@
+"""The twelve tasks of evaluation: lm-eval's own definitions and OpenCompass', over local files or the hub's data sets.
+
+docs/evaluation.md has their prompts, shots and metrics, with sources.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from data_scoring.evaluation.items import Item, ItemText, Unscorable, make_item, read_examples, read_items
+from data_scoring.evaluation.rows import SCHEMAS, item_text
+from data_scoring.evaluation.tasks import resolve_names
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """One row's worth of the benchmark table: lm-eval's tasks, one a subject, and the items that they score.
+
+    A task's score is the unweighted mean of its subtasks' scores (OpenCompass' naive average).
+    """
+
+    name: str
+    metric: str  # lm-eval's name of the metric that the table shows
+    num_fewshot: int
+    chance: float  # expected score of a guess, 0 to 1: mean over items of right options / options; 0 where generated
+    subtasks: dict[str, ConfigurableTask]  # by lm-eval's name; those with no item that can be scored are left out
+    samples: dict[str, list[int]]  # of each subtask, indices into its `eval_docs` of what is scored, ascending
+    places: dict[str, list[str]]  # of each subtask, where each of its `eval_docs` is from (`file:line`)
+    unscorable: list[Unscorable]
+    num_shortened: int  # items that are scored with fewer examples than `num_fewshot`, for their prompt was too long
+
+
+@dataclass(frozen=True)
+class _Definition:
+    """What Reprise adds to lm-eval's definition of a task."""
+
+    metric: str = "acc"
+    num_fewshot: int = 0
+    prefix: str = ""  # of lm-eval's names of a task's subjects; a task without subjects bears its own name
+
+
+_DEFINITIONS = {
+    "ceval": _Definition(num_fewshot=5, prefix="ceval-valid_"),
+    "cmmlu": _Definition(num_fewshot=5, prefix="cmmlu_"),
+    "mmlu": _Definition(num_fewshot=5, prefix="mmlu_"),
+    "agieval": _Definition(prefix="agieval_"),
+    "boolq": _Definition(),
+    "axb": _Definition(metric="acc_text"),
+    "piqa": _Definition(),
+    "eprstmt": _Definition(metric="acc_text"),
+    "xsum": _Definition(metric="rouge1"),
+    "c3": _Definition(metric="acc_text"),
+    "hellaswag": _Definition(metric="acc_norm"),
+    "arc_easy": _Definition(),
+}
+
+# Folders of lm-eval's definitions: reading all of its tens of thousands would take half a minute.
+_FOLDERS = ("ceval", "cmmlu", "mmlu/default", "agieval", "super_glue/boolq", "piqa", "hellaswag", "arc")
+
+# OpenCompass scores the first thousand documents of XSum's validation split.
+_HUB_LIMIT = {"xsum": 1000}
+
+
+def load_tasks(
+    names: Sequence[str],
+    data: Path | None,
+    limit: int | None,
+    fits: Callable[[str, Sequence[str]], bool],
+    num_tokens: Callable[[Sequence[str]], Sequence[int]],
+) -> list[EvaluationTask]:
+    """Return the tasks of those names (`paper` and `ablation` stand for theirs), ready to be asked.
+
+    Items come from the files in `data` (data_scoring.evaluation.items), or, where it is None, from the hub; with
+    `limit`, no more than the first so many of each subject. `fits(context, continuations)` says whether a prompt
+    with the longest of its continuations fits into the model; what does not is listed as unscorable. Where an answer
+    is generated, a continuation of as many words as tokens may be generated is asked for. `num_tokens(texts)` says how
+    many tokens each text has, by which OpenCompass divides losses.
+    Raises ValueError, in one line, for an unknown task, and for files that are missing or broken.
+    """
+    if data is not None and not data.is_dir():
+        raise ValueError(f"eval.data: no folder {data}; name the one that holds the tasks' files, or leave it out")
+    resolved = resolve_names(names)
+    manager, ours = _open_definitions(), {"fits": fits, "num_tokens": num_tokens}
+    return [_load(name, manager, _Rows(name, data, limit), ours) for name in resolved]
+
+
+def task_texts(tasks: Sequence[EvaluationTask]) -> Iterator[ItemText]:
+    """Yield the text of every item that loaded tasks hold, for data sets that are no local files."""
+    for task in tasks:
+        for subtask, harness_task in task.subtasks.items():
+            for place, doc in zip(task.places[subtask], harness_task.eval_docs, strict=True):
+                yield ItemText(task.name, place, item_text(task.name, doc))
+
+
+@dataclass
+class _Rows:
+    """The rows of one task, handed to lm-eval; what cannot be scored stays behind and is listed."""
+
+    task: str
+    data: Path | None
+    limit: int | None
+    places: dict[str, list[str]] = field(default_factory=dict)  # of each subtask's items, where they are from
+    chances: dict[str, list[float]] = field(default_factory=dict)
+    unscorable: list[Unscorable] = field(default_factory=list)
+    _by_subject: dict[str, list[Item]] = field(default_factory=dict)
+    _examples: dict[str, list[Item]] = field(default_factory=dict)
+
+    def read_subjects(self) -> list[str]:
+        """Return the subjects in the local files, in their order ([""] for a task without)."""
+        assert self.data is not None
+        for item in read_items(self.task, self.data):
+            self._by_subject.setdefault(item.subject, []).append(item)
+        if _DEFINITIONS[self.task].num_fewshot:
+            for item in read_examples(self.task, self.data):
+                self._examples.setdefault(item.subject, []).append(item)
+        return list(self._by_subject)
+
+    def datasets_of(self, subject: str) -> Callable[[Any], datasets.DatasetDict]:
+        """Return the function of lm-eval's task configuration that gives a subject's splits."""
+
+        def make(config: Any) -> datasets.DatasetDict:
+            split = config.test_split or config.validation_split
+            if self.data is not None:
+                items, examples = self._by_subject[subject], self._examples.get(subject, [])
+            else:
+                items, examples = _read_hub(self.task, config, split)
+            rows = {split: self._keep(config.task, items[: self.limit])}
+            if config.num_fewshot:
+                rows[config.fewshot_split] = self._solved(config, subject, examples)
+            # Features are inferred from rows; an empty split has none, and lm-eval reads its first row.
+            return datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in rows.items()})
+
+        return make
+
+    def _keep(self, subtask: str, items: list[Item]) -> list[dict[str, Any]]:
+        bad = [Unscorable(self.task, item.place, item.defect) for item in items if item.defect]
+        self.unscorable += bad
+        good = [item for item in items if not item.defect]
+        self.places[subtask] = [item.place for item in good]
+        self.chances[subtask] = [_chance(self.task, item.row) for item in good]
+        if not good:
+            raise _NothingToScoreError(subtask)
+        return [item.row for item in good]
+
+    def _solved(self, config: Any, subject: str, examples: list[Item]) -> list[dict[str, Any]]:
+        solved = [item.row for item in examples if not item.defect]
+        if len(solved) < config.num_fewshot:
+            raise ValueError(
+                f"{self.task}: {len(solved)} solved examples of {subject or 'the task'}, "
+                f"and {config.num_fewshot} go before each question; add some to its file of examples"
+            )
+        return solved
+
+
+class _NothingToScoreError(Exception):
+    """A subject of which no item can be scored: it is left out, and its items are listed."""
+
+
+def _chance(task: str, row: dict[str, Any]) -> float:
+    options = SCHEMAS[task].options(row)
+    return len(set(SCHEMAS[task].gold(row))) / len(options) if options else 0.0
+
+
+@functools.cache
+def _open_definitions() -> TaskManager:
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=[folder / name for name in _FOLDERS])
+
+
+def _load(name: str, manager: TaskManager, rows: _Rows, ours: dict[str, Any]) -> EvaluationTask:
+    definition = _DEFINITIONS[name]
+    subtasks: dict[str, ConfigurableTask] = {}
+    samples: dict[str, list[int]] = {}
+    chances, too_long, num_shortened = [], [], 0
+    for subtask, subject in _subtasks(name, manager, rows).items():
+        try:
+            task = _build(name, subtask, manager, {**ours, "custom_dataset": rows.datasets_of(subject)})
+        except _NothingToScoreError:
+            continue
+        counts = [task.num_examples(doc) for doc in task.eval_docs]
+        fitting = [index for index, count in enumerate(counts) if count is not None]
+        too_long += [place for place, count in zip(rows.places[subtask], counts, strict=True) if count is None]
+        if not fitting:
+            continue
+        num_shortened += sum(counts[index] < definition.num_fewshot for index in fitting)
+        subtasks[subtask], samples[subtask] = task, fitting
+        chances.append(sum(rows.chances[subtask][index] for index in fitting) / len(fitting))
+    reason = "longer than the model's length, even without examples"
+    unscorable = [*rows.unscorable, *(Unscorable(name, place, reason) for place in too_long)]
+    return EvaluationTask(
+        name=name,
+        metric=definition.metric,
+        num_fewshot=definition.num_fewshot,
+        chance=sum(chances) / len(chances) if chances else 0.0,
+        subtasks=subtasks,
+        samples=samples,
+        places={subtask: rows.places[subtask] for subtask in subtasks},
+        unscorable=unscorable,
+        num_shortened=num_shortened,
+    )
+
+
+def _subtasks(name: str, manager: TaskManager, rows: _Rows) -> dict[str, str]:
+    """Return lm-eval's names of a task's subjects, and what the files call them."""
+    prefix = _DEFINITIONS[name].prefix
+    if not prefix:
+        if rows.data is not None:
+            rows.read_subjects()
+        return {name: ""}
+    known = {task for task in manager.all_subtasks if task.startswith(prefix)}
+    if rows.data is None:
+        return dict.fromkeys(sorted(known), "")
+    # lm-eval writes AGIEval's names with underscores.
+    found = {f"{prefix}{subject.replace('-', '_')}": subject for subject in rows.read_subjects()}
+    for subtask, subject in found.items():
+        if subtask not in known:
+            raise ValueError(f"{name}: unknown subject {subject!r}; lm-eval knows {len(known)}, such as {min(known)!r}")
+    return found
+
+
+def _build(name: str, subtask: str, manager: TaskManager, ours: dict[str, Any]) -> Any:
+    """Return lm-eval's task: its own definition with our rows, or ours after OpenCompass."""
+    from flows.evaluation import opencompass_tasks as opencompass
+    from flows.evaluation.harness_task import HarnessTask, WholeTextTask
+
+    ours = {**ours, "num_fewshot": _DEFINITIONS[name].num_fewshot, "training_split": None}
+    lacking = {"axb": opencompass.AXB, "eprstmt": opencompass.EPRSTMT, "xsum": opencompass.XSUM, "c3": opencompass.C3}
+    if name in lacking:
+        return (HarnessTask if name == "xsum" else WholeTextTask)({**lacking[name], **ours})
+    # lm-eval merges what we add into its definition where a group names the task, and nowhere else.
+    group = {"group": "reprise", "task": [{**ours, "task": subtask, "class": HarnessTask}]}
+    return manager.load(group)["tasks"][subtask]
+
+
+def _read_hub(task: str, config: Any, split: str) -> tuple[list[Item], list[Item]]:
+    """Return the items and the examples of one of lm-eval's tasks from the hub."""
+    place = " ".join(filter(None, [config.dataset_path, config.dataset_name]))
+    try:
+        loaded = datasets.load_dataset(config.dataset_path, config.dataset_name, **(config.dataset_kwargs or {}))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        # What datasets raises where the hub is away, has no such data set, or has one that it no longer reads.
+        [reason, *_] = f"{error}".splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{task}: cannot be read from the hub, {place} ({reason}); try again, or give its files with eval.data"
+        ) from None
+    parts = []
+    for part in (split, config.fewshot_split if config.num_fewshot else None):
+        rows = list(loaded[part])[: _HUB_LIMIT.get(task)] if part else []
+        place = f"{config.dataset_path}:{part}"
+        parts.append([make_item(task, f"{place}:{index}", "", row) for index, row in enumerate(rows)])
+    return parts[0], parts[1]

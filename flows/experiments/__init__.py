@@ -1,0 +1,1 @@
+"""Experiments: many runs compared, each a run folder like any other."""

@@ -1,0 +1,198 @@
+"""What a comparison found: tables, as text, Markdown and HTML, and plots, from its Parquet file alone."""
+
+from pathlib import Path
+
+import duckdb
+
+from flows.display.figures import render
+from flows.display.result_page import Page, Picture, Section, span, write_page
+from flows.evaluation.results import columns_of, describe_items, score_rows
+from flows.evaluation.results_table import table_cells
+from flows.experiments.compare_plots import PLOTS
+from flows.experiments.compare_results import BASE, open_results, scores_path
+from flows.inheritance.teacher import find_teacher
+from flows.run.config import RunConfig
+
+# Options whose arms train a first round of their own.
+_BEGINNINGS = ("--inits", "--methods")
+
+
+def write_comparison(
+    results: Path,
+    option: str,
+    arms: list[str],
+    config: RunConfig,
+    tokens: int | None,
+    layers: list[int] | None = None,
+) -> Page:
+    """Write the page, the Markdown and the pictures of the comparison in the Parquet file `results` beside it.
+
+    `option` is what the `arms` differ in; `tokens` is how many each trained on at most, where that was the same;
+    `layers` are those of a larger model that arms inherit.
+    """
+    with open_results(results, arms) as connection:
+        lead = _lead(connection, option, config, tokens)
+        if layers is not None:
+            lead.insert(1, _inherited(config, layers))
+        parts, plots = [_losses, _differences, _spread, _costs], dict(PLOTS)
+        if option in _BEGINNINGS:
+            # There is nothing after round 1 that could cost anything.
+            parts.remove(_costs)
+            del plots["costs"]
+        else:
+            del plots["curves"]
+        if scores_path(results).exists():
+            parts.insert(1, _scores)
+        made = [make(connection) for make in parts]
+        drawn = [(name, render(plot, connection), caption) for name, (plot, caption) in plots.items()]
+    # One seed has no spread, and one arm nothing to differ from.
+    sections = [section for section in made if section.cells]
+    pictures = [Picture(name, png, caption) for name, png, caption in drawn if png is not None]
+    title = f"{config.run_name}: {option.removeprefix('--').replace('-', ' ')} compared"
+    return write_page(results.with_suffix(".html"), title, lead, sections, pictures)
+
+
+def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, tokens: int | None) -> list[str]:
+    [(first, last, num_seeds, least, most)] = results.sql(
+        "select min(seed), max(seed), count(distinct seed), min(round_1_tokens), max(round_1_tokens) from results"
+    ).fetchall()
+    refine = config.refine
+    differ = {
+        "--policies": f"Arms differ in refine.policy. Each trains round 2 on at most {tokens or 0:,} predicted tokens, "
+        "which all of them reach; the mix is cut in its random order.",
+        "--sampling-rates": f"Arms differ in refine.sampling_rate, under policy {refine.policy}: 0 is no second round, "
+        "1 is everything once more. They do not train on equally many tokens; their cost is below.",
+        "--rounds": f"Arms differ in the number of rounds, under policy {refine.policy} at sampling rate "
+        f"{refine.sampling_rate:g}. They do not train on equally many tokens; their cost is below.",
+        "--inits": "Arms differ in model.init, how weights are drawn. Each trains one round from them, on the same "
+        "samples in the same order.",
+        "--methods": "Arms differ in model.inherit.method, which neurons of the larger model they start with; base "
+        "starts at random. Each trains one round, on the same samples in the same order.",
+    }
+    shared = (
+        f"In each seed all arms go on from the same round 1, trained once on {span(least, most)} predicted tokens."
+        if option not in _BEGINNINGS
+        else f"In each seed all arms train on {span(least, most)} predicted tokens."
+    )
+    lines = [
+        differ[option],
+        f"{'Seed' if num_seeds == 1 else 'Seeds'} {span(first, last)}. {shared}",
+        "A seed decides which documents are held out, too: the spread over seeds has the differences between "
+        "validation sets in it. Differences paired by seed have not.",
+    ]
+    arms = {name for (name,) in results.sql("select distinct arm from results").fetchall()}
+    if option == "--policies" and {"all", "random"} <= arms:
+        lines.append(
+            "Cut at the same tokens, all is a random subset as random is, by construction: how far these two are apart "
+            "is the noise between equals, and a difference no larger than theirs says nothing."
+        )
+    return lines
+
+
+def _inherited(config: RunConfig, layers: list[int]) -> str:
+    """Return what the models are and what they are cut from, in two sentences."""
+    model = config.model
+    assert model.inherit is not None
+    teacher = find_teacher(model.inherit)
+    sizes = [
+        f"{each.num_layers} layers of width {each.hidden_size}, {each.num_attention_heads} heads, FFN {each.ffn_size}"
+        for each in (model, teacher.config)
+    ]
+    how = "those whose absence costs most" if model.inherit.layers == "auto" else "as configured"
+    return (
+        f"They have {sizes[0]}; the larger model ({teacher.checkpoint}) has {sizes[1]}. They inherit its layers "
+        f"{', '.join(map(str, layers))}, counted from 0, {how}."
+    )
+
+
+def _losses(results: duckdb.DuckDBPyConnection) -> Section:
+    # Where an arm ends with round 1, it is that row.
+    rows = results.sql(
+        f"""select arm, source, mean from spread
+        where arm <> '{BASE}' or not exists (from costs where num_steps = 0) order by arm, place desc, source"""
+    ).fetchall()
+    sources = list(dict.fromkeys(source for _, source, _ in rows))
+    means = {(arm, source): f"{mean:.4f}" for arm, source, mean in rows}
+    best = {source: min(mean for _, name, mean in rows if name == source) for source in sources}
+    for arm, source, mean in rows:
+        if mean == best[source]:
+            means[arm, source] = f"**{mean:.4f}**"
+    cells = [[arm, *(means[arm, source] for source in sources)] for arm in dict.fromkeys(arm for arm, _, _ in rows)]
+    return Section(
+        "Validation loss", ["Nats per token, means over seeds; the lowest is bold."], ["arm", *sources], cells
+    )
+
+
+def _scores(results: duckdb.DuckDBPyConnection) -> Section:
+    found = results.sql(
+        f"""select arm, task, 100 * avg(score), 100 * coalesce(stddev_samp(score) / sqrt(count(*)), any_value(stderr)),
+            100 * avg(chance)
+        from scores where arm <> '{BASE}' or not exists (from costs where num_steps = 0)
+        group by arm, task order by arm"""
+    ).fetchall()
+    rows = score_rows(found)
+    columns = columns_of(rows)
+    counts = results.sql("select task, num_items, num_unscorable from scores").fetchall()
+    [(num_seeds,)] = results.sql("select count(distinct seed) from scores").fetchall()
+    means = "Percent, means over seeds, with their standard errors over seeds;"
+    notes = [
+        f"{means if num_seeds > 1 else 'Percent, with standard errors over items;'} the highest of a column is bold. "
+        "The average is of the tasks that are shown.",
+        describe_items(counts),
+    ]
+    cells = table_cells(rows, columns)
+    return Section("Scores in tasks", notes, ["arm", *(column.title for column in columns)], cells)
+
+
+def _spread(results: duckdb.DuckDBPyConnection) -> Section:
+    rows = results.sql(
+        f"""select source, arm, mean, deviation, least, most from spread
+        where arm <> '{BASE}' and deviation is not null order by place desc, source, arm"""
+    ).fetchall()
+    cells = [[row[0], row[1], *(f"{value:.4f}" for value in row[2:])] for row in rows]
+    head = ["source", "arm", "mean", "standard deviation", "least", "most"]
+    return Section("Spread of the validation loss over seeds", ["Nats per token."], head, cells)
+
+
+def _differences(results: duckdb.DuckDBPyConnection) -> Section:
+    rows = results.sql(
+        "select source, arm, mean, error, num_lower, num_seeds from differences order by place desc, source, arm"
+    ).fetchall()
+    [(reference,)] = results.sql("select arm from reference").fetchall()
+    arms = list(dict.fromkeys(row[1] for row in rows))
+    shown = {(row[0], row[1]): _difference(*row[2:]) for row in rows}
+    cells = [[source, *(shown[source, arm] for arm in arms)] for source in dict.fromkeys(row[0] for row in rows)]
+    num_seeds = rows[0][5] if rows else 0
+    notes = [
+        "Nats per token, below 0 where the arm is better: the mean over seeds, its standard error, and in how many "
+        "seeds the arm is the lower one.",
+        "One seed shows no spread: any of this may be noise."
+        if num_seeds == 1
+        else f"{num_seeds} seeds make for a rough standard error: look at whether the seeds agree in sign.",
+    ]
+    return Section(f"Difference to arm {reference}, paired by seed", notes, ["source", *arms], cells)
+
+
+def _difference(mean: float, error: float | None, num_lower: int, num_seeds: int) -> str:
+    spread = "" if error is None else f" ± {error:.4f}"
+    return f"{mean:+.4f}{spread}, {num_lower} of {num_seeds}"
+
+
+def _costs(results: duckdb.DuckDBPyConnection) -> Section:
+    rows = results.sql(
+        """select arm, min(num_steps), max(num_steps), min(trained_tokens), max(trained_tokens), min(scoring_cost),
+            max(scoring_cost), avg(cost), avg(cost / round_1_tokens)
+        from costs group by arm order by arm"""
+    ).fetchall()
+    cells = [
+        [row[0], *(span(*row[place : place + 2]) for place in (1, 3, 5)), f"{row[7]:,.0f}", f"{row[8]:.1%}"]
+        for row in rows
+    ]  # fmt: skip
+    notes = [
+        "Predicted tokens after round 1, which all arms share. A scored token counts as a third of a trained one: a "
+        "forward pass is a third of a forward and a backward pass. Losses that training left cost nothing.",
+        "Scoring counts where the policy asks for losses. Keeping everything, or drawing at random, needs none: it "
+        "counts 0 there, though the base was scored for the others.",
+    ]
+    head = ["arm", "steps", "tokens trained", "scoring (training tokens)", "cost (training tokens)", "of round 1's"]
+    return Section("Cost", notes, head, cells)

@@ -1,0 +1,106 @@
+"""The grid of batch sizes and learning rates: one round at equal tokens in every cell, the rate following the batch.
+
+In a cell the learning rate is (batch / base_tokens)^r x base_lr (arXiv 2402.02791, section 5).
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from data_scoring.base.progress import Progress
+from flows.display.result_page import Page
+from flows.experiments.grid_report import write_grid_report
+from flows.experiments.trials import (
+    TRIAL_ERRORS,
+    Trial,
+    check_trained,
+    prepare_corpus,
+    read_result,
+    run_all,
+    run_trial,
+    trial_config,
+    with_tokens,
+)
+from flows.run.config import RunConfig
+from flows.run.folder import Run
+from flows.run.locks import locked
+from trainer.config import ScaledLr
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried: batch sizes in tokens, increment rates, seeds, and the tokens of each trial (None: all)."""
+
+    batches: tuple[int, ...]
+    rates: tuple[float, ...]
+    num_seeds: int = 1
+    tokens: int | None = None
+    jobs: int = 1
+
+
+def base_rule(config: RunConfig) -> ScaledLr:
+    """Return the rule that the grid varies: the configuration's own, else its learning rate at its own batch."""
+    train = config.train
+    if isinstance(train.lr, ScaledLr):
+        return train.lr
+    batch_tokens = config.resolved_train.global_batch_size * config.corpus.seq_length
+    return ScaledLr(base_lr=train.lr, base_tokens=batch_tokens)
+
+
+def train_grid(config: RunConfig, grid: Grid, progress: Progress) -> Page:
+    """Train every cell of `grid` for each seed from `config.seed` on, and return what they ended with.
+
+    What is complete is not done again. A cell that fails, as one that diverges does, is on record as failed and ends
+    none of the others. Raises ValueError, a line for each, where batches are not what the layout can do.
+    """
+    config = with_tokens(config, grid.tokens)
+    folder = config.folder.absolute().with_name(f"{config.run_name}-grid")
+    seeds = range(config.seed, config.seed + grid.num_seeds)
+    # What a cell lacks is best known before others have trained.
+    cells = _cells(config, grid, folder)
+    with locked(folder):
+        corpora = {seed: prepare_corpus(config, folder, f"corpus-seed-{seed}", seed, progress) for seed in seeds}
+        work: dict[str, Callable[[Progress], None]] = {}
+        for trial in cells.values():
+            for seed, corpus in corpora.items():
+                run_config = _run_config(config, folder, trial, seed)
+                work[str(run_config.name)] = partial(_try, run_config, corpus)
+        run_all(work, grid.jobs, "training (trials)", progress)
+        rows = {
+            cell: [read_result(_run_config(config, folder, trial, seed)) for seed in seeds]
+            for cell, trial in cells.items()
+        }
+        page = write_grid_report(folder / "grid.html", config, base_rule(config), rows)
+    check_trained([row for of_cell in rows.values() for row in of_cell], page.page)
+    return page
+
+
+def _cells(config: RunConfig, grid: Grid, folder: Path) -> dict[tuple[int, float], Trial]:
+    """Return the trial of each batch size and increment rate. Raises ValueError with a line for each that cannot be."""
+    rule = base_rule(config)
+    cells, mistakes = {}, []
+    for batch in grid.batches:
+        for rate in grid.rates:
+            # At the rule's own batch the rate changes nothing: one trial stands for all.
+            lr = rule.model_copy(update={"increment_rate": grid.rates[0] if batch == rule.base_tokens else rate})
+            train = {"global_batch_tokens": batch, "lr": lr.model_dump(), "min_lr": None}
+            trial = Trial(f"batch-{batch}-rate-{lr.increment_rate:g}", {"train": train})
+            try:
+                _run_config(config, folder, trial, config.seed)
+            except ValueError as error:
+                mistakes.append(f"--batch-tokens {batch}: {str(error).partition(': ')[2]}")
+            cells[batch, rate] = trial
+    if mistakes:
+        raise ValueError("\n".join(dict.fromkeys(mistakes)))
+    return cells
+
+
+def _run_config(config: RunConfig, folder: Path, trial: Trial, seed: int) -> RunConfig:
+    return trial_config(config, folder, Trial(f"{trial.name}-seed-{seed}", trial.values), seed)
+
+
+def _try(config: RunConfig, corpus: Run, progress: Progress) -> None:
+    with suppress(*TRIAL_ERRORS):
+        run_trial(config, corpus, progress)

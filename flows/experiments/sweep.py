@@ -1,0 +1,123 @@
+"""The architecture search: which models it tries, how each is trained and measured. Plain functions over its folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_scoring.base.files import read_json, write_json
+from data_scoring.base.progress import Progress
+from data_scoring.evaluation.tasks import resolve_names
+from data_scoring.ledger import query
+from flows.evaluation.questions import check_items
+from flows.evaluation.results import SCORE
+from flows.experiments.generation_speed import generation_speed
+from flows.experiments.search_space import SearchConfig, draw_models
+from flows.experiments.trials import TRIAL_ERRORS, Trial, add_result, prepare_corpus, read_result, trial_config
+from flows.run.config import RunConfig
+from flows.run.folder import Run, open_run, read_run
+from flows.run.locks import locked
+from flows.stages import completion as stages
+
+# What may differ when a search goes on: how many of the same trials are taken, and how fast.
+_FREE = {"trials", "jobs", "generation"}
+_RECORD = "sweep.json"
+
+
+def sweep_folder(config: RunConfig) -> Path:
+    """Return the folder of the search that starts from `config`."""
+    return config.folder.absolute().with_name(f"{config.run_name}-sweep")
+
+
+def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
+    """Return the run that has the corpus, all checked that can be before hours of work.
+
+    Raises ValueError where the budget cannot be met, or where the folder is another search's.
+    """
+    folder = sweep_folder(config)
+    if config.model.start_from is not None:
+        raise ValueError("model.start_from: a search trains models of many shapes from random weights; leave it out")
+    if config.model.inherits:
+        raise ValueError("model.inherit: a search trains models of many shapes from random weights; leave it out")
+    plan(config, search, stages.vocabulary_size(config))
+    if config.eval.asked:
+        check_items(config.eval)
+    before: dict[str, Any] | None = read_json(folder / _RECORD)
+    wanted = search.model_dump(exclude=_FREE)
+    if before is not None and before != wanted:
+        different = [f"{name} {before.get(name)} there, {value} here" for name, value in wanted.items()
+                     if before.get(name) != value]  # fmt: skip
+        raise ValueError(
+            f"{folder}: holds another search ({', '.join(different)}); set another name, or delete the folder"
+        )
+    corpus = prepare_corpus(config, folder, "corpus", config.seed, progress)
+    write_json(folder / _RECORD, wanted)
+    return corpus
+
+
+def plan(config: RunConfig, search: SearchConfig, vocab_size: int) -> list[RunConfig]:
+    """Return the configuration of each trial's run, for a tokenizer of `vocab_size` entries.
+
+    Raises ValueError where there are not as many as asked for.
+    """
+    models = draw_models(search, config.model, config.parallel, config.model.vocab_size or vocab_size)
+    folder = sweep_folder(config)
+    return [
+        trial_config(
+            config,
+            folder,
+            Trial(
+                f"depth-{model.num_layers}-width-{model.hidden_size}-ffn-{model.ffn_size}",
+                {"model": model.model_dump()},
+            ),
+            config.seed,
+        )
+        for model in models
+    ]
+
+
+def measure(config: RunConfig, progress: Progress) -> bool:
+    """Add a trained trial's generation speed to its row; return whether that changed anything.
+
+    A speed on another device or layout is measured again. Raises one of TRIAL_ERRORS, which is then on record in the
+    row too, where it cannot be measured.
+    """
+    row = read_result(config)
+    if row["state"] != "trained":
+        return False
+    with _on_record(config):
+        speed = generation_speed(read_run(config.folder), 1, progress)
+    if speed == row["generation_speed"]:
+        return False
+    add_result(config, generation_speed=speed, reason=None)
+    return True
+
+
+def score(config: RunConfig, progress: Progress) -> bool:
+    """Add what a trained trial scores in the tasks of `eval.tasks` to its row; return whether that changed anything.
+
+    Raises one of TRIAL_ERRORS, which is then on record in the row too, where ranks fail.
+    """
+    row = read_result(config)
+    if row["state"] != "trained" or not config.eval.asked:
+        return False
+    with _on_record(config), locked(config.folder):
+        stages.evaluate(open_run(config), 1, progress)
+    asked, names = resolve_names(config.eval.asked), [part.name for part in SCORE]
+    found = query(config.folder, f"select {', '.join(names)} from final_scores where round = 1").fetchall()
+    found.sort(key=lambda entry: asked.index(entry[0]))
+    scores = [dict(zip(names, entry, strict=True)) for entry in found if entry[0] in asked]
+    if scores == row["scores"]:
+        return False
+    add_result(config, scores=scores, reason=None)
+    return True
+
+
+@contextmanager
+def _on_record(config: RunConfig) -> Iterator[None]:
+    """Put one of TRIAL_ERRORS that comes out of this on record in a trial's row."""
+    try:
+        yield
+    except TRIAL_ERRORS as error:
+        add_result(config, reason=str(error).splitlines()[0])
+        raise

@@ -1,0 +1,95 @@
+"""The results of an architecture search: `sweep.duckdb`, which holds nothing but views over its trials' rows."""
+
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from data_scoring.base.files import writing
+from data_scoring.base.parquet import write_parquet
+from data_scoring.base.sql import literal, writing_errors
+from flows.experiments.trials import TRIAL
+
+FACTORS = ("depth", "width", "expansion")
+OUTCOMES = ("quality", "task score", "generation speed")
+
+# What a view is, and its SQL.
+_VIEWS = {
+    "trials": (
+        "One row a trial: its shape, its losses (nats per token), its speeds (tokens per second). Quality is the loss "
+        "over all validation tokens, turned so that more is better; task_score is the mean over tasks, percent.",
+        """select *, -loss as quality, 100 * list_avg([part.score for part in scores]) as task_score
+        from read_parquet({files}, union_by_name = true)""",
+    ),
+    "points": (
+        "One row a trained trial, factor and outcome, where that was measured.",
+        """select trial, factor, value, outcome, result from (
+            select trial, num_layers::double as depth, hidden_size::double as width, expansion, quality,
+                task_score as "task score", generation_speed as "generation speed"
+            from trials where state = 'trained'
+        ) unpivot (value for factor in (depth, width, expansion))
+        unpivot (result for outcome in (quality, "task score", "generation speed"))""",
+    ),
+    "correlations": (
+        "Spearman's rank correlation of each factor with each outcome over the trained trials, three at least.",
+        """select factor, outcome, count(*) as num_trials,
+            case when isfinite(corr(value_rank, result_rank)) then corr(value_rank, result_rank) end as correlation
+        from (
+            select factor, outcome,
+                rank() over (partition by factor, outcome order by value)
+                    + (count(*) over (partition by factor, outcome, value) - 1) / 2 as value_rank,
+                rank() over (partition by factor, outcome order by result)
+                    + (count(*) over (partition by factor, outcome, result) - 1) / 2 as result_rank
+            from points
+        ) group by factor, outcome having count(*) >= 3
+        order by outcome = 'generation speed', outcome, abs(correlation) desc""",
+    ),
+    "pareto": (
+        "The trials that no other beats in both quality and generation speed, the fastest first.",
+        """select * from trials as mine where state = 'trained' and generation_speed is not null and not exists (
+            from trials as other where other.quality >= mine.quality and other.generation_speed >= mine.generation_speed
+                and (other.quality > mine.quality or other.generation_speed > mine.generation_speed)
+        ) order by generation_speed desc, trial""",
+    ),
+}
+
+
+def write_views(folder: Path) -> Path:
+    """Write `sweep.duckdb`, its views over the rows that trials in `folder` have and will have, and return its path."""
+    path = folder / "sweep.duckdb"
+    # So that there is something to look at before the first trial is done.
+    write_parquet(folder / "none" / "trial.parquet", TRIAL.empty_table(), "")
+    with writing(path) as temporary, writing_errors(path), duckdb.connect(str(temporary)) as connection:
+        _create_views(connection, folder)
+    return path
+
+
+def _create_views(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+    for name, (comment, sql) in _VIEWS.items():
+        connection.execute(f"create view {name} as {sql.format(files=literal(folder / '*' / 'trial.parquet'))}")
+        connection.execute(f"comment on view {name} is {literal(comment)}")
+
+
+def open_views(folder: Path) -> duckdb.DuckDBPyConnection:
+    """Return a connection to the views of the search in `folder`.
+
+    They are made anew, in memory: whoever looks at `sweep.duckdb` meanwhile may hold a lock on it.
+    """
+    connection = duckdb.connect()
+    _create_views(connection, folder)
+    return connection
+
+
+def read_trials(folder: Path) -> list[dict[str, object]]:
+    """Return a row for each trial so far, the best first, for people to look at."""
+    with open_views(folder) as views:
+        rows: pa.Table = views.sql(
+            """select trial, state, num_layers as depth, hidden_size as width, ffn_hidden_size as ffn,
+                round(expansion, 2) as expansion, num_parameters as parameters, round(loss, 4) as loss,
+                round(task_score, 1) as "tasks (%)", round(generation_speed, 1) as "generation (tokens/s)",
+                round(training_speed) as "training (tokens/s)", round(seconds) as seconds, reason
+            from trials order by trials.loss nulls last, trial"""
+        ).to_arrow_table()
+    if rows["tasks (%)"].null_count == len(rows):
+        rows = rows.drop_columns("tasks (%)")
+    return list(rows.to_pylist())

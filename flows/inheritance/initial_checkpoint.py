@@ -1,0 +1,220 @@
+"""Inheritance: round 1 starts from layers and neurons of a larger model (the paper, section 4).
+
+Everything lies in rounds/1/inherit: what was measured (skips.parquet, masks.json), what stays (part.json and, for the
+ledger, lineage.parquet), and the checkpoint itself.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from data_scoring.base.files import fingerprint, read_json, write_json
+from data_scoring.base.parquet import parquet_fingerprint, write_parquet
+from data_scoring.base.progress import Progress
+from flows.inheritance.layer_importance import keep_layers, measure_importance
+from flows.inheritance.teacher import check_inheritance, check_vocabulary, find_teacher
+from flows.launch import launcher
+from flows.launch.job_fields import job_fields
+from flows.run.folder import Run
+from flows.run.stored_model import StoredModel
+from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
+from trainer.config import InheritConfig, ModelConfig
+from trainer.jobs import MaskJob, TaylorJob
+from trainer.neuron_scores import choose
+from trainer.pruning import Part, cut_depth, is_as_wide, slice_checkpoint
+from trainer.weights import Weights
+
+# A row a layer: which of the teacher's it was, and which of its structures stay, by their numbers there.
+LINEAGE = pa.schema(
+    [
+        ("layer", pa.int32()),
+        ("teacher_layer", pa.int32()),
+        ("teacher", pa.string()),
+        ("checkpoint", pa.string()),
+        ("method", pa.string()),
+        ("channels", pa.list_(pa.int32())),
+        ("ffn", pa.list_(pa.int32())),
+        ("groups", pa.list_(pa.int32())),
+        ("heads", pa.list_(pa.int32())),
+    ]
+)
+
+
+def inheritance_folder(run: Run) -> Path:
+    """Return the folder of what round 1 inherits."""
+    return run.round_folder(1) / "inherit"
+
+
+def inherited_checkpoint(run: Run) -> Path:
+    """Return the checkpoint that round 1 starts from. Raises ValueError where it is gone."""
+    checkpoints = list_checkpoints(inheritance_folder(run) / "checkpoint")
+    if not checkpoints:
+        raise ValueError(
+            f"{inheritance_folder(run)}: what the model inherited is gone; restore it, or delete "
+            f"{run.round_folder(1) / 'inherit.json'} to make it again"
+        )
+    return checkpoints[-1]
+
+
+def is_current(run: Run) -> bool:
+    """Return whether what round 1 starts from was cut from the larger model that is there now.
+
+    One that is gone cannot be cut again.
+    """
+    assert run.config.model.inherit is not None
+    try:
+        teacher = find_teacher(run.config.model.inherit)
+    except ValueError:
+        return True
+    return parquet_fingerprint(inheritance_folder(run) / "lineage.parquet") == teacher.identity
+
+
+def make_start(run: Run, progress: Progress) -> None:
+    """Leave in the round's folder the checkpoint that round 1 starts from, and where each of its parts is from.
+
+    Raises ValueError for what cannot be inherited. The larger model's weights are read, never changed.
+    """
+    model = run.config.model
+    assert model.inherit is not None
+    check_inheritance(run.config)
+    teacher = find_teacher(model.inherit)
+    folder = inheritance_folder(run)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    with _working(folder) as work:
+        with_tokens = _with_tokens(run, teacher, work)
+        layers = _choose_layers(run, with_tokens, folder, progress)
+        is_shallower = len(layers) < teacher.config.num_layers
+        shallow = _cut(with_tokens, layers, work / "layers") if is_shallower else with_tokens
+        part = _choose_neurons(run, shallow, folder, progress)
+        progress("cutting the larger model (checkpoints)", 0, 1)
+        origin = {"checkpoint": str(teacher.checkpoint), "layers": list(layers), "method": model.inherit.method}
+        target = folder / "checkpoint" / "step-00000000"
+        slice_checkpoint(
+            shallow.checkpoint, shallow.config, model, part, target, None, run.config.seed, {"inherited_from": origin}
+        )
+        progress("cutting the larger model (checkpoints)", 1, 1)
+    _write_lineage(folder, teacher, model.inherit, part.model_copy(update={"layers": tuple(layers)}))
+
+
+def layers_of(run: Run, progress: Progress) -> list[int]:
+    """Return the layers that a run inherits, measured over its corpus where the configuration names none."""
+    assert run.config.model.inherit is not None
+    teacher, folder = find_teacher(run.config.model.inherit), inheritance_folder(run)
+    with _working(folder) as work:
+        is_measured = _needs_measuring(run.config.model, teacher)
+        return list(_choose_layers(run, _with_tokens(run, teacher, work) if is_measured else teacher, folder, progress))
+
+
+@contextmanager
+def _working(folder: Path) -> Iterator[Path]:
+    """Yield a folder for what is needed on the way alone."""
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _needs_measuring(model: ModelConfig, teacher: StoredModel) -> bool:
+    return model.inherit is not None and model.inherit.layers == "auto" and model.num_layers < teacher.config.num_layers
+
+
+def _choose_layers(run: Run, teacher: StoredModel, folder: Path, progress: Progress) -> Sequence[int]:
+    """Return the layers of `teacher` that stay: those that the configuration names, or those whose absence costs most.
+
+    What was measured for that is left in `folder`.
+    """
+    model = run.config.model
+    assert model.inherit is not None
+    if not _needs_measuring(model, teacher):
+        return range(model.num_layers) if model.inherit.layers == "auto" else model.inherit.layers
+    samples = model.inherit.calibration_samples
+    skips = measure_importance(run, teacher, folder, samples, progress)
+    return keep_layers(skips, model.num_layers)
+
+
+def _with_tokens(run: Run, teacher: StoredModel, work: Path) -> StoredModel:
+    """Return the larger model with the run's vocabulary."""
+    # Not its copy in the corpus: a tokenizer that was cut from another has its table beside it.
+    kept = check_vocabulary(run.config, teacher)
+    if kept is None and "vocab_size" not in read_checkpoint_record(teacher.checkpoint):
+        # Checkpoints of earlier versions do not say how many of their rows are tokens.
+        kept = list(range(teacher.vocab_size))
+    if kept is None:
+        return teacher
+    return _cut(teacher, range(teacher.config.num_layers), work / "tokens", kept)
+
+
+def _cut(teacher: StoredModel, layers: Sequence[int], folder: Path, tokens: Sequence[int] | None = None) -> StoredModel:
+    """Return the larger model with some of its layers and tokens alone."""
+    target = folder / "step-00000000"
+    whole = teacher.config.model_copy(update={"vocab_size": None, "preset": None})
+    config = cut_depth(teacher.checkpoint, whole, layers, target, tokens)
+    vocab_size = teacher.vocab_size if tokens is None else len(tokens)
+    return replace(teacher, config=config, checkpoint=target, vocab_size=vocab_size)
+
+
+def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Progress) -> Part:
+    """Return which neurons of `teacher`, all of whose layers stay, the run's model has."""
+    model = run.config.model
+    assert model.inherit is not None
+    inherit = model.inherit
+    # Where all of them stay, no method has anything to choose.
+    if inherit.method in ("l1", "l2") or is_as_wide(teacher.config, model):
+        return choose(Weights(teacher.checkpoint), teacher.config, model, 1 if inherit.method == "l1" else 2)
+    identity = fingerprint("neurons", run.fingerprint("inherit", 1), teacher.identity)
+    fields = {
+        **job_fields(run, 1, identity),
+        "round_folder": folder,
+        "model": teacher.config,
+        "weights": teacher.checkpoint,
+        "micro_batch_size": run.config.train.micro_batch_size,
+    }
+    if inherit.method == "taylor":
+        shutil.rmtree(folder / "taylor", ignore_errors=True)
+        job = TaylorJob(**fields, num_samples=inherit.calibration_samples)
+        launcher.launch(job, run.folder, "inherit-taylor", progress, run.config.launch)
+        [values] = list_checkpoints(folder / "taylor")
+        part = choose(Weights(values), teacher.config, model)
+        shutil.rmtree(folder / "taylor")
+        return part
+    masks = MaskJob(
+        **fields,
+        num_samples=inherit.calibration_samples,
+        student=model,
+        steps=inherit.mask_steps,
+        lr=inherit.mask_lr,
+    )
+    learned = read_json(folder / "masks.json")
+    if learned is None or learned["fingerprint"] != identity:
+        launcher.launch(masks, run.folder, "inherit-masks", progress, run.config.launch)
+        learned = read_json(folder / "masks.json")
+    return Part.model_validate(learned["part"])
+
+
+def _write_lineage(folder: Path, teacher: StoredModel, inherit: InheritConfig, part: Part) -> None:
+    """Write which of the teacher's structures the model is made of."""
+    common = {
+        "teacher": str(teacher.place),
+        "checkpoint": str(teacher.checkpoint),
+        "method": inherit.method,
+        "channels": list(part.channels),
+    }
+    rows = [
+        {
+            **common,
+            "layer": layer,
+            "teacher_layer": teacher_layer,
+            "ffn": list(part.ffn[layer]),
+            "groups": list(part.groups[layer]),
+            "heads": list(part.heads[layer]),
+        }
+        for layer, teacher_layer in enumerate(part.layers)
+    ]
+    write_parquet(folder / "lineage.parquet", pa.Table.from_pylist(rows, LINEAGE), teacher.identity)
+    write_json(folder / "part.json", part.model_dump(mode="json"))

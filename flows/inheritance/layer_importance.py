@@ -1,0 +1,140 @@
+"""Which layers of a model stay: what skipping each block of them costs, and the set whose absence costs least."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from data_scoring.base.files import fingerprint, remove_leftovers
+from data_scoring.base.parquet import parquet_fingerprint
+from data_scoring.base.progress import Progress
+from flows.launch import launcher
+from flows.launch.job_fields import device_kind, job_fields
+from flows.run.folder import Run
+from flows.run.stored_model import StoredModel
+from trainer.checkpoint_folder import read_checkpoint_record
+from trainer.config import check_layout
+from trainer.devices import resolve_precision
+from trainer.jobs import SkipJob
+
+# Sums of increases are compared in whole billionths of a nat, so that ties are ties whatever the order of adding.
+_UNITS_PER_NAT = 10**9
+
+
+def measure_importance(run: Run, teacher: StoredModel, folder: Path, num_samples: int, progress: Progress) -> Path:
+    """Return skips.parquet in `folder`: what skipping each block of one, two and three layers of the teacher costs.
+
+    Measured in the layout of `run` on `num_samples` random samples of its corpus, or on all where there are fewer,
+    unless it is there already. A row a block, the first of length 0 for the whole model: start (layers count from 0),
+    length, loss (nats per token), increase, stderr. Raises ValueError where the vocabulary is another, or the layout
+    does not divide the teacher.
+    """
+    config, corpus, checkpoint = run.config, run.corpus(), teacher.checkpoint
+    vocab_size = read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size)
+    if vocab_size != corpus.vocab_size:
+        raise ValueError(
+            f"{checkpoint}: was trained with a tokenizer of {vocab_size} entries, and that of {corpus.folder} has "
+            f"{corpus.vocab_size}; give the teacher's tokenizer as tokenizer.path"
+        )
+    check_layout(teacher.config, config.resolved_train, config.parallel, corpus.seq_length)
+    precision = resolve_precision(config.train.precision, device_kind(config))
+    identity = fingerprint("skips", corpus.fingerprint, teacher.identity, num_samples, config.seed, precision)
+    fields = job_fields(run, 1, identity) | {"model": teacher.config, "round_folder": folder.absolute()}
+    job = SkipJob(
+        **fields,
+        weights=checkpoint.absolute(),
+        num_samples=num_samples,
+        micro_batch_size=config.score.micro_batch_size,
+    )
+    if parquet_fingerprint(job.result) != identity:
+        remove_leftovers(folder)
+        launcher.launch(job, run.folder, "importance", progress, config.launch)
+    return job.result
+
+
+@dataclass(frozen=True)
+class Skips:
+    """What skipping costs, as measured: by first layer and number of layers, a row of skips.parquet."""
+
+    rows: dict[tuple[int, int], dict[str, Any]]
+
+    @property
+    def num_layers(self) -> int:
+        """Return the layers of the model."""
+        return sum(length == 1 for _, length in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Return the layers of the longest block."""
+        return max(length for _, length in self.rows)
+
+    def added(self, layer: int, before: int) -> int:
+        """Return what skipping `layer` adds where the `before` layers just before it are skipped as well, in units.
+
+        Those further away than blocks were measured are left out of account.
+        """
+        before = min(before, self.longest - 1)
+        return self._increase(layer - before, before + 1) - self._increase(layer - before, before)
+
+    def _increase(self, start: int, length: int) -> int:
+        value: float = self.rows[start, length]["increase"] if length else 0.0
+        return round(value * _UNITS_PER_NAT)
+
+
+def read_skips(path: Path) -> Skips:
+    """Return what a skips.parquet holds."""
+    return Skips({(row["start"], row["length"]): row for row in pq.read_table(path).to_pylist()})
+
+
+def predict_increase(skips: Path, layers: Sequence[int]) -> float:
+    """Return the increase of the loss, nats per token, to be expected if but the `layers`, counted from 0, stay.
+
+    Runs of skipped layers add up. A run costs what was measured of it; of a longer one than any that was measured,
+    every layer adds what it does to the longest measured block that ends with it.
+    """
+    measured = read_skips(skips)
+    total = before = 0
+    for layer in range(measured.num_layers):
+        if layer in layers:
+            before = 0
+        else:
+            total += measured.added(layer, before)
+            before += 1
+    return total / _UNITS_PER_NAT
+
+
+def keep_layers(skips: Path, num_layers: int) -> tuple[int, ...]:
+    """Return the layers, counted from 0, that stay in a model of `num_layers`: those that `predict_increase` favours.
+
+    First and last stay, unless only one does. Of sets that cost the same, to a billionth of a nat, the one that drops
+    the earlier layers. Raises ValueError where the larger model has not as many layers.
+    """
+    measured = read_skips(skips)
+    depth = measured.num_layers
+    if not 1 <= num_layers <= depth:
+        raise ValueError(f"num_layers: {num_layers} is not between 1 and the {depth} layers of the larger model")
+    inner = range(1, depth - 1) if num_layers > 1 else range(depth)
+    dropped = _cheapest_drop(measured, inner, depth - num_layers)
+    return tuple(layer for layer in range(depth) if layer not in dropped)
+
+
+def _cheapest_drop(measured: Skips, layers: range, count: int) -> tuple[int, ...]:
+    """Return the `count` of the `layers` whose absence costs least.
+
+    A dynamic programme: for each number of layers dropped so far, and of those just before the next one as far as they
+    count, the least cost and the layers dropped for it.
+    """
+    best: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {(0, 0): (0, ())}
+    for layer in layers:
+        options: list[tuple[tuple[int, int], tuple[int, tuple[int, ...]]]] = []
+        for (number, before), (cost, dropped) in best.items():
+            options.append(((number, 0), (cost, dropped)))
+            if number < count:
+                state = (number + 1, min(before + 1, measured.longest - 1))
+                options.append((state, (cost + measured.added(layer, before), (*dropped, layer))))
+        best = {}
+        for state, option in options:
+            best[state] = min(best.get(state, option), option)
+    return min(option for (number, _), option in best.items() if number == count)[1]

@@ -1,0 +1,155 @@
+"""What skipping layers costs, as a page: a plot and a table of every block, and the layers that stay."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from data_scoring.evaluation.tasks import COLUMNS
+from flows.display.figures import render_figure
+from flows.display.result_page import Page, Picture, Section, write_page
+from flows.evaluation.results import describe_items
+from flows.inheritance.layer_importance import Skips, keep_layers, predict_increase, read_skips
+
+_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
+# Of increases further apart than this, the small ones can be told apart on a logarithmic axis alone.
+_LARGE_RATIO = 20
+
+
+def write_importance_report(
+    path: Path, name: str, skips: Path, depths: list[int], measured_on: str, scores: Path | None = None
+) -> Page:
+    """Write the page `path`, its Markdown and its plots, over what `skips` holds of the model `name`.
+
+    Says which layers stay for each target depth in `depths`; `measured_on` says what losses were measured on. With
+    `scores` it says, too, what the model scores in evaluation tasks without each block.
+    """
+    measured = read_skips(skips)
+    loss = measured.rows[0, 0]["loss"]
+    lead = [
+        f"The loss of all {measured.num_layers} layers is {loss:.4f} nats per token, over {measured_on}. Layers are "
+        "counted from 0.",
+    ]
+    png = render_figure(lambda: importance(measured))
+    caption = "Increase of the loss where layers are skipped, by the first of them, with its standard error."
+    sections, pictures = [_choices(skips, depths), _blocks(measured)], [Picture("increase", png, caption)]
+    if scores is not None:
+        rows = pq.read_table(scores).to_pylist()
+        sections.append(_scores(rows))
+        png = render_figure(lambda: _draw_scores(rows))
+        pictures.append(Picture("scores", png, "Scores without layers, by the first of them; dashed: with all."))
+    return write_page(path, f"{name}: which layers stay", lead, sections, pictures)
+
+
+def _scores(rows: list[dict[str, Any]]) -> Section:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    found = {(row["start"], row["length"], row["task"]): row for row in rows}
+    cells = []
+    for start, length in dict.fromkeys((row["start"], row["length"]) for row in rows):
+        mine = [found[start, length, task] for task in tasks]
+        last = start + length - 1
+        label = "none" if not length else str(start) if length == 1 else f"{start} to {last}"
+        mean = sum(row["score"] for row in mine) / len(mine)
+        cells.append([label, *map(_score, mine), f"{100 * mean:.1f}"])
+    chances = [found[0, 0, task]["chance"] for task in tasks]
+    cells.append(["chance", *(f"{100 * chance:.1f}" for chance in chances), f"{100 * sum(chances) / len(chances):.1f}"])
+    titles = {column.name: column.title for column in COLUMNS}
+    counts = [(row["task"], row["num_items"], row["num_unscorable"]) for row in rows]
+    notes = ["Percent, ± standard error over items, before any training.", describe_items(counts)]
+    head = ["skipped layers", *(titles[task] for task in tasks), "average"]
+    return Section("Scores in tasks", notes, head, cells)
+
+
+def _score(row: dict[str, Any]) -> str:
+    error = "" if row["stderr"] is None else f" ± {100 * row['stderr']:.1f}"
+    return f"{100 * row['score']:.1f}{error}"
+
+
+def _draw_scores(rows: list[dict[str, Any]]) -> Figure:
+    """Draw the average of all tasks against the first skipped layer, a line for each number of layers."""
+    means: dict[int, dict[int, list[float]]] = {}
+    for row in rows:
+        means.setdefault(row["length"], {}).setdefault(row["start"], []).append(100 * row["score"])
+    figure, axes = plt.subplots(figsize=(9, 4.2))
+    for length, column in means.items():
+        values = [sum(scores) / len(scores) for scores in column.values()]
+        if length == 0:
+            axes.axhline(values[0], color="black", linestyle="--", linewidth=0.8)
+            continue
+        color = _COLORS[(length - 1) % len(_COLORS)]
+        axes.plot(list(column), values, "o-", color=color, markersize=4, label=f"{_count(length)} skipped")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("first skipped layer")
+    axes.set_ylabel("average score (percent)")
+    axes.legend()
+    return figure
+
+
+def _choices(skips: Path, depths: list[int]) -> Section:
+    num_layers, cells = read_skips(skips).num_layers, []
+    for depth in depths:
+        kept = keep_layers(skips, depth)
+        dropped = [layer for layer in range(num_layers) if layer not in kept]
+        increase = f"{predict_increase(skips, kept):+.4f}"
+        cells.append([str(depth), f"**{list(kept)}**", str(dropped), increase])
+    notes = [
+        "Those stay whose absence would cost most, the first and the last among them unless one alone stays. The "
+        "increase to be expected, in nats per token and before any training, is the sum over the runs of layers that "
+        "are dropped. Of "
+        f"a run of more than {read_skips(skips).longest} layers, each adds what it does to the longest block that ends "
+        "with it.",
+    ]
+    return Section("Which layers stay", notes, ["layers", "stay", "dropped", "increase of the loss"], cells)
+
+
+def _blocks(measured: Skips) -> Section:
+    lengths = range(1, measured.longest + 1)
+    cells = [
+        [str(start), *(_increase(measured, start, length) for length in lengths)]
+        for start in range(measured.num_layers)
+    ]
+    notes = ["Increase of the loss, nats per token, ± its standard error over samples; the least of a column is bold."]
+    return Section("Every block", notes, ["first skipped", *map(_count, lengths)], cells)
+
+
+def _increase(measured: Skips, start: int, length: int) -> str:
+    row = measured.rows.get((start, length))
+    if row is None:
+        return ""
+    error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+    text = f"{row['increase']:+.4f}{error}"
+    return f"**{text}**" if row["increase"] == min(_column(measured, length).values()) else text
+
+
+def _column(measured: Skips, length: int) -> dict[int, float]:
+    """Return the increases of the blocks of `length` layers, by the first of them."""
+    return {start: row["increase"] for (start, other), row in measured.rows.items() if other == length}
+
+
+def _count(length: int) -> str:
+    return "1 layer" if length == 1 else f"{length} layers"
+
+
+def importance(measured: Skips) -> Figure:
+    """Draw the increase of the loss against the first skipped layer, a line for each number of layers."""
+    figure, axes = plt.subplots(figsize=(9, 4.2))
+    increases = [row["increase"] for (_, length), row in measured.rows.items() if length]
+    for length in range(1, measured.longest + 1):
+        column = _column(measured, length)
+        errors = [measured.rows[start, length]["stderr"] or 0.0 for start in column]
+        axes.errorbar(
+            list(column), list(column.values()), yerr=errors, fmt="o-", color=_COLORS[(length - 1) % len(_COLORS)],
+            markersize=4, capsize=2, label=f"{_count(length)} skipped",
+        )  # fmt: skip
+    if min(increases) > 0 and max(increases) > _LARGE_RATIO * min(increases):
+        axes.set_yscale("log")
+    else:
+        axes.axhline(0, color="black", linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("first skipped layer")
+    axes.set_ylabel("increase of the loss (nats per token)")
+    axes.legend()
+    return figure

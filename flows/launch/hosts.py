@@ -1,0 +1,144 @@
+"""Several hosts at one job without a scheduler: one leads, and others join it through the run folder that all share.
+
+The one that runs the flow announces each attempt at a job in a file; `reprise join` follows the file, starts its
+host's ranks, and says in a file of its own that it is alive. Who falls silent is taken for lost.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from data_scoring.base.files import read_json, writing
+from flows.launch import torchrun
+from flows.launch.torchrun import Meeting
+from flows.run.folder import read_run
+from flows.run.status import read_status
+
+_SECONDS_BETWEEN_BEATS = 2.0
+_SECONDS_OF_SILENCE = 30.0
+
+
+def _announcement(run_folder: Path) -> Path:
+    return run_folder / "logs" / "meeting.json"
+
+
+class _Pulse:
+    """A file that says by changing that its writer is alive."""
+
+    def __init__(self, path: Path, content: dict[str, object]) -> None:
+        self._path, self._content = path, content
+        self._count, self._last = 0, 0.0
+
+    def beat(self) -> None:
+        """Write the file anew, where that is due."""
+        now = time.monotonic()
+        if self._count and now - self._last < _SECONDS_BETWEEN_BEATS:
+            return
+        self._last = now
+        self._count += 1
+        with writing(self._path) as temporary:
+            temporary.write_text(json.dumps({**self._content, "beat": self._count}), encoding="utf-8")
+
+    def end(self) -> None:
+        """Take the file away."""
+        self._path.unlink(missing_ok=True)
+
+
+class _Listener:
+    """Tells by this host's clock alone for how long a pulse has not changed."""
+
+    def __init__(self) -> None:
+        self._heard: dict[Path, tuple[object, float]] = {}
+
+    def silence(self, path: Path, content: object) -> float:
+        """Return for how many seconds the pulse in `path` has had this `content`."""
+        known, since = self._heard.get(path, (None, 0.0))
+        if known != content:
+            since = time.monotonic()
+            self._heard[path] = (content, since)
+        return time.monotonic() - since
+
+
+class Leader:
+    """Announces an attempt at a job to the hosts that join, and listens whether they live."""
+
+    def __init__(self, run_folder: Path, job_path: Path, meeting: Meeting) -> None:
+        self._folder = run_folder / "logs" / "nodes"
+        self._meeting = meeting
+        self._pulse = _Pulse(_announcement(run_folder), {"job": str(job_path), "meeting": asdict(meeting)})
+        self._listener = _Listener()
+
+    def lost_host(self) -> str | None:
+        """Go on announcing, and return the name of a host that had joined and has fallen silent, or None."""
+        self._pulse.beat()
+        for path in self._folder.glob("*.json"):
+            content = read_json(path)
+            if content is None or content["meeting"] != self._meeting.id:
+                continue
+            if self._listener.silence(path, content) > _SECONDS_OF_SILENCE:
+                path.unlink(missing_ok=True)
+                return str(content["host"])
+        return None
+
+    def end(self) -> None:
+        """Take the announcement back."""
+        self._pulse.end()
+
+
+def join(run_folder: Path, interface: str | None) -> None:
+    """Start this host's ranks for every job of the run in `run_folder`, until the run is done.
+
+    Raises ValueError where there is no run, or it wants no other hosts.
+    """
+    run_folder = run_folder.absolute()
+    if read_run(run_folder).config.launch.nodes == 1:
+        raise ValueError(f"{run_folder}: launch.nodes is 1; nobody is waited for")
+    listener = _Listener()
+    done = ""
+    while not all(row.state == "done" for row in read_status(run_folder)):
+        content = read_json(_announcement(run_folder))
+        if content is None or content["meeting"]["id"] == done:
+            time.sleep(1)
+        elif listener.silence(_announcement(run_folder), content) > _SECONDS_OF_SILENCE:
+            # Whoever announced it is gone; the next one will announce another meeting.
+            time.sleep(1)
+        else:
+            meeting = Meeting(**content["meeting"])
+            print(f"joining {Path(content['job']).stem} at {meeting.endpoint}", file=sys.stderr, flush=True)
+            _take_part(run_folder, Path(content["job"]), meeting, interface, listener)
+            done = meeting.id
+    print("the run is done", file=sys.stderr)
+
+
+def _take_part(run_folder: Path, job_path: Path, meeting: Meeting, interface: str | None, listener: _Listener) -> None:
+    """Start this host's ranks for one attempt and see them to its end, or to the end of who announced it."""
+    me = f"{platform.node()}-{os.getpid()}"
+    pulse = _Pulse(run_folder / "logs" / "nodes" / f"{me}.json", {"host": platform.node(), "meeting": meeting.id})
+    log_path = run_folder / "logs" / f"{job_path.name.split('.')[0]}.{me}.log"
+    with log_path.open("ab") as log:
+        process = torchrun.start(job_path, meeting, is_head=False, interface=interface, log=log)
+        try:
+            while process.poll() is None and _is_on(run_folder, meeting, listener):
+                pulse.beat()
+                time.sleep(0.2)
+            if process.poll() is None:
+                # The head's torchrun ends first, and takes the announcement with it: the ranks may be about to end.
+                process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            torchrun.stop(process, meeting.seconds_to_stop)
+            pulse.end()
+
+
+def _is_on(run_folder: Path, meeting: Meeting, listener: _Listener) -> bool:
+    path = _announcement(run_folder)
+    content = read_json(path)
+    if content is None or content["meeting"]["id"] != meeting.id:
+        return False
+    return listener.silence(path, content) < _SECONDS_OF_SILENCE

@@ -1,0 +1,1 @@
+"""Prefect: wraps stages and experiments as flows and tasks. Decides nothing about data."""

@@ -1,0 +1,328 @@
+"""A run as Prefect's UI shows it: progress, logs, tables, pictures, events; and the UI's wish to stop it.
+
+Tables, pictures and events are sent from a thread of its own, and kept until the server takes them: a server that is
+away holds up nothing, and finds out later what happened meanwhile.
+"""
+
+import contextvars
+import json
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.objects import StateType
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.events import emit_event
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Running
+
+from flows.display.result_page import Page
+from flows.display.terminal_progress import Pace, TerminalProgress
+from flows.launch.log_lines import LogTail
+from flows.orchestration.temporary_server import is_private
+from flows.report import tables as artifacts
+from flows.run.folder import Run
+from flows.stages.completion import preview, report
+
+_SECONDS_BETWEEN_POLLS = 2.0
+_SECONDS_BETWEEN_LINES = 30.0
+_LINES_A_POLL = 20
+# A server that is away for longer than this when the run ends learns of its end from the next run alone.
+_PATIENCE_SECONDS = 900.0
+_SECONDS_TO_STOP = 4.0
+_AWAY = (httpx.HTTPError, OSError)
+
+# Sends one thing to the server.
+_Parcel = Callable[[SyncPrefectClient], None]
+
+
+def has_deployment() -> bool:
+    """Return whether the flow that calls this was submitted to a deployment, rather than called by its owner."""
+    context = FlowRunContext.get()
+    return context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None
+
+
+def allowed_folders() -> list[Path]:
+    """Return the folders that a deployment's flows may use: whoever can submit one need not be who owns the machine.
+
+    Without a deployment, the caller is the owner, and the list is empty.
+    """
+    if not has_deployment():
+        return []
+    return [Path.cwd(), *(Path(folder) for folder in os.environ.get("REPRISE_ALLOW", "").split(os.pathsep) if folder)]
+
+
+class RunCancelledError(Exception):
+    """The run was cancelled in Prefect."""
+
+
+class Reporter:
+    """Reports the flow run that it is made in, to the terminal and to Prefect; a context manager, and a progress.
+
+    As a progress it raises RunCancelledError once the flow run was cancelled: the worker that should have stopped
+    this process may be gone.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        context = FlowRunContext.get()
+        assert context is not None and context.flow_run is not None
+        self._id: UUID = context.flow_run.id
+        # A worker's flows have no terminal, and a server of our own has nobody who looks at it.
+        self._terminal = None if has_deployment() else TerminalProgress()
+        self._is_shown = not is_private()
+        self._name = re.sub("[^a-z0-9]+", "-", run_folder.name.lower()).strip("-")
+        self._folder = run_folder
+        self._logger = get_run_logger()
+        self._tail = LogTail(run_folder / "logs")
+        self._parcels: deque[_Parcel] = deque()
+        self._progress = _ProgressArtifact()
+        self._logged = 0.0
+        self._is_cancelled = False
+        self._is_over = threading.Event()
+        # The thread talks to the server that this flow talks to.
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._work,), daemon=True)
+
+    def __enter__(self) -> "Reporter":
+        if self._terminal is not None:
+            self._terminal.__enter__()
+        if self._is_shown:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._terminal is not None:
+            self._terminal.__exit__(kind, error, trace)
+        self._is_over.set()
+        if self._is_shown:
+            # Prefect sets the flow run's last state right after this, and would give up on a server that is away. Who
+            # is told to stop does not wait.
+            is_signal = error is not None and not isinstance(error, Exception)
+            self._thread.join(timeout=_SECONDS_TO_STOP if is_signal else _PATIENCE_SECONDS)
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        """Report that `done` of `total` units of `what` are done; raise RunCancelledError if nobody wants them."""
+        if self._is_cancelled:
+            raise RunCancelledError(f"cancelled in Prefect; the run folder {self._folder} can go on from where it is")
+        if self._terminal is not None:
+            self._terminal(what, done, total)
+        if not self._is_shown:
+            return
+        task = TaskRunContext.get()
+        if task is None:
+            # Of several tasks at once, each of which has a state of its own in the UI.
+            line = f"{what}: {done} of {total}"
+        else:
+            line = self._progress.note(f"{self._name}-{task.task_run.name}", task.task_run.id, what, done, total)
+        if time.monotonic() - self._logged > _SECONDS_BETWEEN_LINES:
+            self._logged = time.monotonic()
+            self._logger.info(line)
+
+    def inherited(self, run: Run) -> None:
+        """Show what of a larger model round 1 starts from, unless that was done."""
+        with self._telling(run, "inherit", 1) as is_news:
+            if is_news:
+                rows = artifacts.inheritance(run)
+                self._show("inheritance", "table", json.dumps(rows), "Layers, and what of each round 1 starts from.")
+                self._announce(run, "inherit", 1, {"teacher": rows[0]["teacher"], "layers": len(rows)})
+
+    def scored(self, run: Run, round_number: int) -> None:
+        """Show the shards' losses after a round, unless that was done."""
+        with self._telling(run, "score", round_number) as is_news:
+            if is_news:
+                rows = artifacts.shard_losses(run, round_number)
+                self._show(
+                    f"round-{round_number}-losses", "table", json.dumps(rows), "Losses by shard, nats per token."
+                )
+                rows = artifacts.budgets(run, round_number)
+                self._show(
+                    f"round-{round_number}-budget",
+                    "table",
+                    json.dumps(rows),
+                    "Ways to score, costs in training tokens.",
+                )
+                self._announce(run, "score", round_number, {})
+
+    def refined(self, run: Run, round_number: int) -> None:
+        """Show what a round keeps and what it drops, unless that was done."""
+        with self._telling(run, "refine", round_number) as is_news:
+            if is_news:
+                kept = preview(run, round_number)
+                page = artifacts.selection_page(run, kept)
+                self._show(
+                    f"round-{round_number}-selection", "markdown", page, "What is trained on, and what is dropped."
+                )
+                details = {"num_kept": kept.total.num_kept, "num_tokens_kept": kept.total.num_tokens_kept}
+                self._announce(run, "refine", round_number, {**details, "share_kept": kept.total.share})
+
+    def trained(self, run: Run, round_number: int) -> None:
+        """Show the loss curves up to the end of a round, and where the report is, unless that was done."""
+        with self._telling(run, "train", round_number) as is_news:
+            if is_news:
+                address = _address(report(run))
+                self._show(f"round-{round_number}-training", "markdown", artifacts.loss_page(run), "The curves so far.")
+                rows = artifacts.rounds(run)
+                self._show("rounds", "table", json.dumps(rows), "The rounds so far.")
+                link = f"[Report of {run.folder.name}]({address})\n\n{address}"
+                self._show(f"round-{round_number}-report", "markdown", link, "Where the report is.")
+                self._announce(run, "round", round_number, rows[round_number - 1])
+
+    def evaluated(self, run: Run, round_number: int) -> None:
+        """Show what the model of a round, and those before it, score in tasks, unless that was done."""
+        with self._telling(run, "evaluate", round_number) as is_news:
+            if is_news:
+                report(run)
+                self._show("evaluation", "markdown", artifacts.evaluation_page(run), "What models score in tasks.")
+                self._announce(run, "evaluate", round_number, artifacts.scores(run, round_number))
+
+    def tried(self, rows: list[dict[str, Any]], page: Page | None = None) -> None:
+        """Show the trials of a search so far and, once there is one, the page of what it found."""
+        if not self._is_shown:
+            return
+        self._show("trials", "table", json.dumps(rows), "The trials so far, the best first.")
+        if page is not None:
+            address = _address(page.page)
+            content = f"[Report of {self._folder.name}]({address})\n\n{address}\n\n{page.text}"
+            self._show("report", "markdown", content, "What the search found.")
+
+    @contextmanager
+    def _telling(self, run: Run, stage: str, round_number: int) -> Iterator[bool]:
+        """Yield whether a stage's end is news, and note that it was told; a kill in between has it told again."""
+        marker = run.round_folder(round_number) / f".told-{stage}"
+        fingerprint = run.fingerprint(stage, round_number)
+        is_news = self._is_shown and not (marker.exists() and marker.read_text() == fingerprint)
+        yield is_news
+        if is_news:
+
+            def note(client: SyncPrefectClient) -> None:
+                marker.write_text(fingerprint)
+
+            self._parcels.append(note)
+
+    def _show(self, key: str, kind: str, data: str, description: str) -> None:
+        artifact = ArtifactCreate(
+            key=f"{self._name}-{key}", type=kind, data=data, description=description, flow_run_id=self._id
+        )
+
+        def send(client: SyncPrefectClient) -> None:
+            client.create_artifact(artifact)
+
+        self._parcels.append(send)
+
+    def _announce(self, run: Run, what: str, round_number: int, payload: dict[str, Any]) -> None:
+        resource = {"prefect.resource.id": f"reprise.run.{self._name}", "prefect.resource.name": run.folder.name}
+        content = {"run": run.folder.name, "folder": str(run.folder), "round": round_number, **payload}
+
+        def send(client: SyncPrefectClient) -> None:
+            # Events are sent without an answer: this asks first whether anybody is there.
+            client.read_flow_run(self._id)
+            emit_event(event=f"reprise.{what}.completed", resource=resource, payload=content)
+
+        self._parcels.append(send)
+
+    def _work(self) -> None:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+            while not self._is_over.wait(_SECONDS_BETWEEN_POLLS):
+                self._poll(client)
+            # Nothing is left unsaid, and the server is there to hear the last word.
+            while not self._poll(client):
+                time.sleep(_SECONDS_BETWEEN_POLLS)
+
+    def _poll(self, client: SyncPrefectClient) -> bool:
+        """Send what there is to send and see whether to stop; return False where the server is away."""
+        try:
+            for line in self._tail.lines(_LINES_A_POLL):
+                self._logger.info(line)
+            while self._parcels:
+                try:
+                    self._parcels[0](client)
+                except httpx.HTTPStatusError as error:
+                    if not error.response.is_client_error:
+                        raise
+                    self._logger.warning("Prefect's server refused what was to be shown: %s", error)
+                self._parcels.popleft()
+            self._progress.send(client, self._id)
+            self._look_at_state(client)
+        except ObjectNotFound:
+            # The flow run was deleted: nobody wants it any more, and nobody is left to tell.
+            self._is_cancelled = True
+        except _AWAY as error:
+            self._logger.debug("Prefect's server did not answer: %s", error)
+            return False
+        return True
+
+    def _look_at_state(self, client: SyncPrefectClient) -> None:
+        state = client.read_flow_run(self._id).state
+        if state is None:
+            return
+        if state.type in (StateType.CANCELLING, StateType.CANCELLED):
+            self._is_cancelled = True
+        elif state.type == StateType.CRASHED and not self._is_over.is_set():
+            # Taken for dead while the server heard nothing of it.
+            client.set_flow_run_state(self._id, Running(message="It is alive."), force=True)
+
+
+class _ProgressArtifact:
+    """The progress of the task that is running, one artifact a task, sent when it has moved."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pace = Pace()
+        self._key = ""
+        self._task: UUID | None = None
+        self._artifact: UUID | None = None
+        self._percent, self._line = 0.0, ""
+        self._sent: tuple[float, str] | None = None
+
+    def note(self, key: str, task: UUID, what: str, done: int, total: int | None) -> str:
+        """Take in how far the task's work is and return it in words."""
+        with self._lock:
+            if task != self._task:
+                self._key, self._task, self._artifact, self._sent = key, task, None, None
+            self._pace.note(what, done)
+            self._percent = 100 * done / total if total else 0.0
+            self._line = self._pace.line(what, done, total)
+            return self._line
+
+    def send(self, client: SyncPrefectClient, flow_run: UUID) -> None:
+        """Show the progress where it moved since it was last shown."""
+        with self._lock:
+            task, content = self._task, (round(self._percent, 1), self._line)
+            if task is None or content == self._sent:
+                return
+            artifact, key = self._artifact, self._key
+        percent, line = content
+        if artifact is None:
+            created = client.create_artifact(
+                ArtifactCreate(
+                    key=key, type="progress", description=line, data=percent, flow_run_id=flow_run, task_run_id=task
+                )
+            )
+            artifact = created.id
+        else:
+            client.update_artifact(artifact, ArtifactUpdate(description=line, data=percent))
+        with self._lock:
+            if task == self._task:
+                self._artifact, self._sent = artifact, content
+
+
+def _address(report: Path) -> str:
+    """Return where a browser finds the report: where run folders are served, if they are, else its file."""
+    base, folder = os.environ.get("REPRISE_REPORTS_URL"), os.environ.get("REPRISE_REPORTS_FOLDER")
+    if base and folder and report.is_relative_to(folder):
+        return f"{base}/{report.relative_to(folder).as_posix()}"
+    return report.as_uri()

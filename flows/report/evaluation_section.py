@@ -1,0 +1,35 @@
+"""What the report says of evaluation: the paper's table, the curves, and what could not be scored."""
+
+import duckdb
+
+from flows.display.figures import render
+from flows.display.html import html_figure, html_table
+from flows.evaluation.results import chance_rows, columns_of, read_chance, read_items, read_rows
+from flows.evaluation.results_table import render_table
+from flows.report.pictures import save_picture
+from flows.report.plots import score_curves
+from flows.run.folder import Run
+
+_CAPTION = (
+    "Scores against tokens, all rounds end to end. The band is a standard error, a dot the end of a round; the dotted "
+    "line is what guessing scores."
+)
+
+
+def evaluation(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    """Return what models scored in tasks, as HTML; nothing where none was asked."""
+    rows = [*chance_rows(read_chance(ledger)), *read_rows(ledger, run.folder.name)]
+    png = render(score_curves, ledger)
+    sections = ["<h2>Evaluation</h2>"] if rows or png else []
+    if rows:
+        sections += [render_table(rows, columns_of(rows), "html"), f"<p>{read_items(ledger)}</p>"]
+    if png:
+        save_picture(run, "scores", png)
+        sections.append(html_figure(png, _CAPTION))
+    unscorable = ledger.sql(
+        "select task, reason, count(distinct item), min(item) from unscorable group by task, reason order by all"
+    ).fetchall()
+    if unscorable:
+        head = ["Task", "Why", "Items", "Such as"]
+        sections += ["<h3>Items that could not be scored</h3>", html_table(head, unscorable)]
+    return sections

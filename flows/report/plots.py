@@ -1,0 +1,195 @@
+"""The report's plots, each from an aggregate that DuckDB makes of the ledger."""
+
+import math
+
+import duckdb
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from data_scoring.evaluation.tasks import COLUMNS
+from flows.display.figures import Plot
+
+matplotlib.use("Agg")
+_KEPT, _DROPPED = "#0072b2", "#bbbbbb"
+_SEEN, _RESCORED = "#e69f00", "#0072b2"
+_ROUND_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
+_MOST_SHARDS = 16
+_BINS = 40
+_LOSS = "loss (nats per token)"
+
+
+def loss_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
+    """Draw training and validation loss against the tokens trained on, all rounds end to end."""
+    steps = ledger.sql(
+        """select round, step, loss, sum(num_tokens) over (order by round, step) as tokens
+        from steps order by round, step"""
+    ).fetchnumpy()
+    if len(steps["step"]) == 0:
+        return None
+    validation = ledger.sql(
+        """select v.round, v.tokens, sum(v.loss * v.num_tokens) / sum(v.num_tokens) as loss from (
+            select validation.round, validation.loss, validation.num_tokens, t.tokens from validation
+            join (select round, step, sum(num_tokens) over (order by round, step) as tokens from steps) t
+            using (round, step)
+        ) v group by v.round, v.tokens order by v.tokens"""
+    ).fetchnumpy()
+    figure, axes = plt.subplots(figsize=(9, 4))
+    for number in np.unique(steps["round"]):
+        chosen = steps["round"] == number
+        color = _ROUND_COLORS[(number - 1) % len(_ROUND_COLORS)]
+        tokens, losses = steps["tokens"][chosen] / 1e6, steps["loss"][chosen]
+        axes.plot(tokens, losses, color=color, alpha=0.3, linewidth=0.8)
+        window = max(1, len(losses) // 30)
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(tokens[window - 1 :], smooth, color=color, label=f"round {number}, training")
+        points = validation["round"] == number
+        axes.plot(
+            validation["tokens"][points] / 1e6,
+            validation["loss"][points],
+            "o--",
+            color=color,
+            markeredgecolor="black",
+            label=f"round {number}, validation",
+        )
+    axes.set_xlabel("tokens trained on (millions)")
+    axes.set_ylabel(_LOSS)
+    axes.legend()
+    return figure
+
+
+def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
+    """Draw what models score in each task against the tokens trained on, all rounds end to end (the paper's figure)."""
+    found = ledger.sql(
+        """select task, t.tokens / 1e6 as tokens, 100 * score as score, 100 * coalesce(stderr, 0) as error,
+            100 * chance as chance, is_end
+        from scores join (select round, step, sum(num_tokens) over (order by round, step) as tokens from steps) as t
+            using (round, step)
+        where subject is null and score is not null order by task, tokens, is_end"""
+    ).fetchnumpy()
+    tasks = [column for column in COLUMNS if column.name in found["task"]]
+    # A single model is a point, which the table says better.
+    if len(np.unique(found["tokens"])) < 2:
+        return None
+    columns = min(3, len(tasks))
+    figure, grid = plt.subplots(
+        -(-len(tasks) // columns), columns, figsize=(9, 3 * -(-len(tasks) // columns)), squeeze=False, sharex=True
+    )
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        mine = found["task"] == task.name
+        tokens, score, error = (np.asarray(found[name][mine], float) for name in ("tokens", "score", "error"))
+        axes.fill_between(tokens, score - error, score + error, color=_KEPT, alpha=0.2, linewidth=0)
+        axes.plot(tokens, score, color=_KEPT)
+        ends = np.asarray(found["is_end"][mine], bool)
+        axes.plot(tokens[ends], score[ends], "o", color=_KEPT, markeredgecolor="black")
+        axes.axhline(float(found["chance"][mine][0]), color="gray", linestyle=":")
+        axes.set_title(task.title)
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_visible(False)
+    figure.supxlabel("tokens trained on (millions)")
+    figure.supylabel("score (percent)")
+    figure.tight_layout()
+    return figure
+
+
+def selection_histograms(round_number: int) -> Plot:
+    """Return the plot of each shard's losses with what was kept for `round_number` and what was dropped."""
+
+    def plot(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
+        [bounds] = ledger.sql(
+            f"""select quantile_cont(loss, 0.001), quantile_cont(loss, 0.999), max(shard) + 1
+            from selection where round = {round_number}"""
+        ).fetchall()
+        if bounds[0] is None:
+            return None
+        low, high, num_shards = float(bounds[0]), float(bounds[1]), int(bounds[2])
+        width = max((high - low) / _BINS, 1e-6)
+        rows = ledger.sql(
+            f"""select shard, greatest(0, least({_BINS - 1}, floor((loss - {low}) / {width})))::int as bin,
+                count(*) filter (kept) as kept, count(*) filter (not kept) as dropped
+            from selection where round = {round_number} and shard < {_MOST_SHARDS} group by all"""
+        ).fetchnumpy()
+        shown = min(num_shards, _MOST_SHARDS)
+        columns = min(4, shown)
+        figure, grid = plt.subplots(
+            math.ceil(shown / columns),
+            columns,
+            figsize=(9, 2.1 * math.ceil(shown / columns)),
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for shard, axes in enumerate(grid.flat):
+            if shard >= shown:
+                axes.set_visible(False)
+                continue
+            _draw_histogram(axes, rows, shard, low, width)
+        grid.flat[0].legend(fontsize=8)
+        figure.supxlabel(f"{_LOSS[0].upper()}{_LOSS[1:]}", fontsize=10)
+        figure.supylabel("samples", fontsize=10)
+        return figure
+
+    return plot
+
+
+def _draw_histogram(axes: Axes, rows: dict[str, np.ndarray], shard: int, low: float, width: float) -> None:
+    chosen = rows["shard"] == shard
+    heights = np.zeros((2, _BINS))
+    for row, name in enumerate(("kept", "dropped")):
+        heights[row, rows["bin"][chosen]] = rows[name][chosen]
+    places = low + width * np.arange(_BINS)
+    axes.bar(places, heights[0], width, align="edge", color=_KEPT, label="kept")
+    axes.bar(places, heights[1], width, bottom=heights[0], align="edge", color=_DROPPED, label="dropped")
+    axes.set_title(f"shard {shard}")
+
+
+def forgetting_curve(round_number: int) -> Plot:
+    """Return the plot of seen loss and re-scored loss along the training order of `round_number` (paper: figure 9)."""
+
+    def plot(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
+        rows = ledger.sql(
+            f"""select floor({_BINS} * (step - 1) / last)::int as part, avg(seen_loss) as seen, avg(loss) as loss,
+                min(step) as first, max(step) as final
+            from (select *, max(step) over () as last from forgetting where round = {round_number})
+            group by part order by part"""
+        ).fetchnumpy()
+        if len(rows["part"]) == 0:
+            return None
+        figure, axes = plt.subplots(figsize=(9, 3.6))
+        middle = (rows["first"] + rows["final"]) / 2
+        axes.plot(middle, rows["seen"], color=_SEEN, label="seen loss: in the step that trained on the sample")
+        axes.plot(middle, rows["loss"], color=_RESCORED, label="re-scored loss: under the model the round ended with")
+        axes.set_xlabel("step of the round that trained on the sample")
+        axes.set_ylabel(_LOSS)
+        axes.legend()
+        return figure
+
+    return plot
+
+
+def kept_by_source(round_number: int) -> Plot:
+    """Return the plot of the share of each source's samples that was kept for `round_number`."""
+
+    def plot(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
+        rows = ledger.sql(
+            f"""select source, 100.0 * avg(kept::int) as share, count(*) as total, count(*) filter (kept) as kept
+            from selection join samples using (shard, sample) where round = {round_number}
+            group by source order by share"""
+        ).fetchall()
+        if not rows:
+            return None
+        figure, axes = plt.subplots(figsize=(9, 0.7 + 0.45 * len(rows)))
+        names = [row[0] for row in rows]
+        axes.barh(names, [100] * len(rows), color=_DROPPED)
+        axes.barh(names, [row[1] for row in rows], color=_KEPT)
+        for place, (_, share, total, kept) in enumerate(rows):
+            axes.text(101, place, f"{share:.1f} %  ({kept:,} of {total:,})", va="center", fontsize=9)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("share of the source's samples that is kept (%)")
+        axes.grid(axis="y", visible=False)
+        return figure
+
+    return plot

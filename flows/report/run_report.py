@@ -1,0 +1,222 @@
+"""The report of a run: one page from what the ledger holds."""
+
+import html
+from pathlib import Path
+
+import duckdb
+import yaml
+
+from data_scoring.base.files import writing
+from flows.display.figures import render_figure
+from flows.display.html import html_figure, html_page, html_table
+from flows.report.pictures import figure
+from flows.report.plots import forgetting_curve, kept_by_source, loss_curves, selection_histograms
+from flows.report.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
+from flows.run.config import RunConfig
+from flows.run.folder import Run
+
+
+def write_report(run: Run) -> Path:
+    """Write `report.html` and `report/*.png` over what the run's ledger holds, and return the page's path."""
+    path = run.folder / "report.html"
+    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        body = "\n".join(_sections(run, ledger))
+    with writing(path) as temporary:
+        temporary.write_text(html_page(run.folder.name, body), encoding="utf-8")
+    return path
+
+
+def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    config, manifest = run.config, run.corpus().manifest
+    sources = manifest["sources"]
+    tokens = sum(source["train_tokens"] for source in sources)
+    sections = [
+        f'<p class="lead">{tokens:,} training tokens from {len(sources)} sources in {config.corpus.num_shards} shards; '
+        f"{config.rounds.num_rounds} rounds, policy {config.refine.policy}, sampling rate "
+        f"{config.refine.sampling_rate:g}, temperature {config.refine.draw_temperature:g}.</p>",
+        f'<p class="lead">{_model(config, int(manifest["vocab_size"]))}</p>',
+        *_inheritance(run, ledger),
+        "<h2>Rounds</h2>",
+        _table(
+            ledger,
+            """select round as "Round", num_steps as "Steps", num_samples as "Samples", num_tokens as "Tokens",
+            train_loss as "Training loss (last tenth)", validation_loss as "Validation loss" from rounds""",
+        ),
+        figure(run, "loss", loss_curves, ledger, "Training loss, smoothed and raw, and validation loss."),
+        "<h3>Validation loss by source, at the end of each round</h3>",
+        _table(
+            ledger,
+            """pivot (select source as "Source", round, loss from validation
+                qualify step = max(step) over (partition by round))
+            on 'Round ' || round using first(loss) order by "Source" """,
+        ),
+    ]
+    for number in range(1, config.rounds.num_rounds):
+        sections += _refinement(run, ledger, number)
+    sections += [
+        *_evaluation(run, ledger),
+        *_contamination(run, ledger),
+        "<h2>Corpus</h2>",
+        _corpus_table(sources),
+        "<h2>Configuration</h2>",
+        f"<pre>{html.escape(yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False))}</pre>",
+    ]
+    return sections
+
+
+def _model(config: RunConfig, vocab_size: int) -> str:
+    """Return a sentence about the model and its training, in HTML."""
+    model, train = config.model, config.resolved_train
+    vocab_size = model.vocab_size or vocab_size
+    parameters = model.num_parameters(vocab_size)
+    start = "random weights" if model.start_from is None else f"<code>{html.escape(model.start_from)}</code>"
+    if model.inherit is not None and model.inherits:
+        start = f"parts of <code>{html.escape(model.inherit.teacher)}</code>"
+    return (
+        f"{parameters / 1e6:,.1f} M parameters: {model.num_layers} layers of width {model.hidden_size}, a vocabulary "
+        f"of {vocab_size:,}, whose embedding and head are {model.embedding_share(vocab_size):.0%} of them. "
+        f"Trained from {start}, in batches of "
+        f"{train.global_batch_size * config.corpus.seq_length:,} tokens, at a learning rate of up to {train.lr:.3g}."
+    )
+
+
+def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    """Return what of a larger model round 1 started from, where it did."""
+    inherit = run.config.model.inherit
+    rows = ledger.sql("select distinct checkpoint, method, len(channels) from lineage").fetchall()
+    if not rows or inherit is None:
+        return []
+    [(checkpoint, method, width)] = rows
+    skips = run.round_folder(1) / "inherit" / "skips.parquet"
+    how = "those whose absence costs most" if inherit.layers == "auto" and skips.exists() else "as configured"
+    return [
+        "<h2>Inheritance</h2>",
+        f"<p>Round 1 started from <code>{html.escape(checkpoint)}</code>: from these of its layers, {how}, and "
+        f"{width:,} of its channels, heads and neurons chosen by method {html.escape(method)}.</p>",
+        _table(
+            ledger,
+            """select layer as "Layer", teacher_layer as "Layer of the larger model", len(ffn) as "FFN neurons",
+                array_to_string(heads, ', ') as "Heads of the larger model"
+            from lineage order by layer""",
+        ),
+        *_importance(skips),
+    ]
+
+
+def _importance(skips: Path) -> list[str]:
+    """Return the picture of what each block of the larger model's layers is worth, where that was measured."""
+    if not skips.exists():
+        return []
+    # Here, for its own page is made of this module's parts.
+    from flows.inheritance.layer_importance import read_skips
+    from flows.inheritance.layer_importance_report import importance
+
+    png = render_figure(lambda: importance(read_skips(skips)))
+    with writing(skips.parents[3] / "report" / "importance.png") as temporary:
+        temporary.write_bytes(png)
+    return [html_figure(png, "Increase of the larger model's loss where layers are skipped, by the first of them.")]
+
+
+def _evaluation(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    # Here, for it is made of this module's parts.
+    from flows.report.evaluation_section import evaluation
+
+    return evaluation(run, ledger)
+
+
+def _contamination(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    # Here, for it is made of this module's parts.
+    from flows.report.contamination_section import contamination
+
+    return contamination(run, ledger)
+
+
+def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
+    selected = scored + 1
+    return [
+        f"<h2>What round {scored} left to learn</h2>",
+        *_budget(run, ledger, scored),
+        figure(
+            run, f"selection-{selected}", selection_histograms(selected), ledger,
+            f"Losses after round {scored}, shard by shard: what round {selected} trains on, and what was dropped.",
+        ),
+        figure(
+            run, f"sources-{selected}", kept_by_source(selected), ledger, f"What round {selected} keeps of each source."
+        ),
+        *_forgotten(run, ledger, scored),
+        *_quarantine(run, ledger, selected),
+    ]  # fmt: skip
+
+
+def _forgotten(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
+    """Return the forgetting curve and tables, where losses are of whole samples, as seen losses are."""
+    chosen = ledger.sql(f"select candidate from budgets where round = {scored} and chosen").fetchall()
+    if chosen not in ([], [("full",)]):
+        return [f"<p>What was forgotten cannot be told: samples were scored by {html.escape(chosen[0][0])}.</p>"]
+    curve = figure(
+        run, f"forgetting-{scored}", forgetting_curve(scored), ledger,
+        "The forgetting curve: where the blue line is above the orange one, the round has unlearned.",
+    )  # fmt: skip
+    sources = forgotten_sources(ledger, scored)
+    if not sources:
+        return [curve]
+    samples = forgotten_samples(run, ledger, scored)
+    return [
+        curve,
+        "<h3>What was forgotten most</h3>",
+        html_table(["Source", "Samples trained on", "Seen loss", "Re-scored loss", "Forgotten"], sources),
+        html_table(["Source", "Shard", "Sample", "Seen loss", "Re-scored loss", "Text"], samples)
+        if samples
+        else "<p>No sample got worse.</p>",
+    ]
+
+
+def _quarantine(run: Run, ledger: duckdb.DuckDBPyConnection, selected: int) -> list[str]:
+    rows = quarantined_samples(run, ledger, selected)
+    if not rows:
+        return []
+    return [
+        f"<h3>Put aside as noise for round {selected}</h3>",
+        f"<p>{num_quarantined(ledger, selected):,} samples of a loss beyond refine.outlier_z "
+        f"{run.refine_config(selected).outlier_z} of their source; those of the greatest loss:</p>",
+        html_table(["Source", "Shard", "Sample", "Loss", "Text"], rows),
+    ]
+
+
+def _budget(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
+    """Return how the samples were scored after a round, and why so, with what was measured; nothing before that."""
+    budgets = f"from budgets where round = {scored}"
+    rows = ledger.sql(f"select candidate, cost_tokens {budgets} and chosen").fetchall()
+    if not rows:
+        return []
+    [(chosen, cost)] = rows
+    how = (
+        f"Samples were scored by {chosen}, which costs as much as training on {cost:,} tokens (a forward pass is a "
+        "third of a training step; what attention adds in long samples is left out)"
+    )
+    if run.config.score.budget != "auto":
+        return [f"<p>{how}, as score.budget says.</p>"]
+    return [
+        f"<p>{how}: the cheapest of the candidates whose losses put a random calibration set in the order of the full "
+        f"losses with a rank correlation of {run.config.score.min_correlation:g} or more (score.min_correlation).</p>",
+        _table(
+            ledger,
+            f"""select candidate as "Candidate", correlation as "Correlation (Spearman)",
+                overlap as "Drawn as by full loss", chance_overlap as "By chance alone",
+                cost_tokens as "Cost (training tokens)", case when chosen then 'yes' else '' end as "Chosen"
+            {budgets} order by candidate = 'calibration', cost_tokens""",
+        ),
+    ]
+
+
+def _table(ledger: duckdb.DuckDBPyConnection, sql: str) -> str:
+    relation = ledger.sql(sql)
+    return html_table(relation.columns, relation.fetchall())
+
+
+def _corpus_table(sources: list[dict[str, object]]) -> str:
+    columns = {
+        "name": "Source", "documents": "Documents", "duplicates": "Duplicates dropped", "rejected": "Rejected",
+        "validation_documents": "Held out", "bytes": "Bytes", "train_tokens": "Training tokens",
+    }  # fmt: skip
+    return html_table(list(columns.values()), [tuple(source.get(key) for key in columns) for source in sources])

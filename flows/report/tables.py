@@ -1,0 +1,117 @@
+"""What Prefect's pages show of a run: tables and pictures, made from the run folder."""
+
+import base64
+from typing import Any
+
+import duckdb
+
+from data_scoring.refine.dry_run import DryRun
+from flows.display.figures import Plot, render
+from flows.display.markdown import markdown_table
+from flows.evaluation.results import chance_rows, columns_of, read_chance, read_items, read_rows
+from flows.evaluation.results_table import render_table
+from flows.report.plots import loss_curves, score_curves, selection_histograms
+from flows.run.folder import Run
+
+
+def shard_losses(run: Run, round_number: int) -> list[dict[str, Any]]:
+    """Return a row for each shard: how its samples' losses (nats per token) are spread after a round."""
+    return _rows(
+        run,
+        f"""select shard, count(*) as samples, round(avg(loss::double), 4) as mean,
+            round(quantile_cont(loss::double, 0.1), 4) as "10 %", round(median(loss::double), 4) as median,
+            round(quantile_cont(loss::double, 0.9), 4) as "90 %"
+        from losses where round = {round_number} group by shard order by shard""",
+    )
+
+
+def budgets(run: Run, round_number: int) -> list[dict[str, Any]]:
+    """Return a row for each way to score that was open after a round: what it costs and, where measured, misses."""
+    return _rows(run, f"select * exclude round from budgets where round = {round_number} order by cost_tokens")
+
+
+def rounds(run: Run) -> list[dict[str, Any]]:
+    """Return a row for each round that has begun to train."""
+    return _rows(run, "select * from rounds order by round")
+
+
+def inheritance(run: Run) -> list[dict[str, Any]]:
+    """Return a row for each layer that round 1 inherited: which of the larger model's it was, and what of it stays."""
+    return _rows(
+        run,
+        """select layer, teacher_layer, method, len(channels) as channels, len(ffn) as ffn,
+            array_to_string(heads, ', ') as heads, teacher
+        from lineage order by layer""",
+    )
+
+
+def scores(run: Run, round_number: int) -> dict[str, Any]:
+    """Return the score of each task, 0 to 1, that the model of a round was asked."""
+    query = f"select task, score from final_scores where round = {round_number}"
+    return {row["task"]: row["score"] for row in _rows(run, query)}
+
+
+def evaluation_page(run: Run) -> str:
+    """Return the paper's table of the rounds so far, and their scores on the way, as Markdown."""
+    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        rows, items = [*chance_rows(read_chance(ledger)), *read_rows(ledger, run.folder.name)], read_items(ledger)
+    table = render_table(rows, columns_of(rows), "markdown")
+    return f"{table}\n\n{items}\n\n{_picture(run, score_curves, 'scores against tokens')}"
+
+
+def selection_page(run: Run, dry: DryRun) -> str:
+    """Return, as Markdown, what a round keeps of each source and shard, with the picture of it."""
+    return "\n\n".join(
+        [
+            summary(dry),
+            _picture(run, selection_histograms(dry.round_number), "losses by shard, kept and dropped"),
+        ]
+    )
+
+
+def loss_page(run: Run) -> str:
+    """Return the loss curves so far, as Markdown."""
+    return _picture(run, loss_curves, "training and validation loss")
+
+
+def summary(dry: DryRun) -> str:
+    """Return what a selection keeps, and how it compares, as Markdown that reads well as plain text too."""
+    total = dry.total
+    lines = [
+        f"Round {dry.round_number}, policy {dry.config.policy}, sampling rate {dry.config.sampling_rate:g}, "
+        f"temperature {dry.config.draw_temperature:g}: {total.num_kept:,} of {total.num_samples:,} samples "
+        f"({total.share:.1%}), {total.num_tokens_kept:,} tokens.",
+        f"Mean loss {total.mean_loss:.4f} of all samples, {total.mean_loss_kept:.4f} of those kept. "
+        f"{dry.random_overlap:.1%} of them would be kept without regard to loss, too; "
+        f"{dry.last_mix_overlap:.1%} were in the mix before.",
+    ]
+    if dry.config.max_tokens is not None:
+        lines.append(f"Of these the mix takes the first {dry.config.max_tokens:,} tokens (refine.max_tokens).")
+    reasons = [[reason, "kept" if kept else "", f"{count:,}"] for reason, kept, count in dry.reasons]
+    lines.append(markdown_table(["why", "kept", "samples"], reasons))
+    for title, parts in (("source", dry.sources), ("shard", dry.shards)):
+        head = [title, "samples", "kept", "share", "tokens kept", "mean loss", "mean loss kept"]
+        cells = [
+            [
+                part.name, f"{part.num_samples:,}", f"{part.num_kept:,}", f"{part.share:.1%}",
+                f"{part.num_tokens_kept:,}", f"{part.mean_loss:.4f}", f"{part.mean_loss_kept:.4f}",
+            ]
+            for part in parts
+        ]  # fmt: skip
+        lines.append(markdown_table(head, cells))
+    return "\n\n".join(lines)
+
+
+def _picture(run: Run, plot: Plot, alternative: str) -> str:
+    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        png = render(plot, ledger)
+    if png is None:
+        return "Nothing of it is there yet."
+    return f"![{alternative}](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+def _rows(run: Run, sql: str) -> list[dict[str, Any]]:
+    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        relation = ledger.sql(sql)
+        columns = relation.columns
+        return [dict(zip(columns, row, strict=True)) for row in relation.fetchall()]

@@ -1,0 +1,377 @@
+"""The configuration of a whole run: every section, where it is read from, and what it refuses."""
+
+import difflib
+import glob
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from data_scoring.base.files import fingerprint
+from data_scoring.config import (
+    Config,
+    CorpusConfig,
+    EvalConfig,
+    RefineConfig,
+    ScoreConfig,
+    SourceConfig,
+    TokenizerConfig,
+    prefix_of,
+)
+from data_scoring.refine.candidates import uses_seen_loss
+from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig, check_layout
+
+# The text that every machine with Python has: what a run has where nothing else is named, and so what the demo has.
+_DEMO_SOURCES = (
+    SourceConfig(name="topics", format="python", path="topics"),
+    SourceConfig(name="docstrings", format="python", path="docstrings", max_documents=150),
+    SourceConfig(name="source", format="python", path="source", max_documents=60),
+)
+_SBATCH_OPTION = (
+    "^--(begin|comment|constraint|cpus-per-gpu|cpus-per-task|deadline|exclude|exclusive|gpus|gpus-per-node|gpus-per-task|"
+    "licenses|mail-type|mail-user|mem|mem-per-cpu|mem-per-gpu|network|nice|nodelist|oversubscribe|priority|reservation|"
+    r"signal|switches|tmp|wckey)(=[A-Za-z0-9_.,:@%+*&|()\[\]-]*)?$"
+)
+SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@+-]+$")]
+
+
+class RoundsConfig(Config):
+    """How many rounds are trained, and whether a person has a say between them."""
+
+    num_rounds: int = Field(default=2, ge=1, le=100, description="Rounds; each but the last is scored and refined.")
+    approval: bool = Field(
+        default=False,
+        description="Wait after each refining until someone has seen what would be kept and approved or changed it.",
+    )
+
+
+class SlurmConfig(Config):
+    """What Slurm is asked for, for launch.kind slurm."""
+
+    partition: SlurmWord | None = Field(default=None, description="Partition (sbatch --partition).")
+    account: SlurmWord | None = Field(default=None, description="Account that is charged (sbatch --account).")
+    qos: SlurmWord | None = Field(default=None, description="Quality of service (sbatch --qos).")
+    gres: SlurmWord | None = Field(default=None, description="Devices a node, such as gpu:8 (sbatch --gres).")
+    cpus_per_rank: int = Field(
+        default=4,
+        ge=1,
+        le=1024,
+        description="CPUs a rank: a node is asked for so many times its ranks (sbatch --cpus-per-task); not used "
+        "where options name --cpus-per-task or --cpus-per-gpu.",
+    )
+    time_limit: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]{1,2})?(:[0-9]{2}){0,2}$")] | None = Field(
+        default=None, description="Time limit a stage, D-HH:MM:SS (sbatch --time); a stage cut off is submitted again."
+    )
+    options: tuple[Annotated[str, Field(pattern=_SBATCH_OPTION)], ...] = Field(
+        default=(),
+        description="Other options of sbatch, such as --constraint=a100 or --exclusive; those that name files or "
+        "users are refused.",
+    )
+
+    @property
+    def names_cpus(self) -> bool:
+        """Return whether the other options say how many CPUs there are to be."""
+        return any(option.startswith(("--cpus-per-task", "--cpus-per-gpu")) for option in self.options)
+
+
+class LaunchConfig(Config):
+    """Where ranks are started, and how often again."""
+
+    kind: Literal["local", "slurm"] = Field(
+        default="local", description="local: torchrun here, and on the hosts that `reprise join` it; slurm: sbatch."
+    )
+    nodes: int = Field(default=1, ge=1, le=10_000, description="Hosts; they share the run folder, under one path.")
+    processes_per_node: int | None = Field(
+        default=None, ge=1, le=1024, description="Ranks a host; null: all ranks by the number of hosts."
+    )
+    rendezvous: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+:[0-9]{1,5}$")] | None = Field(
+        default=None, description="HOST:PORT of this host, where the others meet it, for kind local with several nodes."
+    )
+    rendezvous_port: int = Field(
+        default=29_400, ge=1024, le=65_535, description="Port of the first host that ranks meet at, for kind slurm."
+    )
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(
+        default=None, description="Network interface that ranks talk over; null: the one that leads to the rendezvous."
+    )
+    join_minutes: float = Field(default=30.0, gt=0, le=1e5, description="Minutes to wait for hosts that are missing.")
+    max_restarts: int = Field(
+        default=3, ge=0, le=1000,
+        description="Times in a row, without a new checkpoint, that a stage that lost ranks or hosts starts again.",
+    )  # fmt: skip
+    slurm: SlurmConfig = SlurmConfig()
+
+    def check(self, num_ranks: int) -> None:
+        """Raise ValueError where `num_ranks` cannot be divided among the nodes, or these could not meet."""
+        if num_ranks % self.nodes or self.processes_per_node not in (None, num_ranks // self.nodes):
+            raise ValueError(
+                f"launch.nodes: parallel makes {num_ranks} processes, which {self.nodes} nodes with "
+                f"{self.processes_per_node or 'the same number of'} processes each do not; change one of them"
+            )
+        if self.kind == "local" and self.nodes > 1 and self.rendezvous is None:
+            raise ValueError("launch.rendezvous: several nodes need a place to meet; give this host's HOST:PORT")
+
+
+class RunConfig(Config):
+    """One run: a corpus, a model, and rounds of training, scoring and refining."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = Field(
+        default=None,
+        description="Name of the run and of its folder; null: run- and what identifies the configuration, so that the "
+        "same one goes on and another starts anew.",
+    )
+    output: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")] = Field(
+        default="runs", description="Folder that holds run folders."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of everything drawn at random.")
+    device: Literal["auto", "cuda", "npu", "cpu"] = Field(default="auto", description="Device that ranks run on.")
+    corpus: CorpusConfig = CorpusConfig(sources=_DEMO_SOURCES)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    launch: LaunchConfig = LaunchConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    score: ScoreConfig = ScoreConfig()
+    refine: RefineConfig = RefineConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> "RunConfig":
+        check_layout(self.model, self.resolved_train, self.parallel, self.corpus.seq_length)
+        self._check_budget()
+        names = [source.name for source in self.corpus.sources]
+        for rule in self.refine.sources:
+            if rule.name not in names:
+                raise ValueError(f"refine.sources: {rule.name!r} is no source; the corpus has {', '.join(names)}")
+        if all(any(rule.name == name and rule.from_round > 1 for rule in self.refine.sources) for name in names):
+            raise ValueError("refine.sources: every source joins after round 1, which so has nothing to train on")
+        self.launch.check(self.parallel.world_size)
+        if (prefix_of(self.score.budget) or 0) > self.corpus.seq_length:
+            raise ValueError(
+                f"score.budget: {self.score.budget} is more than the corpus.seq_length of {self.corpus.seq_length}; "
+                "lower it, or take full"
+            )
+        if self.eval.contamination != "off" and not self.eval.asked:
+            raise ValueError(
+                f"eval.contamination: {self.eval.contamination!r} has no items to look for; name eval.tasks, or set off"
+            )
+        if self.launch.kind == "slurm" and self.device == "auto":
+            raise ValueError("device: what Slurm's nodes have is not seen from here; say cuda, npu or cpu, not 'auto'")
+        return self
+
+    def _check_budget(self) -> None:
+        budget = self.score.budget
+        if uses_seen_loss(self.refine) and budget != "full":
+            raise ValueError(
+                f"score.budget: {budget!r} gives other losses than policy {self.refine.policy} needs, which compares "
+                "those of whole samples with seen losses; set full"
+            )
+        if budget == "seen" and any(rule.from_round > 1 for rule in self.refine.sources):
+            raise ValueError(
+                "score.budget: 'seen' knows nothing of a source that joins later (refine.sources); take another budget"
+            )
+        if budget == "seen" and self.train.max_tokens is not None:
+            raise ValueError(
+                "score.budget: 'seen' knows nothing of what train.max_tokens leaves out; take another budget"
+            )
+        if budget == "seen" and self.eval.removes:
+            raise ValueError(
+                "score.budget: 'seen' knows nothing of what eval.contamination: remove leaves out; take another budget"
+            )
+        prefix = prefix_of(budget)
+        if prefix is not None and prefix < self.refine.min_tokens:
+            raise ValueError(
+                f"score.budget: {budget!r} scores fewer tokens than refine.min_tokens {self.refine.min_tokens} asks "
+                "for; change one of them"
+            )
+
+    @property
+    def resolved_train(self) -> TrainConfig:
+        """Return `train` with its batch in samples and its learning rates as numbers."""
+        return self.train.resolve(self.corpus.seq_length)
+
+    @property
+    def run_name(self) -> str:
+        """Return the run's name: the given one, else one that every configuration with the same results has."""
+        if self.name is not None:
+            return self.name
+        values = flatten(_decisive(self))
+        return f"run-{fingerprint({field: value for field, value in values.items() if not _is_free(field)})}"
+
+    @property
+    def folder(self) -> Path:
+        """Return the run's folder."""
+        return Path(self.output) / self.run_name
+
+
+# What may differ when a run goes on: where and how fast it computes, not what.
+_FREE = (
+    "name", "output", "device", "parallel", "launch", "checkpoint", "rounds", "refine.memory_gb",
+    "score.micro_batch_size", "score.loss_kernel", "train.micro_batch_size", "train.loss_kernel",
+    "train.activation_kernel", "train.validate_every_steps", "model.preset",
+)  # fmt: skip
+
+
+def read_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Return the configuration in the YAML file `path` with `overrides`, such as refine.sampling_rate=0.3, applied.
+
+    Raises ValueError, a line for each mistake, naming file and field.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give a run's YAML configuration, such as configs/demo.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}); repair it") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no configuration; write fields such as name: and corpus:")
+    for override in overrides:
+        _apply(values, override)
+    for field in ("name", "corpus"):
+        # Their defaults are for trying it out; a file is written with something in mind.
+        if field not in values:
+            raise ValueError(f"{path}: {field}: field required; add it")
+    return parse_config(values, str(path))
+
+
+def override(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """Return `config` with `overrides`, such as refine.policy=top, applied. Raises ValueError for wrong ones."""
+    values = config.model_dump()
+    for each in overrides:
+        _apply(values, each)
+    return parse_config(values, "--set")
+
+
+def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
+    """Return the configuration that `values` spell; `origin` names them in errors, which are ValueErrors."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        details = error.errors()
+        # A list counts as too short when its entries are wrong; the entries' own mistakes are what to mend.
+        places = [detail["loc"] for detail in details]
+        shown = [
+            detail
+            for detail in details
+            if not any(place != detail["loc"] and place[: len(detail["loc"])] == detail["loc"] for place in places)
+        ]
+        raise ValueError("\n".join(f"{origin}: {_explain(detail)}" for detail in shown)) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ValueError(f"--set {override}: not FIELD=VALUE; write for example --set refine.sampling_rate=0.3")
+    *sections, name = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {override}: {section} is not a section; name a field such as refine.sampling_rate")
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override}: the value is not valid YAML; put it in quotes") from None
+
+
+def _explain(detail: Any) -> str:
+    # What is in angle brackets tells apart the forms that a field may have, and is no part of its name.
+    location = [str(part) for part in detail["loc"] if not str(part).startswith("<")]
+    field = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        known = _fields_of(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
+        return f"{field}: unknown field; {remedy}"
+    if detail["type"] == "value_error":
+        prefix = f"{field}." if field else ""
+        return prefix + str(detail["ctx"]["error"])
+    shown = "" if detail["type"] == "missing" else f" (it is {detail['input']!r})"
+    return f"{field}: {detail['msg'][0].lower()}{detail['msg'][1:]}{shown}; correct it"
+
+
+def _fields_of(location: list[str]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        if part.isdigit():
+            continue
+        model = next(field for name, field in model.model_fields.items() if part in (name, field.alias)).annotation
+        model = next((entry for entry in getattr(model, "__args__", ()) if hasattr(entry, "model_fields")), model)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return a line for each field in which `new` differs from `old` such that results would differ."""
+    before, after = (
+        flatten({**_decisive(config), "train": config.resolved_train.model_dump()}) for config in (old, new)
+    )
+    return [
+        f"{name}: {before.get(name)!r} there, {after.get(name)!r} here"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not _is_free(name)
+    ]
+
+
+def _decisive(config: RunConfig) -> dict[str, Any]:
+    """Return the sections of `config` that decide what is trained: evaluation does where it removes what it finds."""
+    values = config.model_dump()
+    if not config.eval.removes:
+        del values["eval"]
+    return values
+
+
+def _is_free(field: str) -> bool:
+    return any(field == free or field.startswith(f"{free}.") for free in _FREE)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one mapping from dotted field names to values."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = {str(number): entry for number, entry in enumerate(value)}.items()
+    else:
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, entry in items
+        for name, leaf in flatten(entry, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def check_paths(config: RunConfig, allowed: list[Path]) -> None:
+    """Raise ValueError where `config` reads or writes a path outside the `allowed` folders."""
+    check_path("output", config.output, allowed)
+    if config.tokenizer.path is not None:
+        check_path("tokenizer.path", config.tokenizer.path, allowed)
+    inherit = config.model.inherit
+    for field, path in (
+        ("refine.reference", config.refine.reference),
+        ("model.start_from", config.model.start_from),
+        ("eval.data", config.eval.data),
+        ("model.inherit.from", None if inherit is None else inherit.teacher),
+    ):
+        if path is not None:
+            check_path(field, path, allowed)
+    for number, source in enumerate(config.corpus.sources):
+        # A hub name and a kind of Python's text are no paths.
+        if source.format != "python" and (source.format != "datasets" or Path(source.path).exists()):
+            check_path(f"corpus.sources.{number}.path", source.path, allowed)
+
+
+def check_path(field: str, path: str, allowed: list[Path]) -> None:
+    """Raise ValueError where `path`, the value of `field`, lies outside the `allowed` folders, links resolved."""
+    if "://" in path or "::" in path or path.startswith("~"):
+        raise ValueError(f"{field}: {path!r} is no plain path, which is all that flows may use here; give one")
+    for place in [path, *glob.glob(path, recursive=True)]:  # noqa: PTH207 - as the sources are read
+        _check_inside(field, path, Path(place).resolve(), allowed)
+
+
+def _check_inside(field: str, path: str, resolved: Path, allowed: list[Path]) -> None:
+    if not any(resolved.is_relative_to(folder.resolve()) for folder in allowed):
+        places = ", ".join(str(folder.resolve()) for folder in allowed)
+        raise ValueError(
+            f"{field}: {path!r} lies outside of what flows may use here ({places}); choose a path inside, "
+            "or allow the folder where the worker starts (`reprise serve --allow FOLDER`)"
+        )

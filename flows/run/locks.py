@@ -1,0 +1,77 @@
+"""Locks: who may write to a run folder, and whether ranks of an earlier launch still live."""
+
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_scoring.base.files import remove_leftovers
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes off the run in `folder`. The lock ends with the process that holds it, however that ends.
+
+    Raises ValueError, naming the process, where another one holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode()
+            raise ValueError(f"{folder}: in use by {holder}; wait for it to end or stop it") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        evaluated = (place for place in folder.glob("rounds/*/evaluation/**/") if place.is_dir())
+        rounds = (*folder.glob("rounds/*"), *folder.glob("rounds/*/seen"), *evaluated)
+        for place in (folder, *rounds, folder / "report", folder / "evaluation"):
+            remove_leftovers(place)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a living process is at work on the run in `folder`."""
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextmanager
+def ranks_gone(path: Path, seconds: float = 60.0) -> Iterator[None]:
+    """Wait until no rank of an earlier launch holds the lock at `path`, which all ranks share, any more.
+
+    Ranks end with their launcher once they have saved; one that lives on is an error after `seconds`.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"{path}: ranks of an earlier launch are still running; find them with "
+                        "`pgrep -f trainer.worker` and stop them"
+                    ) from None
+                time.sleep(0.1)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        yield
+    finally:
+        os.close(descriptor)

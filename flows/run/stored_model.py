@@ -1,0 +1,96 @@
+"""A model on disk that others start from: a round of a run, or a folder made by `reprise import hf`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from data_scoring.base.files import checksum, fingerprint, read_json
+from flows.run.folder import read_run
+from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record
+from trainer.config import ModelConfig
+
+MODEL, ORIGIN = "model.yaml", "import.json"
+# Fields that say how a model began, and nothing of what it computes.
+_BEGINNING = {"preset", "start_from", "inherit", "init", "init_std"}
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A trained model: its shape, its weights, and the tokenizer that it reads with.
+
+    vocab_size: the tokenizer's entries. end_of_document: the token that ends documents, where the tokenizer does not
+    tell.
+    """
+
+    place: Path
+    config: ModelConfig
+    checkpoint: Path
+    tokenizer: Path
+    vocab_size: int
+    end_of_document: str | None
+
+    @property
+    def identity(self) -> str:
+        """Return what stands for the model: its weights, and what is computed with them."""
+        return fingerprint(
+            "model", checksum(self.checkpoint / RECORD), self.config.model_dump(mode="json", exclude=_BEGINNING)
+        )
+
+
+def find_model(place: Path, round_number: int | None = None) -> StoredModel:
+    """Return the model that a round of the run in `place`, by default the last, ended with, or that is in the folder.
+
+    Raises ValueError where there is none.
+    """
+    # What is made of it says where it is from, wherever that is read.
+    place = place.absolute()
+    if (place / MODEL).is_file():
+        if round_number is not None:
+            raise ValueError(f"--round: goes with a run folder, which {place} is not; leave it out")
+        return _read_folder(place)
+    if not (place / "run.yaml").is_file():
+        raise ValueError(
+            f"{place}: holds no model; give a run's folder, or one that `reprise import hf` has made (with {MODEL})"
+        )
+    run, checkpoint = read_run(place), find_checkpoint(place, round_number)
+    corpus = run.corpus()
+    vocab_size = int(read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size))
+    end = run.config.tokenizer.end_of_document
+    # Where its own weights came from says nothing about the parts that are cut from it.
+    config = run.config.model.model_copy(update={"inherit": None, "start_from": None})
+    return StoredModel(place, config, checkpoint, corpus.tokenizer_path, vocab_size, end)
+
+
+def _read_folder(place: Path) -> StoredModel:
+    try:
+        config = ModelConfig.model_validate(yaml.safe_load((place / MODEL).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ValueError(f"{place / MODEL}: describes no model ({' '.join(str(error).split())}); repair it") from None
+    checkpoints = list_checkpoints(place / "checkpoint")
+    tokenizers = [path for path in (place / "tokenizer.json", place / "tokenizer.model") if path.is_file()]
+    if not checkpoints or not tokenizers:
+        missing = "checkpoint" if not checkpoints else "tokenizer"
+        raise ValueError(f"{place}: its {missing} is missing; import the model again")
+    vocab_size = int(read_checkpoint_record(checkpoints[-1])["vocab_size"])
+    end = (read_json(place / ORIGIN) or {}).get("end_of_document")
+    return StoredModel(place, config, checkpoints[-1], tokenizers[0], vocab_size, end)
+
+
+def find_checkpoint(place: Path, round_number: int | None) -> Path:
+    """Return the checkpoint that is meant by `place`, which is one, or a run: the last of a round, or of the last.
+
+    Raises ValueError where there is none.
+    """
+    if not (place / "run.yaml").is_file():
+        if round_number is not None:
+            raise ValueError(f"--round: goes with a run folder, which {place} is not; leave it out")
+        return place
+    rounds = sorted(int(path.name) for path in (place / "rounds").glob("[0-9]*"))
+    for number in reversed(rounds) if round_number is None else [round_number]:
+        checkpoints = list_checkpoints(place / "rounds" / str(number) / "checkpoint")
+        if checkpoints:
+            return checkpoints[-1]
+    which = "no round has" if round_number is None else f"round {round_number} does not have"
+    raise ValueError(f"{place}: {which} a checkpoint; train it first, or give a step-… folder")

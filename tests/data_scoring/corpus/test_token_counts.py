@@ -1,0 +1,158 @@
+"""Counting tokens: what is counted, going on after a kill, and the corpus that is tokenised already."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+
+import data_scoring.corpus.token_counts
+from data_scoring.base.progress import silent
+from data_scoring.config import SourceConfig
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.corpus.token_counts import count_corpus, count_source, measure_length, texts_of
+from data_scoring.tokenizer.tokenizer import Tokenizer, open_tokenizer
+from tests.conftest import make_documents
+
+
+class KilledError(Exception):
+    """What ends a count in the middle."""
+
+
+@pytest.fixture
+def tokenizer(tiny_corpus: Corpus) -> Tokenizer:
+    return open_tokenizer(tiny_corpus.tokenizer_path, None)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> SourceConfig:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(3000)))
+    return SourceConfig(name="text", path=str(path))
+
+
+def counts_by_library(corpus: Corpus, texts: list[str]) -> list[int]:
+    """Return how often each token occurs in `texts`, told by the library alone."""
+    library = tokenizers.Tokenizer.from_file(str(corpus.tokenizer_path))
+    counter = Counter(token for text in texts for token in library.encode(text).ids)
+    return [counter[token] for token in range(corpus.vocab_size)]
+
+
+def test_a_count_that_is_ended_goes_on_where_it_was(
+    tiny_corpus: Corpus, tokenizer: Tokenizer, source: SourceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = counts_by_library(tiny_corpus, make_documents(3000))
+    monkeypatch.setattr(data_scoring.corpus.token_counts, "_SAVE_SECONDS", 0.0)
+
+    def kill(what: str, done: int, total: int | None) -> None:
+        if done >= 2048:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        count_source(source, tokenizer, "t", tmp_path / "counts", False, kill)
+    encoded: list[str] = []
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        encoded.extend(texts)
+        return type(tokenizer).encode_batch(tokenizer, texts)
+
+    monkeypatch.setattr(tokenizer, "encode_batch", encode_batch)
+    found = count_source(source, tokenizer, "t", tmp_path / "counts", False, silent)
+    assert found.counts.tolist() == expected
+    # The batch that was lost with the kill, and what came after it.
+    assert encoded == make_documents(3000)[1024:]
+    # Once complete, it is not counted again, unless the tokenizer or the text is another.
+    assert count_source(source, tokenizer, "t", tmp_path / "counts", False, silent).counts.tolist() == expected
+    assert len(encoded) == 3000 - 1024
+    assert count_source(source, tokenizer, "u", tmp_path / "counts", False, silent).counts.tolist() == expected
+    assert len(encoded) == 3000 - 1024 + 3000
+    Path(source.path).write_text(json.dumps({"text": "the model"}) + "\n")
+    changed = count_source(source, tokenizer, "u", tmp_path / "counts", False, silent)
+    assert changed.counts.tolist() == counts_by_library(tiny_corpus, ["the model"])
+    # What is no counts file, or a part of one, is of no use, and in nobody's way.
+    for content in (b"junk", b""):
+        for path in (tmp_path / "counts").glob("text-*.npz"):
+            path.write_bytes(content)
+        again = count_source(source, tokenizer, "u", tmp_path / "counts", False, silent)
+        assert again.counts.tolist() == changed.counts.tolist()
+    assert list((tmp_path / "counts").glob(".*")) == []
+
+
+def test_a_source_without_text_and_a_bad_record_are_named(
+    tokenizer: Tokenizer, source: SourceConfig, tmp_path: Path
+) -> None:
+    Path(source.path).write_text('{"text": ""}\n')
+    with pytest.raises(ValueError, match=r"corpus.sources.text.path: holds no text"):
+        count_source(source, tokenizer, "t", tmp_path / "counts", False, silent)
+    Path(source.path).write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(ValueError, match=r"text.jsonl:2: field 'text' is int"):
+        count_source(source, tokenizer, "t", tmp_path / "counts", False, silent)
+    assert count_source(source, tokenizer, "t", tmp_path / "counts", True, silent).counts.sum() == 1
+
+
+def test_a_prepared_corpus_is_counted_as_it_lies(
+    tiny_corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_scoring.corpus.token_counts, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(data_scoring.corpus.token_counts, "_SAMPLES_AT_ONCE", 50)
+    batches = 0
+
+    def kill(what: str, done: int, total: int | None) -> None:
+        nonlocal batches
+        batches += 1
+        if batches == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        count_corpus(tiny_corpus, tokenizer.end_of_document, tmp_path, kill)
+    sources = count_corpus(tiny_corpus, tokenizer.end_of_document, tmp_path, kill)
+    # The batch that was lost with the kill, and those after it.
+    assert batches == 3 + len(list(pq.ParquetFile(tiny_corpus.samples_path).iter_batches(50))) - 2
+    found = {source.name: source.counts for source in sources}
+    assert sorted(found) == ["one", "two"]
+    # The shards' files hold nothing but the samples' tokens.
+    files = [part["prefix"] for entry in tiny_corpus.manifest["shards"] for part in entry["parts"]]
+    tokens = np.concatenate([np.fromfile(tiny_corpus.folder / f"{name}.bin", np.uint16) for name in files])
+    expected = np.bincount(tokens, minlength=tiny_corpus.vocab_size)
+    expected[tokenizer.end_of_document] = 0
+    assert sum(found.values()).tolist() == expected.tolist()
+    trained = {entry["name"]: entry["train_tokens"] for entry in tiny_corpus.manifest["sources"]}
+    assert 0.9 * trained["one"] < found["one"].sum() < trained["one"]
+    documents = make_documents(120, 1)
+    texts = list(texts_of(tiny_corpus, "one", tokenizer, 2000, seed=3))
+    assert sum(map(len, texts[:-1])) <= 2000 < sum(map(len, texts))
+    # Those that no document ends in.
+    assert any(text in document for text in texts for document in documents)
+    assert list(texts_of(tiny_corpus, "one", tokenizer, 2000, seed=3)) == texts
+
+
+def test_lengths_are_measured_on_all_or_on_a_sample(tiny_corpus: Corpus, tokenizer: Tokenizer) -> None:
+    class Letters:
+        """One token a byte."""
+
+        vocab_size, end_of_document = 256, 0
+
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            return [list(text.encode()) for text in texts]
+
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode()
+
+    texts = make_documents(50)
+    length = measure_length("a", iter(texts), (tokenizer, Letters()), 1 << 20, 0)
+    num_bytes = len("".join(texts).encode())
+    assert (length.num_bytes, length.tokens_after, length.is_sample) == (num_bytes, num_bytes, False)
+    assert length.tokens_before == sum(counts_by_library(tiny_corpus, texts))
+    sample = measure_length("a", iter(texts), (tokenizer, Letters()), 2000, 0)
+    assert sample.is_sample
+    assert 1500 < sample.num_bytes == sample.tokens_after <= 2000
+
+    class Deaf(Letters):
+        def decode(self, ids: list[int]) -> str:
+            return ""
+
+    with pytest.raises(ValueError, match=r"^a: the smaller tokenizer does not bring this text back as the whole one"):
+        measure_length("a", iter(texts), (tokenizer, Deaf()), 2000, 0)

@@ -1,0 +1,72 @@
+"""What `reprise model` says."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.cli.main import main
+from tests.flows.fakes import make_tokenizer
+from trainer.presets import PRESETS
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|\n").split("|")]
+
+
+def test_all_presets_are_listed_with_their_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells(line)[0]: cells(line)[1:] for line in lines[2:] if line.startswith("|")}
+    assert rows.keys() == PRESETS.keys()
+    # 1,033,246,720 parameters, of which 2 x 100,883 x 2048 in embedding and head; LLaMA 7B has 6,738,415,616.
+    assert rows["pangu-pi-1b"] == ["12", "2,048", "16", "5,632", "2", "32", "100,883", "1,033.2", "40.0%"]
+    assert rows["llama-7b"][-2:] == ["6,738.4", "3.9%"]
+
+
+def test_a_configuration_s_model_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "name: x\ncorpus: {sources: [{name: a, path: a.txt}]}\n"
+        "tokenizer: {vocab_size: 1000}\nmodel: {preset: llama-2m, num_layers: 8}"
+    )
+    assert main(["model", str(path), "--set", "model.activation_terms=3"]) == 0
+    out = capsys.readouterr().out
+    parameters = 2 * 1000 * 128 + 8 * (4 * 128**2 + 3 * 128 * 512 + 2 * 128 + 6 * 512) + 128
+    assert cells(out.splitlines()[2])[:-1] == [
+        *("x", "8", "128", "4", "512", "3", "-", "*"),
+        f"{parameters / 1e6:.1f}",
+    ]
+    assert "counted with 1,000 entries" in out
+
+
+def test_parameters_are_counted_with_the_tokenizer_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tokenizer(tmp_path / "tokenizer.json", 48_000)
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "name: x\ncorpus: {sources: [{name: a, path: a.txt}]}\n"
+        f"tokenizer: {{path: {tmp_path}/tokenizer.json}}\nmodel: {{preset: pangu-pi-1b-pro, vocab_size: null}}"
+    )
+    assert main(["model", str(path)]) == 0
+    out = capsys.readouterr().out
+    # As of the paper's model: 2 x 48,000 x 1792 in embedding and head of 995,604,736.
+    assert cells(out.splitlines()[2])[-3:] == ["*", "995.6", "17.3%"]
+    assert "counted with 48,000 entries" in out
+    assert main(["model", str(path), "--vocab-size", "2048"]) == 0
+    assert cells(capsys.readouterr().out.splitlines()[2])[-2:] == ["830.9", "0.9%"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpt"], "error: model: 'gpt' is neither a file nor a preset; choose one of pangu-pi-1b, "),
+        (["llama", "--set", "seed=1"], "error: --set: overrides go with a configuration file; give one"),
+        (["llama", "--vocab-size", "0"], "error: --vocab-size: 0 is no vocabulary; give 2 or more"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1

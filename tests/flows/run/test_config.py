@@ -1,0 +1,199 @@
+"""What a configuration refuses, and how it says so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_scoring.base.files import fingerprint
+from flows.cli.main import main
+from flows.run.config import LaunchConfig, RunConfig, check_paths, differences, flatten, parse_config, read_config
+from flows.run.config_docs import PATH, page
+from flows.run.folder import Run
+
+VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("refine: {sampling_rat: 0.3}", [], "refine.sampling_rat: unknown field; did you mean sampling_rate?"),
+        ("corpus: {sources: [{name: a, path: b, pth: c}]}", [], "sources.0.pth: unknown field; did you mean path?"),
+        ("", ["refine.sampling_rate=0"], "refine.sampling_rate: input should be greater than 0 (it is 0); correct it"),
+        ("", ["refine.sampling_rate=1.5"], "refine.sampling_rate: input should be less than or equal to 1 (it is 1.5)"),
+        ("", ["score.budget=prefix:0"], "score.budget: string should match pattern"),
+        ("", ["score.budget=prefix:257"], "score.budget: prefix:257 is more than the corpus.seq_length of 256; lower"),
+        ("", ["refine=2"], "refine: input should be a valid dictionary"),
+        ("", ["refine.policy=hardest"], "refine.policy: input should be 'loss', 'loss_batch', 'top', 'band', "),
+        ("", ["seed"], "--set seed: not FIELD=VALUE"),
+        ("", ["tokenizer.path=@x"], "--set tokenizer.path=@x: the value is not valid YAML"),
+        ("", ["model.num_attention_heads=3"], "model.num_attention_heads: 3 does not divide hidden_size 128"),
+        ("", ["parallel.tensor=3"], "parallel.tensor: 3 does not divide model.num_attention_heads 4; choose a divisor"),
+        ("", ["parallel.pipeline=3"], "parallel.pipeline: 3 does not divide model.num_layers 4; choose a divisor"),
+        ("", ["parallel.data=3"], "train.global_batch_size: 16 is no multiple of train.micro_batch_size 2 x"),
+        ("", ["train.lr=fast"], "train.lr: input should be a valid number"),
+        ("", ["train.lr={rule: scaled, increment_rat: 1}"], "train.lr.increment_rat: unknown field; did you mean incr"),
+        ("", ["train.global_batch_tokens=4000"], "train.global_batch_tokens: 4000 is no multiple of corpus.seq_length"),
+        ("", ["train.lr={rule: scaled}", "train.min_lr=0.01"], "make it 6.4e-06, which is not between min_lr 0.01"),
+        ("", ["score.budget=seen", "train.max_tokens=9"], "score.budget: 'seen' knows nothing of what train.max_tok"),
+        ("name: [", [], "not valid YAML"),
+        ("- a", [], "holds no configuration"),
+        ("", ['output="a\\nb"'], "output: string should match pattern"),
+        ("name: ../up", [], "name: string should match pattern"),
+        ("", ["launch.nodes=2"], "launch.nodes: parallel makes 1 processes, which 2 nodes with the same number of"),
+        ("", ["launch.nodes=2", "parallel.data=2"], "launch.rendezvous: several nodes need a place to meet; give this"),
+        ("", ["launch.kind=slurm"], "device: what Slurm's nodes have is not seen from here; say cuda, npu or cpu"),
+        ("", ["score.budget=seen", "refine.policy=forgetting"], "score.budget: 'seen' gives other losses than policy"),
+        ("", ["score.budget=prefix:8", "refine.min_tokens=9"], "score.budget: 'prefix:8' scores fewer tokens than"),
+        ("refine: {sources: [{name: a, from_round: 2}]}", ["score.budget=seen"], "'seen' knows nothing of a source"),
+        ("", ["refine.policy=sql"], "refine.sql: policy sql needs an expression; give one"),
+        ("", ["refine.policy=excess"], "refine.reference: policy excess needs a reference model's losses; name the"),
+        ("", ["refine.sql=random()"], "refine.sql: random() in 'random()' is none of the functions"),
+        ("", ["refine.policy=band", "refine.drop_hardest=0.6"], "refine.drop_hardest: 0.6 and sampling_rate 0.5 add"),
+        ("refine: {sources: [{name: b}]}", [], "refine.sources: 'b' is no source; the corpus has a"),
+        ("refine: {sources: [{name: a, from_round: 2}]}", [], "refine.sources: every source joins after round 1"),
+        ("refine: {sources: [{name: a, at_least: 0.5, at_most: 0.1}]}", [], "at_least: 0.5 is above at_most 0.1"),
+        ("", ["launch.rendezvous=host"], "launch.rendezvous: string should match pattern"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    path = tmp_path / "config.yaml"
+    body = text if text.startswith(("name", "-")) else f"name: x\n{text}\n"
+    if "corpus" not in body and not text.startswith(("name: [", "-")):
+        body += "\ncorpus: {sources: [{name: a, path: a.jsonl}]}\n"
+    path.write_text(body)
+    with pytest.raises(ValueError) as error:
+        read_config(path, overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tmp_path / "none.yaml")]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/none.yaml: no such file; give a run's YAML configuration, such as configs/demo.yaml\n"
+    )
+
+
+def test_only_what_changes_results_is_a_difference() -> None:
+    old = parse_config(VALUES, "x")
+    layout = {"device": "cpu", "parallel": {"tensor": 2}, "rounds": {"num_rounds": 5}}
+    layout |= {"train": {"micro_batch_size": 1, "loss_kernel": "chunked"}, "score": {"loss_kernel": "reference"}}
+    assert differences(old, parse_config({**VALUES, **layout}, "x")) == []
+    changed = parse_config({**VALUES, "seed": 3, "train": {"lr": 0.01}}, "x")
+    assert differences(old, changed) == [
+        "seed: 0 there, 3 here",
+        "train.lr: 0.002 there, 0.01 here",
+        "train.min_lr: 0.0002 there, 0.001 here",
+    ]
+
+
+def test_a_run_of_an_earlier_version_is_not_trained_again() -> None:
+    """0.3.0 gave these sections of the default configuration this fingerprint."""
+    run = Run(parse_config(VALUES, "x"), Path("nowhere"))
+    assert fingerprint("train", *run.training_inputs()) == "c4a951c939500a77"
+    another = Run(parse_config({**VALUES, "model": {"start_from": "x"}}, "x"), Path("nowhere"))
+    assert fingerprint("train", *another.training_inputs()) != "c4a951c939500a77"
+
+
+def test_a_scaled_rate_follows_the_batch() -> None:
+    """(batch / base)^r x base rate, at 64 samples of 256 tokens; a tenth of it at the end."""
+    for rate, expected in ((1.0, 1e-4 * 0.016384), (0.5, 1e-4 * 0.128), (0.0, 1e-4)):
+        values = {"lr": {"rule": "scaled", "increment_rate": rate}, "global_batch_tokens": 64 * 256}
+        train = parse_config({**VALUES, "train": values}, "x").resolved_train
+        assert train.global_batch_size == 64
+        assert train.lr == pytest.approx(expected, rel=1e-12)
+        assert train.min_lr == pytest.approx(expected / 10, rel=1e-12)
+
+
+def test_every_field_is_described() -> None:
+    def fields(schema: dict, prefix: str = "") -> list[str]:
+        missing = []
+        for name, field in schema["properties"].items():
+            if "description" not in field and "$ref" not in field:
+                missing.append(f"{prefix}{name}")
+        return missing
+
+    schema = RunConfig.model_json_schema()
+    missing = fields(schema)
+    for name, definition in schema["$defs"].items():
+        missing += fields(definition, f"{name}.")
+    assert missing == []
+
+
+def test_the_demo_is_the_default_path() -> None:
+    """The demo sets its corpus and its two processes; everything else it leaves at its default."""
+    demo = read_config(Path("configs/demo.yaml"), [])
+    default = RunConfig(name="demo", corpus=demo.corpus.model_copy())
+    assert demo.model_copy(update={"parallel": default.parallel}) == default
+    assert (demo.parallel.pipeline, demo.parallel.world_size) == (2, 2)
+    assert (demo.refine.policy, demo.refine.sampling_rate, demo.refine.draw_temperature) == ("loss", 0.5, 1.0)
+    assert (demo.corpus.num_shards, demo.rounds.num_rounds) == (8, 2)
+
+
+def test_the_readme_s_own_example_is_valid() -> None:
+    example, small, asked, launches = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    values = yaml.safe_load(example)
+    assert parse_config(values, "README.md").name == "mine"
+    model = parse_config({**values, **yaml.safe_load(small), "parallel": {"tensor": 2}}, "README.md").model
+    assert model.inherits and model.channels == 64
+    asking = parse_config({**values, **yaml.safe_load(asked)}, "README.md").eval
+    assert asking.tasks == ("paper",) and asking.removes
+    for line in launches.splitlines():
+        launch = parse_config({**values, "device": "cuda", **yaml.safe_load(line)}, "README.md").launch
+        assert launch.nodes == 2
+    for text in re.findall(r"```yaml\n(.*?)```", Path("docs/operation.md").read_text(), re.DOTALL):
+        assert (
+            parse_config(
+                {**values, "model": {}, "parallel": {"tensor": 2}, **yaml.safe_load(text)}, "docs/operation.md"
+            ).launch.nodes
+            == 2
+        )
+
+
+def test_every_field_is_documented() -> None:
+    assert PATH.read_text() == page(), "run `python -m flows.run.config_docs`"
+    for field in flatten(parse_config(VALUES, "x").model_dump()):
+        name = re.sub(r"\.0$", "", field.replace("sources.0", "sources[]"))
+        assert f"| `{name}` |" in page()
+
+
+def test_paths_outside_of_what_is_allowed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "link").mkdir(parents=True)
+    (tmp_path / "here" / "link").rmdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path)
+    (tmp_path / "secret.txt").touch()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def config(source: str, **fields: object) -> RunConfig:
+        return RunConfig.model_validate({"corpus": {"sources": [{"name": "a", "path": source}]}, **fields})
+
+    allowed = [Path.cwd()]
+    check_paths(config("data/*.jsonl"), allowed)
+    check_paths(RunConfig(), allowed)
+    for bad in (
+        config("../a.jsonl"), config("/etc/passwd"), config("link/a.jsonl"), config("a.jsonl", output="/tmp"),
+        config("l*/*.txt"),
+        config("a.jsonl", tokenizer={"path": "../t.json"}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="lies outside of what flows may use here"):
+            check_paths(bad, allowed)
+        check_paths(bad, [*allowed, Path("/")])
+    for url in ("file:///etc/passwd", "~/a.jsonl", "zip://a::file:///b", "https://example.org/a.jsonl"):
+        with pytest.raises(ValueError, match="is no plain path"):
+            check_paths(config(url), [Path("/")])
+
+
+def test_a_run_without_a_name_is_called_after_what_decides_its_results() -> None:
+    base = RunConfig()
+    assert base.run_name == RunConfig(device="cpu", launch=LaunchConfig(max_restarts=0)).run_name
+    assert base.run_name != RunConfig(seed=1).run_name
+    assert base.folder == Path("runs") / base.run_name
+
+
+def test_a_file_has_to_say_what_it_is_about(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(ValueError, match=r"config.yaml: name: field required"):
+        read_config(path, [])

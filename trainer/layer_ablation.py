@@ -1,0 +1,228 @@
+"""What layers are worth: the loss with each block of consecutive layers skipped, all from one pass over the samples.
+
+A variant of the model that skips a block is the whole model up to there. So the hidden states of the whole model are
+kept as it goes, every variant sets out from them, and goes by itself only through the layers after its block. Variants
+go through a layer together, side by side along the batch.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_scoring.base.parquet import write_parquet
+from data_scoring.base.progress import Progress
+from data_scoring.corpus.corpus import Batch, Corpus
+from data_scoring.losses.calibration import draw_calibration_set
+from data_scoring.losses.shard_scoring import check_finite, cut_blocks, longest_first, score_blocks
+from kernels.sample_loss import sum_per_sample
+from trainer.forward import deal_rows
+from trainer.jobs import SkipJob
+from trainer.score import ModelScorer
+
+# One row a block; the first has length 0 and is the whole model. Losses are nats per token.
+_SKIPS = pa.schema(
+    [
+        ("start", pa.int32()),
+        ("length", pa.int32()),
+        ("loss", pa.float64()),
+        ("increase", pa.float64()),
+        ("stderr", pa.float64()),
+    ]
+)
+
+
+# Enough for the weights of a layer to be read for many rows, few enough to fit beside all states.
+_VARIANTS_AT_ONCE = 8
+
+
+class Skip(NamedTuple):
+    """A block of consecutive layers that a variant skips: the first, counted from 0, and how many."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Return the first layer after the block."""
+        return self.start + self.length
+
+
+WHOLE = Skip(0, 0)
+
+
+# The hidden states, [seq, batch, hidden], of the variants that have begun, and of the whole model.
+_States = dict[Skip, Tensor]
+
+
+def list_skips(num_layers: int, longest: int) -> list[Skip]:
+    """Return the variants of a model: the whole one, then blocks of one layer, of two, up to `longest`."""
+    lengths = range(1, min(longest, num_layers) + 1)
+    return [WHOLE, *(Skip(start, length) for length in lengths for start in range(num_layers - length + 1))]
+
+
+@contextmanager
+def skipping(model: torch.nn.Module, skip: Skip) -> Iterator[None]:
+    """Have `model`, or this rank's stage of it, leave out the layers of a block; it comes back as it was."""
+    # Megatron counts layers from 1.
+    mine = [layer for layer in unwrap_model(model).decoder.layers if skip.start < layer.layer_number <= skip.end]
+    for layer in mine:
+        layer.forward = _pass_on
+    try:
+        yield
+    finally:
+        for layer in mine:
+            del layer.forward
+
+
+def _pass_on(hidden_states: Tensor, *_: Any, context: Tensor | None = None, **__: Any) -> tuple[Tensor, Tensor | None]:
+    return hidden_states, context
+
+
+def measure_skips(job: SkipJob, corpus: Corpus, model: torch.nn.Module, progress: Progress) -> None:
+    """Write what skipping each block of layers does to the loss; every rank calls this, one of them writes.
+
+    Raises ValueError where a loss is not finite.
+    """
+    shards, samples = draw_calibration_set(
+        [corpus.num_samples(shard) for shard in range(corpus.num_shards)], job.num_samples, job.seed, 0
+    )
+    lengths = np.concatenate(
+        [corpus.lengths(int(shard))[samples[shards == shard]] for shard in np.unique(shards)], dtype=np.int64
+    )
+    order = longest_first(lengths)
+    shards, samples, lengths = shards[order], samples[order], lengths[order]
+    skips = list_skips(job.model.num_layers, job.longest_block)
+    scorer = SkipScorer(model, corpus, job.micro_batch_size, skips)
+    parts = []
+    blocks = cut_blocks(shards, samples, lengths, scorer.block_size, corpus.seq_length)
+    for _, losses in score_blocks(scorer, blocks):
+        if losses is not None:
+            parts.append(losses)
+            progress("skipping layers (samples)", sum(map(len, parts)), len(samples))
+    if not scorer.is_writer:
+        return
+    found = np.concatenate(parts)
+    check_finite(job.result, shards, samples, found)
+    rows = [
+        {"start": skip.start, "length": skip.length, **row}
+        for skip, row in zip(skips, summarise_skips(found, lengths), strict=True)
+    ]
+    write_parquet(job.result, pa.Table.from_pylist(rows, _SKIPS), job.fingerprint)
+
+
+def summarise_skips(losses: NDArray[np.floating], num_tokens: NDArray[np.integer]) -> list[dict[str, float | None]]:
+    """Return each variant's mean loss per token, its increase over the first one, and that increase's standard error.
+
+    losses: [samples, variants], nats per token; num_tokens: [samples]. Samples count by their tokens. The error is that
+    of a ratio of means, over samples, of which each variant has the same; None for a single sample.
+    """
+    weights = num_tokens / num_tokens.sum()
+    means = weights @ losses.astype(np.float64)
+    differences = losses.astype(np.float64) - losses[:, :1]
+    increases = weights @ differences
+    count = len(weights)
+    errors: list[float | None] = [None] * len(means)
+    if count > 1:
+        squares = weights**2 @ (differences - increases) ** 2
+        errors = np.sqrt(squares * (count / (count - 1))).tolist()
+    return [
+        {"loss": loss, "increase": increase, "stderr": error}
+        for loss, increase, error in zip(means.tolist(), increases.tolist(), errors, strict=True)
+    ]
+
+
+class SkipScorer(ModelScorer):
+    """A `Scorer` whose columns are the losses of whole samples under each of `skips`, in their order."""
+
+    def __init__(self, model: torch.nn.Module, corpus: Corpus, micro_batch_size: int, skips: list[Skip]) -> None:
+        super().__init__(model, corpus, micro_batch_size)
+        self._skips = skips
+        self._gpt: Any = unwrap_model(model)
+
+    def _sum_losses(self, share: list[Batch], count: int, length: int) -> tuple[NDArray[np.int64], Tensor, Tensor]:
+        rotary = self._gpt.rotary_pos_emb(length)
+        sums, num_tokens = [], []
+        for batch in share:
+            states = self._go_through_layers(self._begin(batch, length), rotary)
+            if parallel_state.is_pipeline_last_stage():
+                sums.append(self._losses(states, batch))
+                num_tokens.append(torch.from_numpy(batch.num_tokens))
+            else:
+                self._send(states)
+        if not sums:
+            return np.empty(0, np.int64), torch.empty(0), torch.empty(0)
+        taken = np.concatenate(deal_rows(count, self._micro_batch_size))
+        keep = torch.from_numpy(taken < count)
+        return taken[taken < count], torch.cat(sums)[keep], torch.cat(num_tokens)[keep, None]
+
+    def _begin(self, batch: Batch, length: int) -> _States:
+        """Return the states that this stage's first layer is given: the embedding, or what the stage before sent."""
+        if parallel_state.is_pipeline_first_stage():
+            tokens = torch.from_numpy(batch.tokens[:, :-1]).to(self._device)
+            return {WHOLE: self._gpt.embedding(input_ids=tokens, position_ids=None)}
+        config, position = self._gpt.config, self._gpt.decoder.layers[0].layer_number - 1
+        carriers = list(dict.fromkeys(_carrier(skip, position) for skip in self._begun(position)))
+        shape = (len(carriers), length // self._multiple, len(batch.tokens), config.hidden_size)
+        received = torch.empty(shape, dtype=config.pipeline_dtype, device=self._device)
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        torch.distributed.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), stages)
+        carried = dict(zip(carriers, received, strict=True))
+        return {skip: carried[_carrier(skip, position)] for skip in self._begun(position)}
+
+    def _send(self, states: _States) -> None:
+        """Send the states after this stage's last layer to the next stage, each that variants share once."""
+        position = self._gpt.decoder.layers[-1].layer_number
+        carriers = dict.fromkeys(_carrier(skip, position) for skip in self._begun(position))
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        sent = torch.stack([states[carrier] for carrier in carriers])
+        torch.distributed.send(sent, parallel_state.get_pipeline_model_parallel_next_rank(), stages)
+
+    def _begun(self, position: int) -> Iterator[Skip]:
+        """Return the variants whose block begins before the layer at `position`, and the whole model."""
+        return (skip for skip in self._skips if skip == WHOLE or skip.start < position)
+
+    def _go_through_layers(self, states: _States, rotary: Tensor) -> _States:
+        """Return the states after this stage's layers."""
+        for layer in self._gpt.decoder.layers:
+            position = layer.layer_number - 1
+            # Until their block ends, they have the state that they set out from, which is kept once for all of them.
+            states |= {skip: states[WHOLE] for skip in self._skips if skip.length and skip.start == position}
+            going = [skip for skip in states if not skip.start <= position < skip.end]
+            for variants in _chunks(going):
+                together = torch.cat([states[skip] for skip in variants], dim=1)
+                output, _ = layer(hidden_states=together, attention_mask=None, rotary_pos_emb=rotary)
+                states |= zip(variants, output.chunk(len(variants), dim=1), strict=True)
+        return states
+
+    def _losses(self, states: _States, batch: Batch) -> Tensor:
+        """Return the summed losses of a microbatch's samples, [batch, variants] float32, nats."""
+        labels = torch.from_numpy(batch.tokens[:, 1:]).to(self._device)
+        num_tokens = torch.from_numpy(batch.num_tokens).to(self._device)
+        columns: list[Tensor] = []
+        for variants in _chunks(self._skips):
+            together = torch.cat([states[skip] for skip in variants], dim=1)
+            token_loss = self._gpt._postprocess(
+                hidden_states=self._gpt.decoder.final_layernorm(together), labels=labels.repeat(len(variants), 1)
+            )
+            columns += sum_per_sample(token_loss, num_tokens.repeat(len(variants))).chunk(len(variants))
+        return torch.stack(columns, dim=1).cpu()
+
+
+def _carrier(skip: Skip, position: int) -> Skip:
+    """Return the variant whose state at `position` stands for that of `skip` too.
+
+    Within a block that is the state that its variant set out from, which is also that of the one whose block ends here.
+    """
+    return skip if skip.end <= position else Skip(skip.start, position - skip.start)
+
+
+def _chunks(skips: list[Skip]) -> Iterable[list[Skip]]:
+    return (skips[place : place + _VARIANTS_AT_ONCE] for place in range(0, len(skips), _VARIANTS_AT_ONCE))
