@@ -51,7 +51,7 @@ def linear_cross_entropy(
 
 
 @torch.no_grad()
-def judge_labels(
+def score_labels(
     hidden_nh: Tensor,
     weight_vh: Tensor,
     labels_n: Tensor,

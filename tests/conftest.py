@@ -19,7 +19,7 @@ from data_scoring.refine.refine_shards import mix_all
 from flows.launch.launcher import launch
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
-from trainer.jobs import CalibrateJob, GenerateJob, Job, ScoreJob, SkipJob, TrainJob
+from trainer.jobs import AblationJob, CalibrateJob, GenerateJob, Job, ScoreJob, TrainJob
 
 # Threads that wait leave their core to the other processes of the tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -171,7 +171,7 @@ class Ranks:
     def skip(self, name: str, weights: Path, layout: tuple[int, int, int], model: ModelConfig) -> Path:
         """Measure what skipping layers costs, on 50 samples, and return the file that says so."""
         common = self._common(self.folder / name, layout, model)
-        job = SkipJob(**common, weights=weights, num_samples=50, micro_batch_size=4)
+        job = AblationJob(**common, weights=weights, num_samples=50, micro_batch_size=4)
         self.launch(job, name)
         return job.result
 

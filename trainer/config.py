@@ -11,12 +11,8 @@ from trainer.presets import fill_from_preset
 ActivationKernel = Literal["reference", "triton"]
 # What models compute in; with bfloat16, gradients and the optimizer's state are in single precision.
 Precision = Literal["float32", "bfloat16"]
-
-
 # How the neurons that stay are chosen; base: none do, weights are random.
 InheritMethod = Literal["base", "l1", "l2", "taylor", "learned"]
-
-
 LayerNumber = Annotated[int, Field(ge=0)]
 
 

@@ -1,4 +1,4 @@
-"""Answers of the model to requests, forward only, on any layout: likelihoods by packs, and greedy generations."""
+"""Answers of the model to requests, forward only, on any layout: likelihoods by trees, and greedy generations."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ from data_scoring.tokenizer.tokenizer import Tokenizer
 from trainer.generate import Endings, generate
 from trainer.jobs import Evaluation
 from trainer.model import ScaledDotProductAttention
-from trainer.prefix_trees import Pack, pack_requests
+from trainer.prefix_trees import PrefixTree, build_prefix_trees
 from trainer.requests import (
     Answer,
     Generation,
     Likelihood,
-    Likely,
+    LogLikelihood,
     Request,
     check_requests,
     has_answers,
@@ -35,7 +35,7 @@ from trainer.stopping import StoppedError, StopRequest
 
 _Item = TypeVar("_Item")
 
-# Ranks ask one another whether to stop before every so many packs or batches.
+# Ranks ask one another whether to stop before every so many trees or batches.
 _TURNS = 8
 # Tokens, prompts and continuations together, whose keys and values are held at once; and sequences.
 _GENERATED_AT_ONCE = 16_384
@@ -136,32 +136,37 @@ def _evaluating(model: torch.nn.Module, gpt: Any) -> Iterator[None]:
 
 def _answer_likelihoods(
     gpt: Any, requests: Sequence[Likelihood], note: Callable[[int], None], stop: StopRequest | None
-) -> list[Likely]:
+) -> list[LogLikelihood]:
     """Return the answers, on the last pipeline stage."""
     if not requests:
         return []
     counts = [len(request.continuation) for request in requests]
     # Of every predicted token: its negative log-likelihood, and 1 where it is the most probable one.
     found = torch.zeros(2, sum(counts), device=next(gpt.parameters()).device)
-    for pack in _deal(gpt, pack_requests(requests, gpt.config.hidden_size), lambda pack: pack.num_requests, note, stop):
-        judged = _judge(gpt, pack)
+    for tree in _deal(
+        gpt, build_prefix_trees(requests, gpt.config.hidden_size), lambda tree: tree.num_requests, note, stop
+    ):
+        judged = _judge(gpt, tree)
         if judged is not None:
-            found[:, torch.from_numpy(pack.places).to(found.device)] = torch.stack(judged)
+            found[:, torch.from_numpy(tree.places).to(found.device)] = torch.stack(judged)
     if not parallel_state.is_pipeline_last_stage():
         return []
     torch.distributed.all_reduce(found, group=parallel_state.get_data_parallel_group())
     losses, greatest = found.cpu().double().numpy()
     starts = np.cumsum([0, *counts[:-1]])
     sums, are_greedy = np.add.reduceat(losses, starts), np.minimum.reduceat(greatest, starts)
-    return [Likely(-total, is_greedy == 1) for total, is_greedy in zip(sums.tolist(), are_greedy.tolist(), strict=True)]
+    return [
+        LogLikelihood(-total, is_greedy == 1)
+        for total, is_greedy in zip(sums.tolist(), are_greedy.tolist(), strict=True)
+    ]
 
 
-def _judge(gpt: Any, pack: Pack) -> tuple[Tensor, Tensor] | None:
-    """Return, on the last pipeline stage, what `judge_labels` says of a pack's predictions, [p] float32 each."""
+def _judge(gpt: Any, tree: PrefixTree) -> tuple[Tensor, Tensor] | None:
+    """Return, on the last pipeline stage, what `score_labels` says of a tree's predictions, [p] float32 each."""
     device = next(gpt.parameters()).device
     tokens_n, depths_n, ends_n, nodes_p, targets_p = (
         torch.from_numpy(column).to(device)
-        for column in (pack.tokens, pack.depths, pack.ends, pack.nodes, pack.targets)
+        for column in (tree.tokens, tree.depths, tree.ends, tree.nodes, tree.targets)
     )
     stages = parallel_state.get_pipeline_model_parallel_group()
     hidden_nbh = None

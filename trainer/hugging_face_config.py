@@ -17,19 +17,11 @@ FAMILIES = {
     "mistral": "MistralForCausalLM",
     "reprise": "RepriseForCausalLM",
 }
-
-
 # Fields of PanGu-π's additions, which have one name on both sides.
 ADDITIONS = ("activation_terms", "activation_scales", "shortcut_reduction", "shortcut_input")
-
-
 MODELLING = "modeling_reprise"
-
-
 # What Megatron-Core's Llama 3 positions have fixed.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
 # What fields of ours that errors name are called there.
 _THEIR_NAMES = {
     "num_layers": "num_hidden_layers",
@@ -41,16 +33,10 @@ _THEIR_NAMES = {
     "norm_epsilon": "rms_norm_eps",
     "init_std": "initializer_range",
 }
-
-
 # The window of a Mistral that names none.
 _MISTRAL_WINDOW = 4096
-
-
 # Of an original description: what its weights were stored in, code of others, and what is written in another form.
 _NOT_KEPT = ("dtype", "torch_dtype", "auto_map", "rope_parameters", "transformers_version", "_name_or_path")
-
-
 # What of an original description holds for a model of another family too.
 _OF_ANY_FAMILY = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -115,7 +115,7 @@ class GenerateJob(Job):
     num_new_tokens: int = Field(default=510, description="Tokens each goes on for.")
 
 
-class SkipJob(Job):
+class AblationJob(Job):
     """Measure what skipping each block of layers does to the loss of `checkpoint`, into `result`."""
 
     kind: Literal["skip"] = "skip"
@@ -155,6 +155,6 @@ class MaskJob(Job):
 
 
 AnyJob = Annotated[
-    TrainJob | ScoreJob | CalibrateJob | EvaluateJob | GenerateJob | SkipJob | TaylorJob | MaskJob,
+    TrainJob | ScoreJob | CalibrateJob | EvaluateJob | GenerateJob | AblationJob | TaylorJob | MaskJob,
     Field(discriminator="kind"),
 ]

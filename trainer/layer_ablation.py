@@ -24,7 +24,7 @@ from data_scoring.losses.calibration import draw_calibration_set
 from data_scoring.losses.shard_scoring import check_finite, cut_blocks, longest_first, score_blocks
 from kernels.sample_loss import sum_per_sample
 from trainer.forward import deal_rows
-from trainer.jobs import SkipJob
+from trainer.jobs import AblationJob
 from trainer.score import ModelScorer
 
 # One row a block; the first has length 0 and is the whole model. Losses are nats per token.
@@ -37,13 +37,11 @@ _SKIPS = pa.schema(
         ("stderr", pa.float64()),
     ]
 )
-
-
 # Enough for the weights of a layer to be read for many rows, few enough to fit beside all states.
 _VARIANTS_AT_ONCE = 8
 
 
-class Skip(NamedTuple):
+class LayerBlock(NamedTuple):
     """A block of consecutive layers that a variant skips: the first, counted from 0, and how many."""
 
     start: int
@@ -55,24 +53,22 @@ class Skip(NamedTuple):
         return self.start + self.length
 
 
-WHOLE = Skip(0, 0)
-
-
+WHOLE = LayerBlock(0, 0)
 # The hidden states, [seq, batch, hidden], of the variants that have begun, and of the whole model.
-_States = dict[Skip, Tensor]
+_States = dict[LayerBlock, Tensor]
 
 
-def list_skips(num_layers: int, longest: int) -> list[Skip]:
+def list_blocks(num_layers: int, longest: int) -> list[LayerBlock]:
     """Return the variants of a model: the whole one, then blocks of one layer, of two, up to `longest`."""
     lengths = range(1, min(longest, num_layers) + 1)
-    return [WHOLE, *(Skip(start, length) for length in lengths for start in range(num_layers - length + 1))]
+    return [WHOLE, *(LayerBlock(start, length) for length in lengths for start in range(num_layers - length + 1))]
 
 
 @contextmanager
-def skipping(model: torch.nn.Module, skip: Skip) -> Iterator[None]:
+def skipping(model: torch.nn.Module, block: LayerBlock) -> Iterator[None]:
     """Have `model`, or this rank's stage of it, leave out the layers of a block; it comes back as it was."""
     # Megatron counts layers from 1.
-    mine = [layer for layer in unwrap_model(model).decoder.layers if skip.start < layer.layer_number <= skip.end]
+    mine = [layer for layer in unwrap_model(model).decoder.layers if block.start < layer.layer_number <= block.end]
     for layer in mine:
         layer.forward = _pass_on
     try:
@@ -86,7 +82,7 @@ def _pass_on(hidden_states: Tensor, *_: Any, context: Tensor | None = None, **__
     return hidden_states, context
 
 
-def measure_skips(job: SkipJob, corpus: Corpus, model: torch.nn.Module, progress: Progress) -> None:
+def measure_ablation(job: AblationJob, corpus: Corpus, model: torch.nn.Module, progress: Progress) -> None:
     """Write what skipping each block of layers does to the loss; every rank calls this, one of them writes.
 
     Raises ValueError where a loss is not finite.
@@ -99,8 +95,8 @@ def measure_skips(job: SkipJob, corpus: Corpus, model: torch.nn.Module, progress
     )
     order = longest_first(lengths)
     shards, samples, lengths = shards[order], samples[order], lengths[order]
-    skips = list_skips(job.model.num_layers, job.longest_block)
-    scorer = SkipScorer(model, corpus, job.micro_batch_size, skips)
+    variants = list_blocks(job.model.num_layers, job.longest_block)
+    scorer = AblationScorer(model, corpus, job.micro_batch_size, variants)
     parts = []
     blocks = cut_blocks(shards, samples, lengths, scorer.block_size, corpus.seq_length)
     for _, losses in score_blocks(scorer, blocks):
@@ -112,13 +108,13 @@ def measure_skips(job: SkipJob, corpus: Corpus, model: torch.nn.Module, progress
     found = np.concatenate(parts)
     check_finite(job.result, shards, samples, found)
     rows = [
-        {"start": skip.start, "length": skip.length, **row}
-        for skip, row in zip(skips, summarise_skips(found, lengths), strict=True)
+        {"start": variant.start, "length": variant.length, **row}
+        for variant, row in zip(variants, summarise_ablation(found, lengths), strict=True)
     ]
     write_parquet(job.result, pa.Table.from_pylist(rows, _SKIPS), job.fingerprint)
 
 
-def summarise_skips(losses: NDArray[np.floating], num_tokens: NDArray[np.integer]) -> list[dict[str, float | None]]:
+def summarise_ablation(losses: NDArray[np.floating], num_tokens: NDArray[np.integer]) -> list[dict[str, float | None]]:
     """Return each variant's mean loss per token, its increase over the first one, and that increase's standard error.
 
     losses: [samples, variants], nats per token; num_tokens: [samples]. Samples count by their tokens. The error is that
@@ -139,12 +135,12 @@ def summarise_skips(losses: NDArray[np.floating], num_tokens: NDArray[np.integer
     ]
 
 
-class SkipScorer(ModelScorer):
-    """A `Scorer` whose columns are the losses of whole samples under each of `skips`, in their order."""
+class AblationScorer(ModelScorer):
+    """A `Scorer` whose columns are the losses of whole samples under each of `blocks`, in their order."""
 
-    def __init__(self, model: torch.nn.Module, corpus: Corpus, micro_batch_size: int, skips: list[Skip]) -> None:
+    def __init__(self, model: torch.nn.Module, corpus: Corpus, micro_batch_size: int, blocks: list[LayerBlock]) -> None:
         super().__init__(model, corpus, micro_batch_size)
-        self._skips = skips
+        self._blocks = blocks
         self._gpt: Any = unwrap_model(model)
 
     def _sum_losses(self, share: list[Batch], count: int, length: int) -> tuple[NDArray[np.int64], Tensor, Tensor]:
@@ -169,35 +165,35 @@ class SkipScorer(ModelScorer):
             tokens = torch.from_numpy(batch.tokens[:, :-1]).to(self._device)
             return {WHOLE: self._gpt.embedding(input_ids=tokens, position_ids=None)}
         config, position = self._gpt.config, self._gpt.decoder.layers[0].layer_number - 1
-        carriers = list(dict.fromkeys(_carrier(skip, position) for skip in self._begun(position)))
+        carriers = list(dict.fromkeys(_carrier(block, position) for block in self._begun(position)))
         shape = (len(carriers), length // self._multiple, len(batch.tokens), config.hidden_size)
         received = torch.empty(shape, dtype=config.pipeline_dtype, device=self._device)
         stages = parallel_state.get_pipeline_model_parallel_group()
         torch.distributed.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), stages)
         carried = dict(zip(carriers, received, strict=True))
-        return {skip: carried[_carrier(skip, position)] for skip in self._begun(position)}
+        return {block: carried[_carrier(block, position)] for block in self._begun(position)}
 
     def _send(self, states: _States) -> None:
         """Send the states after this stage's last layer to the next stage, each that variants share once."""
         position = self._gpt.decoder.layers[-1].layer_number
-        carriers = dict.fromkeys(_carrier(skip, position) for skip in self._begun(position))
+        carriers = dict.fromkeys(_carrier(block, position) for block in self._begun(position))
         stages = parallel_state.get_pipeline_model_parallel_group()
         sent = torch.stack([states[carrier] for carrier in carriers])
         torch.distributed.send(sent, parallel_state.get_pipeline_model_parallel_next_rank(), stages)
 
-    def _begun(self, position: int) -> Iterator[Skip]:
+    def _begun(self, position: int) -> Iterator[LayerBlock]:
         """Return the variants whose block begins before the layer at `position`, and the whole model."""
-        return (skip for skip in self._skips if skip == WHOLE or skip.start < position)
+        return (block for block in self._blocks if block == WHOLE or block.start < position)
 
     def _go_through_layers(self, states: _States, rotary: Tensor) -> _States:
         """Return the states after this stage's layers."""
         for layer in self._gpt.decoder.layers:
             position = layer.layer_number - 1
             # Until their block ends, they have the state that they set out from, which is kept once for all of them.
-            states |= {skip: states[WHOLE] for skip in self._skips if skip.length and skip.start == position}
-            going = [skip for skip in states if not skip.start <= position < skip.end]
+            states |= {block: states[WHOLE] for block in self._blocks if block.length and block.start == position}
+            going = [block for block in states if not block.start <= position < block.end]
             for variants in _chunks(going):
-                together = torch.cat([states[skip] for skip in variants], dim=1)
+                together = torch.cat([states[block] for block in variants], dim=1)
                 output, _ = layer(hidden_states=together, attention_mask=None, rotary_pos_emb=rotary)
                 states |= zip(variants, output.chunk(len(variants), dim=1), strict=True)
         return states
@@ -207,8 +203,8 @@ class SkipScorer(ModelScorer):
         labels = torch.from_numpy(batch.tokens[:, 1:]).to(self._device)
         num_tokens = torch.from_numpy(batch.num_tokens).to(self._device)
         columns: list[Tensor] = []
-        for variants in _chunks(self._skips):
-            together = torch.cat([states[skip] for skip in variants], dim=1)
+        for variants in _chunks(self._blocks):
+            together = torch.cat([states[block] for block in variants], dim=1)
             token_loss = self._gpt._postprocess(
                 hidden_states=self._gpt.decoder.final_layernorm(together), labels=labels.repeat(len(variants), 1)
             )
@@ -216,13 +212,13 @@ class SkipScorer(ModelScorer):
         return torch.stack(columns, dim=1).cpu()
 
 
-def _carrier(skip: Skip, position: int) -> Skip:
+def _carrier(block: LayerBlock, position: int) -> LayerBlock:
     """Return the variant whose state at `position` stands for that of `skip` too.
 
     Within a block that is the state that its variant set out from, which is also that of the one whose block ends here.
     """
-    return skip if skip.end <= position else Skip(skip.start, position - skip.start)
+    return block if block.end <= position else LayerBlock(block.start, position - block.start)
 
 
-def _chunks(skips: list[Skip]) -> Iterable[list[Skip]]:
-    return (skips[place : place + _VARIANTS_AT_ONCE] for place in range(0, len(skips), _VARIANTS_AT_ONCE))
+def _chunks(blocks: list[LayerBlock]) -> Iterable[list[LayerBlock]]:
+    return (blocks[place : place + _VARIANTS_AT_ONCE] for place in range(0, len(blocks), _VARIANTS_AT_ONCE))

@@ -17,7 +17,7 @@ from trainer.jobs import MaskJob
 from trainer.masked_model import MaskedModel
 from trainer.masks import Masks
 from trainer.neuron_scores import Scores, keep_best, sum_bottlenecks
-from trainer.pruning import Part
+from trainer.pruning import PruningPlan
 from trainer.score import is_writer
 from trainer.weights import Weights
 
@@ -63,7 +63,7 @@ def learn_masks(job: MaskJob, corpus: Corpus, model: Any) -> None:
         write_json(job.round_folder / "masks.json", content)
 
 
-def _part(masks: Masks, units: Tensor, job: MaskJob) -> Part:
+def _part(masks: Masks, units: Tensor, job: MaskJob) -> PruningPlan:
     logits = {kind: each.detach() for kind, each in masks.logits.items()}
     scores = Scores(
         channels=logits["channels"][0],

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from data_scoring.config import LossKernel, padded_vocab_size
-from kernels.linear_cross_entropy import judge_labels, linear_cross_entropy
+from kernels.linear_cross_entropy import linear_cross_entropy, score_labels
 from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
 from trainer.devices import check_kernel, check_layers
 from trainer.initialisation import initialise, projection_init
@@ -118,7 +118,7 @@ class Decoder(GPTModel):
         """
         group = self.pg_collection.tp
         sharing = group if group.size() > 1 else None
-        return judge_labels(hidden_nh, self._head_weight(), labels_n, self.kernels.scoring, sharing, self.num_tokens)
+        return score_labels(hidden_nh, self._head_weight(), labels_n, self.kernels.scoring, sharing, self.num_tokens)
 
     def _head_weight(self) -> Tensor:
         tied = self.share_embeddings_and_output_weights

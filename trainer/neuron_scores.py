@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD
 from trainer.config import ModelConfig
-from trainer.pruning import AXES, DOWN, UP, Part, bottleneck_size
+from trainer.pruning import AXES, DOWN, UP, PruningPlan, bottleneck_size
 from trainer.weights import LAYERS, Weights
 
 _VALUES_AT_ONCE = 2**22
@@ -31,7 +31,7 @@ class Scores:
     bottleneck: Tensor
 
 
-def choose(values: Weights, teacher: ModelConfig, student: ModelConfig, power: Literal[1, 2] = 1) -> Part:
+def choose(values: Weights, teacher: ModelConfig, student: ModelConfig, power: Literal[1, 2] = 1) -> PruningPlan:
     """Return the student's part of the teacher by the sums of |value|^power of all `values` that touch a neuron.
 
     values: a checkpoint of the teacher's weights, or of as many values, the teacher having the student's layers.
@@ -39,7 +39,7 @@ def choose(values: Weights, teacher: ModelConfig, student: ModelConfig, power: L
     return keep_best(sum_values(values, teacher, power), teacher, student)
 
 
-def keep_best(scores: Scores, teacher: ModelConfig, student: ModelConfig) -> Part:
+def keep_best(scores: Scores, teacher: ModelConfig, student: ModelConfig) -> PruningPlan:
     """Return the part with the highest scores, as many of each kind as `student` has; of equal ones the first stay.
 
     Within each query group that stays, the best of its heads do.
@@ -54,7 +54,7 @@ def keep_best(scores: Scores, teacher: ModelConfig, student: ModelConfig) -> Par
     ]
     # A teacher without a shortcut has nothing to choose from: the student's starts anew.
     units = bottleneck_size(student) if bottleneck_size(teacher) else 0
-    return Part(
+    return PruningPlan(
         layers=tuple(range(teacher.num_layers)),
         channels=tuple(_best(scores.channels, student.hidden_size)),
         ffn=tuple(tuple(_best(row, student.ffn_size)) for row in scores.ffn),

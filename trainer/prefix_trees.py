@@ -1,7 +1,7 @@
-"""Packs: requests as prefix trees, so that tokens that many of them begin with go through the model once.
+"""Prefix trees: requests merged where they begin with the same tokens, which so go through the model once.
 
-A pack is a tree of tokens in depth-first order. A token sees those on its way from the root, itself included: token i
-sees token j just where j <= i <= end[j], `end[j]` being the last token below j. Its position is its depth.
+A tree holds its tokens in depth-first order. A token attends to its ancestors and itself: token i attends to token j
+where j <= i <= end[j], `end[j]` being the last token below j. Its position is its depth.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,25 +15,20 @@ from trainer.requests import Likelihood, Tokens
 
 Integers = NDArray[np.int64]
 
-
-# Packs of these sizes are tried; the one is taken of which all packs together cost least.
+# Packs of these sizes are tried; the one is taken of which all trees together cost least.
 _BUDGETS = tuple(128 * 2**step for step in range(8))
-
-
-# What a pack costs beside what its tokens cost, in tokens: calling the layers, filling the mask.
-_TOKENS_A_PACK = 64
-
-
+# What a tree costs beside what its tokens cost, in tokens: calling the layers, filling the mask.
+_TOKENS_A_TREE = 64
 # Attention runs at about this part of the speed of matrix products.
 _SPEED_OF_ATTENTION = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Pack:
+class PrefixTree:
     """A prefix tree of n tokens, and p tokens that are predicted by some of them.
 
     tokens, depths, ends: [n]; nodes: [p], which token predicts; targets: [p], what it predicts; places: [p], the number
-    of the prediction among all those of the requests; num_requests: how many of these the pack has.
+    of the prediction among all those of the requests; num_requests: how many of these the tree has.
     """
 
     tokens: Integers
@@ -45,12 +40,12 @@ class Pack:
     num_requests: int
 
 
-def pack_requests(requests: Sequence[Likelihood], hidden_size: int, budget: int | None = None) -> list[Pack]:
-    """Return packs of at most `budget` tokens each, or of one path where that is longer; the largest pack first.
+def build_prefix_trees(requests: Sequence[Likelihood], hidden_size: int, budget: int | None = None) -> list[PrefixTree]:
+    """Return trees of at most `budget` tokens each, or of one path where that is longer; the largest tree first.
 
     budget: None: the one that costs least for these requests in a model of that width. The larger it is, the fewer
-    packs begin anew with what many requests share, and the more do tokens cost that see nothing of one another:
-    attention takes as many operations as the layers' matrices in a pack of six times the width.
+    trees begin anew with what many requests share, and the more do tokens cost that see nothing of one another:
+    attention takes as many operations as the layers' matrices in a tree of six times the width.
     """
     if not requests:
         return []
@@ -62,14 +57,14 @@ def pack_requests(requests: Sequence[Likelihood], hidden_size: int, budget: int 
     budgets = _BUDGETS if budget is None else (budget,)
     cuts = min((_cut(lengths, shared, budget) for budget in budgets), key=lambda cuts: _cost(cuts, hidden_size))
     first_places = np.cumsum([0, *(len(request.continuation) for request in requests)])
-    packs = []
+    trees = []
     for start, end, _ in cuts:
-        tree = _Tree()
+        growing = _GrowingTree()
         for row in range(start, end):
             number = order[row]
-            tree.add(paths[number], 0 if row == start else shared[row], requests[number], int(first_places[number]))
-        packs.append(tree.finish())
-    return sorted(packs, key=lambda pack: -len(pack.tokens))
+            growing.add(paths[number], 0 if row == start else shared[row], requests[number], int(first_places[number]))
+        trees.append(growing.finish())
+    return sorted(trees, key=lambda tree: -len(tree.tokens))
 
 
 def _num_shared(path: Tokens, other: Tokens) -> int:
@@ -80,10 +75,10 @@ def _num_shared(path: Tokens, other: Tokens) -> int:
 
 
 def _cut(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tuple[int, int, int]]:
-    """Return each pack's first path, the path after its last, and its tokens; `shared` is with the path before."""
+    """Return each tree's first path, the path after its last, and its tokens; `shared` is with the path before."""
     cuts, start, size = [], 0, 0
     for row, (length, common) in enumerate(zip(lengths, shared, strict=True)):
-        # What adds nothing is in the pack already.
+        # What adds nothing is in the tree already.
         if row > start and length > common and size + length - common > budget:
             cuts.append((start, row, size))
             start, size = row, 0
@@ -92,17 +87,17 @@ def _cut(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tup
 
 
 def _cost(cuts: Iterable[tuple[int, int, int]], hidden_size: int) -> float:
-    """Return what packs cost, in tokens that see nothing."""
+    """Return what trees cost, in tokens that see nothing."""
     size_p = np.array([size for _, _, size in cuts], np.float64)
-    return float((_TOKENS_A_PACK + size_p + size_p**2 / (6 * hidden_size * _SPEED_OF_ATTENTION)).sum())
+    return float((_TOKENS_A_TREE + size_p + size_p**2 / (6 * hidden_size * _SPEED_OF_ATTENTION)).sum())
 
 
-class _Tree:
-    """A pack that is being filled, path after path."""
+class _GrowingTree:
+    """A tree that is being filled, path after path."""
 
     def __init__(self) -> None:
         self._size = 0
-        # The tokens of the last path, by their numbers in the pack.
+        # The tokens of the last path, by their numbers in the tree.
         self._nodes = np.empty(0, np.int64)
         self._tokens: list[Tokens] = []
         self._depths: list[Integers] = []
@@ -121,13 +116,13 @@ class _Tree:
         self._predictions.append((self._nodes[len(request.context) - 1 :], request.continuation, places))
         self._size += len(new)
 
-    def finish(self) -> Pack:
-        """Return the pack."""
+    def finish(self) -> PrefixTree:
+        """Return the tree."""
         ends = np.empty(self._size, np.int64)
         for nodes, last in [*self._closed, (self._nodes, self._size - 1)]:
             ends[nodes] = last
         nodes, targets, places = (np.concatenate(parts) for parts in zip(*self._predictions, strict=True))
-        return Pack(
+        return PrefixTree(
             np.concatenate(self._tokens).astype(np.int64),
             np.concatenate(self._depths),
             ends,

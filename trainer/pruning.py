@@ -35,15 +35,12 @@ AXES: dict[str, tuple[str, ...]] = {
     "self_attn_bda.down": ("bottleneck", "channels"),
     "self_attn_bda.up": ("channels", "bottleneck"),
 }
-
-
 SCALE, OFFSET, DOWN, UP = list(AXES)[-4:]
-
 
 Numbers = tuple[int, ...]
 
 
-class Part(Config):
+class PruningPlan(Config):
     """What stays of a teacher, by its numbers, ascending; what is per layer is in the order of `layers`."""
 
     layers: Numbers = Field(description="Layers, from 0.")
@@ -58,9 +55,9 @@ class Part(Config):
     )
 
 
-def whole_layers(teacher: ModelConfig, layers: Sequence[int]) -> Part:
+def whole_layers(teacher: ModelConfig, layers: Sequence[int]) -> PruningPlan:
     """Return the part that is some of the teacher's layers with all that is in them."""
-    return Part(
+    return PruningPlan(
         layers=tuple(layers),
         channels=tuple(range(teacher.hidden_size)),
         ffn=(tuple(range(teacher.ffn_size)),) * len(layers),
@@ -159,7 +156,7 @@ def slice_checkpoint(
     checkpoint: Path,
     teacher: ModelConfig,
     student: ModelConfig,
-    part: Part,
+    part: PruningPlan,
     target: Path,
     rows: Sequence[int] | None = None,
     seed: int = 0,
@@ -204,7 +201,7 @@ def slice_checkpoint(
     )
 
 
-def _numbers(kind: str, part: Part, layer: int, teacher: ModelConfig) -> list[int]:
+def _numbers(kind: str, part: PruningPlan, layer: int, teacher: ModelConfig) -> list[int]:
     """Return what stays of an axis of that kind in the student's `layer`, by its numbers in the teacher's tensor."""
     if kind == "channels":
         return list(part.channels)

@@ -20,6 +20,7 @@ from data_scoring.losses.shard_scoring import LossFiles, score_shards
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from trainer.devices import Device, initialise, resolve_precision
 from trainer.jobs import (
+    AblationJob,
     AnyJob,
     CalibrateJob,
     EvaluateJob,
@@ -27,7 +28,6 @@ from trainer.jobs import (
     Job,
     MaskJob,
     ScoreJob,
-    SkipJob,
     TaylorJob,
     TrainJob,
 )
@@ -101,7 +101,7 @@ def _use(job: AnyJob, corpus: Corpus, model: torch.nn.Module, bf16: bool) -> Non
         _generate(job, corpus, model)
     elif isinstance(job, EvaluateJob):
         _evaluate(job, corpus, model)
-    elif isinstance(job, SkipJob):
+    elif isinstance(job, AblationJob):
         _skip(job, corpus, model)
     elif isinstance(job, TaylorJob):
         measure_taylor(job, corpus, model, bf16)
@@ -127,16 +127,16 @@ def _score(job: ScoreJob | CalibrateJob, corpus: Corpus, model: torch.nn.Module)
     score_shards(corpus, ModelScorer(model, corpus, size, (longest,)), files, progress)
 
 
-def _skip(job: SkipJob, corpus: Corpus, model: torch.nn.Module) -> None:
-    from trainer.layer_ablation import measure_skips
+def _skip(job: AblationJob, corpus: Corpus, model: torch.nn.Module) -> None:
+    from trainer.layer_ablation import measure_ablation
     from trainer.score import is_writer
 
-    measure_skips(job, corpus, model, ProgressFile(job.progress) if is_writer() else silent)
+    measure_ablation(job, corpus, model, ProgressFile(job.progress) if is_writer() else silent)
 
 
 def _evaluate(job: EvaluateJob, corpus: Corpus, model: torch.nn.Module) -> None:
     from trainer.evaluate import answer_tasks
-    from trainer.layer_ablation import Skip, skipping
+    from trainer.layer_ablation import LayerBlock, skipping
     from trainer.score import is_writer
 
     tokenizer = open_tokenizer(corpus.tokenizer_path, job.evaluation.end_of_document)
@@ -145,7 +145,7 @@ def _evaluate(job: EvaluateJob, corpus: Corpus, model: torch.nn.Module) -> None:
         answer_tasks(model, job.evaluation, job.answers, job.fingerprint, tokenizer, progress)
         return
     for start, length in job.blocks:
-        with skipping(model, Skip(start, length)):
+        with skipping(model, LayerBlock(start, length)):
             answer_tasks(model, job.evaluation, *job.part(start, length), tokenizer, progress)
 
 
@@ -181,7 +181,7 @@ def _report(job: Job, error: BaseException) -> None:
         "rank": int(rank),
         "time": time.time(),
         "kind": type(error).__name__,
-        "is_users": isinstance(error, ValueError) or explanation is not None,
+        "is_user_error": isinstance(error, ValueError) or explanation is not None,
         "message": explanation or str(error),
         "traceback": traceback.format_exc(),
     }

@@ -59,7 +59,7 @@ class Generation:
     stop: tuple[str, ...] = ()
 
 
-class Likely(NamedTuple):
+class LogLikelihood(NamedTuple):
     """Answers a `Likelihood`: the sum over its tokens, nats, and whether each of them is the most probable one."""
 
     log_likelihood: float
@@ -68,7 +68,7 @@ class Likely(NamedTuple):
 
 Request = Likelihood | Generation
 # Of a generation the answer is its tokens.
-Answer = Likely | list[int]
+Answer = LogLikelihood | list[int]
 
 
 def _parts(request: Request) -> tuple[Tokens, ...]:
@@ -173,11 +173,14 @@ def has_answers(path: Path, identity: str) -> bool:
 
 def write_answers(path: Path, answers: Sequence[Answer], identity: str) -> None:
     """Write answers, in the order of their requests, to `path`."""
-    rows = [answer._asdict() if isinstance(answer, Likely) else {"tokens": answer} for answer in answers]
+    rows = [answer._asdict() if isinstance(answer, LogLikelihood) else {"tokens": answer} for answer in answers]
     write_parquet(path, pa.Table.from_pylist(rows, _ANSWERS), identity)
 
 
 def read_answers(path: Path) -> list[Answer]:
     """Return the answers in `path`, in the order of their requests."""
     rows = pq.read_table(path).to_pylist()
-    return [Likely(row["log_likelihood"], row["is_greedy"]) if row["tokens"] is None else row["tokens"] for row in rows]
+    return [
+        LogLikelihood(row["log_likelihood"], row["is_greedy"]) if row["tokens"] is None else row["tokens"]
+        for row in rows
+    ]

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from data_scoring.base.files import checksum, writing
 from data_scoring.corpus.indexed import IndexedTokens, open_indexed, write_index
-from data_scoring.corpus.packing import Dealing, Stream
+from data_scoring.corpus.packing import ShardAssignment, Stream
 
 _Described = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
-def deal_in_place(
+def assign_in_place(
     prefixes: list[tuple[str, Path]], sample_length: int, validation_fraction: float, num_shards: int, seed: int
-) -> tuple[Dealing, list[IndexedTokens]]:
+) -> tuple[ShardAssignment, list[IndexedTokens]]:
     """Return the assignment of samples, windows of `sample_length` tokens over each (name, prefix), and the corpora.
 
     Windows, not documents, are held out for validation, and duplicates stay: dropping a document would mean copying.
@@ -28,17 +28,17 @@ def deal_in_place(
         for (name, _), corpus in zip(prefixes, corpora, strict=True)
     ]
     total = sum(stream.num_samples for stream in streams)
-    return Dealing(streams, num_shards, seed, max(1, round(total * validation_fraction))), corpora
+    return ShardAssignment(streams, num_shards, seed, max(1, round(total * validation_fraction))), corpora
 
 
 def index_in_place(
-    dealing: Dealing, corpora: list[IndexedTokens], folder: Path
+    assignment: ShardAssignment, corpora: list[IndexedTokens], folder: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the manifest entries of the validation set and of the shards, one index file a source in each."""
-    validation = _index_parts("validation", dealing.held_out, dealing, corpora, folder)
+    validation = _index_parts("validation", assignment.held_out, assignment, corpora, folder)
     shards = []
-    for shard in range(dealing.num_shards):
-        entry = _index_parts(f"shard-{shard:04d}", partial(dealing.samples, shard), dealing, corpora, folder)
+    for shard in range(assignment.num_shards):
+        entry = _index_parts(f"shard-{shard:04d}", partial(assignment.samples, shard), assignment, corpora, folder)
         shards.append({"num_samples": entry["num_samples"], "parts": entry["parts"]})
     return validation, shards
 
@@ -46,12 +46,12 @@ def index_in_place(
 def _index_parts(
     name: str,
     describe: Callable[[], Iterator[_Described]],
-    dealing: Dealing,
+    assignment: ShardAssignment,
     corpora: list[IndexedTokens],
     folder: Path,
 ) -> dict[str, Any]:
     parts, sources = [], []
-    for number, (stream, corpus) in enumerate(zip(dealing.streams, corpora, strict=True)):
+    for number, (stream, corpus) in enumerate(zip(assignment.streams, corpora, strict=True)):
         count = sum(int((source == number).sum()) for source, _, _ in describe())
         itemsize = corpus.tokens.itemsize
 

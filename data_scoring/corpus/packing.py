@@ -180,29 +180,29 @@ def pack_shards(
     seed: int,
     folder: Path,
     progress: Progress,
-) -> "Dealing":
+) -> "ShardAssignment":
     """Return where every training sample went, the shards' `.bin` files written at random places, in one pass."""
-    dealing = Dealing(streams, num_shards, seed)
+    assignment = ShardAssignment(streams, num_shards, seed)
     sample_length = streams[0].sample_length
-    total = dealing.permutation.size
+    total = assignment.permutation.size
     allow_open_files(num_shards)
     with ExitStack() as stack:
         files: list[IO[bytes]] = []
         for shard in range(num_shards):
             temporary = stack.enter_context(writing(folder / f"shard-{shard:04d}.bin"))
             files.append(stack.enter_context(temporary.open("wb")))
-            os.ftruncate(files[-1].fileno(), dealing.num_samples(shard) * sample_length * dtype.itemsize)
+            os.ftruncate(files[-1].fileno(), assignment.num_samples(shard) * sample_length * dtype.itemsize)
         index = 0
         for result, stream in zip(results, streams, strict=True):
             last = index + stream.num_samples
             for samples in _cut(read_stream(result, _TRAIN, dtype), sample_length, stream.num_samples):
-                shards, places = dealing.place(np.arange(index, index + len(samples), dtype=np.int64))
+                shards, places = assignment.place(np.arange(index, index + len(samples), dtype=np.int64))
                 for shard, place, tokens in zip(shards.tolist(), places.tolist(), samples, strict=True):
                     os.pwrite(files[shard].fileno(), tokens.tobytes(), place * sample_length * dtype.itemsize)
                 index += len(samples)
                 progress("packing samples", index, total)
             assert index == last, f"{stream.name}: {index} samples packed, {last} expected"
-    return dealing
+    return assignment
 
 
 def _cut(
@@ -219,7 +219,7 @@ def _cut(
         yield [carry]
 
 
-class Dealing:
+class ShardAssignment:
     """The random, memoryless assignment of samples (numbered through all streams) to places in shards."""
 
     def __init__(self, streams: list[Stream], num_shards: int, seed: int, num_held_out: int = 0) -> None:
@@ -265,23 +265,23 @@ class Dealing:
         return source, within, lengths
 
 
-def index_shards(dealing: Dealing, dtype: np.dtype, folder: Path) -> list[dict[str, Any]]:
+def index_shards(assignment: ShardAssignment, dtype: np.dtype, folder: Path) -> list[dict[str, Any]]:
     """Return the shards' manifest entries, their `.idx` files written."""
-    stride = dealing.streams[0].sample_length * dtype.itemsize
+    stride = assignment.streams[0].sample_length * dtype.itemsize
     entries = []
-    for shard in range(dealing.num_shards):
+    for shard in range(assignment.num_shards):
 
         def chunks(shard: int = shard) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
             place = 0
-            for _, _, lengths in dealing.samples(shard):
+            for _, _, lengths in assignment.samples(shard):
                 yield lengths, np.arange(place, place + len(lengths), dtype=np.int64) * stride
                 place += len(lengths)
 
         prefix = f"shard-{shard:04d}"
         with writing(folder / f"{prefix}.idx") as temporary:
-            write_index(temporary, dtype, dealing.num_samples(shard), chunks())
+            write_index(temporary, dtype, assignment.num_samples(shard), chunks())
         part = {"prefix": prefix, "checksums": _checksums(folder / prefix)}
-        entries.append({"num_samples": dealing.num_samples(shard), "parts": [part]})
+        entries.append({"num_samples": assignment.num_samples(shard), "parts": [part]})
     return entries
 
 

@@ -13,9 +13,16 @@ from data_scoring.base.files import checksum, fingerprint, remove_leftovers, wri
 from data_scoring.base.progress import Progress
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus.corpus import FORMAT_VERSION
-from data_scoring.corpus.in_place import deal_in_place, index_in_place
+from data_scoring.corpus.in_place import assign_in_place, index_in_place
 from data_scoring.corpus.indexed import token_dtype
-from data_scoring.corpus.packing import Dealing, Stream, assign_roles, index_shards, pack_shards, pack_validation
+from data_scoring.corpus.packing import (
+    ShardAssignment,
+    Stream,
+    assign_roles,
+    index_shards,
+    pack_shards,
+    pack_validation,
+)
 from data_scoring.corpus.sources import check_source, megatron_prefix, read_documents, resolve_format
 from data_scoring.corpus.tokenise import Rejects, StagedSource, stage_source
 from data_scoring.tokenizer.tokenizer import Tokenizer, install_tokenizer, open_tokenizer
@@ -119,8 +126,8 @@ def _prepare_from_text(
     sample_length = corpus.seq_length + 1
     train = [Stream(result.source.name, result.tokens[0], sample_length) for result in results]
     held_out = [Stream(result.source.name, result.tokens[1], sample_length) for result in results]
-    dealing = pack_shards(results, train, dtype, corpus.num_shards, seed, folder, progress)
-    _write_samples(dealing, folder / "samples.parquet")
+    assignment = pack_shards(results, train, dtype, corpus.num_shards, seed, folder, progress)
+    _write_samples(assignment, folder / "samples.parquet")
     sources = [
         {
             **{key: result.source.counts[key] for key in ("documents", "empty", "rejected", "bytes")},
@@ -135,7 +142,7 @@ def _prepare_from_text(
     return {
         "sources": sources,
         "validation": pack_validation(results, held_out, dtype, folder),
-        "shards": index_shards(dealing, dtype, folder),
+        "shards": index_shards(assignment, dtype, folder),
     }
 
 
@@ -151,7 +158,7 @@ def _collect_rejects(staged: list[StagedSource], staging: Path, target: Path) ->
 
 def _prepare_in_place(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int, folder: Path) -> dict[str, Any]:
     prefixes = [(source.name, megatron_prefix(source)) for source in corpus.sources]
-    dealing, corpora = deal_in_place(
+    assignment, corpora = assign_in_place(
         prefixes, corpus.seq_length + 1, corpus.validation_fraction, corpus.num_shards, seed
     )
     for (name, prefix), tokens in zip(prefixes, corpora, strict=True):
@@ -161,21 +168,21 @@ def _prepare_in_place(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int, fol
                 f"{prefix}.bin: source {name} holds token {largest}, but tokenizer.path has only "
                 f"{tokenizer.vocab_size}; give the tokenizer that tokenised it"
             )
-    validation, shards = index_in_place(dealing, corpora, folder)
-    _write_samples(dealing, folder / "samples.parquet", grouped=True)
-    sources = [{"name": stream.name, "train_tokens": stream.num_tokens} for stream in dealing.streams]
+    validation, shards = index_in_place(assignment, corpora, folder)
+    _write_samples(assignment, folder / "samples.parquet", grouped=True)
+    sources = [{"name": stream.name, "train_tokens": stream.num_tokens} for stream in assignment.streams]
     return {"sources": sources, "validation": validation, "shards": shards}
 
 
-def _write_samples(dealing: Dealing, path: Path, grouped: bool = False) -> None:
+def _write_samples(assignment: ShardAssignment, path: Path, grouped: bool = False) -> None:
     """Write the table of samples; `grouped` numbers a shard's samples source by source, as its parts lie."""
-    names = pa.array([stream.name for stream in dealing.streams])
-    numbers = range(len(dealing.streams))
+    names = pa.array([stream.name for stream in assignment.streams])
+    numbers = range(len(assignment.streams))
     with writing(path) as temporary, pq.ParquetWriter(temporary, _SAMPLES) as writer:
-        for shard in range(dealing.num_shards):
+        for shard in range(assignment.num_shards):
             sample = 0
             for wanted in numbers if grouped else [None]:
-                for source, _, lengths in dealing.samples(shard):
+                for source, _, lengths in assignment.samples(shard):
                     chosen = np.arange(len(source)) if wanted is None else np.flatnonzero(source == wanted)
                     columns = [
                         pa.array(np.full(len(chosen), shard, np.int32)),

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_scoring.corpus.corpus import Corpus
-from data_scoring.corpus.packing import Dealing, Stream
+from data_scoring.corpus.packing import ShardAssignment, Stream
 
 _CHUNK_TOKENS = 1 << 20
 
@@ -31,16 +31,16 @@ class ReadingOrder:
         # Of a corpus that is used in place, samples are held out, of others whole documents.
         num_held_out = num_samples - sum(corpus.num_samples(shard) for shard in range(corpus.num_shards))
         self.is_in_place = num_held_out > 0
-        self._dealing = Dealing(streams, corpus.num_shards, seed, num_held_out)
+        self._assignment = ShardAssignment(streams, corpus.num_shards, seed, num_held_out)
 
     @property
     def num_tokens(self) -> int:
         """Return the tokens of all sources, those that are held out of a corpus used in place among them."""
-        return sum(stream.num_tokens for stream in self._dealing.streams)
+        return sum(stream.num_tokens for stream in self._assignment.streams)
 
     def num_source_tokens(self, source: int) -> int:
         """Return the tokens of the source of the number `source`."""
-        return self._dealing.streams[source].num_tokens
+        return self._assignment.streams[source].num_tokens
 
     def blocks(self, source: int) -> Iterator[NDArray[np.integer]]:
         """Yield the tokens of the source of the number `source`, in order, in blocks of bounded size.
@@ -50,7 +50,7 @@ class ReadingOrder:
         if self.is_in_place:
             yield from self._blocks_in_place(source)
             return
-        count = self._dealing.streams[source].num_samples
+        count = self._assignment.streams[source].num_samples
         step = max(1, _CHUNK_TOKENS // self.sample_length)
         for start in range(0, count, step):
             batch = self.corpus.read(*self._place(source, np.arange(start, min(start + step, count), dtype=np.int64)))
@@ -60,8 +60,8 @@ class ReadingOrder:
     def _blocks_in_place(self, source: int) -> Iterator[NDArray[np.integer]]:
         # Every part of a source is an index over the whole of its tokens.
         part = self.corpus.parts(0)[source]
-        for start in range(0, self._dealing.streams[source].num_tokens, _CHUNK_TOKENS):
-            tokens = part.tokens[start : min(start + _CHUNK_TOKENS, self._dealing.streams[source].num_tokens)]
+        for start in range(0, self._assignment.streams[source].num_tokens, _CHUNK_TOKENS):
+            tokens = part.tokens[start : min(start + _CHUNK_TOKENS, self._assignment.streams[source].num_tokens)]
             if tokens.max() >= self.corpus.vocab_size or tokens.min() < 0:
                 raise ValueError(
                     f"{part.prefix}.bin: holds a token outside the vocabulary of {self.corpus.vocab_size}; give the "
@@ -91,4 +91,4 @@ class ReadingOrder:
         return shards, numbers
 
     def _place(self, source: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return self._dealing.place(samples + self._dealing.starts[source])
+        return self._assignment.place(samples + self._assignment.starts[source])

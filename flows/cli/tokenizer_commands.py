@@ -38,7 +38,7 @@ def add_tokenizer(commands: Any) -> None:
 
 def _compact(options: argparse.Namespace) -> None:
     from flows.display.terminal_progress import TerminalProgress
-    from flows.models.vocabulary_pruning import compact_tokenizer
+    from flows.models.vocabulary_pruning import prune_vocabulary
     from flows.models.vocabulary_pruning_report import summarise
     from flows.models.vocabulary_pruning_result import Request
     from flows.run.stored_model import find_checkpoint
@@ -56,7 +56,7 @@ def _compact(options: argparse.Namespace) -> None:
         options.end_of_document,
     )
     with TerminalProgress() as progress:
-        made = compact_tokenizer(request, progress)
+        made = prune_vocabulary(request, progress)
     print(f"{summarise(made)}\n\ntokenizer: {made.tokenizer}\nreport: {made.folder / 'report.html'}")
     if request.checkpoint is not None:
         print(f"checkpoint: {made.folder / 'checkpoint' / request.checkpoint.name}")

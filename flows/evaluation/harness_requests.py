@@ -14,7 +14,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from data_scoring.tokenizer.tokenizer import Tokenizer
-from trainer.requests import Answer, Generation, Likelihood, Likely, Request
+from trainer.requests import Answer, Generation, Likelihood, LogLikelihood, Request
 
 # What lm-eval asks of a model: log-likelihood with whether it is greedy, rolling log-likelihood, generated text.
 Response = tuple[float, bool] | float | str
@@ -60,7 +60,7 @@ class Asked:
             assert isinstance(tokens, list)
             stop = _generation_arguments(instance)[1]
             return str(postprocess_generated_text(self.tokenizer.decode(tokens), stop, think_end_token=None))
-        likely = [answer for answer in answers if isinstance(answer, Likely)]
+        likely = [answer for answer in answers if isinstance(answer, LogLikelihood)]
         if instance.request_type == "loglikelihood_rolling":
             return sum(each.log_likelihood for each in likely)
         [only] = likely

@@ -94,7 +94,9 @@ def repeated_evaluation(run: Run, round_number: int, questions: Sequence[Questio
 def forget_answers(run: Run, round_number: int, questions: Sequence[Question]) -> None:
     """Delete what models of a round answered and scored that this training would not: of other inputs, or to others."""
     for folder in evaluation_folder(run, round_number).glob("step-*"):
-        known = {question.task.name for question in questions if _is_on_the_way(run, round_number, question, folder)}
+        known = {
+            question.task.name for question in questions if _is_asked_in_training(run, round_number, question, folder)
+        }
         # What answers are worth goes before them, lest it stay without them.
         for place in [*(folder / kind for kind in reversed(WORTH)), folder]:
             for path in place.glob("*.parquet"):
@@ -102,7 +104,7 @@ def forget_answers(run: Run, round_number: int, questions: Sequence[Question]) -
                     path.unlink()
 
 
-def scoring_on_the_way(run: Run, round_number: int, questions: Sequence[Question], progress: Progress) -> Progress:
+def scoring_in_training(run: Run, round_number: int, questions: Sequence[Question], progress: Progress) -> Progress:
     """Return `progress` for a round's training, which besides has answers scored soon after the model gave them."""
     folder, looked, known = evaluation_folder(run, round_number), 0.0, 0
 
@@ -124,14 +126,14 @@ def score_training(run: Run, round_number: int, questions: Sequence[Question], a
     for folder in sorted(evaluation_folder(run, round_number).glob("step-*")):
         for question in questions:
             is_wanted = anew or not requests_path(folder / "scores", question.task.name).exists()
-            if is_wanted and _is_on_the_way(run, round_number, question, folder):
+            if is_wanted and _is_asked_in_training(run, round_number, question, folder):
                 write_scores(question, folder, is_end=False)
                 scored += 1
     if scored:
         refresh_ledger(run.folder)
 
 
-def _is_on_the_way(run: Run, round_number: int, question: Question, folder: Path) -> bool:
+def _is_asked_in_training(run: Run, round_number: int, question: Question, folder: Path) -> bool:
     """Return whether `folder` has answers to these very requests that a round's training gave after its step."""
     requests, name = requests_folder(run), question.task.name
     if not question.asked.requests:

@@ -25,7 +25,7 @@ from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import InheritConfig, ModelConfig
 from trainer.jobs import MaskJob, TaylorJob
 from trainer.neuron_scores import choose
-from trainer.pruning import Part, cut_depth, is_as_wide, slice_checkpoint
+from trainer.pruning import PruningPlan, cut_depth, is_as_wide, slice_checkpoint
 from trainer.weights import Weights
 
 # A row a layer: which of the teacher's it was, and which of its structures stay, by their numbers there.
@@ -159,7 +159,7 @@ def _cut(teacher: StoredModel, layers: Sequence[int], folder: Path, tokens: Sequ
     return replace(teacher, config=config, checkpoint=target, vocab_size=vocab_size)
 
 
-def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Progress) -> Part:
+def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Progress) -> PruningPlan:
     """Return which neurons of `teacher`, all of whose layers stay, the run's model has."""
     model = run.config.model
     assert model.inherit is not None
@@ -194,10 +194,10 @@ def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Prog
     if learned is None or learned["fingerprint"] != identity:
         launcher.launch(masks, run.folder, "inherit-masks", progress, run.config.launch)
         learned = read_json(folder / "masks.json")
-    return Part.model_validate(learned["part"])
+    return PruningPlan.model_validate(learned["part"])
 
 
-def _write_lineage(folder: Path, teacher: StoredModel, inherit: InheritConfig, part: Part) -> None:
+def _write_lineage(folder: Path, teacher: StoredModel, inherit: InheritConfig, part: PruningPlan) -> None:
     """Write which of the teacher's structures the model is made of."""
     common = {
         "teacher": str(teacher.place),

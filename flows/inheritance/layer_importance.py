@@ -17,7 +17,7 @@ from flows.run.stored_model import StoredModel
 from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.config import check_layout
 from trainer.devices import resolve_precision
-from trainer.jobs import SkipJob
+from trainer.jobs import AblationJob
 
 # Sums of increases are compared in whole billionths of a nat, so that ties are ties whatever the order of adding.
 _UNITS_PER_NAT = 10**9
@@ -42,7 +42,7 @@ def measure_importance(run: Run, teacher: StoredModel, folder: Path, num_samples
     precision = resolve_precision(config.train.precision, device_kind(config))
     identity = fingerprint("skips", corpus.fingerprint, teacher.identity, num_samples, config.seed, precision)
     fields = job_fields(run, 1, identity) | {"model": teacher.config, "round_folder": folder.absolute()}
-    job = SkipJob(
+    job = AblationJob(
         **fields,
         weights=checkpoint.absolute(),
         num_samples=num_samples,
@@ -55,7 +55,7 @@ def measure_importance(run: Run, teacher: StoredModel, folder: Path, num_samples
 
 
 @dataclass(frozen=True)
-class Skips:
+class LayerAblation:
     """What skipping costs, as measured: by first layer and number of layers, a row of skips.parquet."""
 
     rows: dict[tuple[int, int], dict[str, Any]]
@@ -83,9 +83,9 @@ class Skips:
         return round(value * _UNITS_PER_NAT)
 
 
-def read_skips(path: Path) -> Skips:
+def read_ablation(path: Path) -> LayerAblation:
     """Return what a skips.parquet holds."""
-    return Skips({(row["start"], row["length"]): row for row in pq.read_table(path).to_pylist()})
+    return LayerAblation({(row["start"], row["length"]): row for row in pq.read_table(path).to_pylist()})
 
 
 def predict_increase(skips: Path, layers: Sequence[int]) -> float:
@@ -94,7 +94,7 @@ def predict_increase(skips: Path, layers: Sequence[int]) -> float:
     Runs of skipped layers add up. A run costs what was measured of it; of a longer one than any that was measured,
     every layer adds what it does to the longest measured block that ends with it.
     """
-    measured = read_skips(skips)
+    measured = read_ablation(skips)
     total = before = 0
     for layer in range(measured.num_layers):
         if layer in layers:
@@ -111,7 +111,7 @@ def keep_layers(skips: Path, num_layers: int) -> tuple[int, ...]:
     First and last stay, unless only one does. Of sets that cost the same, to a billionth of a nat, the one that drops
     the earlier layers. Raises ValueError where the larger model has not as many layers.
     """
-    measured = read_skips(skips)
+    measured = read_ablation(skips)
     depth = measured.num_layers
     if not 1 <= num_layers <= depth:
         raise ValueError(f"num_layers: {num_layers} is not between 1 and the {depth} layers of the larger model")
@@ -120,7 +120,7 @@ def keep_layers(skips: Path, num_layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(depth) if layer not in dropped)
 
 
-def _cheapest_drop(measured: Skips, layers: range, count: int) -> tuple[int, ...]:
+def _cheapest_drop(measured: LayerAblation, layers: range, count: int) -> tuple[int, ...]:
     """Return the `count` of the `layers` whose absence costs least.
 
     A dynamic programme: for each number of layers dropped so far, and of those just before the next one as far as they

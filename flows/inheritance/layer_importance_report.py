@@ -12,7 +12,7 @@ from data_scoring.evaluation.tasks import COLUMNS
 from flows.display.figures import render_figure
 from flows.display.result_page import Page, Picture, Section, write_page
 from flows.evaluation.results import describe_items
-from flows.inheritance.layer_importance import Skips, keep_layers, predict_increase, read_skips
+from flows.inheritance.layer_importance import LayerAblation, keep_layers, predict_increase, read_ablation
 
 _COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 # Of increases further apart than this, the small ones can be told apart on a logarithmic axis alone.
@@ -27,7 +27,7 @@ def write_importance_report(
     Says which layers stay for each target depth in `depths`; `measured_on` says what losses were measured on. With
     `scores` it says, too, what the model scores in evaluation tasks without each block.
     """
-    measured = read_skips(skips)
+    measured = read_ablation(skips)
     loss = measured.rows[0, 0]["loss"]
     lead = [
         f"The loss of all {measured.num_layers} layers is {loss:.4f} nats per token, over {measured_on}. Layers are "
@@ -89,7 +89,7 @@ def _draw_scores(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _choices(skips: Path, depths: list[int]) -> Section:
-    num_layers, cells = read_skips(skips).num_layers, []
+    num_layers, cells = read_ablation(skips).num_layers, []
     for depth in depths:
         kept = keep_layers(skips, depth)
         dropped = [layer for layer in range(num_layers) if layer not in kept]
@@ -98,14 +98,13 @@ def _choices(skips: Path, depths: list[int]) -> Section:
     notes = [
         "Those stay whose absence would cost most, the first and the last among them unless one alone stays. The "
         "increase to be expected, in nats per token and before any training, is the sum over the runs of layers that "
-        "are dropped. Of "
-        f"a run of more than {read_skips(skips).longest} layers, each adds what it does to the longest block that ends "
-        "with it.",
+        f"are dropped. Of a run of more than {read_ablation(skips).longest} layers, each adds what it does to the "
+        "longest block that ends with it.",
     ]
     return Section("Which layers stay", notes, ["layers", "stay", "dropped", "increase of the loss"], cells)
 
 
-def _blocks(measured: Skips) -> Section:
+def _blocks(measured: LayerAblation) -> Section:
     lengths = range(1, measured.longest + 1)
     cells = [
         [str(start), *(_increase(measured, start, length) for length in lengths)]
@@ -115,7 +114,7 @@ def _blocks(measured: Skips) -> Section:
     return Section("Every block", notes, ["first skipped", *map(_count, lengths)], cells)
 
 
-def _increase(measured: Skips, start: int, length: int) -> str:
+def _increase(measured: LayerAblation, start: int, length: int) -> str:
     row = measured.rows.get((start, length))
     if row is None:
         return ""
@@ -124,7 +123,7 @@ def _increase(measured: Skips, start: int, length: int) -> str:
     return f"**{text}**" if row["increase"] == min(_column(measured, length).values()) else text
 
 
-def _column(measured: Skips, length: int) -> dict[int, float]:
+def _column(measured: LayerAblation, length: int) -> dict[int, float]:
     """Return the increases of the blocks of `length` layers, by the first of them."""
     return {start: row["increase"] for (start, other), row in measured.rows.items() if other == length}
 
@@ -133,7 +132,7 @@ def _count(length: int) -> str:
     return "1 layer" if length == 1 else f"{length} layers"
 
 
-def importance(measured: Skips) -> Figure:
+def importance(measured: LayerAblation) -> Figure:
     """Draw the increase of the loss against the first skipped layer, a line for each number of layers."""
     figure, axes = plt.subplots(figsize=(9, 4.2))
     increases = [row["increase"] for (_, length), row in measured.rows.items() if length]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_scoring.base.files import read_json, writing
 from flows.launch import torchrun
-from flows.launch.torchrun import Meeting
+from flows.launch.torchrun import Rendezvous
 from flows.run.folder import read_run
 from flows.run.status import read_status
 
@@ -24,10 +24,10 @@ _SECONDS_OF_SILENCE = 30.0
 
 
 def _announcement(run_folder: Path) -> Path:
-    return run_folder / "logs" / "meeting.json"
+    return run_folder / "logs" / "rendezvous.json"
 
 
-class _Pulse:
+class _Heartbeat:
     """A file that says by changing that its writer is alive."""
 
     def __init__(self, path: Path, content: dict[str, object]) -> None:
@@ -49,14 +49,14 @@ class _Pulse:
         self._path.unlink(missing_ok=True)
 
 
-class _Listener:
-    """Tells by this host's clock alone for how long a pulse has not changed."""
+class _HeartbeatMonitor:
+    """Tells by this host's clock alone for how long a heartbeat has not changed."""
 
     def __init__(self) -> None:
         self._heard: dict[Path, tuple[object, float]] = {}
 
     def silence(self, path: Path, content: object) -> float:
-        """Return for how many seconds the pulse in `path` has had this `content`."""
+        """Return for how many seconds the heartbeat in `path` has had this `content`."""
         known, since = self._heard.get(path, (None, 0.0))
         if known != content:
             since = time.monotonic()
@@ -67,27 +67,29 @@ class _Listener:
 class Leader:
     """Announces an attempt at a job to the hosts that join, and listens whether they live."""
 
-    def __init__(self, run_folder: Path, job_path: Path, meeting: Meeting) -> None:
+    def __init__(self, run_folder: Path, job_path: Path, rendezvous: Rendezvous) -> None:
         self._folder = run_folder / "logs" / "nodes"
-        self._meeting = meeting
-        self._pulse = _Pulse(_announcement(run_folder), {"job": str(job_path), "meeting": asdict(meeting)})
-        self._listener = _Listener()
+        self._rendezvous = rendezvous
+        self._heartbeat = _Heartbeat(
+            _announcement(run_folder), {"job": str(job_path), "rendezvous": asdict(rendezvous)}
+        )
+        self._monitor = _HeartbeatMonitor()
 
     def lost_host(self) -> str | None:
         """Go on announcing, and return the name of a host that had joined and has fallen silent, or None."""
-        self._pulse.beat()
+        self._heartbeat.beat()
         for path in self._folder.glob("*.json"):
             content = read_json(path)
-            if content is None or content["meeting"] != self._meeting.id:
+            if content is None or content["rendezvous"] != self._rendezvous.id:
                 continue
-            if self._listener.silence(path, content) > _SECONDS_OF_SILENCE:
+            if self._monitor.silence(path, content) > _SECONDS_OF_SILENCE:
                 path.unlink(missing_ok=True)
                 return str(content["host"])
         return None
 
     def end(self) -> None:
         """Take the announcement back."""
-        self._pulse.end()
+        self._heartbeat.end()
 
 
 def join(run_folder: Path, interface: str | None) -> None:
@@ -98,33 +100,37 @@ def join(run_folder: Path, interface: str | None) -> None:
     run_folder = run_folder.absolute()
     if read_run(run_folder).config.launch.nodes == 1:
         raise ValueError(f"{run_folder}: launch.nodes is 1; nobody is waited for")
-    listener = _Listener()
+    monitor = _HeartbeatMonitor()
     done = ""
     while not all(row.state == "done" for row in read_status(run_folder)):
         content = read_json(_announcement(run_folder))
-        if content is None or content["meeting"]["id"] == done:
+        if content is None or content["rendezvous"]["id"] == done:
             time.sleep(1)
-        elif listener.silence(_announcement(run_folder), content) > _SECONDS_OF_SILENCE:
-            # Whoever announced it is gone; the next one will announce another meeting.
+        elif monitor.silence(_announcement(run_folder), content) > _SECONDS_OF_SILENCE:
+            # Whoever announced it is gone; the next one will announce another rendezvous.
             time.sleep(1)
         else:
-            meeting = Meeting(**content["meeting"])
-            print(f"joining {Path(content['job']).stem} at {meeting.endpoint}", file=sys.stderr, flush=True)
-            _take_part(run_folder, Path(content["job"]), meeting, interface, listener)
-            done = meeting.id
+            rendezvous = Rendezvous(**content["rendezvous"])
+            print(f"joining {Path(content['job']).stem} at {rendezvous.endpoint}", file=sys.stderr, flush=True)
+            _take_part(run_folder, Path(content["job"]), rendezvous, interface, monitor)
+            done = rendezvous.id
     print("the run is done", file=sys.stderr)
 
 
-def _take_part(run_folder: Path, job_path: Path, meeting: Meeting, interface: str | None, listener: _Listener) -> None:
+def _take_part(
+    run_folder: Path, job_path: Path, rendezvous: Rendezvous, interface: str | None, monitor: _HeartbeatMonitor
+) -> None:
     """Start this host's ranks for one attempt and see them to its end, or to the end of who announced it."""
     me = f"{platform.node()}-{os.getpid()}"
-    pulse = _Pulse(run_folder / "logs" / "nodes" / f"{me}.json", {"host": platform.node(), "meeting": meeting.id})
+    heartbeat = _Heartbeat(
+        run_folder / "logs" / "nodes" / f"{me}.json", {"host": platform.node(), "rendezvous": rendezvous.id}
+    )
     log_path = run_folder / "logs" / f"{job_path.name.split('.')[0]}.{me}.log"
     with log_path.open("ab") as log:
-        process = torchrun.start(job_path, meeting, is_head=False, interface=interface, log=log)
+        process = torchrun.start(job_path, rendezvous, is_head=False, interface=interface, log=log)
         try:
-            while process.poll() is None and _is_on(run_folder, meeting, listener):
-                pulse.beat()
+            while process.poll() is None and _is_on(run_folder, rendezvous, monitor):
+                heartbeat.beat()
                 time.sleep(0.2)
             if process.poll() is None:
                 # The head's torchrun ends first, and takes the announcement with it: the ranks may be about to end.
@@ -132,13 +138,13 @@ def _take_part(run_folder: Path, job_path: Path, meeting: Meeting, interface: st
         except subprocess.TimeoutExpired:
             pass
         finally:
-            torchrun.stop(process, meeting.seconds_to_stop)
-            pulse.end()
+            torchrun.stop(process, rendezvous.seconds_to_stop)
+            heartbeat.end()
 
 
-def _is_on(run_folder: Path, meeting: Meeting, listener: _Listener) -> bool:
+def _is_on(run_folder: Path, rendezvous: Rendezvous, monitor: _HeartbeatMonitor) -> bool:
     path = _announcement(run_folder)
     content = read_json(path)
-    if content is None or content["meeting"]["id"] != meeting.id:
+    if content is None or content["rendezvous"]["id"] != rendezvous.id:
         return False
-    return listener.silence(path, content) < _SECONDS_OF_SILENCE
+    return monitor.silence(path, content) < _SECONDS_OF_SILENCE

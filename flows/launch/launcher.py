@@ -16,7 +16,7 @@ from flows.launch import torchrun
 from flows.launch.hosts import Leader
 from flows.launch.log_lines import redact
 from flows.launch.slurm import SlurmRanks, script
-from flows.launch.torchrun import Meeting
+from flows.launch.torchrun import Rendezvous
 from flows.run.config import LaunchConfig
 from flows.run.locks import ranks_gone
 from flows.run.rank_errors import RanksFailedError, first_error
@@ -44,10 +44,10 @@ class _LocalRanks:
     """Ranks under torchrun on this host, and on those that join it."""
 
     def __init__(self, job: Job, job_path: Path, run_folder: Path, log: BinaryIO, launch: LaunchConfig) -> None:
-        meeting = local_meeting(job, launch)
+        rendezvous = local_rendezvous(job, launch)
         self._seconds_to_stop = job.seconds_to_stop
-        self._leader = Leader(run_folder, job_path, meeting) if launch.nodes > 1 else None
-        self._process = torchrun.start(job_path, meeting, is_head=True, interface=launch.interface, log=log)
+        self._leader = Leader(run_folder, job_path, rendezvous) if launch.nodes > 1 else None
+        self._process = torchrun.start(job_path, rendezvous, is_head=True, interface=launch.interface, log=log)
 
     def poll(self) -> int | None:
         lost = self._leader.lost_host() if self._leader is not None else None
@@ -66,9 +66,9 @@ class _LocalRanks:
         return "starting ranks" if self._leader is None else "starting ranks, and waiting for the other hosts to join"
 
 
-def local_meeting(job: Job, launch: LaunchConfig) -> Meeting:
+def local_rendezvous(job: Job, launch: LaunchConfig) -> Rendezvous:
     """Return where the hosts of an attempt at `job` meet, started by torchrun."""
-    return Meeting(
+    return Rendezvous(
         id=uuid.uuid4().hex[:12],
         endpoint=launch.rendezvous if launch.nodes > 1 and launch.rendezvous else "127.0.0.1:0",
         num_nodes=launch.nodes,
@@ -84,7 +84,7 @@ def plan(job: Job, run_folder: Path, name: str, config: LaunchConfig) -> str:
     job_path = logs / f"{name}.job.json"
     if config.kind == "slurm":
         return script(job, job_path, name, logs / f"{name}.log", config)
-    here = shlex.join(torchrun.command(job_path, local_meeting(job, config), is_head=True, address="ADDRESS"))
+    here = shlex.join(torchrun.command(job_path, local_rendezvous(job, config), is_head=True, address="ADDRESS"))
     return here if config.nodes == 1 else f"{here}\n# and on {config.nodes - 1} more hosts:\nreprise join {run_folder}"
 
 
@@ -175,7 +175,7 @@ def _raise_failure(job: Job, state: str, log_path: Path, started: int) -> None:
     where = f"(log: {log_path})"
     goes_on = "the same command goes on from the last checkpoint"
     first = first_error(job.errors)
-    if first is not None and first["is_users"]:
+    if first is not None and first["is_user_error"]:
         raise ValueError(redact(f"{first['message']} {where}", os.environ))
     killed = _killed_rank(log_path, started)
     if killed is not None:

@@ -17,7 +17,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where and how the hosts of one attempt at a job meet; `id` tells it from every other attempt.
 
     seconds_to_stop: what ranks get to save and end once they are told to stop.
@@ -31,13 +31,13 @@ class Meeting:
     seconds_to_stop: float
 
 
-def command(job_path: Path, meeting: Meeting, is_head: bool, address: str) -> list[str]:
+def command(job_path: Path, rendezvous: Rendezvous, is_head: bool, address: str) -> list[str]:
     """Return the command that starts this host's ranks; `address` is the one that other hosts reach it at."""
     return [
         *(sys.executable, "-W", "ignore", "-m", "trainer.agent"),
-        *("--nnodes", str(meeting.num_nodes), "--nproc-per-node", str(meeting.processes_per_node)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", meeting.endpoint, "--rdzv-id", meeting.id),
-        *("--rdzv-conf", f"is_host={int(is_head)},join_timeout={meeting.join_seconds}"),
+        *("--nnodes", str(rendezvous.num_nodes), "--nproc-per-node", str(rendezvous.processes_per_node)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous.endpoint, "--rdzv-id", rendezvous.id),
+        *("--rdzv-conf", f"is_host={int(is_head)},join_timeout={rendezvous.join_seconds}"),
         # What ranks say comes to the log with their number before it, and to a file of each one's own.
         *("--tee", "3", "--log-dir", str(job_path.with_name("ranks"))),
         *("--local-addr", address, "-m", "trainer.worker", str(job_path)),
@@ -45,17 +45,17 @@ def command(job_path: Path, meeting: Meeting, is_head: bool, address: str) -> li
 
 
 def start(
-    job_path: Path, meeting: Meeting, is_head: bool, interface: str | None, log: BinaryIO
+    job_path: Path, rendezvous: Rendezvous, is_head: bool, interface: str | None, log: BinaryIO
 ) -> subprocess.Popen[bytes]:
     """Start this host's ranks, which end with this process, and return torchrun; all they say goes to `log`."""
-    address, found = ("127.0.0.1", "lo") if meeting.num_nodes == 1 else local_address(meeting.endpoint, is_head)
+    address, found = ("127.0.0.1", "lo") if rendezvous.num_nodes == 1 else local_address(rendezvous.endpoint, is_head)
     return subprocess.Popen(
-        command(job_path, meeting, is_head, address),
+        command(job_path, rendezvous, is_head, address),
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         env={
-            **rank_environment(interface or found, meeting.seconds_to_stop),
+            **rank_environment(interface or found, rendezvous.seconds_to_stop),
             "REPRISE_LAUNCHER": str(os.getpid()),
         },
         start_new_session=True,

@@ -26,7 +26,7 @@ from data_scoring.tokenizer.vocabulary import open_vocabulary
 from flows.models.counted_text import CountedText, end_of_document, open_text
 from flows.models.vocabulary_pruning_result import (
     PAPER_COVERAGE,
-    Compaction,
+    PrunedVocabulary,
     Request,
     dropped_tokens,
     parameters_at,
@@ -40,7 +40,7 @@ _MEASURED_BYTES = 16 << 20
 _SEED = 0
 
 
-def compact_tokenizer(request: Request, progress: Progress) -> Compaction:
+def prune_vocabulary(request: Request, progress: Progress) -> PrunedVocabulary:
     """Return the smaller vocabulary that `request` asks for, written into a folder of its own.
 
     Raises ValueError, leaving nothing but the counts for the next try, for what cannot be read or asked for.
@@ -69,7 +69,7 @@ def compact_tokenizer(request: Request, progress: Progress) -> Compaction:
     try:
         vocabulary.save(choice.kept, temporary / name)
         lengths = _measure(request, text, sources, temporary, name, progress)
-        made = Compaction(
+        made = PrunedVocabulary(
             folder, folder / name, vocabulary.pieces, counts, sources, curve, choice, lengths, model, paper_size,
             cheapest, reason,
         )  # fmt: skip
@@ -150,7 +150,7 @@ def _counted(texts: Iterator[str], what: str, progress: Progress) -> Iterator[st
         yield text
 
 
-def _write_tables(made: Compaction, folder: Path) -> None:
+def _write_tables(made: PrunedVocabulary, folder: Path) -> None:
     tokens = [token for token, piece in enumerate(made.pieces) if piece is not None]
     by_source = [
         dict(zip((source.name for source in made.sources), values, strict=True))
@@ -186,7 +186,7 @@ def _write_tables(made: Compaction, folder: Path) -> None:
     (folder / "dropped.tsv").write_text("\n".join(["id\tcount\tpiece", *lines]) + "\n", encoding="utf-8")
 
 
-def _cut_checkpoint(checkpoint: Path, made: Compaction, folder: Path, progress: Progress) -> None:
+def _cut_checkpoint(checkpoint: Path, made: PrunedVocabulary, folder: Path, progress: Progress) -> None:
     from trainer.vocabulary_rows import cut_checkpoint
 
     progress("cutting the checkpoint", 0, 1)

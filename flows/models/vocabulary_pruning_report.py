@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from flows.display.figures import render_figure
 from flows.display.html import html_figure, html_page, html_table
 from flows.display.markdown import markdown_table
-from flows.models.vocabulary_pruning_result import PAPER_COVERAGE, Compaction, Request, dropped_tokens
+from flows.models.vocabulary_pruning_result import PAPER_COVERAGE, PrunedVocabulary, Request, dropped_tokens
 
 _COLORS = {"coverage": "#0072b2", "share": "#d55e00", "length": "#009e73", "cost": "#cc79a7"}
 _MOST_DROPPED = 60
 
 
-def summarise(made: Compaction) -> str:
+def summarise(made: PrunedVocabulary) -> str:
     """Return what was made, as Markdown that reads well as plain text too."""
     head, rows = _sizes(made)
     length_head, length_rows = _lengths(made)
@@ -30,7 +30,7 @@ def summarise(made: Compaction) -> str:
     )
 
 
-def write_page(made: Compaction, request: Request, folder: Path) -> None:
+def write_page(made: PrunedVocabulary, request: Request, folder: Path) -> None:
     """Write `report.html` and its picture into `folder`."""
     png = render_figure(lambda: _draw(made))
     (folder / "curves.png").write_bytes(png)
@@ -56,7 +56,7 @@ def write_page(made: Compaction, request: Request, folder: Path) -> None:
     (folder / "report.html").write_text(html_page(made.folder.name, "".join(body)), encoding="utf-8")
 
 
-def _sizes(made: Compaction) -> tuple[list[str], list[list[str]]]:
+def _sizes(made: PrunedVocabulary) -> tuple[list[str], list[list[str]]]:
     """Return what the sizes of interest are worth: before, after, the cheapest, the paper's coverage."""
     whole, size = int(made.curve.sizes[-1]), len(made.choice.tokens)
     named = {
@@ -78,7 +78,7 @@ def _sizes(made: Compaction) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _lengths(made: Compaction) -> tuple[list[str], list[list[str]]]:
+def _lengths(made: PrunedVocabulary) -> tuple[list[str], list[list[str]]]:
     rows = []
     for length in made.lengths:
         before, after = max(1, length.tokens_before), max(1, length.tokens_after)
@@ -91,7 +91,7 @@ def _lengths(made: Compaction) -> tuple[list[str], list[list[str]]]:
     return ["source", "bytes measured", "bytes per token before", "after", "longer by"], rows
 
 
-def _measured_on(made: Compaction) -> str:
+def _measured_on(made: PrunedVocabulary) -> str:
     samples = sum(length.is_sample for length in made.lengths)
     measured = (
         "the whole text"
@@ -106,7 +106,7 @@ def _measured_on(made: Compaction) -> str:
     )
 
 
-def _draw(made: Compaction) -> Figure:
+def _draw(made: PrunedVocabulary) -> Figure:
     curve = made.curve
     parameters = made.parameters()
     share = 1 - made.model.num_parameters(0) / parameters

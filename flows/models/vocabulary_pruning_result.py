@@ -29,7 +29,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Compaction:
+class PrunedVocabulary:
     """A vocabulary cut down: what it was and is, what that costs and saves, and where it lies."""
 
     folder: Path
@@ -70,7 +70,7 @@ def parameters_at(model: ModelConfig, curve: Curve) -> NDArray[np.float64]:
     return fixed + per_token * curve.sizes.astype(np.float64)
 
 
-def dropped_tokens(made: Compaction) -> list[int]:
+def dropped_tokens(made: PrunedVocabulary) -> list[int]:
     """Return the tokens that are gone, the most frequent first."""
     kept = set(made.choice.tokens)
     dropped = [token for token, piece in enumerate(made.pieces) if piece is not None and token not in kept]

@@ -108,10 +108,10 @@ def _importance(skips: Path) -> list[str]:
     if not skips.exists():
         return []
     # Here, for its own page is made of this module's parts.
-    from flows.inheritance.layer_importance import read_skips
+    from flows.inheritance.layer_importance import read_ablation
     from flows.inheritance.layer_importance_report import importance
 
-    png = render_figure(lambda: importance(read_skips(skips)))
+    png = render_figure(lambda: importance(read_ablation(skips)))
     with writing(skips.parents[3] / "report" / "importance.png") as temporary:
         temporary.write_bytes(png)
     return [html_figure(png, "Increase of the larger model's loss where layers are skipped, by the first of them.")]

@@ -28,7 +28,7 @@ from flows.evaluation.rounds import (
     repeated_evaluation,
     score_answers,
     score_training,
-    scoring_on_the_way,
+    scoring_in_training,
     training_questions,
 )
 from flows.inheritance.initial_checkpoint import inherited_checkpoint, is_current, make_start
@@ -210,7 +210,7 @@ def train(run: Run, round_number: int, progress: Progress) -> bool:
     forget_answers(run, round_number, questions)
     job = _train_job(run, round_number, start_from, run.fingerprint("train", round_number), questions)
     with _completing(run, "train", round_number):
-        progress = scoring_on_the_way(run, round_number, questions, progress)
+        progress = scoring_in_training(run, round_number, questions, progress)
         launcher.launch(job, run.folder, f"train-{round_number}", progress, run.config.launch)
         score_training(run, round_number, questions)
     return True

@@ -19,11 +19,11 @@ from data_scoring.losses.shard_scoring import losses_path, write_losses
 from data_scoring.refine.training_mix import Mix
 from flows.launch import launcher
 from tests.conftest import make_documents
-from trainer.jobs import EvaluateJob, Evaluation, GenerateJob, Job, SkipJob, TrainJob
+from trainer.jobs import AblationJob, EvaluateJob, Evaluation, GenerateJob, Job, TrainJob
 from trainer.records import STEPS, VALIDATION
 from trainer.requests import (
     Likelihood,
-    Likely,
+    LogLikelihood,
     has_answers,
     identify_answers,
     read_requests,
@@ -81,8 +81,8 @@ class FakeRanks:
             write_json(job.round_folder / "generation.json", speed)
         elif isinstance(job, EvaluateJob):
             self.asked += answer(job.evaluation, job.answers, job.fingerprint)
-        elif isinstance(job, SkipJob):
-            write_skips(job.result, job.model.num_layers, job.longest_block, job.fingerprint)
+        elif isinstance(job, AblationJob):
+            write_ablation(job.result, job.model.num_layers, job.longest_block, job.fingerprint)
         else:
             for shard in range(corpus.num_shards):
                 lengths = corpus.lengths(shard)
@@ -99,7 +99,7 @@ def answer(evaluation: Evaluation, folder: Path, model: str) -> list[str]:
         identity = identify_answers(model, requests)
         if not has_answers(requests_path(folder, task), identity):
             answers = [
-                Likely(-float(len(request.continuation)), False) if isinstance(request, Likelihood) else []
+                LogLikelihood(-float(len(request.continuation)), False) if isinstance(request, Likelihood) else []
                 for request in read_requests(requests)
             ]
             write_answers(requests_path(folder, task), answers, identity)
@@ -133,7 +133,7 @@ def train(job: TrainJob, corpus: Corpus, measured: tuple[float, float]) -> int:
     return len(steps)
 
 
-def write_skips(path: Path, num_layers: int, longest: int, fingerprint: str = "", seed: int = 0) -> None:
+def write_ablation(path: Path, num_layers: int, longest: int, fingerprint: str = "", seed: int = 0) -> None:
     """Write what skipping layers costs: random increases, at times negative, of a loss of 5."""
     generator = np.random.default_rng(seed)
     blocks = [(start, n) for n in range(1, min(longest, num_layers) + 1) for start in range(num_layers - n + 1)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_scoring import config
 from kernels import linear_cross_entropy as module
 from kernels import linear_cross_entropy_triton
-from kernels.linear_cross_entropy import LossKernel, judge_labels, linear_cross_entropy
+from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy, score_labels
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -149,7 +149,7 @@ def judged(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, int]:
 def test_the_most_probable_label_is_told(kernel: LossKernel, shape: tuple[int, int, int]) -> None:
     *tensors, num_rows = judged(shape) if shape[1] > 5 else (*inputs(shape, torch.float32)[:3], 2)
     hidden, weight, labels = (tensor.to(DEVICE if kernel == "triton" else "cpu") for tensor in tensors)
-    losses, are_greatest = judge_labels(hidden, weight, labels, kernel, num_rows=num_rows)
+    losses, are_greatest = score_labels(hidden, weight, labels, kernel, num_rows=num_rows)
     logits = hidden.cpu().double() @ weight[:num_rows].cpu().double().t()
     expected = F.cross_entropy(logits, labels.cpu(), reduction="none")
     assert float((losses.cpu() - expected).abs().max()) < 1e-5
@@ -167,8 +167,8 @@ def test_of_labels_that_rounding_makes_equal_the_first_is_told(kernel: LossKerne
     labels = (is_greatest * torch.arange(shape[1])).argmax(dim=1)
     expected = is_greatest.sum(dim=1) == 1
     assert 0.01 < 1 - expected.float().mean() < 0.5
-    assert torch.equal(judge_labels(hidden, weight, labels, kernel)[1], expected)
-    assert judge_labels(hidden, weight, logits.argmax(dim=1), kernel)[1].all()
+    assert torch.equal(score_labels(hidden, weight, labels, kernel)[1], expected)
+    assert score_labels(hidden, weight, logits.argmax(dim=1), kernel)[1].all()
 
 
 @pytest.mark.parametrize("shape", VOCABULARIES)
@@ -229,10 +229,10 @@ def _rank(rank: int, ranks: int, folder: Path) -> None:
     }
     hidden, weight, labels, num_rows = judged(SHARDED)
     part = weight.chunk(ranks)[rank]
-    told = {kernel: judge_labels(hidden, part, labels, kernel, group, num_rows) for kernel in results}
+    told = {kernel: score_labels(hidden, part, labels, kernel, group, num_rows) for kernel in results}
     # Where both ranks have the same rows, a label of the second has its like on the first.
     again = {
-        kernel: [judge_labels(hidden, weight, labels + first, kernel, group)[1] for first in (0, len(weight))]
+        kernel: [score_labels(hidden, weight, labels + first, kernel, group)[1] for first in (0, len(weight))]
         for kernel in results
     }
     torch.save({"results": results, "reduced": reduced[:6], "told": told, "again": again}, folder / f"{rank}.pt")

@@ -17,6 +17,7 @@ from tests.rehearsal.flaws import FLAWS
 from tests.rehearsal.plan import Rehearsal
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 from trainer.jobs import (
+    AblationJob,
     AnyJob,
     CalibrateJob,
     EvaluateJob,
@@ -24,7 +25,6 @@ from trainer.jobs import (
     GenerateJob,
     MaskJob,
     ScoreJob,
-    SkipJob,
     TaylorJob,
     TrainJob,
 )
@@ -103,7 +103,7 @@ class CudaJobs:
             CalibrateJob(**common("calibrate"), score=score, origin=ORIGIN, round_number=1),
             EvaluateJob(**common("evaluate"), evaluation=evaluation, answers=answers, loss_kernel="chunked"),
             GenerateJob(**common("generate"), batch_size=3, num_new_tokens=4),
-            SkipJob(**common("skip"), **few),
+            AblationJob(**common("skip"), **few),
             TaylorJob(**common("taylor"), **few),
             MaskJob(**common("masks"), student=_STUDENT, steps=2, batch_size=4, **few),
         ):

@@ -22,6 +22,7 @@ from data_scoring.refine.training_mix import write_mix
 from tests.conftest import ORIGIN, TINY_MODEL, TINY_TRAIN
 from trainer.config import CheckpointConfig, ParallelConfig
 from trainer.jobs import (
+    AblationJob,
     CalibrateJob,
     EvaluateJob,
     Evaluation,
@@ -29,11 +30,10 @@ from trainer.jobs import (
     Job,
     MaskJob,
     ScoreJob,
-    SkipJob,
     TaylorJob,
     TrainJob,
 )
-from trainer.requests import Generation, Likelihood, Likely, read_answers, requests_path, write_requests
+from trainer.requests import Generation, Likelihood, LogLikelihood, read_answers, requests_path, write_requests
 
 STEPS, STOPPED_AT = 6, 3
 STUDENT = TINY_MODEL.model_copy(
@@ -147,7 +147,7 @@ class Place:
             CalibrateJob(**common, score=calibration, origin=ORIGIN, round_number=1),
             EvaluateJob(**common, evaluation=evaluation, answers=self.folder / "answers", loss_kernel="chunked"),
             GenerateJob(**common, batch_size=3, num_new_tokens=20),
-            SkipJob(**common, **sized),
+            AblationJob(**common, **sized),
             TaylorJob(**common, **sized),
             MaskJob(**common, student=STUDENT, **sized, steps=5, batch_size=8),
         ]
@@ -218,13 +218,15 @@ def read_results(folder: Path) -> dict[str, Numbers]:
     calibration = pq.read_table(folder / "calibration.parquet")
     prefixes = [name for name in calibration.column_names if name == "loss" or name.startswith("prefix:")]
     answers = read_answers(folder / "answers" / "some.parquet")
-    likely = [answer for answer in answers if isinstance(answer, Likely)]
+    likely = [answer for answer in answers if isinstance(answer, LogLikelihood)]
     found |= {
         "score": {"loss": np.concatenate(losses)},
         "calibrate": _columns(folder / "calibration.parquet", *prefixes),
         "evaluate": {
             "log-likelihoods": np.array([answer.log_likelihood for answer in likely]),
-            "tokens": np.array([token for answer in answers if not isinstance(answer, Likely) for token in answer]),
+            "tokens": np.array(
+                [token for answer in answers if not isinstance(answer, LogLikelihood) for token in answer]
+            ),
         },
         "skip": _columns(folder / "skips.parquet", "loss", "increase"),
         "taylor": {

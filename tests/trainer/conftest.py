@@ -26,7 +26,7 @@ def found(
     with FileLock(f"{folder}.lock"):
         if not (folder / "1.pickle").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            (folder / "meetings").mkdir(parents=True)
+            (folder / "rendezvous").mkdir(parents=True)
             checkpoint = list_checkpoints(trained / "checkpoint")[-1]
             torch.multiprocessing.spawn(work, args=(folder, tiny_corpus.folder, hugging_face, checkpoint), nprocs=2)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]

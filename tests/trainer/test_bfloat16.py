@@ -31,7 +31,7 @@ from tests.trainer.two_ranks_layers import LAYOUTS
 from tests.trainer.two_ranks_masks import NUM_SAMPLES, STUDENTS
 from trainer.config import ModelConfig
 from trainer.masks import KINDS
-from trainer.pruning import Part
+from trainer.pruning import PruningPlan
 from trainer.requests import Generation, Likelihood, read_answers, read_requests
 
 EVERYWHERE = ("one", *LAYOUTS)
@@ -226,7 +226,7 @@ def test_masks_learn_what_they_do_in_float32(layout: str, found: list[dict[str, 
     rounded, exact = (found[0]["masks"][name]["masks"] for name in (f"bfloat16 {layout}", "grouped data"))
     np.testing.assert_allclose(rounded["losses"], exact["losses"], atol=2**-7)
     assert not np.array_equal(rounded["losses"], exact["losses"])
-    mine, theirs = (Part(**each["part"]) for each in (rounded, exact))
+    mine, theirs = (PruningPlan(**each["part"]) for each in (rounded, exact))
     for field in ("ffn", "heads"):
         # Of what is as good as the other, rounding decides.
         for kept, others in zip(getattr(mine, field), getattr(theirs, field), strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.trainer.two_ranks_masks import GROUPED, LAYOUTS, NUM_SAMPLES, QUARTER, STUDENTS, TEACHERS
 from trainer.masks import KINDS, Masks, keep_highest, relax
-from trainer.pruning import Part
+from trainer.pruning import PruningPlan
 
 Found = list[dict[str, Any]]
 JOB_LAYOUTS = ("data", "tensor", "pipeline")
@@ -121,8 +121,8 @@ def test_learned_masks_are_the_same_under_every_layout(name: str, layout: str, f
     assert len(learned["losses"]) == 3
     np.testing.assert_allclose(learned["losses"], expected["losses"], atol=1e-4)
     assert learned["settings"]["batch_size"] == 5
-    part, student = Part(**learned["part"]), STUDENTS[name]
-    assert part == Part(**expected["part"])
+    part, student = PruningPlan(**learned["part"]), STUDENTS[name]
+    assert part == PruningPlan(**expected["part"])
     assert (len(part.channels), {len(each) for each in part.ffn}) == (student.hidden_size, {student.ffn_size})
     assert {len(each) for each in part.groups} == {student.num_groups}
     assert {len(each) for each in part.heads} == {student.num_attention_heads}
@@ -132,7 +132,7 @@ def test_learned_masks_are_the_same_under_every_layout(name: str, layout: str, f
 def test_what_does_nothing_goes_by_every_method(method: str, found: Found) -> None:
     """Half of the channels, neurons and groups are zeros: of what is left, which has been trained, half stays."""
     half_dead = found[0]["masks"]["half dead"]
-    parts = [Part(**half_dead["masks"]["part"])] if method == "masks" else half_dead[f"by {method}"]
+    parts = [PruningPlan(**half_dead["masks"]["part"])] if method == "masks" else half_dead[f"by {method}"]
     for part in parts:
         assert min(part.channels) >= QUARTER.hidden_size * 2
         assert all(min(each) >= QUARTER.ffn_size * 2 for each in part.ffn)

@@ -11,17 +11,17 @@ from tests.trainer.test_pruning import STUDENT, TEACHER, VOCAB_SIZE, expect_laye
 from trainer.checkpoint_shapes import EMBEDDING, HEAD
 from trainer.config import ModelConfig
 from trainer.neuron_scores import Scores, choose, keep_best, sum_values
-from trainer.pruning import Part, bottleneck_size, whole_layers
+from trainer.pruning import PruningPlan, bottleneck_size, whole_layers
 from trainer.weights import Weights, write_weights
 
 DEPTH_CUT = with_fields(STUDENT, num_layers=TEACHER.num_layers)
 
 
-def without(part: Part, **fields: Any) -> Part:
+def without(part: PruningPlan, **fields: Any) -> PruningPlan:
     return part.model_copy(update=fields)
 
 
-def total(tensors: dict[str, Tensor], model: ModelConfig, part: Part, power: int) -> float:
+def total(tensors: dict[str, Tensor], model: ModelConfig, part: PruningPlan, power: int) -> float:
     """Return the sum over all that stays of a model."""
     channels = list(part.channels)
     found = [tensors["decoder.final_layernorm.weight"][channels]]
@@ -52,7 +52,7 @@ def test_a_score_is_what_goes_with_the_neuron(fields: dict[str, Any], power: Any
     whole = whole_layers(model, range(2))
     everything = total(tensors, model, whole, power)
 
-    def lost(part: Part) -> float:
+    def lost(part: PruningPlan) -> float:
         difference = everything - total(tensors, model, part, power)
         return difference ** (1 / power)
 
@@ -75,7 +75,7 @@ def test_a_score_is_what_goes_with_the_neuron(fields: dict[str, Any], power: Any
         assert float(scores.bottleneck[1, unit]) == pytest.approx(lost(part))
 
 
-def kill(tensors: dict[str, Tensor], model: ModelConfig, part: Part) -> None:
+def kill(tensors: dict[str, Tensor], model: ModelConfig, part: PruningPlan) -> None:
     """Set to zero all that does not stay of a model, by numbers that `part` does not have."""
     size, of = model.channels, model.num_attention_heads // model.num_groups
     dead = [channel for channel in range(model.hidden_size) if channel not in part.channels]
@@ -90,7 +90,9 @@ def kill(tensors: dict[str, Tensor], model: ModelConfig, part: Part) -> None:
                 _kill_in_layer(name, tensor[layer], model, part, layer, size, of)
 
 
-def _kill_in_layer(name: str, tensor: Tensor, model: ModelConfig, part: Part, layer: int, size: int, of: int) -> None:
+def _kill_in_layer(
+    name: str, tensor: Tensor, model: ModelConfig, part: PruningPlan, layer: int, size: int, of: int
+) -> None:
     for neuron in range(model.ffn_size):
         if neuron not in part.ffn[layer]:
             if "linear_fc1" in name and "norm" not in name:
@@ -117,9 +119,9 @@ def _kill_in_layer(name: str, tensor: Tensor, model: ModelConfig, part: Part, la
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_what_is_dead_goes(power: Any, tmp_path: Path) -> None:
-    from tests.trainer.test_pruning import random_part
+    from tests.trainer.test_pruning import random_plan
 
-    alive = random_part(TEACHER, DEPTH_CUT, range(3), seed=5)
+    alive = random_plan(TEACHER, DEPTH_CUT, range(3), seed=5)
     tensors = write_random(tmp_path / "random", TEACHER)
     kill(tensors, TEACHER, alive)
     write_weights(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.prefix_trees import Pack, pack_requests
+from trainer.prefix_trees import PrefixTree, build_prefix_trees
 from trainer.requests import Likelihood
 
 
@@ -22,10 +22,10 @@ def draw(seed: int, count: int) -> list[Likelihood]:
     )
 
 
-def ancestors(pack: Pack) -> list[list[int]]:
+def ancestors(tree: PrefixTree) -> list[list[int]]:
     """Return each token's way from the root, itself included, from depths alone."""
     ways: list[list[int]] = []
-    for number, depth in enumerate(pack.depths):
+    for number, depth in enumerate(tree.depths):
         ways.append([*(ways[number - 1][:depth] if number else []), number])
     return ways
 
@@ -33,7 +33,7 @@ def ancestors(pack: Pack) -> list[list[int]]:
 @pytest.mark.parametrize("budget", [1, 20, 60, 10_000])
 def test_a_token_sees_its_way_from_the_root_and_predicts_what_was_asked(budget: int) -> None:
     requests = draw(0, 80)
-    packs = pack_requests(requests, 8, budget)
+    trees = build_prefix_trees(requests, 8, budget)
     # Each prediction once: the tokens that it sees are the request's own, up to there.
     expected = [
         ([*map(int, request.context), *map(int, request.continuation[:number])], int(token))
@@ -41,34 +41,34 @@ def test_a_token_sees_its_way_from_the_root_and_predicts_what_was_asked(budget: 
         for number, token in enumerate(request.continuation)
     ]
     found: dict[int, tuple[list[int], int]] = {}
-    for pack in packs:
-        ways = ancestors(pack)
-        number_n = np.arange(len(pack.tokens))
-        sees = (number_n[None, :] <= number_n[:, None]) & (number_n[:, None] <= pack.ends[None, :])
+    for tree in trees:
+        ways = ancestors(tree)
+        number_n = np.arange(len(tree.tokens))
+        sees = (number_n[None, :] <= number_n[:, None]) & (number_n[:, None] <= tree.ends[None, :])
         for row, way in zip(sees, ways, strict=True):
             assert np.flatnonzero(row).tolist() == way
-        assert [len(way) - 1 for way in ways] == pack.depths.tolist()
-        for node, target, place in zip(pack.nodes, pack.targets, pack.places, strict=True):
+        assert [len(way) - 1 for way in ways] == tree.depths.tolist()
+        for node, target, place in zip(tree.nodes, tree.targets, tree.places, strict=True):
             assert int(place) not in found
-            found[int(place)] = (pack.tokens[ways[node]].tolist(), int(target))
+            found[int(place)] = (tree.tokens[ways[node]].tolist(), int(target))
     assert [found[place] for place in range(len(expected))] == expected
-    assert sum(pack.num_requests for pack in packs) == len(requests)
-    sizes = [len(pack.tokens) for pack in packs]
+    assert sum(tree.num_requests for tree in trees) == len(requests)
+    sizes = [len(tree.tokens) for tree in trees]
     assert sizes == sorted(sizes, reverse=True)
     assert max(sizes) <= max(budget, *(len(request.path) for request in requests))
 
 
 def test_what_requests_share_is_in_a_pack_once() -> None:
     requests = draw(1, 200)
-    [pack] = pack_requests(requests, 8, 10_000)
+    [tree] = build_prefix_trees(requests, 8, 10_000)
     prefixes = {tuple(request.path[:end]) for request in requests for end in range(1, len(request.path) + 1)}
-    assert len(pack.tokens) == len(prefixes)
+    assert len(tree.tokens) == len(prefixes)
     # Twelve questions of five tokens after a hundred of examples, four options of three each, of which two are read.
     shots, generator = list(range(10, 110)), np.random.default_rng(2)
     questions = [[*shots, 200 + number, *generator.integers(0, 9, 4).tolist()] for number in range(12)]
     options = make(*((question, [300 + option, 1, 2]) for question in questions for option in range(4)))
-    [pack] = pack_requests(options, 8, 10_000)
-    assert len(pack.tokens) == 100 + 12 * (5 + 4 * 2)
+    [tree] = build_prefix_trees(options, 8, 10_000)
+    assert len(tree.tokens) == 100 + 12 * (5 + 4 * 2)
     assert sum(len(request.path) for request in options) == 12 * 4 * (100 + 5 + 2)
 
 
@@ -78,10 +78,10 @@ def test_packs_are_longer_where_more_is_shared_and_where_the_model_is_wider() ->
     def largest(num_shared: int, hidden_size: int) -> int:
         shared = generator.integers(0, 9, num_shared).tolist()
         requests = make(*(([*shared, *generator.integers(10, 99, 30).tolist()], [1]) for _ in range(400)))
-        return len(pack_requests(requests, hidden_size)[0].tokens)
+        return len(build_prefix_trees(requests, hidden_size)[0].tokens)
 
     assert largest(0, 128) < largest(500, 128) < largest(500, 4096)
 
 
 def test_no_requests_make_no_packs() -> None:
-    assert pack_requests([], 8) == []
+    assert build_prefix_trees([], 8) == []

@@ -13,7 +13,7 @@ from benchmarks.plain_model import read_checkpoint
 from trainer.checkpoint_folder import find_damage, read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD, shapes_of
 from trainer.config import ModelConfig
-from trainer.pruning import Part, check_student, cut_depth, slice_checkpoint
+from trainer.pruning import PruningPlan, check_student, cut_depth, slice_checkpoint
 from trainer.weights import write_weights
 
 VOCAB_SIZE, ROWS = 200, 256
@@ -60,7 +60,7 @@ def write_random(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.fl
     return tensors
 
 
-def random_part(teacher: ModelConfig, student: ModelConfig, layers: Sequence[int], seed: int = 0) -> Part:
+def random_plan(teacher: ModelConfig, student: ModelConfig, layers: Sequence[int], seed: int = 0) -> PruningPlan:
     generator = random.Random(seed)
 
     def draw(of: int, count: int) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def random_part(teacher: ModelConfig, student: ModelConfig, layers: Sequence[int
 
     groups = [draw(teacher.num_groups, student.num_groups) for _ in layers]
     of, count = (model.num_attention_heads // model.num_groups for model in (teacher, student))
-    return Part(
+    return PruningPlan(
         layers=tuple(layers),
         channels=draw(teacher.hidden_size, student.hidden_size),
         ffn=tuple(draw(teacher.ffn_size, student.ffn_size) for _ in layers),
@@ -83,7 +83,7 @@ def random_part(teacher: ModelConfig, student: ModelConfig, layers: Sequence[int
     )
 
 
-def expect_layer(teacher: dict[str, Tensor], model: ModelConfig, part: Part, place: int) -> dict[str, Tensor]:
+def expect_layer(teacher: dict[str, Tensor], model: ModelConfig, part: PruningPlan, place: int) -> dict[str, Tensor]:
     """Return a student layer's tensors, gathered one row and one column after the other."""
     old = {
         name.removeprefix("decoder.layers."): tensor[part.layers[place]]
@@ -145,7 +145,7 @@ def test_every_element_is_the_teacher_s(fields: dict[str, Any], student_fields: 
         student = with_fields(student, shortcut_reduction=4)
     student = with_fields(student, **student_fields)
     old = write_random(tmp_path / "teacher", teacher)
-    part = random_part(teacher, student, layers=[0, 2])
+    part = random_plan(teacher, student, layers=[0, 2])
     rows = [5, 199, 17, *range(60, 190)]
     for kept in (None, rows):
         target = tmp_path / f"student-{kept is None}"
@@ -175,7 +175,7 @@ def test_every_element_is_the_teacher_s(fields: dict[str, Any], student_fields: 
 def test_what_the_teacher_lacks_starts_as_training_starts_it(tmp_path: Path) -> None:
     teacher = with_fields(TEACHER, activation_terms=1, shortcut_reduction=None)
     write_random(tmp_path / "teacher", teacher, torch.bfloat16)
-    part = random_part(teacher, with_fields(STUDENT, shortcut_reduction=None), [0, 2])
+    part = random_plan(teacher, with_fields(STUDENT, shortcut_reduction=None), [0, 2])
     for scales in ("channel", "layer"):
         student = with_fields(STUDENT, activation_scales=scales, shortcut_reduction=4, init_std=0.5)
         slice_checkpoint(tmp_path / "teacher", teacher, student, part, tmp_path / scales, seed=4)
@@ -248,5 +248,5 @@ def test_another_teacher_s_checkpoint_leaves_nothing_behind(tmp_path: Path) -> N
     with pytest.raises(
         ValueError, match=r"^model.inherit: .*teacher has 3 x 40 as decoder.layers.mlp.linear_fc1.bias, .*nothing"
     ):
-        slice_checkpoint(tmp_path / "teacher", other, student, random_part(other, student, [0, 1]), tmp_path / "cut")
+        slice_checkpoint(tmp_path / "teacher", other, student, random_plan(other, student, [0, 1]), tmp_path / "cut")
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]

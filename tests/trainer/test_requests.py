@@ -8,7 +8,7 @@ import pytest
 from trainer.requests import (
     Generation,
     Likelihood,
-    Likely,
+    LogLikelihood,
     Request,
     check_requests,
     fingerprint_requests,
@@ -47,7 +47,7 @@ def test_requests_and_answers_come_back(tmp_path: Path) -> None:
     path = requests_path(tmp_path, "boolq")
     write_requests(path, REQUESTS)
     assert plain(read_requests(path)) == plain(REQUESTS)
-    answers = [Likely(-1.25, True), [3, 4], Likely(-1e-30, False), []]
+    answers = [LogLikelihood(-1.25, True), [3, 4], LogLikelihood(-1e-30, False), []]
     target, identity = tmp_path / "answers.parquet", identify_answers("model", path)
     assert not has_answers(target, identity)
     write_answers(target, answers, identity)

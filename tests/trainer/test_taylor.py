@@ -16,7 +16,7 @@ from trainer.checkpoint_folder import list_checkpoints
 from trainer.checkpoint_shapes import shapes_of
 from trainer.jobs import MaskJob, TaylorJob
 from trainer.neuron_scores import choose
-from trainer.pruning import Part, slice_checkpoint
+from trainer.pruning import PruningPlan, slice_checkpoint
 from trainer.weights import Weights
 
 Found = list[dict[str, Any]]
@@ -60,7 +60,7 @@ def test_workers_measure_and_learn_what_a_student_starts_from(ranks: Ranks, trai
     assert all(value.min() >= 0 and value.max() > 0 for value in values.values())
     job = MaskJob(**common, weights=weights, student=STUDENT, num_samples=10_000, micro_batch_size=4, steps=60)
     ranks.launch(job, "masks")
-    learned = Part(**read_json(folder / "masks.json")["part"])
+    learned = PruningPlan(**read_json(folder / "masks.json")["part"])
     by_taylor = choose(Weights(folder / "taylor" / "step-00000000"), TINY_MODEL, STUDENT)
     losses = {}
     for name, part in (("learned", learned), ("taylor", by_taylor)):

@@ -15,7 +15,7 @@ from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.shard_scoring import Block
 from kernels.series_activation import initial_offsets
 from tests.trainer import two_ranks_bfloat16, two_ranks_evaluation, two_ranks_masks
-from tests.trainer.meeting import meet
+from tests.trainer.rendezvous import meet
 from tests.trainer.two_ranks_hugging_face import LAYOUTS, agree
 from tests.trainer.two_ranks_layers import skip_layers
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
@@ -37,7 +37,7 @@ def with_fields(**fields: Any) -> ModelConfig:
 
 def work(rank: int, folder: Path, corpus: Path, hugging_face: Path, trained: Path) -> None:
     """Leave in `folder` what this rank found."""
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "MEETINGS": str(folder / "meetings")}
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "RENDEZVOUS": str(folder / "rendezvous")}
     torch.set_num_threads(1)
     device = initialise("cpu", 0)
     meet()

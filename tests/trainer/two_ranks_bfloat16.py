@@ -16,13 +16,14 @@ from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.training_mix import write_mix
 from tests.conftest import ORIGIN, TINY_MODEL, TINY_TRAIN, Ranks
 from tests.trainer import two_ranks_layers
-from tests.trainer.meeting import meet
-from tests.trainer.test_pruning import random_part
+from tests.trainer.rendezvous import meet
+from tests.trainer.test_pruning import random_plan
 from tests.trainer.two_ranks_evaluation import make_requests
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig
 from trainer.devices import Device
 from trainer.jobs import (
+    AblationJob,
     AnyJob,
     CalibrateJob,
     EvaluateJob,
@@ -30,7 +31,6 @@ from trainer.jobs import (
     GenerateJob,
     RepeatedEvaluation,
     ScoreJob,
-    SkipJob,
     TrainJob,
 )
 from trainer.pruning import slice_checkpoint
@@ -71,7 +71,7 @@ def prepare(corpus: Corpus, trained: Path, folder: Path) -> None:
         lambda name, layer: tensors[name] if layer is None else tensors[name][layer],
         {"step": 0, "vocab_size": corpus.vocab_size, "fingerprint": ""},
     )
-    part = random_part(TINY_MODEL, STUDENT, range(TINY_MODEL.num_layers), seed=7)
+    part = random_plan(TINY_MODEL, STUDENT, range(TINY_MODEL.num_layers), seed=7)
     slice_checkpoint(folder / ROUNDED, TINY_MODEL, STUDENT, part, folder / SLICED)
     cut_checkpoint(folder / ROUNDED, KEPT_TOKENS, corpus.vocab_size, folder / CUT)
 
@@ -164,7 +164,7 @@ class Jobs:
         self.score("score", weights)
         self.answer("evaluate", longest_block=None)
         self.do(GenerateJob(**self.common("generate"), weights=weights, batch_size=3, num_new_tokens=30))
-        self.do(SkipJob(**self.common("skip"), weights=weights, num_samples=50, micro_batch_size=16))
+        self.do(AblationJob(**self.common("skip"), weights=weights, num_samples=50, micro_batch_size=16))
         if is_everything:
             self.answer("blocks", longest_block=1)
             score = ScoreConfig(micro_batch_size=16, calibration_samples=10_000)

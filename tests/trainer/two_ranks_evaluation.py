@@ -27,7 +27,7 @@ from trainer.requests import (
     Answer,
     Generation,
     Likelihood,
-    Likely,
+    LogLikelihood,
     Request,
     check_requests,
     read_answers,
@@ -164,11 +164,11 @@ def _answer_plainly(whole: Any, requests: Sequence[Request], corpus: Corpus) -> 
     return answers
 
 
-def _judge_plainly(plain: PlainModel, request: Likelihood) -> Likely:
+def _judge_plainly(plain: PlainModel, request: Likelihood) -> LogLikelihood:
     logits = _logits(plain, [*request.context, *request.continuation])[len(request.context) - 1 : -1]
     targets = torch.from_numpy(request.continuation).long()
     chosen = logits.log_softmax(dim=-1).gather(1, targets[:, None])
-    return Likely(float(chosen.sum()), bool((logits.argmax(dim=-1) == targets).all()))
+    return LogLikelihood(float(chosen.sum()), bool((logits.argmax(dim=-1) == targets).all()))
 
 
 def _logits(plain: PlainModel, tokens: Sequence[int]) -> torch.Tensor:

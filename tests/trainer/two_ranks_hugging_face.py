@@ -10,7 +10,7 @@ from torch import Tensor
 from data_scoring.corpus.corpus import Batch
 from flows.run.stored_model import find_model
 from tests.hugging_face_models import MODELS, TIED
-from tests.trainer.meeting import meet
+from tests.trainer.rendezvous import meet
 from trainer.config import ParallelConfig, TrainConfig
 
 LAYOUTS = {"one": (1, 1), "tensor": (2, 1), "pipeline": (1, 2)}

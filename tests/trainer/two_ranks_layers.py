@@ -14,10 +14,10 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_we
 from data_scoring.base.progress import silent
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.calibration import draw_calibration_set
-from tests.trainer.meeting import meet
+from tests.trainer.rendezvous import meet
 from trainer.config import ModelConfig, ParallelConfig
 from trainer.devices import Device
-from trainer.jobs import SkipJob
+from trainer.jobs import AblationJob
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -99,7 +99,7 @@ def _fill(gpt: Any, whole: dict[str, Tensor], rank: int) -> None:
 
 
 def _measure(corpus: Corpus, model: torch.nn.Module, parallel: ParallelConfig) -> dict[str, Any]:
-    from trainer.layer_ablation import measure_skips
+    from trainer.layer_ablation import measure_ablation
 
     rows_through_layers: list[int] = []
     layers = [module for module in model.modules() if type(module).__name__ == "TransformerLayer"]
@@ -107,12 +107,12 @@ def _measure(corpus: Corpus, model: torch.nn.Module, parallel: ParallelConfig) -
         layer.register_forward_hook(lambda _layer, _inputs, output: rows_through_layers.append(output[0].shape[1]))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        job = SkipJob(
+        job = AblationJob(
             corpus=corpus.folder, round_folder=place, model=MODEL, parallel=parallel, device="cpu", fingerprint="f",
             precision="float32", activation_kernel="reference", seed=SEED, progress=place, errors=place, lock=place,
             weights=place, num_samples=NUM_SAMPLES, micro_batch_size=MICRO_BATCH_SIZE,
         )  # fmt: skip
-        measure_skips(job, corpus, model, silent)
+        measure_ablation(job, corpus, model, silent)
         rows = pq.read_table(job.result).to_pylist() if job.result.exists() else None
     return {"rows": rows, "rows through layers": sum(rows_through_layers)}
 

@@ -12,14 +12,14 @@ from data_scoring.base.files import read_json
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.calibration import draw_from
 from tests.conftest import TINY_MODEL
-from tests.trainer.meeting import meet
-from tests.trainer.test_pruning import random_part
+from tests.trainer.rendezvous import meet
+from tests.trainer.test_pruning import random_plan
 from trainer.checkpoint_shapes import shapes_of
 from trainer.config import ModelConfig, ParallelConfig
 from trainer.devices import Device
 from trainer.jobs import MaskJob, TaylorJob
 from trainer.neuron_scores import choose
-from trainer.pruning import Part, slice_checkpoint, whole_layers
+from trainer.pruning import PruningPlan, slice_checkpoint, whole_layers
 from trainer.weights import Weights, write_weights
 
 # Of two query heads a group, and the additions; and of all biases, one matrix for embedding and head.
@@ -89,7 +89,7 @@ def find(device: Device, corpus: Corpus, trained: Path, folder: Path, rank: int)
         _write_half_dead(folder / "half dead" / "teacher" / "step-00000000", trained, corpus.vocab_size)
         for name, teacher in TEACHERS.items():
             _write_random(folder / name / "teacher" / "step-00000000", teacher, corpus.vocab_size)
-            part = random_part(teacher, STUDENTS[name], range(2), seed=7)
+            part = random_plan(teacher, STUDENTS[name], range(2), seed=7)
             slice_checkpoint(
                 folder / name / "teacher" / "step-00000000", teacher, STUDENTS[name], part, folder / name / "student"
             )
@@ -132,7 +132,7 @@ class _Layout:
         from trainer.masked_model import MaskedModel
 
         teacher, student = TEACHERS[name], STUDENTS[name]
-        part = random_part(teacher, student, range(2), seed=7)
+        part = random_plan(teacher, student, range(2), seed=7)
         model = self.build(teacher, self.weights)
         masked = MaskedModel(model, teacher, student, part.bottleneck)
         masked.put_on(hard_masks(teacher, part))
@@ -219,7 +219,7 @@ class _Layout:
         return dict(zip(rows.tolist(), sums.tolist(), strict=True))
 
 
-def hard_masks(teacher: ModelConfig, part: Part) -> dict[str, Tensor]:
+def hard_masks(teacher: ModelConfig, part: PruningPlan) -> dict[str, Tensor]:
     """Return masks with ones for what stays."""
 
     def ones(numbers: tuple[int, ...], count: int) -> Tensor:

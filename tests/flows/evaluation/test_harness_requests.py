@@ -20,7 +20,7 @@ from flows.run.config import parse_config
 from flows.run.folder import open_run
 from flows.stages import completion as stages
 from tests.conftest import make_documents
-from trainer.requests import Generation, Likelihood, Likely, read_requests, requests_path, write_requests
+from trainer.requests import Generation, Likelihood, LogLikelihood, read_requests, requests_path, write_requests
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_long_texts_are_asked_in_windows_that_predict_each_token_once(reader: Re
     predicted = [token for request in asked.requests for token in request.continuation.tolist()]  # type: ignore[union-attr]
     assert predicted == tokens
     assert {len(request.path) for request in asked.requests} == {32}  # type: ignore[union-attr]
-    answers = [Likely(-float(number + 1), False) for number in range(len(asked.requests))]
+    answers = [LogLikelihood(-float(number + 1), False) for number in range(len(asked.requests))]
     assert asked.respond([instance("loglikelihood_rolling", text)], answers) == [
         -sum(range(1, len(asked.requests) + 1))
     ]
@@ -122,7 +122,7 @@ def test_scores_are_those_of_the_answers(reader: Reader, tmp_path: Path) -> None
         for request in read_requests(requests_path(tmp_path, "some"))
     ]
     # A model that is for the last option always.
-    answers = [Likely(-1.0 if text.endswith("model") else -2.0, False) for text in texts]
+    answers = [LogLikelihood(-1.0 if text.endswith("model") else -2.0, False) for text in texts]
     found = score_answers(task, asked, answers)
     assert found["results"]["one"]["acc,none"] == pytest.approx(2 / 3)
     assert found["results"]["two"]["acc,none"] == 0

@@ -143,7 +143,7 @@ def test_answers_are_scored_while_the_model_trains_on(
     refresh_ledger(run.folder)
     assert query(run.folder, "select count(*) from scores").fetchall() == [(0,)]
     monkeypatch.setattr(evaluation, "_SECONDS_BETWEEN_LOOKS", 0)
-    progress = evaluation.scoring_on_the_way(run, 1, training_questions(run, silent), silent)
+    progress = evaluation.scoring_in_training(run, 1, training_questions(run, silent), silent)
     progress("training (steps)", 3, 9)
     assert query(run.folder, "select step, score from scores order by step").fetchall() == whole
 

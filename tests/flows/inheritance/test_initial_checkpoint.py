@@ -23,7 +23,7 @@ from flows.experiments.compare_results import curves_path
 from flows.inheritance import initial_checkpoint as inheritance
 from flows.inheritance.layer_importance import keep_layers
 from flows.inheritance.teacher import check_inheritance
-from flows.models.vocabulary_pruning import compact_tokenizer
+from flows.models.vocabulary_pruning import prune_vocabulary
 from flows.models.vocabulary_pruning_result import Request
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import Run, open_run
@@ -36,7 +36,7 @@ from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_
 from trainer.checkpoint_shapes import EMBEDDING, HEAD, shapes_of
 from trainer.config import ModelConfig
 from trainer.jobs import TrainJob
-from trainer.pruning import Part
+from trainer.pruning import PruningPlan
 from trainer.weights import write_weights
 
 LARGE = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48}
@@ -94,7 +94,7 @@ def test_round_1_starts_from_what_is_cut_out_and_the_ledger_knows_it(
     run = run_all(student(config, teacher))
     [start] = started
     assert start == inheritance.inherited_checkpoint(run)
-    part = Part.model_validate_json((start.parent.parent / "part.json").read_text())
+    part = PruningPlan.model_validate_json((start.parent.parent / "part.json").read_text())
     assert part.layers == (0, 3)
     old, new = (
         read_checkpoint(list_checkpoints(folder)[-1])
@@ -209,13 +209,13 @@ def test_a_compact_vocabulary_takes_its_rows(
 ) -> None:
     whole = teacher.corpus()
     request = Request(whole.tokenizer_path, texts, size=270, output=tmp_path / "compact")
-    made = compact_tokenizer(request, silent)
+    made = prune_vocabulary(request, silent)
     assert len(made.choice.kept) == 270 < whole.vocab_size
     run = run_all(student(config, teacher, made.tokenizer))
     start = inheritance.inherited_checkpoint(run)
     assert read_checkpoint_record(start)["vocab_size"] == 270 == run.corpus().vocab_size
     old = read_checkpoint(list_checkpoints(teacher.round_folder(1) / "checkpoint")[-1])
-    part = Part.model_validate_json((start.parent.parent / "part.json").read_text())
+    part = PruningPlan.model_validate_json((start.parent.parent / "part.json").read_text())
     for name, new in read_checkpoint(start).items():
         if name in (EMBEDDING, HEAD):
             assert torch.equal(new[:270], old[name][made.choice.kept][:, list(part.channels)])
@@ -234,7 +234,7 @@ def test_what_cannot_be_inherited_is_one_line(config: RunConfig, teacher: Run, t
         "tokenizer.path: a model that inherits reads with the tokenizer of the larger one, or with one cut from it; "
         f"give {teacher.corpus().tokenizer_path}"
     )
-    other = compact_tokenizer(Request(teacher.corpus().tokenizer_path, texts, size=270, output=tmp_path / "o"), silent)
+    other = prune_vocabulary(Request(teacher.corpus().tokenizer_path, texts, size=270, output=tmp_path / "o"), silent)
     (other.folder / "vocabulary.parquet").unlink()
     assert refused(student(config, teacher, other.tokenizer)).startswith(
         f"tokenizer.path: {other.tokenizer} is neither the tokenizer of model.inherit.from "
@@ -325,7 +325,7 @@ def test_ranks_measure_and_choose_and_train(config: RunConfig, teacher: Run, met
     values["parallel"] = {"tensor": 2}
     run = run_all(parse_config(values, "ranks"))
     folder = inheritance.inheritance_folder(run)
-    part = Part.model_validate_json((folder / "part.json").read_text())
+    part = PruningPlan.model_validate_json((folder / "part.json").read_text())
     assert part.layers == keep_layers(folder / "skips.parquet", 2)
     start = inheritance.inherited_checkpoint(run)
     plain = PlainModel(run.config.model, run.corpus().vocab_size).eval()

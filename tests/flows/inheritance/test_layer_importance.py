@@ -26,9 +26,9 @@ from flows.stages import completion as stages
 from tests.conftest import TINY_MODEL
 from tests.evaluation_data import write_items
 from tests.flows.cli.test_commands import one_line
-from tests.flows.fakes import FakeRanks, write_skips
+from tests.flows.fakes import FakeRanks, write_ablation
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.requests import Likely, read_answers, read_requests, requests_path
+from trainer.requests import LogLikelihood, read_answers, read_requests, requests_path
 
 
 def cost_of(dropped: tuple[int, ...], increases: dict[tuple[int, int], float]) -> float:
@@ -47,7 +47,7 @@ def cost_of(dropped: tuple[int, ...], increases: dict[tuple[int, int], float]) -
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_other_choice_costs_less(num_layers: int, seed: int, tmp_path: Path) -> None:
     path = tmp_path / "skips.parquet"
-    write_skips(path, num_layers, 3, seed=seed)
+    write_ablation(path, num_layers, 3, seed=seed)
     increases = {(row["start"], row["length"]): row["increase"] for row in pq.read_table(path).to_pylist()}
     for depth in range(1, num_layers + 1):
         inner = range(1, num_layers - 1) if depth > 1 else range(num_layers)
@@ -133,7 +133,7 @@ def test_a_model_is_measured_on_the_corpus_of_a_configuration(
         plain.layers = torch.nn.ModuleList(layers[:start] + layers[start + length :])
         expected = [log_likelihood(plain, request) for request in requests]
         answers = read_answers(requests_path(folder / "answers" / f"skip-{start:05d}-{length}", "piqa"))
-        assert [answer.log_likelihood for answer in answers if isinstance(answer, Likely)] == pytest.approx(
+        assert [answer.log_likelihood for answer in answers if isinstance(answer, LogLikelihood)] == pytest.approx(
             expected, abs=1e-4
         )
         # The first is right in the first item, the second in the other.

@@ -45,7 +45,7 @@ def test_a_killed_rank_is_the_cause_of_what_the_others_say(
     ranks: Ranks, tmp_path: Path, exitcodes: list[tuple[int, int]], message: str
 ) -> None:
     job = ranks.job("killed").model_copy(update={"errors": tmp_path})
-    error = {"rank": 0, "time": 1.0, "kind": "RuntimeError", "is_users": False, "message": "the other is gone"}
+    error = {"rank": 0, "time": 1.0, "kind": "RuntimeError", "is_user_error": False, "message": "the other is gone"}
     (tmp_path / "rank-00000.json").write_text(json.dumps({**error, "traceback": ""}))
     lines = [f"  rank      : {rank} (local_rank: {rank})\n  exitcode  : {code} (pid: 7)\n" for rank, code in exitcodes]
     (tmp_path / "log").write_text(

@@ -10,15 +10,15 @@ import pytest
 
 from flows.launch import hosts, torchrun
 from flows.launch.hosts import Leader, join
-from flows.launch.torchrun import Meeting, local_address
+from flows.launch.torchrun import Rendezvous, local_address
 
-MEETING = Meeting("now", "127.0.0.1:29400", 2, 1, 60, 20)
+MEETING = Rendezvous("now", "127.0.0.1:29400", 2, 1, 60, 20)
 
 
-def say(folder: Path, meeting: str, beat: int) -> None:
+def say(folder: Path, rendezvous: str, beat: int) -> None:
     path = folder / "logs" / "nodes" / "h2-7.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"host": "h2", "meeting": meeting, "beat": beat}))
+    path.write_text(json.dumps({"host": "h2", "rendezvous": rendezvous, "beat": beat}))
 
 
 def test_silence_is_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,8 +26,8 @@ def test_silence_is_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(hosts.time, "monotonic", lambda: clock[0])
     leader = Leader(tmp_path, tmp_path / "job.json", MEETING)
     assert leader.lost_host() is None
-    announced = json.loads((tmp_path / "logs" / "meeting.json").read_text())
-    assert Meeting(**announced["meeting"]) == MEETING
+    announced = json.loads((tmp_path / "logs" / "rendezvous.json").read_text())
+    assert Rendezvous(**announced["rendezvous"]) == MEETING
     # Who joined an attempt before this one is nobody's loss.
     say(tmp_path, "before", 1)
     for _ in range(3):
@@ -41,9 +41,9 @@ def test_silence_is_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert leader.lost_host() is None
     clock[0] += 25
     assert leader.lost_host() == "h2"
-    assert json.loads((tmp_path / "logs" / "meeting.json").read_text())["beat"] > announced["beat"]
+    assert json.loads((tmp_path / "logs" / "rendezvous.json").read_text())["beat"] > announced["beat"]
     leader.end()
-    assert not (tmp_path / "logs" / "meeting.json").exists()
+    assert not (tmp_path / "logs" / "rendezvous.json").exists()
 
 
 def test_the_way_to_the_rendezvous_decides_the_address() -> None:

@@ -13,7 +13,7 @@ _NUMBERS = itertools.count()
 def meet(ranks: Sequence[int] = (0, 1)) -> None:
     """Leave all process groups for a new one of these ranks, RANK in the environment being one of them.
 
-    Groups that are not left keep their threads, which slow down all that follows. Stores are in MEETINGS.
+    Groups that are not left keep their threads, which slow down all that follows. Stores are in RENDEZVOUS.
     """
     from megatron.core import parallel_state
 
@@ -21,6 +21,6 @@ def meet(ranks: Sequence[int] = (0, 1)) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     name = f"{next(_NUMBERS)}-of-{'-'.join(map(str, ranks))}"
-    store = torch.distributed.FileStore(str(Path(os.environ["MEETINGS"]) / name), len(ranks))
+    store = torch.distributed.FileStore(str(Path(os.environ["RENDEZVOUS"]) / name), len(ranks))
     rank = ranks.index(int(os.environ["RANK"]))
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=len(ranks))
