@@ -18,10 +18,11 @@ import psutil
 
 from data_scoring.base.files import read_json
 from data_scoring.base.progress import silent
+from flows.report.run_report import write_report
 from flows.run.config import RunConfig
 from flows.run.folder import open_run
 from flows.run.locks import locked
-from flows.stages import completion as stages
+from flows.stages.stage_order import complete
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 
 TURNS = 3
@@ -50,14 +51,14 @@ def run_stages(config: RunConfig) -> Path:
     """Do all that the flow does, as plain function calls, and return the run's folder."""
     with locked(config.folder):
         run = open_run(config)
-        stages.prepare(run, silent)
+        complete(run, "prepare", 0, silent)
         for number in range(1, config.rounds.num_rounds + 1):
             if number > 1:
-                stages.score(run, number - 1, silent)
-                stages.refine(run, number, silent)
-            stages.mix(run, number, silent)
-            stages.train(run, number, silent)
-        stages.report(run)
+                complete(run, "score", number - 1, silent)
+                complete(run, "refine", number, silent)
+            complete(run, "mix", number, silent)
+            complete(run, "train", number, silent)
+        write_report(run)
     return run.folder
 
 

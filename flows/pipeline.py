@@ -1,7 +1,8 @@
-"""The whole job, as Prefect runs it: corpus, then rounds of train, score, refine, and a report.
+"""The whole job as Prefect runs it: a corpus, then rounds of mix, train, score and refine, and a report.
 
-Every task wraps a plain function of `flows.stages` that looks into the run folder first and skips what is complete:
-a flow that is run again goes on where the last one stopped, whatever Prefect remembers of it.
+`flows.stages.stage_order` has the stages and their order. A task completes one of them: it looks into the run folder
+first and skips what is complete. So a flow that is run again goes on where the last one stopped, whatever Prefect
+remembers of it.
 """
 
 from pathlib import Path
@@ -15,22 +16,19 @@ from pydantic import Field
 
 from data_scoring.config import EvalConfig, RefineConfig
 from flows.orchestration.approval import ask
-from flows.orchestration.flow_progress import Reporter, RunCancelledError, allowed_folders
+from flows.orchestration.flow_progress import FlowProgress, RunCancelledError, allowed_folders
+from flows.report.run_report import write_report
 from flows.report.tables import evaluation_page, summary
 from flows.run.config import RunConfig, check_path, check_paths
 from flows.run.folder import Run, open_run, read_run
 from flows.run.locks import locked
-from flows.stages import completion as stages
+from flows.stages import stage_order
+from flows.stages.evaluate import evaluate_otherwise
+from flows.stages.refine import preview
+from flows.stages.stage_order import stages_of, steps_of
 
-prepare = task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE)(stages.prepare)
-contamination = task(name="contamination", task_run_name="contamination", cache_policy=NO_CACHE)(stages.contamination)
-mix = task(name="mix", task_run_name="mix-{round_number}", cache_policy=NO_CACHE)(stages.mix)
-inherit = task(name="inherit", task_run_name="inherit", cache_policy=NO_CACHE)(stages.inherit)
-train = task(name="train", task_run_name="train-{round_number}", cache_policy=NO_CACHE)(stages.train)
-evaluate = task(name="evaluate", task_run_name="evaluate-{round_number}", cache_policy=NO_CACHE)(stages.evaluate)
-score = task(name="score", task_run_name="score-{round_number}", cache_policy=NO_CACHE)(stages.score)
-refine = task(name="refine", task_run_name="refine-{round_number}", cache_policy=NO_CACHE)(stages.refine)
-report = task(name="report", task_run_name="report", cache_policy=NO_CACHE)(stages.report)
+complete = task(cache_policy=NO_CACHE)(stage_order.complete)
+report = task(name="report", task_run_name="report", cache_policy=NO_CACHE)(write_report)
 
 _DEFAULT = RunConfig()
 Round = Annotated[int, Field(ge=1, le=100, description="Number of the round, from 1.")]
@@ -43,28 +41,13 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
     if allowed := allowed_folders():
         check_paths(config, allowed)
     try:
-        with Reporter(config.folder) as progress, locked(config.folder):
+        with FlowProgress(config.folder) as progress, locked(config.folder):
             run = open_run(config)
-            prepare(run, progress)
-            if config.eval.contamination != "off":
-                contamination(run, progress)
-            if config.model.inherits:
-                inherit(run, progress)
-                progress.inherited(run)
-            for number in range(1, config.rounds.num_rounds + 1):
-                if number > 1:
-                    score(run, number - 1, progress)
-                    progress.scored(run, number - 1)
-                    refine(run, number, progress)
-                    progress.refined(run, number)
-                    if ask(run, number) and refine(run, number, progress):
-                        progress.refined(run, number)
-                mix(run, number, progress)
-                train(run, number, progress)
-                progress.trained(run, number)
-                if config.eval.asked:
-                    evaluate(run, number, progress)
-                    progress.evaluated(run, number)
+            for step in steps_of(config):
+                if step.stage.waits_for(run, step.round_number) and ask(run, step.round_number):
+                    # Approved with another policy or rate.
+                    _complete(run, "refine", step.round_number, progress)
+                _complete(run, step.stage.name, step.round_number, progress)
             return report(run)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
@@ -75,9 +58,8 @@ def score_shards(run_folder: str, round_number: Round = 1) -> State[Any] | None:
     """Score every shard under the model that a round of an existing run ended with, where that is not done yet."""
     run = _open(run_folder)
     try:
-        with Reporter(run.folder) as progress, locked(run.folder):
-            score(run, round_number, progress)
-            progress.scored(run, round_number)
+        with FlowProgress(run.folder) as progress, locked(run.folder):
+            _complete(run, "score", round_number, progress)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
     return None
@@ -94,8 +76,8 @@ def evaluate_tasks(
     if (allowed := allowed_folders()) and evaluation.data is not None:
         check_path("evaluation.data", evaluation.data, allowed)
     try:
-        with Reporter(run.folder) as progress, locked(run.folder):
-            stages.evaluate_otherwise(run, round_number, evaluation, progress)
+        with FlowProgress(run.folder) as progress, locked(run.folder):
+            evaluate_otherwise(stages_of(run), round_number, evaluation, progress)
             page = evaluation_page(run)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
@@ -113,7 +95,8 @@ def refine_dry_run(
     run = _open(run_folder)
     if (allowed := allowed_folders()) and refine.reference is not None:
         check_path("refine.reference", refine.reference, allowed)
-    page = summary(stages.preview(run, round_number, refine))
+    stages_of(run).require("score", round_number - 1)
+    page = summary(preview(run, round_number, refine))
     create_markdown_artifact(
         page, key=f"dry-run-round-{round_number}", description=f"{run_folder}: nothing was written"
     )
@@ -124,3 +107,10 @@ def _open(run_folder: str) -> Run:
     if allowed := allowed_folders():
         check_path("run_folder", run_folder, allowed)
     return read_run(Path(run_folder))
+
+
+def _complete(run: Run, stage: str, round_number: int, progress: FlowProgress) -> None:
+    """Complete a stage as a task of its own, and show what came of it."""
+    name = f"{stage}-{round_number}" if round_number else stage
+    complete.with_options(name=stage, task_run_name=name)(run, stage, round_number, progress)
+    progress.completed(run, stage, round_number)

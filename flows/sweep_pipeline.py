@@ -19,7 +19,7 @@ from flows.experiments.search_space import SearchConfig
 from flows.experiments.sweep_report import write_sweep_report
 from flows.experiments.sweep_results import read_trials, write_views
 from flows.experiments.trials import TRIAL_ERRORS, check_trained, named, run_all, run_trial
-from flows.orchestration.flow_progress import Reporter, RunCancelledError, allowed_folders
+from flows.orchestration.flow_progress import FlowProgress, RunCancelledError, allowed_folders
 from flows.run.config import RunConfig, check_paths
 from flows.run.folder import Run
 from flows.run.locks import locked
@@ -41,7 +41,7 @@ def architecture_sweep(config: RunConfig = _DEFAULT, search: SearchConfig = _SEA
         check_paths(config, allowed)
     folder = sweep.sweep_folder(config)
     try:
-        with Reporter(folder) as progress, locked(folder):
+        with FlowProgress(folder) as progress, locked(folder):
             corpus = prepare(config, search, progress)
             trials = sweep.plan(config, search, corpus.corpus().vocab_size)
             write_views(folder)
@@ -59,7 +59,7 @@ def architecture_sweep(config: RunConfig = _DEFAULT, search: SearchConfig = _SEA
         return Cancelled(message=str(error))
 
 
-def _train(trial: RunConfig, corpus: Run, reporter: Reporter, progress: Progress) -> None:
+def _train(trial: RunConfig, corpus: Run, reporter: FlowProgress, progress: Progress) -> None:
     """Train a trial; one that fails is on record as failed, and ends none of the others."""
     with suppress(*TRIAL_ERRORS):
         train(trial, corpus, progress)
@@ -68,7 +68,7 @@ def _train(trial: RunConfig, corpus: Run, reporter: Reporter, progress: Progress
     reporter.tried(read_trials(trial.folder.parent))
 
 
-def _measure(trial: RunConfig, reporter: Reporter) -> None:
+def _measure(trial: RunConfig, reporter: FlowProgress) -> None:
     with suppress(*TRIAL_ERRORS):
         measure(trial, named(trial, reporter))
     reporter.tried(read_trials(trial.folder.parent))

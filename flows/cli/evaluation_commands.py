@@ -14,6 +14,7 @@ from flows.evaluation.results_table import Row
 from flows.run.config import parse_config
 from flows.run.folder import Run, read_run
 from flows.run.locks import locked
+from flows.stages.stage_order import complete, is_complete, stages_of
 
 
 def add_evaluate(commands: Any) -> None:
@@ -71,7 +72,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _rounds(run: Run, wanted: str) -> list[int]:
     """Return the numbers of the rounds that are meant. Raises ValueError where one has no model."""
-    trained = [number for number in range(1, run.config.rounds.num_rounds + 1) if run.is_complete("train", number)]
+    trained = [number for number in range(1, run.config.rounds.num_rounds + 1) if is_complete(run, "train", number)]
     if not trained:
         raise ValueError(f"{run.folder}: no round has been trained; `reprise run {run.folder}` trains them")
     if wanted in ("last", "all"):
@@ -99,11 +100,11 @@ def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
 
 def _score(run: Run, number: int, config: EvalConfig, progress: Progress) -> list[str]:
     """Score a round's model; return the tasks of the run's own whose scores are now of other items."""
-    from flows.stages import completion as stages
+    from flows.stages.evaluate import evaluate_otherwise
 
     if config != run.config.eval:
-        return stages.evaluate_otherwise(run, number, config, progress)
-    stages.evaluate(run, number, progress)
+        return evaluate_otherwise(stages_of(run), number, config, progress)
+    complete(run, "evaluate", number, progress)
     return []
 
 

@@ -1,17 +1,13 @@
 """The commands that train many models to find out what is best: `compare`, `sweep` and `grid`."""
 
 import argparse
-import atexit
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from flows.cli.options import add_config, count, read_trial_config
-from flows.run.rank_errors import RanksFailedError
 
 
 def add_trial_commands(commands: Any) -> None:
@@ -103,30 +99,17 @@ def _sweep(options: argparse.Namespace) -> None:
 
     config = with_tokens(read_trial_config(options), options.tokens)
     search = _search(options)
-    # As for `reprise run`.
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-    atexit.register(silence)
-    from prefect.exceptions import CancelledRun
 
-    from flows.orchestration.temporary_server import server
-    from flows.sweep_pipeline import architecture_sweep
+    def run_flow() -> Any:
+        from flows.sweep_pipeline import architecture_sweep
 
-    with server():
-        try:
-            page = architecture_sweep(config, search)
-        except CancelledRun:
-            raise RanksFailedError("cancelled in Prefect; the same command goes on from here") from None
+        return architecture_sweep(config, search)
+
+    from flows.orchestration.here import run_here
+
+    page = run_here(run_flow)
     assert isinstance(page, Path)
     print(f"{page.with_suffix('.md').read_text(encoding='utf-8')}\nsweep: {page}")
-
-
-def silence() -> None:
-    """Drop what is written to standard error from here on: everything was said, and the process is at its end.
-
-    Prefect's threads keep modules alive until then, about which DuckDB's binding writes forty lines.
-    """
-    sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _search(options: argparse.Namespace) -> Any:

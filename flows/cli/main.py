@@ -1,36 +1,21 @@
 """The `reprise` command."""
 
 import argparse
-import atexit
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import ValidationError
 
 from data_scoring.base.files import explain
-from data_scoring.config import Policy, RefineConfig
 from flows.cli.evaluation_commands import add_evaluate
-from flows.cli.experiment_commands import add_trial_commands, silence
+from flows.cli.experiment_commands import add_trial_commands
 from flows.cli.hugging_face_commands import add_hugging_face
 from flows.cli.inheritance_commands import add_inherit
 from flows.cli.model_commands import add_model
+from flows.cli.run_commands import add_run
 from flows.cli.tokenizer_commands import add_tokenizer
-from flows.run.config import RunConfig, override, read_config
-from flows.run.folder import Run, open_run, read_run
-from flows.run.locks import locked
+from flows.run.config import read_config
+from flows.run.folder import read_run
 from flows.run.rank_errors import RanksFailedError
-from flows.run.status import read_status
-
-_STAGES = {
-    "prepare": "make the corpus",
-    "train": "train a round",
-    "score": "score every sample under the model of a round",
-    "refine": "select what a round trains on and make its mix",
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,16 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="reprise", description="Train tiny language models in rounds: train, score, refine, train again."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="do the whole job; the same command resumes it")
-    _add_target(run)
-    run.add_argument("--dry-run", action="store_true", help="print how ranks would be launched and start nothing")
-    run.set_defaults(command=_run)
-    _add_stages(commands)
-    approve = commands.add_parser("approve", help="let a round train on what refining keeps (rounds.approval)")
-    approve.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    approve.add_argument("--round", type=int, help="number of the round (default: the one that waits)")
-    _add_draw(approve, "another ")
-    approve.set_defaults(command=_approve)
+    add_run(commands)
     join = commands.add_parser("join", help="start this host's ranks for a run of several nodes, until it is done")
     join.add_argument("run", type=Path, metavar="RUN", help="run folder, shared with the host that leads")
     join.add_argument("--interface", help="network interface that ranks talk over (default: the way to the leader)")
@@ -111,155 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_stages(commands: Any) -> None:
-    for stage, text in _STAGES.items():
-        command = commands.add_parser(stage, help=text)
-        _add_target(command)
-        if stage != "prepare":
-            command.add_argument("--round", type=int, help="number of the round (default: the first that lacks it)")
-        if stage == "refine":
-            command.add_argument("--dry-run", action="store_true", help="print what would be kept and write nothing")
-            _add_draw(command, "with --dry-run: another ")
-            command.add_argument("--temperature", type=float, help="with --dry-run: another temperature than the run's")
-        command.set_defaults(command=_stage, stage=stage)
-
-
-def _add_target(command: argparse.ArgumentParser) -> None:
-    command.add_argument("target", type=Path, metavar="CONFIG_OR_RUN", help="YAML configuration, or a run folder")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
-    )
-
-
-def _add_draw(command: argparse.ArgumentParser, prefix: str) -> None:
-    command.add_argument("--policy", choices=get_args(Policy), help=f"{prefix}refine.policy than the run's")
-    command.add_argument("--sampling-rate", type=float, help=f"{prefix}refine.sampling_rate than the run's")
-
-
-def _config(options: argparse.Namespace) -> RunConfig:
-    if not options.target.is_dir():
-        return read_config(options.target, options.set)
-    if options.set:
-        raise ValueError("--set: overrides go with a configuration file, not with a run folder; give the file")
-    config = read_run(options.target).config
-    # The folder may have been moved or renamed since it was made.
-    folder = options.target.absolute()
-    return config.model_copy(update={"output": str(folder.parent), "name": folder.name})
-
-
-def _run(options: argparse.Namespace) -> None:
-    config = _config(options)
-    if options.dry_run:
-        from flows.stages.completion import launch_plan
-
-        print(launch_plan(config))
-        return
-    # On a terminal the progress says what is going on, and one line says what went wrong.
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-    # Registered before Prefect's own, it runs after them.
-    atexit.register(silence)
-    from prefect.exceptions import CancelledRun
-
-    from flows.orchestration.temporary_server import server
-    from flows.pipeline import multi_round
-
-    with server():
-        try:
-            report = multi_round(config)
-        except CancelledRun:
-            raise RanksFailedError("cancelled in Prefect; the same command goes on from here") from None
-    print(f"report: {report}")
-
-
-def _stage(options: argparse.Namespace) -> None:
-    from flows.display.terminal_progress import TerminalProgress
-    from flows.stages import completion as stages
-
-    if options.stage == "refine":
-        if options.dry_run:
-            _preview(options)
-            return
-        if options.policy or options.sampling_rate is not None or options.temperature is not None:
-            raise ValueError(
-                "--policy, --sampling-rate, --temperature: go with --dry-run; runs are refined as configured"
-            )
-    config = _config(options)
-    with locked(config.folder), TerminalProgress() as progress:
-        run = open_run(config)
-        if options.stage == "prepare":
-            stages.prepare(run, progress)
-            return
-        number = _first_without(run, options.stage) if options.round is None else options.round
-        rounds = _rounds_with(run, options.stage)
-        if number not in rounds:
-            raise ValueError(
-                f"--round: {number} is not between {rounds.start} and rounds.num_rounds {run.config.rounds.num_rounds}"
-            )
-        if options.stage == "refine":
-            stages.refine(run, number, progress)
-            stages.mix(run, number, progress)
-        else:
-            if options.stage == "train" and number == 1:
-                stages.contamination(run, progress)
-                stages.inherit(run, progress)
-                stages.mix(run, number, progress)
-            work: Callable[..., None] = getattr(stages, options.stage)
-            work(run, number, progress)
-    print(f"{options.stage} of round {number} is complete")
-
-
-def _preview(options: argparse.Namespace) -> None:
-    from flows.report.tables import summary
-    from flows.stages import completion as stages
-
-    # Nothing is made: so an override may go with a run folder too.
-    if not options.target.is_dir():
-        run = read_run(_config(options).folder)
-    elif any(not each.startswith("refine.") for each in options.set):
-        raise ValueError("--set: a dry run of a run folder takes overrides of refine alone, such as refine.policy=top")
-    else:
-        run = read_run(options.target)
-        run = replace(run, config=override(run.config, options.set))
-    number = _next_to_train(run) if options.round is None else options.round
-    print(summary(stages.preview(run, number, _draw(run.refine_config(number), options))))
-
-
-def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
-    """Return `refine` with what the command line says otherwise."""
-    names = ("policy", "sampling_rate", "temperature")
-    given = {name: getattr(options, name, None) for name in names}
-    try:
-        return RefineConfig.model_validate(
-            {**refine.model_dump(), **{field: value for field, value in given.items() if value is not None}}
-        )
-    except ValidationError as error:
-        detail, *_ = error.errors()
-        if not detail["loc"]:
-            # Several fields that do not go together.
-            raise ValueError(f"refine.{detail['ctx']['error']}") from None
-        field = str(detail["loc"][0]).replace("_", "-")
-        raise ValueError(f"--{field}: {detail['msg']} (it is {detail['input']}); give another") from None
-
-
-def _next_to_train(run: Run) -> int:
-    """Return the first round after the first that has not trained."""
-    rounds = _rounds_with(run, "refine")
-    return next((number for number in rounds if not run.is_complete("train", number)), rounds.stop - 1)
-
-
-def _approve(options: argparse.Namespace) -> None:
-    run = read_run(options.run)
-    with locked(run.folder):
-        number = _next_to_train(run) if options.round is None else options.round
-        if number not in _rounds_with(run, "refine") or not run.is_complete("score", number - 1):
-            raise ValueError(f"--round: round {number} has nothing to approve yet; `reprise status {options.run}`")
-        if run.is_complete("train", number):
-            raise ValueError(f"--round: round {number} has been trained already; there is nothing left to decide")
-        draw = _draw(run.refine_config(number), options)
-        run.approve(number, draw.policy, draw.sampling_rate)
-    print(f"round {number} may train on what policy {draw.policy} keeps at sampling rate {draw.sampling_rate:g}")
-
-
 def _doctor(options: argparse.Namespace) -> None:
     from flows.orchestration.doctor import examine
 
@@ -273,8 +100,9 @@ def _doctor(options: argparse.Namespace) -> None:
 
 def _join(options: argparse.Namespace) -> None:
     from flows.launch.hosts import join
+    from flows.stages.status import is_done
 
-    join(options.run, options.interface)
+    join(options.run, options.interface, is_done)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -283,26 +111,16 @@ def _serve(options: argparse.Namespace) -> None:
     serve(options.host, options.port, options.allow)
 
 
-def _rounds_with(run: Run, stage: str) -> range:
-    return range(2 if stage == "refine" else 1, run.config.rounds.num_rounds + 1)
-
-
-def _first_without(run: Run, stage: str) -> int:
-    run.corpus()
-    # Refining ends with the mix.
-    last_part = "mix" if stage == "refine" else stage
-    for number in _rounds_with(run, stage):
-        if not run.is_complete(last_part, number):
-            return number
-    raise ValueError(f"{run.folder}: every round has completed {stage}; raise rounds.num_rounds to go on")
-
-
 def _status(options: argparse.Namespace) -> None:
+    from flows.stages.status import read_status
+
     for row in read_status(options.run):
         print(f"{row.name:<10} {row.state:<8} {row.detail}".rstrip())
 
 
 def _runs(options: argparse.Namespace) -> None:
+    from flows.stages.status import read_status
+
     folders = sorted(path.parent for path in options.folder.glob("*/run.yaml"))
     if not folders:
         raise ValueError(f"{options.folder}: holds no run; start one with `reprise run CONFIG.yaml`")
@@ -314,9 +132,9 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from flows.stages import completion as stages
+    from flows.report.run_report import write_report
 
-    print(f"report: {stages.report(read_run(options.run))}")
+    print(f"report: {write_report(read_run(options.run))}")
 
 
 def _sql(options: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ def _describe(options: argparse.Namespace) -> None:
     if name is None:
         models = {preset: ModelConfig(preset=preset) for preset in PRESETS}
     elif is_file:
-        from flows.stages.completion import vocabulary_size
+        from flows.stages.prepare import vocabulary_size
 
         config = read_config(Path(name), options.set)
         models = {config.run_name: config.model}

@@ -35,7 +35,8 @@ from flows.inheritance.teacher import check_inheritance
 from flows.run.config import RunConfig
 from flows.run.folder import Run, open_run
 from flows.run.locks import locked
-from flows.stages import completion as stages
+from flows.stages.refine import preview
+from flows.stages.stage_order import complete, steps_to_train
 from trainer.config import InheritConfig, InheritMethod, ModelConfig
 
 _WITHOUT_LOSSES = ("random", "all")
@@ -268,12 +269,9 @@ def _train_base(config: RunConfig, progress: Progress) -> Run:
     progress = named(config, progress)
     with locked(config.folder):
         run = open_run(config)
-        stages.prepare(run, progress)
-        stages.contamination(run, progress)
-        stages.inherit(run, progress)
-        stages.mix(run, 1, progress)
-        stages.train(run, 1, progress)
-        stages.score(run, 1, progress)
+        for step in steps_to_train(config, 1):
+            complete(run, step.stage.name, step.round_number, progress)
+        complete(run, "score", 1, progress)
     return run
 
 
@@ -284,11 +282,9 @@ def _train_arm(config: RunConfig, before: Run, progress: Progress) -> Run:
         for part in ("corpus", *(f"rounds/{number}" for number in range(1, before.config.rounds.num_rounds + 1))):
             share(before.folder / part, config.folder / part)
         run = open_run(config)
-        for number in range(2, config.rounds.num_rounds + 1):
-            stages.score(run, number - 1, progress)
-            stages.refine(run, number, progress)
-            stages.mix(run, number, progress)
-            stages.train(run, number, progress)
+        for step in steps_to_train(config, config.rounds.num_rounds):
+            if step.place > 1:
+                complete(run, step.stage.name, step.round_number, progress)
     return run
 
 
@@ -302,7 +298,7 @@ def equal_tokens(config: RunConfig, bases: list[Run], arms: tuple[Arm, ...], wan
     for base in bases:
         for arm in arms:
             draw = RefineConfig.model_validate({**base.config.refine.model_dump(), **arm.refine, "max_tokens": None})
-            reached[arm.name, base.config.seed] = stages.preview(base, 2, draw).total.num_tokens_kept
+            reached[arm.name, base.config.seed] = preview(base, 2, draw).total.num_tokens_kept
     (name, seed), least = min(reached.items(), key=lambda item: item[1])
     if wanted is None:
         corpora = [_number(base, "select sum(num_tokens) from samples") for base in bases]
@@ -351,7 +347,7 @@ def _scores(run: Run, seed: int, arm: Arm, progress: Progress) -> list[dict[str,
         return []
     last = run.config.rounds.num_rounds
     with locked(run.folder):
-        stages.evaluate(run, last, named(run.config, progress))
+        complete(run, "evaluate", last, named(run.config, progress))
     names = SCORES.names[2:]
     found = query(run.folder, f"select {', '.join(names)} from final_scores where round = {last}").fetchall()
     return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True))} for row in found]

@@ -5,6 +5,7 @@ from data_scoring.base.progress import Progress
 from flows.launch import launcher
 from flows.launch.job_fields import device_kind, final_checkpoint, job_fields
 from flows.run.folder import Run
+from flows.stages.stage_order import fingerprint_of
 from trainer.jobs import GenerateJob
 
 
@@ -14,7 +15,9 @@ def generation_speed(run: Run, round_number: int, progress: Progress, num_new_to
     Noted in the round's generation.json, with the device and the layout that it belongs to.
     """
     parallel = run.config.parallel.model_dump()
-    identity = fingerprint(run.fingerprint("train", round_number), device_kind(run.config), parallel, num_new_tokens)
+    identity = fingerprint(
+        fingerprint_of(run, "train", round_number), device_kind(run.config), parallel, num_new_tokens
+    )
     job = GenerateJob(
         **job_fields(run, round_number, identity),
         weights=final_checkpoint(run, round_number),

@@ -17,7 +17,8 @@ from flows.experiments.trials import TRIAL_ERRORS, Trial, add_result, prepare_co
 from flows.run.config import RunConfig
 from flows.run.folder import Run, open_run, read_run
 from flows.run.locks import locked
-from flows.stages import completion as stages
+from flows.stages.prepare import vocabulary_size
+from flows.stages.stage_order import complete
 
 # What may differ when a search goes on: how many of the same trials are taken, and how fast.
 _FREE = {"trials", "jobs", "generation"}
@@ -39,7 +40,7 @@ def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
         raise ValueError("model.start_from: a search trains models of many shapes from random weights; leave it out")
     if config.model.inherits:
         raise ValueError("model.inherit: a search trains models of many shapes from random weights; leave it out")
-    plan(config, search, stages.vocabulary_size(config))
+    plan(config, search, vocabulary_size(config))
     if config.eval.asked:
         check_items(config.eval)
     before: dict[str, Any] | None = read_json(folder / _RECORD)
@@ -102,7 +103,7 @@ def score(config: RunConfig, progress: Progress) -> bool:
     if row["state"] != "trained" or not config.eval.asked:
         return False
     with _on_record(config), locked(config.folder):
-        stages.evaluate(open_run(config), 1, progress)
+        complete(open_run(config), "evaluate", 1, progress)
     asked, names = resolve_names(config.eval.asked), [part.name for part in SCORE]
     found = query(config.folder, f"select {', '.join(names)} from final_scores where round = 1").fetchall()
     found.sort(key=lambda entry: asked.index(entry[0]))

@@ -27,7 +27,7 @@ from flows.run.config import RunConfig, parse_config
 from flows.run.folder import Run, open_run
 from flows.run.locks import locked
 from flows.run.rank_errors import RanksFailedError
-from flows.stages import completion as stages
+from flows.stages.stage_order import complete, fingerprint_of, steps_to_train
 
 # What ends one trial and says nothing about the others.
 TRIAL_ERRORS = (ValueError, RanksFailedError)
@@ -116,8 +116,9 @@ def prepare_corpus(config: RunConfig, folder: Path, name: str, seed: int, progre
     base = trial_config(config, folder, Trial(name), seed)
     with locked(base.folder):
         run = open_run(base)
-        stages.prepare(run, progress)
-        stages.contamination(run, progress)
+        for step in steps_to_train(base, 1):
+            if step.round_number == 0:
+                complete(run, step.stage.name, 0, progress)
     return run
 
 
@@ -126,11 +127,8 @@ def train_trial(config: RunConfig, corpus: Run, progress: Progress) -> Run:
     with locked(config.folder):
         share(corpus.corpus_folder, config.folder / "corpus")
         run = open_run(config)
-        stages.prepare(run, progress)
-        stages.contamination(run, progress)
-        stages.inherit(run, progress)
-        stages.mix(run, 1, progress)
-        stages.train(run, 1, progress)
+        for step in steps_to_train(config, 1):
+            complete(run, step.stage.name, step.round_number, progress)
     return run
 
 
@@ -142,7 +140,7 @@ def run_trial(config: RunConfig, corpus: Run, progress: Progress) -> None:
     path = result_path(config)
     try:
         run = train_trial(config, corpus, progress)
-        fingerprint = run.fingerprint("train", 1)
+        fingerprint = fingerprint_of(run, "train", 1)
         if parquet_fingerprint(path) != fingerprint:
             _write(path, {**_settings(config, corpus.corpus().vocab_size), **_results(run)}, fingerprint)
     except TRIAL_ERRORS as error:

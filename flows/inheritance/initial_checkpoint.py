@@ -73,10 +73,11 @@ def is_current(run: Run) -> bool:
     return parquet_fingerprint(inheritance_folder(run) / "lineage.parquet") == teacher.identity
 
 
-def make_start(run: Run, progress: Progress) -> None:
+def make_start(run: Run, identity: str, progress: Progress) -> None:
     """Leave in the round's folder the checkpoint that round 1 starts from, and where each of its parts is from.
 
-    Raises ValueError for what cannot be inherited. The larger model's weights are read, never changed.
+    identity: the fingerprint of the stage, which the masks that are learned for it carry. Raises ValueError for what
+    cannot be inherited. The larger model's weights are read, never changed.
     """
     model = run.config.model
     assert model.inherit is not None
@@ -89,7 +90,7 @@ def make_start(run: Run, progress: Progress) -> None:
         layers = _choose_layers(run, with_tokens, folder, progress)
         is_shallower = len(layers) < teacher.config.num_layers
         shallow = _cut(with_tokens, layers, work / "layers") if is_shallower else with_tokens
-        part = _choose_neurons(run, shallow, folder, progress)
+        part = _choose_neurons(run, shallow, folder, identity, progress)
         progress("cutting the larger model (checkpoints)", 0, 1)
         origin = {"checkpoint": str(teacher.checkpoint), "layers": list(layers), "method": model.inherit.method}
         target = folder / "checkpoint" / "step-00000000"
@@ -159,7 +160,9 @@ def _cut(teacher: StoredModel, layers: Sequence[int], folder: Path, tokens: Sequ
     return replace(teacher, config=config, checkpoint=target, vocab_size=vocab_size)
 
 
-def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Progress) -> PruningPlan:
+def _choose_neurons(
+    run: Run, teacher: StoredModel, folder: Path, stage_identity: str, progress: Progress
+) -> PruningPlan:
     """Return which neurons of `teacher`, all of whose layers stay, the run's model has."""
     model = run.config.model
     assert model.inherit is not None
@@ -167,7 +170,7 @@ def _choose_neurons(run: Run, teacher: StoredModel, folder: Path, progress: Prog
     # Where all of them stay, no method has anything to choose.
     if inherit.method in ("l1", "l2") or is_as_wide(teacher.config, model):
         return choose(Weights(teacher.checkpoint), teacher.config, model, 1 if inherit.method == "l1" else 2)
-    identity = fingerprint("neurons", run.fingerprint("inherit", 1), teacher.identity)
+    identity = fingerprint("neurons", stage_identity, teacher.identity)
     fields = {
         **job_fields(run, 1, identity),
         "round_folder": folder,

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from data_scoring.base.files import read_json, writing
 from flows.launch import torchrun
 from flows.launch.torchrun import Rendezvous
 from flows.run.folder import read_run
-from flows.run.status import read_status
 
 _SECONDS_BETWEEN_BEATS = 2.0
 _SECONDS_OF_SILENCE = 30.0
@@ -92,8 +92,8 @@ class Leader:
         self._heartbeat.end()
 
 
-def join(run_folder: Path, interface: str | None) -> None:
-    """Start this host's ranks for every job of the run in `run_folder`, until the run is done.
+def join(run_folder: Path, interface: str | None, is_done: Callable[[Path], bool]) -> None:
+    """Start this host's ranks for every job of the run in `run_folder`, until `is_done` of the folder.
 
     Raises ValueError where there is no run, or it wants no other hosts.
     """
@@ -102,7 +102,7 @@ def join(run_folder: Path, interface: str | None) -> None:
         raise ValueError(f"{run_folder}: launch.nodes is 1; nobody is waited for")
     monitor = _HeartbeatMonitor()
     done = ""
-    while not all(row.state == "done" for row in read_status(run_folder)):
+    while not is_done(run_folder):
         content = read_json(_announcement(run_folder))
         if content is None or content["rendezvous"]["id"] == done:
             time.sleep(1)

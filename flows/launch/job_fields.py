@@ -6,11 +6,12 @@ from typing import Any
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.devices import resolve
 
 
 def device_kind(config: RunConfig) -> str:
     """Return the device that a run's ranks are on: cuda, npu or cpu; what Slurm's nodes have is not seen, but said."""
+    from trainer.devices import resolve
+
     return config.device if config.launch.kind == "slurm" else resolve(config.device)
 
 

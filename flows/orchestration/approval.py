@@ -12,7 +12,7 @@ from data_scoring.config import Policy
 from flows.orchestration.flow_progress import has_deployment
 from flows.report.tables import summary
 from flows.run.folder import Run
-from flows.stages.completion import preview
+from flows.stages.refine import preview
 
 
 class Approval(RunInput):

@@ -19,7 +19,7 @@ from flows.launch.slurm import check_tools
 from flows.launch.torchrun import local_address
 from flows.run.config import RunConfig
 from flows.run.folder import package_versions
-from flows.stages.completion import check_kernels, check_vocabulary, vocabulary_size
+from flows.stages.prepare import check_kernels, check_vocabulary, vocabulary_size
 from trainer.devices import (
     check_count,
     check_layers,

@@ -11,8 +11,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,9 +32,11 @@ from flows.display.result_page import Page
 from flows.display.terminal_progress import Pace, TerminalProgress
 from flows.launch.log_lines import LogTail
 from flows.orchestration.temporary_server import is_private
-from flows.report import tables as artifacts
+from flows.report import tables
+from flows.report.run_report import write_report
 from flows.run.folder import Run
-from flows.stages.completion import preview, report
+from flows.stages.refine import preview
+from flows.stages.stage_order import fingerprint_of
 
 _SECONDS_BETWEEN_POLLS = 2.0
 _SECONDS_BETWEEN_LINES = 30.0
@@ -69,7 +70,7 @@ class RunCancelledError(Exception):
     """The run was cancelled in Prefect."""
 
 
-class Reporter:
+class FlowProgress:
     """Reports the flow run that it is made in, to the terminal and to Prefect; a context manager, and a progress.
 
     As a progress it raises RunCancelledError once the flow run was cancelled: the worker that should have stopped
@@ -95,7 +96,7 @@ class Reporter:
         # The thread talks to the server that this flow talks to.
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._work,), daemon=True)
 
-    def __enter__(self) -> "Reporter":
+    def __enter__(self) -> "FlowProgress":
         if self._terminal is not None:
             self._terminal.__enter__()
         if self._is_shown:
@@ -132,62 +133,63 @@ class Reporter:
             self._logged = time.monotonic()
             self._logger.info(line)
 
-    def inherited(self, run: Run) -> None:
-        """Show what of a larger model round 1 starts from, unless that was done."""
-        with self._telling(run, "inherit", 1) as is_news:
-            if is_news:
-                rows = artifacts.inheritance(run)
-                self._show("inheritance", "table", json.dumps(rows), "Layers, and what of each round 1 starts from.")
-                self._announce(run, "inherit", 1, {"teacher": rows[0]["teacher"], "layers": len(rows)})
+    def completed(self, run: Run, stage: str, round_number: int) -> None:
+        """Show what came of a stage, where there is something to show of it that was not shown before."""
+        show = {
+            "inherit": self._inherited,
+            "score": self._scored,
+            "refine": self._refined,
+            "train": self._trained,
+            "evaluate": self._evaluated,
+        }.get(stage)
+        if show is None or not self._is_shown:
+            return
+        marker = run.round_folder(round_number) / f".told-{stage}"
+        identity = fingerprint_of(run, stage, round_number)
+        if marker.exists() and marker.read_text() == identity:
+            return
+        self._announce(run, "round" if stage == "train" else stage, round_number, show(run, round_number))
 
-    def scored(self, run: Run, round_number: int) -> None:
-        """Show the shards' losses after a round, unless that was done."""
-        with self._telling(run, "score", round_number) as is_news:
-            if is_news:
-                rows = artifacts.shard_losses(run, round_number)
-                self._show(
-                    f"round-{round_number}-losses", "table", json.dumps(rows), "Losses by shard, nats per token."
-                )
-                rows = artifacts.budgets(run, round_number)
-                self._show(
-                    f"round-{round_number}-budget",
-                    "table",
-                    json.dumps(rows),
-                    "Ways to score, costs in training tokens.",
-                )
-                self._announce(run, "score", round_number, {})
+        def note(client: SyncPrefectClient) -> None:
+            # Written when all of it was sent: after a kill in between it is sent again.
+            marker.write_text(identity)
 
-    def refined(self, run: Run, round_number: int) -> None:
-        """Show what a round keeps and what it drops, unless that was done."""
-        with self._telling(run, "refine", round_number) as is_news:
-            if is_news:
-                kept = preview(run, round_number)
-                page = artifacts.selection_page(run, kept)
-                self._show(
-                    f"round-{round_number}-selection", "markdown", page, "What is trained on, and what is dropped."
-                )
-                details = {"num_kept": kept.total.num_kept, "num_tokens_kept": kept.total.num_tokens_kept}
-                self._announce(run, "refine", round_number, {**details, "share_kept": kept.total.share})
+        self._parcels.append(note)
 
-    def trained(self, run: Run, round_number: int) -> None:
-        """Show the loss curves up to the end of a round, and where the report is, unless that was done."""
-        with self._telling(run, "train", round_number) as is_news:
-            if is_news:
-                address = _address(report(run))
-                self._show(f"round-{round_number}-training", "markdown", artifacts.loss_page(run), "The curves so far.")
-                rows = artifacts.rounds(run)
-                self._show("rounds", "table", json.dumps(rows), "The rounds so far.")
-                link = f"[Report of {run.folder.name}]({address})\n\n{address}"
-                self._show(f"round-{round_number}-report", "markdown", link, "Where the report is.")
-                self._announce(run, "round", round_number, rows[round_number - 1])
+    def _inherited(self, run: Run, round_number: int) -> dict[str, Any]:
+        rows = tables.inheritance(run)
+        self._show("inheritance", "table", json.dumps(rows), "Layers, and what of each round 1 starts from.")
+        return {"teacher": rows[0]["teacher"], "layers": len(rows)}
 
-    def evaluated(self, run: Run, round_number: int) -> None:
-        """Show what the model of a round, and those before it, score in tasks, unless that was done."""
-        with self._telling(run, "evaluate", round_number) as is_news:
-            if is_news:
-                report(run)
-                self._show("evaluation", "markdown", artifacts.evaluation_page(run), "What models score in tasks.")
-                self._announce(run, "evaluate", round_number, artifacts.scores(run, round_number))
+    def _scored(self, run: Run, round_number: int) -> dict[str, Any]:
+        rows = tables.shard_losses(run, round_number)
+        self._show(f"round-{round_number}-losses", "table", json.dumps(rows), "Losses by shard, nats per token.")
+        rows = tables.budgets(run, round_number)
+        self._show(
+            f"round-{round_number}-budget", "table", json.dumps(rows), "Ways to score, costs in training tokens."
+        )
+        return {}
+
+    def _refined(self, run: Run, round_number: int) -> dict[str, Any]:
+        kept = preview(run, round_number)
+        page = tables.selection_page(run, kept)
+        self._show(f"round-{round_number}-selection", "markdown", page, "What is trained on, and what is dropped.")
+        total = kept.total
+        return {"num_kept": total.num_kept, "num_tokens_kept": total.num_tokens_kept, "share_kept": total.share}
+
+    def _trained(self, run: Run, round_number: int) -> dict[str, Any]:
+        address = _address(write_report(run))
+        self._show(f"round-{round_number}-training", "markdown", tables.loss_page(run), "The curves so far.")
+        rows = tables.rounds(run)
+        self._show("rounds", "table", json.dumps(rows), "The rounds so far.")
+        link = f"[Report of {run.folder.name}]({address})\n\n{address}"
+        self._show(f"round-{round_number}-report", "markdown", link, "Where the report is.")
+        return rows[round_number - 1]
+
+    def _evaluated(self, run: Run, round_number: int) -> dict[str, Any]:
+        write_report(run)
+        self._show("evaluation", "markdown", tables.evaluation_page(run), "What models score in tasks.")
+        return tables.scores(run, round_number)
 
     def tried(self, rows: list[dict[str, Any]], page: Page | None = None) -> None:
         """Show the trials of a search so far and, once there is one, the page of what it found."""
@@ -198,20 +200,6 @@ class Reporter:
             address = _address(page.page)
             content = f"[Report of {self._folder.name}]({address})\n\n{address}\n\n{page.text}"
             self._show("report", "markdown", content, "What the search found.")
-
-    @contextmanager
-    def _telling(self, run: Run, stage: str, round_number: int) -> Iterator[bool]:
-        """Yield whether a stage's end is news, and note that it was told; a kill in between has it told again."""
-        marker = run.round_folder(round_number) / f".told-{stage}"
-        fingerprint = run.fingerprint(stage, round_number)
-        is_news = self._is_shown and not (marker.exists() and marker.read_text() == fingerprint)
-        yield is_news
-        if is_news:
-
-            def note(client: SyncPrefectClient) -> None:
-                marker.write_text(fingerprint)
-
-            self._parcels.append(note)
 
     def _show(self, key: str, kind: str, data: str, description: str) -> None:
         artifact = ArtifactCreate(

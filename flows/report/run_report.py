@@ -7,6 +7,7 @@ import duckdb
 import yaml
 
 from data_scoring.base.files import writing
+from data_scoring.ledger import refresh_ledger
 from flows.display.figures import render_figure
 from flows.display.html import html_figure, html_page, html_table
 from flows.report.pictures import figure
@@ -17,7 +18,8 @@ from flows.run.folder import Run
 
 
 def write_report(run: Run) -> Path:
-    """Write `report.html` and `report/*.png` over what the run's ledger holds, and return the page's path."""
+    """Write `report.html` and `report/*.png` over what the run folder holds, and return the page's path."""
+    refresh_ledger(run.folder)
     path = run.folder / "report.html"
     with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
         body = "\n".join(_sections(run, ledger))

@@ -9,43 +9,12 @@ from typing import Any
 
 import yaml
 
-from data_scoring.base.files import checksum, fingerprint, read_json, write_json, writing
-from data_scoring.base.parquet import parquet_fingerprint
+from data_scoring.base.files import read_json, write_json, writing
 from data_scoring.config import Policy, RefineConfig
-from data_scoring.contamination.contaminated_samples import samples_fingerprint
 from data_scoring.corpus.corpus import Corpus
-from data_scoring.evaluation.items import item_files
-from data_scoring.evaluation.tasks import resolve_names
-from data_scoring.losses.shard_scoring import losses_path
 from flows.run.config import RunConfig, differences, parse_config
 
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
-
-_NOT_IN_WEIGHTS = {
-    "micro_batch_size",
-    "loss_kernel",
-    "activation_kernel",
-    "validate_every_steps",
-    "global_batch_tokens",
-    "max_tokens",
-}
-# Changes with what an item's prompts, its scores, or their files are.
-_EVALUATION_FORMAT = 1
-# Fields that came after 0.3, with the value that leaves everything as it was: runs from before go on.
-_NEUTRAL = {
-    "start_from": None,
-    "inherit": None,
-    "init": "gpt2",
-    "activation_terms": 1,
-    "activation_scales": "channel",
-    "shortcut_reduction": None,
-    "shortcut_input": "normalised",
-    "head_size": None,
-    "tied_embeddings": False,
-    "attention_bias": "none",
-    "ffn_bias": False,
-    "rotary_scaling": None,
-}
 
 
 @dataclass(frozen=True)
@@ -67,63 +36,6 @@ class Run:
     def corpus(self) -> Corpus:
         """Return the prepared corpus, opened. Raises ValueError where it is not complete."""
         return Corpus(self.corpus_folder)
-
-    def fingerprint(self, stage: str, round_number: int = 0) -> str:  # noqa: PLR0911 - a return a stage
-        """Return what identifies a stage's inputs: its configuration and the fingerprints of the stages before it."""
-        config = self.config
-        if stage == "prepare":
-            return fingerprint("prepare", config.corpus.model_dump(), config.tokenizer.model_dump(), config.seed)
-        if stage == "refine":
-            scored = self.fingerprint("score", round_number - 1)
-            refine = self.refine_config(round_number)
-            parts = [scored, refine.model_dump(exclude={"memory_gb"}), config.seed, round_number]
-            if refine.policy == "excess":
-                shards = range(config.corpus.num_shards)
-                reference = Path(str(refine.reference))
-                parts.append([parquet_fingerprint(losses_path(reference, shard)) for shard in shards])
-            return fingerprint("refine", *parts)
-        if stage == "inherit":
-            model = config.model.model_dump(exclude={"preset", "start_from"})
-            return fingerprint("inherit", self.corpus().fingerprint, model, config.seed)
-        if stage == "mix":
-            if round_number > 1:
-                before = self.fingerprint("refine", round_number)
-            else:
-                before = self.fingerprint("prepare")
-                late = sorted(rule.name for rule in config.refine.sources if rule.from_round > 1)
-                if late or config.train.max_tokens is not None:
-                    before = fingerprint(before, late, *filter(None, [config.train.max_tokens]))
-                if config.eval.removes:
-                    before = fingerprint(before, "without", self.contaminated_samples())
-            return fingerprint("mix", before, self.corpus().fingerprint, config.seed, round_number)
-        if stage == "train":
-            # The mix stands for the round before too, whose weights this one starts from: it was scored with them.
-            return fingerprint("train", self.fingerprint("mix", round_number), *self.training_inputs())
-        trained = self.fingerprint("train", round_number)
-        if stage == "evaluate":
-            return fingerprint("evaluate", trained, *self._evaluation_inputs())
-        assert stage == "score", stage
-        budget = config.score.model_dump(include={"budget", "min_correlation", "calibration_samples"})
-        return fingerprint("score", trained, budget)
-
-    def contaminated_samples(self) -> str | None:
-        """Return what identifies the samples with parts of evaluation items, or None where nobody has looked."""
-        corpus = self.corpus()
-        return samples_fingerprint(corpus.folder, corpus.fingerprint, self.config.eval.contamination_ngram)
-
-    def _evaluation_inputs(self) -> list[Any]:
-        """Return what decides what models are asked: the tasks, and the files that they are read from."""
-        config = self.config.eval
-        names = resolve_names(config.asked)
-        files = [] if config.data is None else item_files(names, Path(config.data))
-        prompts = importlib.metadata.version("lm_eval")
-        return [_EVALUATION_FORMAT, prompts, names, config.limit, [[path.name, checksum(path)] for path in files]]
-
-    def training_inputs(self) -> list[dict[str, Any]]:
-        """Return what of the model's and training's configuration decides the weights that a round ends with."""
-        train = self.config.resolved_train.model_dump(exclude=_NOT_IN_WEIGHTS)
-        model = self.config.model.model_dump(exclude={"preset"})
-        return [{name: value for name, value in model.items() if _NEUTRAL.get(name, ...) != value}, train]
 
     def refine_config(self, round_number: int) -> RefineConfig:
         """Return how a round is refined: as the configuration says, unless another way was approved."""
@@ -150,19 +62,19 @@ class Run:
         RefineConfig.model_validate({**self.config.refine.model_dump(), **approval})
         write_json(self._record_path("approval", round_number), approval)
 
-    def is_complete(self, stage: str, round_number: int = 0) -> bool:
-        """Return whether a stage has completed with the inputs that it would have now."""
-        if stage == "prepare":
-            manifest = read_json(self.corpus_folder / "manifest.json")
-            return manifest is not None and manifest["stage_fingerprint"] == self.fingerprint("prepare")
+    def recorded(self, stage: str, round_number: int) -> str | None:
+        """Return the fingerprint that a stage was completed with, or None where it was not."""
         record = read_json(self._record_path(stage, round_number))
-        return record is not None and record["fingerprint"] == self.fingerprint(stage, round_number)
+        return None if record is None else str(record["fingerprint"])
 
-    def record(self, stage: str, round_number: int, started: float) -> None:
-        """Write the completion record of a stage that began at the time `started` (seconds since the epoch)."""
+    def record(self, stage: str, round_number: int, identity: str, started: float) -> None:
+        """Write the completion record of a stage with the fingerprint `identity`.
+
+        started: when it began, in seconds since the epoch.
+        """
         now = time.time()
         content = {
-            "fingerprint": self.fingerprint(stage, round_number),
+            "fingerprint": identity,
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
             "seconds": round(now - started, 3),
         }

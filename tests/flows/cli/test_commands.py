@@ -13,6 +13,7 @@ from flows.cli.main import main
 from flows.run.config import read_config
 from flows.run.folder import Run, open_run
 from flows.run.locks import locked
+from flows.stages.stage_order import fingerprint_of
 from tests.conftest import make_documents
 
 
@@ -190,12 +191,12 @@ def test_fingerprints_follow_the_inputs(config: Path) -> None:
         base.config.model_copy(update={"refine": base.config.refine.model_copy(update={"sampling_rate": 0.3})}),
         base.folder,
     )
-    assert base.fingerprint("score", 1) == other.fingerprint("score", 1)
-    assert base.fingerprint("refine", 2) != other.fingerprint("refine", 2)
-    assert base.fingerprint("train", 2) != other.fingerprint("train", 2)
+    assert fingerprint_of(base, "score", 1) == fingerprint_of(other, "score", 1)
+    assert fingerprint_of(base, "refine", 2) != fingerprint_of(other, "refine", 2)
+    assert fingerprint_of(base, "train", 2) != fingerprint_of(other, "train", 2)
     # Were a round to ask twice for the one before, this would take 2^60 steps.
-    assert base.fingerprint("train", 60) != base.fingerprint("train", 59)
-    assert base.fingerprint("train", 1) == run("device=cpu", "train.micro_batch_size=1").fingerprint("train", 1)
+    assert fingerprint_of(base, "train", 60) != fingerprint_of(base, "train", 59)
+    assert fingerprint_of(base, "train", 1) == fingerprint_of(run("device=cpu", "train.micro_batch_size=1"), "train", 1)
 
 
 def test_a_second_process_is_kept_off_the_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

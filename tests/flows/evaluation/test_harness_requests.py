@@ -1,7 +1,6 @@
 """lm-eval's requests in token ids, what fits into a model, and lm-eval's results from answers."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from flows.evaluation.harness_requests import Reader, ask
 from flows.models.hugging_face_models import export_model
 from flows.run.config import parse_config
 from flows.run.folder import open_run
-from flows.stages import completion as stages
+from flows.stages.stage_order import complete
 from tests.conftest import make_documents
 from trainer.requests import Generation, Likelihood, LogLikelihood, read_requests, requests_path, write_requests
 
@@ -154,8 +153,8 @@ def test_lm_eval_may_drive_the_model_of_a_round_on_any_layout(tmp_path: Path) ->
             "here",
         )
     )
-    for stage in (stages.prepare, partial(stages.mix, round_number=1), partial(stages.train, round_number=1)):
-        stage(run, progress=silent)
+    for stage, number in (("prepare", 0), ("mix", 1), ("train", 1)):
+        complete(run, stage, number, silent)
     export_model(run.folder, None, tmp_path / "exported")
     theirs = HFLM(str(tmp_path / "exported"), device="cpu", dtype="float32", batch_size=2)
     texts = [("the model", " learns"), ("the model", " text"), ("", "where it goes")]

@@ -10,15 +10,16 @@ import pytest
 from data_scoring.base.progress import silent
 from data_scoring.ledger import query, refresh_ledger
 from flows.cli.main import main
-from flows.evaluation import rounds as evaluation
-from flows.evaluation.rounds import training_questions
+from flows.evaluation import rounds
+from flows.evaluation.rounds import RoundEvaluation, training_questions
 from flows.evaluation.scores import _combine, _standard_error
 from flows.experiments.compare import compare, init_sweep
+from flows.report.run_report import write_report
 from flows.report.tables import evaluation_page
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import Run, open_run
-from flows.run.status import read_status
-from flows.stages import completion as stages
+from flows.stages.stage_order import complete, fingerprint_of
+from flows.stages.status import read_status
 from tests.evaluation_data import write_items
 from tests.flows.fakes import FakeRanks, values
 
@@ -44,9 +45,9 @@ def configure(texts: Path, output: Path, data: Path, **fields: Any) -> RunConfig
 
 def train(config: RunConfig) -> Run:
     run = open_run(config)
-    stages.prepare(run, silent)
-    stages.mix(run, 1, silent)
-    stages.train(run, 1, silent)
+    complete(run, "prepare", 0, silent)
+    complete(run, "mix", 1, silent)
+    complete(run, "train", 1, silent)
     return run
 
 
@@ -54,9 +55,9 @@ def test_scores_are_in_the_ledger_and_nothing_is_asked_twice(
     texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks
 ) -> None:
     run = train(configure(texts, tmp_path, data))
-    assert stages.evaluate(run, 1, silent)
+    assert complete(run, "evaluate", 1, silent)
     assert fakes.asked == list(SCORES)
-    assert not stages.evaluate(run, 1, silent)
+    assert not complete(run, "evaluate", 1, silent)
     rows = query(
         run.folder, "select task, score, stderr, num_items, is_end from scores where subject is null"
     ).fetchall()
@@ -91,13 +92,13 @@ def test_scores_on_the_way_are_drawn_against_tokens(texts: Path, tmp_path: Path,
     folder = tmp_path / "two-step-1b"
     config = configure(texts, folder, data, tasks=["piqa"], every_steps=2, training_tasks=["piqa", "boolq"])
     run = train(config)
-    stages.evaluate(run, 1, silent)
+    complete(run, "evaluate", 1, silent)
     rows = query(run.folder, "select step, task, score, is_end from scores order by step, task").fetchall()
     num_steps = query(run.folder, "select max(step) from steps").fetchall()[0][0]
     on_the_way = [(step, task, SCORES[task], False) for step in range(2, num_steps, 2) for task in ("boolq", "piqa")]
     # What is asked on the way is asked at the end, too.
     assert rows == [*on_the_way, (num_steps, "boolq", 0.5, True), (num_steps, "piqa", 1.0, True)]
-    page = stages.report(run).read_text()
+    page = write_report(run).read_text()
     assert "<h2>Evaluation</h2>" in page
     assert "<td>x, round 1</td><td>50.0 ± 50.0</td><td>100.0 ± 0.0</td>" in page
     assert (run.folder / "report" / "scores.png").stat().st_size > 10_000
@@ -114,7 +115,7 @@ def test_answers_of_other_inputs_are_forgotten(texts: Path, tmp_path: Path, data
     # What was asked before somebody lowered the limit, and the scores of it, go when training goes on.
     (run.round_folder(1) / "train.json").unlink()
     fewer = open_run(configure(texts, tmp_path, data, tasks=[], every_steps=4, training_tasks=["piqa"], limit=1))
-    stages.train(fewer, 1, silent)
+    complete(fewer, "train", 1, silent)
     assert {path.parent.parent.name for path in folder.glob("step-*/scores/*.parquet")} < steps
     assert {row[0] for row in query(run.folder, "select num_items from scores where subject is null").fetchall()} == {1}
 
@@ -126,7 +127,7 @@ def test_tasks_that_are_not_asked_on_the_way_any_more_leave_the_others_their_poi
     run = train(configure(texts, tmp_path, data, **both))
     before = query(run.folder, "select step, score from scores where task = 'piqa' order by step").fetchall()
     run = open_run(configure(texts, tmp_path, data, **both | {"training_tasks": ["piqa"]}))
-    stages.forget_answers(run, 1, training_questions(run, silent))
+    RoundEvaluation(run, 1, fingerprint_of(run, "train", 1)).forget_others(training_questions(run, silent))
     refresh_ledger(run.folder)
     assert len(before) > 1
     assert query(run.folder, "select step, score from scores order by step").fetchall() == before
@@ -142,8 +143,10 @@ def test_answers_are_scored_while_the_model_trains_on(
         path.unlink()
     refresh_ledger(run.folder)
     assert query(run.folder, "select count(*) from scores").fetchall() == [(0,)]
-    monkeypatch.setattr(evaluation, "_SECONDS_BETWEEN_LOOKS", 0)
-    progress = evaluation.scoring_in_training(run, 1, training_questions(run, silent), silent)
+    monkeypatch.setattr(rounds, "_SECONDS_BETWEEN_LOOKS", 0)
+    progress = RoundEvaluation(run, 1, fingerprint_of(run, "train", 1)).scoring_in_training(
+        training_questions(run, silent), silent
+    )
     progress("training (steps)", 3, 9)
     assert query(run.folder, "select step, score from scores order by step").fetchall() == whole
 
@@ -153,9 +156,9 @@ def test_a_right_answer_that_is_corrected_counts_without_asking_again(
 ) -> None:
     data = write_items(tmp_path / "items")
     run = train(configure(texts, tmp_path, data, tasks=["piqa"], every_steps=2, training_tasks=["piqa"]))
-    stages.evaluate(run, 1, silent)
+    complete(run, "evaluate", 1, silent)
     (data / "piqa-labels.lst").write_text("1\n1\n")
-    assert stages.evaluate(run, 1, silent)
+    assert complete(run, "evaluate", 1, silent)
     # On the way as well, lest a curve be of two keys.
     scores = query(run.folder, "select is_end, score from scores").fetchall()
     assert len(scores) > 2 and set(scores) == {(True, 0.5), (False, 0.5)}
@@ -167,7 +170,7 @@ def test_other_scores_do_not_stand_for_the_run_s_own(
 ) -> None:
     run = train(configure(texts, tmp_path, data, tasks=["piqa"]))
     folder = str(run.folder)
-    stages.evaluate(run, 1, silent)
+    complete(run, "evaluate", 1, silent)
     # Neither what fails nor what asks other tasks makes the run's own scores anything but done.
     assert main(["evaluate", folder, "--data", str(tmp_path / "nowhere")]) == 1
     assert main(["evaluate", folder, "--tasks", "boolq"]) == 0
@@ -178,7 +181,7 @@ def test_other_scores_do_not_stand_for_the_run_s_own(
     states = {row.name: row.state for row in read_status(run.folder)}
     assert (states["train 1"], states["evaluate 1"]) == ("done", "stopped")
     assert query(run.folder, "select num_items from final_scores where task = 'piqa'").fetchall() == [(1,)]
-    assert stages.evaluate(run, 1, silent)
+    assert complete(run, "evaluate", 1, silent)
     assert query(run.folder, "select num_items from final_scores where task = 'piqa'").fetchall() == [(2,)]
 
 
@@ -187,11 +190,11 @@ def test_a_round_of_which_nothing_fits_is_listed(texts: Path, tmp_path: Path, da
     values = config.model_dump()
     values["corpus"]["seq_length"] = 32
     run = train(parse_config(values, "test"))
-    assert stages.evaluate(run, 1, silent)
+    assert complete(run, "evaluate", 1, silent)
     assert fakes.asked == []
     assert query(run.folder, "select count(*) from final_scores").fetchall() == [(0,)]
     assert query(run.folder, "select item from unscorable").fetchall() == [("xsum.jsonl:1",), ("xsum.jsonl:2",)]
-    assert "longer than the model" in stages.report(run).read_text()
+    assert "longer than the model" in write_report(run).read_text()
 
 
 def test_the_command_prints_the_table(

@@ -20,7 +20,7 @@ from flows.experiments.compare_report import write_comparison
 from flows.experiments.compare_results import BASE, RESULTS, open_results
 from flows.run.config import RunConfig
 from flows.run.folder import read_run
-from flows.run.status import read_status
+from flows.stages.status import read_status
 from tests.conftest import read_rows
 from tests.flows.fakes import BATCH, LOSSES, FakeRanks, values
 

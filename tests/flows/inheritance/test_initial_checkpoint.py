@@ -25,11 +25,12 @@ from flows.inheritance.layer_importance import keep_layers
 from flows.inheritance.teacher import check_inheritance
 from flows.models.vocabulary_pruning import prune_vocabulary
 from flows.models.vocabulary_pruning_result import Request
+from flows.report.run_report import write_report
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import Run, open_run
-from flows.run.status import read_status
 from flows.run.stored_model import find_model
-from flows.stages import completion as stages
+from flows.stages.stage_order import complete
+from flows.stages.status import read_status
 from tests.conftest import read_rows
 from tests.flows.fakes import FakeRanks
 from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record
@@ -59,7 +60,7 @@ def teacher(config: RunConfig) -> Run:
     """A run called large, with a corpus and a checkpoint of random weights."""
     values = config.model_dump()
     run = open_run(parse_config({**values, "name": "large", "model": LARGE}, "teacher"))
-    stages.prepare(run, silent)
+    complete(run, "prepare", 0, silent)
     write_random_weights(run.config.model, run.corpus().vocab_size, run.round_folder(1) / "checkpoint/step-00000007")
     return run
 
@@ -74,10 +75,10 @@ def student(config: RunConfig, teacher: Run, tokenizer: Path | None = None, **in
 
 def run_all(config: RunConfig) -> Run:
     run = open_run(config)
-    stages.prepare(run, silent)
-    stages.inherit(run, silent)
-    stages.mix(run, 1, silent)
-    stages.train(run, 1, silent)
+    complete(run, "prepare", 0, silent)
+    complete(run, "inherit", 1, silent)
+    complete(run, "mix", 1, silent)
+    complete(run, "train", 1, silent)
     return run
 
 
@@ -113,10 +114,10 @@ def test_round_1_starts_from_what_is_cut_out_and_the_ledger_knows_it(
     )  # fmt: skip
     assert [row.name for row in read_status(run.folder)] == ["prepare", "inherit 1", "mix 1", "train 1"]
     assert {row.state for row in read_status(run.folder)} == {"done"}
-    page = stages.report(run).read_text()
+    page = write_report(run).read_text()
     assert "<h2>Inheritance</h2>" in page
     assert f"from parts of <code>{teacher.folder}</code>" in page
-    assert not stages.inherit(run, silent)
+    assert not complete(run, "inherit", 1, silent)
     assert read_checkpoint_record(start)["inherited_from"] == {
         "checkpoint": str(list_checkpoints(teacher.round_folder(1) / "checkpoint")[-1]), "layers": [0, 3],
         "method": "l2",
@@ -132,16 +133,16 @@ def _without_padding(rows: torch.Tensor, teacher: Run) -> torch.Tensor:
 
 def test_what_was_cut_from_another_model_is_cut_anew_until_training_begins(config: RunConfig, teacher: Run) -> None:
     run = open_run(student(config, teacher))
-    stages.prepare(run, silent)
-    assert stages.inherit(run, silent)
+    complete(run, "prepare", 0, silent)
+    assert complete(run, "inherit", 1, silent)
     before = read_checkpoint(inheritance.inherited_checkpoint(run))
     [checkpoint] = list_checkpoints(teacher.round_folder(1) / "checkpoint")
     shutil.rmtree(checkpoint)
-    assert not stages.inherit(run, silent)
+    assert not complete(run, "inherit", 1, silent)
     write_random_weights(teacher.config.model, teacher.corpus().vocab_size, checkpoint, seed=4)
-    assert stages.inherit(run, silent)
+    assert complete(run, "inherit", 1, silent)
     assert not torch.equal(read_checkpoint(inheritance.inherited_checkpoint(run))[HEAD], before[HEAD])
-    assert not stages.inherit(run, silent)
+    assert not complete(run, "inherit", 1, silent)
 
 
 def test_a_model_that_inherited_itself_teaches_as_any_other(config: RunConfig, teacher: Run, fakes: FakeRanks) -> None:
@@ -336,7 +337,7 @@ def test_ranks_measure_and_choose_and_train(config: RunConfig, teacher: Run, met
         tokens = torch.from_numpy(batch.tokens[:, : int(batch.num_tokens[0]) + 1])
         with torch.no_grad():
             assert row["loss"] == pytest.approx(plain(tokens[:, :-1], tokens[:, 1:]).mean().item(), abs=1e-5)
-    page = stages.report(run).read_text()
+    page = write_report(run).read_text()
     assert "where layers are skipped" in page and (run.folder / "report" / "importance.png").exists()
     if method == "learned":
         assert len(read_json(folder / "masks.json")["losses"]) == 3

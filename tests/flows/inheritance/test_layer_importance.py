@@ -22,7 +22,7 @@ from flows.cli.main import main
 from flows.inheritance.layer_importance import keep_layers, predict_increase
 from flows.run.config import RunConfig
 from flows.run.folder import Run, open_run
-from flows.stages import completion as stages
+from flows.stages.stage_order import complete
 from tests.conftest import TINY_MODEL
 from tests.evaluation_data import write_items
 from tests.flows.cli.test_commands import one_line
@@ -161,7 +161,7 @@ def run(config: RunConfig, fakes: FakeRanks) -> Run:
     """A run of a model of five layers that has a checkpoint."""
     model = config.model.model_copy(update={"num_layers": 5})
     run = open_run(config.model_copy(update={"model": model}))
-    stages.prepare(run, silent)
+    complete(run, "prepare", 0, silent)
     checkpoint = run.round_folder(1) / "checkpoint" / "step-00000001"
     write_json(checkpoint / "reprise.json", {"step": 1, "vocab_size": run.corpus().vocab_size})
     return run

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from flows.stages.completion import launch_plan
 
 from data_scoring.corpus.corpus import Corpus
 from flows.launch.launcher import _raise_failure
 from flows.launch.torchrun import rank_environment
 from flows.run.config import parse_config
 from flows.run.rank_errors import RanksFailedError
-from flows.stages.completion import launch_plan
 from tests.conftest import Ranks
 from tests.flows.fakes import values
 from trainer.checkpoint_folder import seconds_to_stop

@@ -11,6 +11,7 @@ import pytest
 from flows.launch import hosts, torchrun
 from flows.launch.hosts import Leader, join
 from flows.launch.torchrun import Rendezvous, local_address
+from flows.stages.status import is_done
 
 MEETING = Rendezvous("now", "127.0.0.1:29400", 2, 1, 60, 20)
 
@@ -78,4 +79,4 @@ def test_a_second_wish_to_stop_waits_for_the_first(tmp_path: Path) -> None:
 
 def test_a_run_of_one_host_is_not_joined(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a run folder"):
-        join(tmp_path, None)
+        join(tmp_path, None, is_done)

@@ -25,7 +25,7 @@ from data_scoring.corpus.python_text import read_python_text
 from flows.cli.main import main
 from flows.run.config import parse_config
 from flows.run.locks import locked
-from flows.run.status import read_status
+from flows.stages.status import read_status
 from tests.conftest import read_rows
 from tests.flows.orchestration.place import Place
 from trainer.checkpoint_folder import list_checkpoints

@@ -12,9 +12,12 @@ from data_scoring.base.progress import silent
 from data_scoring.evaluation.items import ItemText
 from data_scoring.ledger import query
 from flows.report.contamination_section import contamination
+from flows.report.run_report import write_report
 from flows.run.config import RunConfig, differences, parse_config
 from flows.run.folder import Run, open_run
-from flows.stages import completion as stages
+from flows.stages.contamination import list_contaminated
+from flows.stages.refine import preview
+from flows.stages.stage_order import complete
 from tests.conftest import make_documents
 from tests.evaluation_data import write_items
 from tests.flows.fakes import FakeRanks, values
@@ -51,13 +54,13 @@ def config_of(texts: Path, output: Path, **sections: Any) -> RunConfig:
 def run_rounds(run: Run, items: list[ItemText] = ITEMS) -> list[str]:
     """Go through the stages of two rounds, and return those that had anything to do."""
     done = {
-        "prepare": stages.prepare(run, silent),
-        "contamination": stages.check_contamination(run, items, silent),
-        "mix 1": stages.mix(run, 1, silent),
-        "train 1": stages.train(run, 1, silent),
-        "score 1": stages.score(run, 1, silent),
-        "refine 2": stages.refine(run, 2, silent),
-        "mix 2": stages.mix(run, 2, silent),
+        "prepare": complete(run, "prepare", 0, silent),
+        "contamination": run.config.eval.contamination != "off" and list_contaminated(run, items, silent),
+        "mix 1": complete(run, "mix", 1, silent),
+        "train 1": complete(run, "train", 1, silent),
+        "score 1": complete(run, "score", 1, silent),
+        "refine 2": complete(run, "refine", 2, silent),
+        "mix 2": complete(run, "mix", 2, silent),
     }
     return [stage for stage, is_done in done.items() if is_done]
 
@@ -70,9 +73,9 @@ def section(run: Run) -> str:
 
 def test_what_is_removed_is_in_no_round_and_the_report_says_so(texts: Path, tmp_path: Path, fakes: FakeRanks) -> None:
     run = open_run(config_of(texts, tmp_path))
-    stages.prepare(run, silent)
+    complete(run, "prepare", 0, silent)
     with pytest.raises(ValueError, match=r"eval\.contamination: remove needs the list .* run `reprise run"):
-        stages.mix(run, 1, silent)
+        complete(run, "mix", 1, silent)
     assert run_rounds(run) == ["contamination", "mix 1", "train 1", "score 1", "refine 2", "mix 2"]
     contaminated = set(query(run.folder, "select distinct shard, sample from contamination").fetchall())
     assert len(contaminated) > 4
@@ -90,8 +93,8 @@ def test_what_is_removed_is_in_no_round_and_the_report_says_so(texts: Path, tmp_
     assert not mixes[2] & contaminated
     marked = query(run.folder, "select shard, sample from selection where reason = 'contaminated' and not kept")
     assert set(marked.fetchall()) == contaminated
-    assert ("contaminated", False, len(contaminated)) in stages.preview(run, 2).reasons
-    page = stages.report(run).read_text()
+    assert ("contaminated", False, len(contaminated)) in preview(run, 2).reasons
+    page = write_report(run).read_text()
     assert "1 of 3 evaluation items share 13 words" in page
     assert f"The {len(contaminated)} samples that hold them, of {len(everything)}, are left out of every round" in page
     excerpts = [" ".join(f"planted{n}" for n in range(first, first + 13)) for first in range(18)]

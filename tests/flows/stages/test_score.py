@@ -18,10 +18,12 @@ from data_scoring.losses.origin import read_origin, with_origin
 from data_scoring.losses.shard_scoring import LossFiles, losses_path, score_shards
 from flows.launch import launcher
 from flows.launch.launcher import _reached
+from flows.report.run_report import write_report
 from flows.report.tables import budgets
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import Run, open_run
-from flows.stages import completion as stages
+from flows.stages.refine import preview
+from flows.stages.stage_order import complete, fingerprint_of
 from tests.conftest import make_documents
 from tests.data_scoring.losses.test_shard_scoring import FakeScorer, InterruptedScoringError
 from tests.data_scoring.refine.test_budget import PrefixScorer, everything, write_seen
@@ -34,7 +36,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "text.txt").write_text("\n".join(make_documents(150)))
     run = open_run(config_of(folder, {}))
-    stages.prepare(run, silent)
+    complete(run, "prepare", 0, silent)
     return folder
 
 
@@ -58,12 +60,12 @@ def open_trained(prepared: Path, folder: Path, score: dict[str, object]) -> Run:
     # The source is where it was: its path is part of what identifies the corpus.
     config = config_of(prepared, score).model_copy(update={"output": str(folder)})
     run = Run(config, folder / "run")
-    stages.mix(run, 1, silent)
+    complete(run, "mix", 1, silent)
     checkpoint = run.round_folder(1) / "checkpoint" / "step-00000009"
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "reprise.json").write_text(json.dumps({"step": 9}))
     write_seen(run.round_folder(1), 1, everything(run.corpus()))
-    run.record("train", 1, 0.0)
+    run.record("train", 1, fingerprint_of(run, "train", 1), 0.0)
     return run
 
 
@@ -99,8 +101,8 @@ def test_auto_calibrates_and_then_scores_by_the_cheapest_that_will_do(
     launches = Launches()
     monkeypatch.setattr(launcher, "launch", launches)
     run = open_trained(prepared, folder, {"budget": "auto", "min_correlation": 0.5, "calibration_samples": 100})
-    assert stages.score(run, 1, silent)
-    assert not stages.score(run, 1, silent)
+    assert complete(run, "score", 1, silent)
+    assert not complete(run, "score", 1, silent)
     rows = budgets(run, 1)
     [chosen] = [row["candidate"] for row in rows if row["chosen"]]
     assert {row["candidate"] for row in rows} == {
@@ -111,8 +113,8 @@ def test_auto_calibrates_and_then_scores_by_the_cheapest_that_will_do(
     assert min(fit, key=lambda row: row["cost_tokens"])["candidate"] == chosen
     assert [job.kind for job in launches.jobs] == ["calibrate", "score"]
     assert counted(run)[2] == int(chosen.removeprefix("prefix:"))
-    stages.refine(run, 2, silent)
-    page = stages.report(run).read_text()
+    complete(run, "refine", 2, silent)
+    page = write_report(run).read_text()
     assert f"Samples were scored by {chosen}, which costs as much as training on" in page
     assert "with a rank correlation of 0.5 or more" in page
     assert "<td>calibration<td><td><td>" in page
@@ -123,11 +125,11 @@ def test_auto_goes_on_after_its_calibration(prepared: Path, folder: Path, monkey
     launches = Launches(blocks=3)
     monkeypatch.setattr(launcher, "launch", launches)
     with pytest.raises(InterruptedScoringError):
-        stages.score(run, 1, silent)
+        complete(run, "score", 1, silent)
     assert _reached(launches.jobs[1]) == ("step-00000009", 0, 3)
     again = Launches()
     monkeypatch.setattr(launcher, "launch", again)
-    assert stages.score(run, 1, silent)
+    assert complete(run, "score", 1, silent)
     assert [job.kind for job in again.jobs] == ["score"]
     assert counted(run)[2] == 32
 
@@ -135,7 +137,7 @@ def test_auto_goes_on_after_its_calibration(prepared: Path, folder: Path, monkey
 def test_seen_launches_nothing(prepared: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "launch", Launches(blocks=0))
     run = open_trained(prepared, folder, {"budget": "seen"})
-    assert stages.score(run, 1, silent)
+    assert complete(run, "score", 1, silent)
     total = len(everything(run.corpus()))
     assert counted(run)[0] == total
     assert query(run.folder, "select count(*) from seen join losses using (shard, sample, loss)").fetchall() == [
@@ -145,7 +147,7 @@ def test_seen_launches_nothing(prepared: Path, folder: Path, monkeypatch: pytest
         {"candidate": "seen", "correlation": None, "overlap": None, "chance_overlap": None, "cost_tokens": 0,
          "chosen": True}
     ]  # fmt: skip
-    assert "Samples were scored by seen, which costs as much as training on 0 tokens" in stages.report(run).read_text()
+    assert "Samples were scored by seen, which costs as much as training on 0 tokens" in write_report(run).read_text()
 
 
 def test_how_it_is_scored_is_part_of_what_scores_are(prepared: Path, folder: Path) -> None:
@@ -153,21 +155,21 @@ def test_how_it_is_scored_is_part_of_what_scores_are(prepared: Path, folder: Pat
         Run(config_of(prepared, score), folder / "run")
         for score in ({}, {"budget": "seen"}, {"min_correlation": 0.5}, {"calibration_samples": 10})
     ]
-    stages.mix(runs[0], 1, silent)
-    assert len({run.fingerprint("score", 1) for run in runs}) == len(runs)
+    complete(runs[0], "mix", 1, silent)
+    assert len({fingerprint_of(run, "score", 1) for run in runs}) == len(runs)
     smaller = Run(config_of(prepared, {"micro_batch_size": 1}), folder / "run")
-    assert smaller.fingerprint("score", 1) == runs[0].fingerprint("score", 1)
+    assert fingerprint_of(smaller, "score", 1) == fingerprint_of(runs[0], "score", 1)
 
 
 def test_a_mix_of_scores_is_refused(prepared: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "launch", Launches())
     run = open_trained(prepared, folder, {"budget": "full"})
-    stages.score(run, 1, silent)
+    complete(run, "score", 1, silent)
     path = losses_path(run.round_folder(1), 1)
     table = pq.read_table(path)
     metadata = {key: value.replace(b"float32", b"bfloat16") for key, value in table.schema.metadata.items()}
     pq.write_table(table.replace_schema_metadata(metadata), path)
-    for look in (lambda: stages.refine(run, 2, silent), lambda: stages.preview(run, 2)):
+    for look in (lambda: complete(run, "refine", 2, silent), lambda: preview(run, 2)):
         with pytest.raises(ValueError, match=r"shard=0001.parquet: .*: precision is 'bfloat16' in the one and 'float3"):
             look()
 
@@ -177,23 +179,23 @@ def test_losses_that_cannot_be_compared_are_refused_before_anything_is_drawn(
 ) -> None:
     monkeypatch.setattr(launcher, "launch", Launches())
     run = open_trained(prepared, folder, {"budget": "prefix:8"})
-    stages.score(run, 1, silent)
+    complete(run, "score", 1, silent)
     with pytest.raises(ValueError, match=r"refine.policy: forgetting compares .* round 1 was scored by prefix:8"):
-        stages.preview(run, 2, RefineConfig(policy="forgetting"))
+        preview(run, 2, RefineConfig(policy="forgetting"))
     with pytest.raises(ValueError, match="holds no losses; name a round's folder that was scored"):
-        stages.preview(run, 2, RefineConfig(policy="excess", reference=str(tmp_path / "none")))
+        preview(run, 2, RefineConfig(policy="excess", reference=str(tmp_path / "none")))
     reference = tmp_path / "reference"
     shutil.copytree(run.round_folder(1), reference)
     alike = RefineConfig(policy="excess", reference=str(reference))
-    assert 0 < stages.preview(run, 2, alike).total.share < 1
+    assert 0 < preview(run, 2, alike).total.share < 1
     excess = Run(run.config.model_copy(update={"refine": alike}), run.folder)
-    before = excess.fingerprint("refine", 2)
+    before = fingerprint_of(excess, "refine", 2)
     for shard in range(3):
         path = losses_path(reference, shard)
         table = with_origin(pq.read_table(path), replace(read_origin(path), budget="full"))
         write_parquet(path, table, "scored in full")
-    assert excess.fingerprint("refine", 2) != before
+    assert fingerprint_of(excess, "refine", 2) != before
     with pytest.raises(
         ValueError, match="was scored with budget 'full' and this run with 'prefix:8'; score both alike"
     ):
-        stages.preview(run, 2, alike)
+        preview(run, 2, alike)

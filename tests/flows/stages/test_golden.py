@@ -15,8 +15,9 @@ from data_scoring.base.files import fingerprint
 from data_scoring.base.parquet import parquet_fingerprint
 from flows.run.config import override, read_config
 from flows.run.folder import Run, open_run, read_run
-from flows.run.status import read_status
 from flows.stages.score import origin_of
+from flows.stages.stage_order import fingerprint_of, is_complete
+from flows.stages.status import read_status
 
 _GOLDEN = Path(__file__).with_name("golden")
 _FINGERPRINTS: dict[str, dict[str, str]] = json.loads((_GOLDEN / "fingerprints.json").read_text())
@@ -65,7 +66,7 @@ def fingerprints(run: Run) -> dict[str, str]:
     for number in (1, 2):
         stages += [("mix", number), ("train", number), ("score", number), ("evaluate", number)]
     stages.append(("refine", 2))
-    return {f"{stage} {number}": run.fingerprint(stage, number) for stage, number in stages}
+    return {f"{stage} {number}": fingerprint_of(run, stage, number) for stage, number in stages}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -84,12 +85,12 @@ def test_what_was_done_is_done(folder: Path, name: str) -> None:
 def test_a_configuration_as_it_was_written_then_opens_the_folder(folder: Path, name: str) -> None:
     run = open_run(read_config(_GOLDEN / f"{name}.yaml", []))
     assert run.folder == folder / name
-    assert run.is_complete("train", 2)
+    assert is_complete(run, "train", 2)
 
 
 @pytest.mark.parametrize("name", ["plain", "inherited"])
 def test_losses_are_of_the_checkpoint_that_is_there(folder: Path, name: str) -> None:
     run = read_run(folder / name)
     found = {parquet_fingerprint(path) for path in run.round_folder(1).glob("losses/*.parquet")}
-    origin = origin_of(run, 1, run.corpus(), "full")
-    assert found == {fingerprint("losses", run.fingerprint("score", 1), asdict(origin))}
+    origin = origin_of(run, 1, fingerprint_of(run, "train", 1), "full")
+    assert found == {fingerprint("losses", fingerprint_of(run, "score", 1), asdict(origin))}

@@ -9,6 +9,7 @@ from data_scoring.base.files import read_json
 from flows.run.folder import Run, read_run
 from flows.run.locks import is_locked
 from flows.run.rank_errors import first_error
+from flows.stages.stage_order import Step, is_complete, steps_of
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 
 
@@ -24,38 +25,39 @@ class StageStatus:
 def read_status(folder: Path) -> list[StageStatus]:
     """Return the stages of the run in `folder`, in order, up to its last round."""
     run = read_run(folder)
-    stages: list[tuple[str, int]] = [("prepare", 0)]
-    if run.config.model.inherits:
-        stages.append(("inherit", 1))
-    for number in range(1, run.config.rounds.num_rounds + 1):
-        if number > 1:
-            stages += [("score", number - 1), ("refine", number)]
-        stages += [("mix", number), ("train", number)]
-        if run.config.eval.asked:
-            stages.append(("evaluate", number))
     rows: list[StageStatus] = []
-    for stage, number in stages:
-        rows.append(_stage_status(run, stage, number, rows))
+    not_done: list[Step] = []
+    for step in steps_of(run.config):
+        row = _step_status(run, step, not_done)
+        rows.append(row)
+        if row.state != "done":
+            not_done.append(step)
     return rows
 
 
-def _stage_status(run: Run, stage: str, number: int, before: list[StageStatus]) -> StageStatus:
-    name = f"{stage} {number}" if number else stage
-    open_stages = [row.name for row in before if row.state != "done"]
-    # Nothing that comes after it needs an evaluation, which may be asked for, or be asked anew, when all is done.
-    is_possible = all(each.startswith("evaluate ") for each in open_stages)
-    if is_possible and run.is_complete(stage, number):
-        return StageStatus(name, "done", _duration(run, stage, number))
-    if open_stages:
-        return StageStatus(name, "waiting", "")
+def is_done(folder: Path) -> bool:
+    """Return whether all stages of the run in `folder` are done."""
+    return all(row.state == "done" for row in read_status(folder))
+
+
+def _step_status(run: Run, step: Step, not_done: list[Step]) -> StageStatus:
+    """Return how a step stands after those before it, of which some are not done."""
+    stage, number = step.stage, step.round_number
+    # A step that no later one needs may be done last.
+    is_possible = not any(each.stage.is_needed(run.config) for each in not_done)
+    if is_possible and is_complete(run, stage.name, number):
+        return StageStatus(step.name, "done", _duration(run, stage.name, number))
+    if not_done:
+        return StageStatus(step.name, "waiting", "")
     if is_locked(run.folder):
-        return StageStatus(name, "running", _progress(run))
-    if stage == "mix" and run.awaits_approval(number):
-        return StageStatus(name, "waiting", f"for approval: reprise approve {run.folder}")
+        return StageStatus(step.name, "running", _progress(run))
+    waits_for = stage.waits_for(run, number)
+    if waits_for is not None:
+        return StageStatus(step.name, "waiting", f"for {waits_for}")
     error = first_error(run.folder / "logs" / "errors")
     if error is not None:
-        return StageStatus(name, "failed", f"{error['message']} (log: {run.folder / 'logs'})")
-    return StageStatus(name, "stopped", _saved(run, stage, number))
+        return StageStatus(step.name, "failed", f"{error['message']} (log: {run.folder / 'logs'})")
+    return StageStatus(step.name, "stopped", _saved(run, stage.name, number))
 
 
 def _duration(run: Run, stage: str, number: int) -> str:

@@ -1,0 +1,191 @@
+"""The commands of one run: `run`, one for each stage that has a command, and `approve`."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from data_scoring.config import Policy, RefineConfig
+from flows.run.config import RunConfig, override, read_config
+from flows.run.folder import Run, open_run, read_run
+from flows.run.locks import locked
+from flows.stages.stage_order import STAGES, Step, is_complete, steps_at, steps_of_command
+
+
+def add_run(commands: Any) -> None:
+    """Add `run`, the stages' commands and `approve`."""
+    run = commands.add_parser("run", help="do the whole job; the same command resumes it")
+    _add_target(run)
+    run.add_argument("--dry-run", action="store_true", help="print how ranks would be launched and start nothing")
+    run.set_defaults(command=_run)
+    for stage in STAGES:
+        # `evaluate` takes several runs, and has a file of its own.
+        if stage.help is not None and stage.name != "evaluate":
+            _add_stage(commands, stage.name, stage.help)
+    approve = commands.add_parser("approve", help="let a round train on what refining keeps (rounds.approval)")
+    approve.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    approve.add_argument("--round", type=int, help="number of the round (default: the one that waits)")
+    _add_draw(approve, "another ")
+    approve.set_defaults(command=_approve)
+
+
+def _add_stage(commands: Any, stage: str, text: str) -> None:
+    command = commands.add_parser(stage, help=text)
+    _add_target(command)
+    if stage != "prepare":
+        command.add_argument("--round", type=int, help="number of the round (default: the first that lacks it)")
+    if stage == "refine":
+        command.add_argument("--dry-run", action="store_true", help="print what would be kept and write nothing")
+        _add_draw(command, "with --dry-run: another ")
+        command.add_argument("--temperature", type=float, help="with --dry-run: another temperature than the run's")
+    command.set_defaults(command=_stage, stage=stage)
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument("target", type=Path, metavar="CONFIG_OR_RUN", help="YAML configuration, or a run folder")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
+    )
+
+
+def _add_draw(command: argparse.ArgumentParser, prefix: str) -> None:
+    command.add_argument("--policy", choices=get_args(Policy), help=f"{prefix}refine.policy than the run's")
+    command.add_argument("--sampling-rate", type=float, help=f"{prefix}refine.sampling_rate than the run's")
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    if not options.target.is_dir():
+        return read_config(options.target, options.set)
+    if options.set:
+        raise ValueError("--set: overrides go with a configuration file, not with a run folder; give the file")
+    config = read_run(options.target).config
+    # The folder may have been moved or renamed since it was made.
+    folder = options.target.absolute()
+    return config.model_copy(update={"output": str(folder.parent), "name": folder.name})
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = _config(options)
+    if options.dry_run:
+        from flows.stages.train import launch_plan
+
+        print(launch_plan(config))
+        return
+
+    def run_flow() -> Any:
+        from flows.pipeline import multi_round
+
+        return multi_round(config)
+
+    from flows.orchestration.here import run_here
+
+    print(f"report: {run_here(run_flow)}")
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from flows.display.terminal_progress import TerminalProgress
+    from flows.stages.stage_order import complete
+
+    if options.stage == "refine":
+        if options.dry_run:
+            _preview(options)
+            return
+        if options.policy or options.sampling_rate is not None or options.temperature is not None:
+            raise ValueError(
+                "--policy, --sampling-rate, --temperature: go with --dry-run; runs are refined as configured"
+            )
+    config = _config(options)
+    with locked(config.folder), TerminalProgress() as progress:
+        run = open_run(config)
+        number, steps = _steps(run, options.stage, getattr(options, "round", None))
+        for step in steps:
+            complete(run, step.stage.name, step.round_number, progress)
+    if number:
+        print(f"{options.stage} of round {number} is complete")
+
+
+def _steps(run: Run, stage: str, wanted: int | None) -> tuple[int, list[Step]]:
+    """Return the round that a stage's command works on, by default the first that lacks it, and what it does."""
+    rounds = _rounds_with(run, stage)
+    if wanted is not None:
+        if wanted not in rounds:
+            raise ValueError(
+                f"--round: {wanted} is not between {min(rounds)} and rounds.num_rounds {run.config.rounds.num_rounds}"
+            )
+        return wanted, rounds[wanted]
+    if 0 not in rounds:
+        # Whether a stage is complete can be told once there is a corpus.
+        run.corpus()
+        for number, steps in rounds.items():
+            if not is_complete(run, steps[-1].stage.name, steps[-1].round_number):
+                return number, steps
+        raise ValueError(f"{run.folder}: every round has completed {stage}; raise rounds.num_rounds to go on")
+    return 0, rounds[0]
+
+
+def _rounds_with(run: Run, stage: str) -> dict[int, list[Step]]:
+    """Return the rounds that a stage has, each with what its command does there."""
+    config = run.config
+    found = {}
+    # The last round may be scored too, though nothing is drawn from it.
+    for place in range(config.rounds.num_rounds + 2):
+        for step in steps_at(config, place):
+            if step.stage.name == stage and step.round_number <= config.rounds.num_rounds:
+                found[step.round_number] = steps_of_command(config, stage, place)
+    return found
+
+
+def _preview(options: argparse.Namespace) -> None:
+    from flows.report.tables import summary
+    from flows.stages.refine import preview
+    from flows.stages.stage_order import stages_of
+
+    # Nothing is made: so an override may go with a run folder too.
+    if not options.target.is_dir():
+        run = read_run(_config(options).folder)
+    elif any(not each.startswith("refine.") for each in options.set):
+        raise ValueError("--set: a dry run of a run folder takes overrides of refine alone, such as refine.policy=top")
+    else:
+        run = read_run(options.target)
+        run = replace(run, config=override(run.config, options.set))
+    number = _next_to_train(run) if options.round is None else options.round
+    stages_of(run).require("score", number - 1)
+    print(summary(preview(run, number, _draw(run.refine_config(number), options))))
+
+
+def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
+    """Return `refine` with what the command line says otherwise."""
+    names = ("policy", "sampling_rate", "temperature")
+    given = {name: getattr(options, name, None) for name in names}
+    try:
+        return RefineConfig.model_validate(
+            {**refine.model_dump(), **{field: value for field, value in given.items() if value is not None}}
+        )
+    except ValidationError as error:
+        detail, *_ = error.errors()
+        if not detail["loc"]:
+            # Several fields that do not go together.
+            raise ValueError(f"refine.{detail['ctx']['error']}") from None
+        field = str(detail["loc"][0]).replace("_", "-")
+        raise ValueError(f"--{field}: {detail['msg']} (it is {detail['input']}); give another") from None
+
+
+def _next_to_train(run: Run) -> int:
+    """Return the first round after the first that has not trained."""
+    rounds = list(_rounds_with(run, "refine"))
+    return next((number for number in rounds if not is_complete(run, "train", number)), rounds[-1])
+
+
+def _approve(options: argparse.Namespace) -> None:
+    run = read_run(options.run)
+    with locked(run.folder):
+        number = _next_to_train(run) if options.round is None else options.round
+        if number not in _rounds_with(run, "refine") or not is_complete(run, "score", number - 1):
+            raise ValueError(f"--round: round {number} has nothing to approve yet; `reprise status {options.run}`")
+        if is_complete(run, "train", number):
+            raise ValueError(f"--round: round {number} has been trained already; there is nothing left to decide")
+        draw = _draw(run.refine_config(number), options)
+        run.approve(number, draw.policy, draw.sampling_rate)
+    print(f"round {number} may train on what policy {draw.policy} keeps at sampling rate {draw.sampling_rate:g}")

@@ -1,0 +1,76 @@
+"""The stage `contamination`: which training samples hold parts of the run's evaluation items."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data_scoring.base.progress import Progress
+from data_scoring.contamination.contaminated_samples import contamination_path, samples_fingerprint, write_contamination
+from data_scoring.corpus.reading_order import ReadingOrder
+from data_scoring.evaluation.items import ItemText
+from data_scoring.ledger import refresh_ledger
+from data_scoring.tokenizer.tokenizer import open_tokenizer
+from flows.evaluation.questions import item_texts
+from flows.run.config import RunConfig
+from flows.run.folder import Run
+from flows.stages.stage import Stage, Stages
+
+
+class Contamination(Stage):
+    """List the samples that overlap with evaluation items, before the first mix, where `eval.contamination` asks."""
+
+    name = "contamination"
+
+    def round_number(self, config: RunConfig, place: int) -> int | None:
+        """Return 0, of the whole run, before round 1's mix."""
+        return 0 if place == 1 and config.eval.contamination != "off" else None
+
+    def inputs(self, stages: Stages, round_number: int) -> list[Any]:
+        """Return the corpus and the overlap that is looked for; the items themselves are known once they are read."""
+        return [stages.run.corpus().fingerprint, stages.run.config.eval.contamination_ngram]
+
+    def is_complete(self, stages: Stages, round_number: int) -> bool:
+        """Return whether a list of overlapping samples is there, of whatever items."""
+        return contaminated_samples(stages.run) is not None
+
+    def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
+        """List the overlapping samples, unless a list of the same items is there."""
+        return list_contaminated(stages.run, item_texts(stages.run), progress)
+
+    def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
+        """List the overlapping samples."""
+        self.do(stages, round_number, progress)
+
+
+def list_contaminated(run: Run, items: Iterable[ItemText], progress: Progress) -> bool:
+    """List which training samples hold parts of evaluation items; return whether there was anything left to do.
+
+    With eval.contamination: remove, `items` decide what is trained on: a run goes on with the same ones, or with others
+    that overlap with the same samples.
+    """
+    config = run.config
+    corpus = run.corpus()
+    order = ReadingOrder(corpus, config.seed)
+    tokenizer = open_tokenizer(corpus.tokenizer_path, config.tokenizer.end_of_document)
+    if not write_contamination(order, tokenizer, items, config.eval.contamination_ngram, progress):
+        return False
+    refresh_ledger(run.folder)
+    return True
+
+
+def contaminated_samples(run: Run) -> str | None:
+    """Return what identifies the samples that overlap with evaluation items, or None where they were not listed."""
+    corpus = run.corpus()
+    return samples_fingerprint(corpus.folder, corpus.fingerprint, run.config.eval.contamination_ngram)
+
+
+def samples_to_leave_out(run: Run) -> Path | None:
+    """Return the file that lists the samples to leave out, or None where none are. Raises ValueError without it."""
+    if not run.config.eval.removes:
+        return None
+    if contaminated_samples(run) is None:
+        raise ValueError(
+            f"{run.folder}: eval.contamination: remove needs the list of samples that overlap with evaluation items, "
+            f"which is missing; run `reprise run {run.folder}`, which does all that is missing"
+        )
+    return contamination_path(run.corpus_folder)

@@ -1,0 +1,70 @@
+"""The stage `evaluate`: what the model that a round ended with scores in evaluation tasks."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from data_scoring.base.files import checksum
+from data_scoring.base.progress import Progress
+from data_scoring.config import EvalConfig
+from data_scoring.evaluation.items import item_files
+from data_scoring.evaluation.tasks import resolve_names
+from flows.evaluation.rounds import RoundEvaluation
+from flows.run.config import RunConfig
+from flows.stages.stage import Stage, Stages
+
+# Changes with what an item's prompts, its scores, or their files are.
+_FORMAT = 1
+
+
+class Evaluate(Stage):
+    """Score the model of a round in the tasks of `eval.tasks`."""
+
+    name = "evaluate"
+    help = "score models in evaluation tasks"
+
+    def round_number(self, config: RunConfig, place: int) -> int | None:
+        """Return every round, where tasks are asked for."""
+        return place if place and config.eval.asked else None
+
+    def is_needed(self, config: RunConfig) -> bool:
+        """Return False: scores in tasks decide nothing, and may be asked for when everything else is done."""
+        return False
+
+    def needs(self, config: RunConfig, round_number: int) -> list[tuple[str, int]]:
+        """Return the round's training."""
+        return [("train", round_number)]
+
+    def inputs(self, stages: Stages, round_number: int) -> list[Any]:
+        """Return the model, and what it is asked: the tasks, and the files that they are read from."""
+        config = stages.run.config.eval
+        names = resolve_names(config.asked)
+        files = [] if config.data is None else item_files(names, Path(config.data))
+        prompts = importlib.metadata.version("lm_eval")
+        contents = [[path.name, checksum(path)] for path in files]
+        return [stages.fingerprint("train", round_number), _FORMAT, prompts, names, config.limit, contents]
+
+    def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
+        """Have ranks answer the tasks, and score the answers."""
+        evaluation = RoundEvaluation(stages.run, round_number, stages.fingerprint("train", round_number))
+        questions = evaluation.ask(stages.run.config.eval, progress)
+        evaluation.score(questions, progress)
+
+
+def evaluate_otherwise(stages: Stages, round_number: int, config: EvalConfig, progress: Progress) -> list[str]:
+    """Score the model that a round ended with as `config` says, not the run's own configuration.
+
+    Returns the tasks of the run's own that were so scored on other items: its stage makes their scores anew.
+    """
+    run = stages.run
+    stages.require("train", round_number)
+    evaluation = RoundEvaluation(run, round_number, stages.fingerprint("train", round_number))
+    questions, own = evaluation.ask(config, progress), run.config.eval
+    replaced: list[str] = []
+    if (config.data, config.limit) != (own.data, own.limit):
+        asked = resolve_names(own.asked)
+        replaced = [question.task.name for question in questions if question.task.name in asked]
+    if replaced:
+        run.forget("evaluate", round_number)
+    evaluation.score(questions, progress)
+    return replaced

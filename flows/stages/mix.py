@@ -1,0 +1,69 @@
+"""The stage `mix`: the samples that a round trains on, in their order."""
+
+from typing import Any
+
+from data_scoring.base.files import fingerprint
+from data_scoring.base.progress import Progress
+from data_scoring.refine.refine_shards import mix_all, mix_selection
+from flows.run.config import RunConfig
+from flows.run.folder import Run
+from flows.stages.contamination import contaminated_samples, samples_to_leave_out
+from flows.stages.refine import draw_of
+from flows.stages.stage import Stage, Stages
+
+
+class Mix(Stage):
+    """Mix everything in round 1, and what the round's selection keeps later."""
+
+    name = "mix"
+
+    def round_number(self, config: RunConfig, place: int) -> int | None:
+        """Return every round."""
+        return place or None
+
+    def needs(self, config: RunConfig, round_number: int) -> list[tuple[str, int]]:
+        """Return the round's selection, after the first round."""
+        return [("refine", round_number)] if round_number > 1 else []
+
+    def inputs(self, stages: Stages, round_number: int) -> list[Any]:
+        """Return the selection or, in round 1, the corpus and what is left out of it."""
+        run = stages.run
+        before = stages.fingerprint("refine", round_number) if round_number > 1 else _everything(stages)
+        return [before, run.corpus().fingerprint, run.config.seed, round_number]
+
+    def waits_for(self, run: Run, round_number: int) -> str | None:
+        """Return that the round's selection has to be approved, where `rounds.approval` asks for it."""
+        return f"approval: reprise approve {run.folder}" if run.awaits_approval(round_number) else None
+
+    def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
+        """Mix. Raises ValueError where the selection has to be approved first."""
+        run = stages.run
+        if run.awaits_approval(round_number) and not self.is_complete(stages, round_number):
+            raise ValueError(
+                f"rounds.approval: what round {round_number} trains on waits to be approved; look at it with "
+                f"`reprise refine {run.folder} --dry-run`, then `reprise approve {run.folder}`"
+            )
+        return super().do(stages, round_number, progress)
+
+    def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
+        """Write the mix."""
+        run = stages.run
+        path, samples = run.round_folder(round_number) / "mix.parquet", run.corpus().samples_path
+        if round_number == 1:
+            limits = run.config.refine, run.config.train.max_tokens, samples_to_leave_out(run)
+            count = mix_all(path, samples, run.config.seed, *limits)
+        else:
+            count = mix_selection(path, draw_of(run, round_number, run.refine_config(round_number)), samples)
+        progress("mixing (samples)", count, count)
+
+
+def _everything(stages: Stages) -> str:
+    """Return what identifies the samples of round 1."""
+    config = stages.run.config
+    before = stages.fingerprint("prepare", 0)
+    late = sorted(rule.name for rule in config.refine.sources if rule.from_round > 1)
+    if late or config.train.max_tokens is not None:
+        before = fingerprint(before, late, *filter(None, [config.train.max_tokens]))
+    if config.eval.removes:
+        before = fingerprint(before, "without", contaminated_samples(stages.run))
+    return before

@@ -1,0 +1,117 @@
+"""The stage `prepare`: text to a corpus of shards, after everything has been checked that can be by then."""
+
+from pathlib import Path
+from typing import Any
+
+from data_scoring.base.files import read_json
+from data_scoring.base.progress import Progress
+from data_scoring.corpus.prepare_corpus import prepare_corpus
+from data_scoring.ledger import refresh_ledger
+from data_scoring.tokenizer.tokenizer import open_tokenizer
+from flows.evaluation.questions import check_items
+from flows.launch.job_fields import device_kind
+from flows.launch.slurm import check_tools
+from flows.run.config import RunConfig
+from flows.stages.refine import check_reference
+from flows.stages.stage import Stage, Stages
+
+
+class Prepare(Stage):
+    """Tokenise the text, hold out the validation set, cut shards. The corpus' manifest is its completion record."""
+
+    name = "prepare"
+    help = "make the corpus"
+
+    def round_number(self, config: RunConfig, place: int) -> int | None:
+        """Return 0, before the first round."""
+        return 0 if place == 0 else None
+
+    def inputs(self, stages: Stages, round_number: int) -> list[Any]:
+        """Return the configuration of corpus and tokenizer, and the seed."""
+        config = stages.run.config
+        return [config.corpus.model_dump(), config.tokenizer.model_dump(), config.seed]
+
+    def is_complete(self, stages: Stages, round_number: int) -> bool:
+        """Return whether the corpus was made with the inputs that it would have now."""
+        manifest = read_json(stages.run.corpus_folder / "manifest.json")
+        return manifest is not None and manifest["stage_fingerprint"] == stages.fingerprint(self.name, 0)
+
+    def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
+        """Make the corpus, unless it is there; check first, in either case, what the later stages need."""
+        # What is not there is best known before hours of tokenising.
+        check_machine(stages.run.config)
+        if self.is_complete(stages, round_number):
+            return False
+        self.work(stages, round_number, progress)
+        refresh_ledger(stages.run.folder)
+        return True
+
+    def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
+        """Make the corpus."""
+        from flows.inheritance.teacher import check_inheritance
+        from trainer.checkpoint_shapes import check_start
+
+        config = stages.run.config
+        check_inheritance(config)
+        if config.eval.asked:
+            check_items(config.eval)
+        if config.model.start_from is not None:
+            # A tokenizer that is yet to be trained has as many entries as its text lets it have.
+            vocab_size = None if config.tokenizer.path is None else _tokenizer_size(config)
+            check_start(Path(config.model.start_from), config.model, vocab_size)
+        identity = stages.fingerprint(self.name, 0)
+        prepare_corpus(config.corpus, config.tokenizer, config.seed, stages.run.corpus_folder, identity, progress)
+
+
+def check_machine(config: RunConfig) -> None:
+    """Raise ValueError where devices, tools, kernels, the tokenizer or reference losses are missing for a run."""
+    from trainer.devices import check_count, check_layers, resolve
+
+    if config.launch.kind == "slurm":
+        check_tools()
+    else:
+        check_count(resolve(config.device), config.parallel.world_size // config.launch.nodes)
+    check_layers(config.model.layers)
+    check_kernels(config)
+    check_vocabulary(config)
+    if config.refine.policy == "excess":
+        check_reference(config.refine)
+
+
+def check_kernels(config: RunConfig) -> None:
+    """Raise ValueError where training or scoring asks for a kernel that is not installed or not for the device."""
+    from trainer.devices import check_kernel
+
+    for field, kernel, other in (
+        ("train.loss_kernel", config.train.loss_kernel, "chunked"),
+        ("train.activation_kernel", config.train.activation_kernel, "reference"),
+        ("score.loss_kernel", config.score.loss_kernel, "chunked"),
+    ):
+        if kernel == "triton":
+            check_kernel(field, kernel, device_kind(config), other)
+
+
+def check_vocabulary(config: RunConfig) -> None:
+    """Raise ValueError where the tokenizer cannot be opened, or has more entries than the model's vocabulary."""
+    if config.model.vocab_size is None:
+        return
+    vocab_size = _tokenizer_size(config)
+    if config.model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}; "
+            "raise it, or leave it out"
+        )
+
+
+def vocabulary_size(config: RunConfig) -> int:
+    """Return the entries of the model's vocabulary, as far as can be told before there is a corpus.
+
+    A tokenizer that is yet to be trained may come out smaller.
+    """
+    return config.model.vocab_size or _tokenizer_size(config)
+
+
+def _tokenizer_size(config: RunConfig) -> int:
+    if config.tokenizer.path is None:
+        return config.tokenizer.vocab_size
+    return open_tokenizer(Path(config.tokenizer.path), config.tokenizer.end_of_document).vocab_size

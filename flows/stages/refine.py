@@ -1,0 +1,135 @@
+"""The stage `refine`: which samples a round trains on, selected by the losses of the round before."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from data_scoring.base.parquet import parquet_fingerprint
+from data_scoring.base.progress import Progress, silent
+from data_scoring.config import RefineConfig
+from data_scoring.corpus.corpus import Corpus
+from data_scoring.losses.origin import Origin, check_origins
+from data_scoring.losses.shard_scoring import losses_path
+from data_scoring.refine.candidates import Draw, uses_seen_loss
+from data_scoring.refine.dry_run import DryRun, dry_run
+from data_scoring.refine.near_duplicates import write_near_duplicates
+from data_scoring.refine.refine_shards import refine
+from flows.run.config import RunConfig
+from flows.run.folder import Run
+from flows.stages.contamination import samples_to_leave_out
+from flows.stages.stage import Stage, Stages
+
+
+class Refine(Stage):
+    """Select the samples of a round, shard by shard, each with the reason why it is kept or not."""
+
+    name = "refine"
+    help = "select what a round trains on and make its mix"
+
+    def round_number(self, config: RunConfig, place: int) -> int | None:
+        """Return every round but the first."""
+        return place if place > 1 else None
+
+    def needs(self, config: RunConfig, round_number: int) -> list[tuple[str, int]]:
+        """Return the scores of the round before."""
+        return [("score", round_number - 1)]
+
+    def inputs(self, stages: Stages, round_number: int) -> list[Any]:
+        """Return the losses, how the round is refined, the seed and, for policy excess, the reference's losses."""
+        run = stages.run
+        config = run.refine_config(round_number)
+        inputs = [
+            stages.fingerprint("score", round_number - 1),
+            config.model_dump(exclude={"memory_gb"}),
+            run.config.seed,
+            round_number,
+        ]
+        if config.policy == "excess":
+            shards, reference = range(run.config.corpus.num_shards), Path(str(config.reference))
+            inputs.append([parquet_fingerprint(losses_path(reference, shard)) for shard in shards])
+        return inputs
+
+    def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
+        """Select."""
+        run, config = stages.run, stages.run.refine_config(round_number)
+        check_losses(run, round_number - 1, config)
+        duplicates = _near_duplicates(run, config, progress, run.corpus_folder)
+        identity = stages.fingerprint(self.name, round_number)
+        refine(draw_of(run, round_number, config, duplicates), identity, progress)
+
+
+def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> DryRun:
+    """Return what refining for `round_number` with `config`, by default the run's own, would keep, writing nothing.
+
+    The round before has to be scored.
+    """
+    config = config or run.refine_config(round_number)
+    check_losses(run, round_number - 1, config)
+    with tempfile.TemporaryDirectory() as folder:
+        duplicates = _near_duplicates(run, config, silent, Path(folder))
+        return dry_run(draw_of(run, round_number, config, duplicates), run.corpus().samples_path)
+
+
+def draw_of(run: Run, round_number: int, config: RefineConfig, duplicates: Path | None = None) -> Draw:
+    """Return what the samples of a round are drawn from; `duplicates` is the file that lists near duplicates."""
+    corpus = run.corpus()
+    return Draw(
+        rounds=run.folder / "rounds",
+        round_number=round_number,
+        config=config,
+        seed=run.config.seed,
+        num_samples=[corpus.num_samples(shard) for shard in range(corpus.num_shards)],
+        duplicates=duplicates,
+        contaminated=samples_to_leave_out(run),
+    )
+
+
+def _near_duplicates(run: Run, config: RefineConfig, progress: Progress, folder: Path) -> Path | None:
+    """Return the file that lists near duplicates, made in `folder` unless the run has it, or None if none is needed."""
+    if config.near_duplicates is None:
+        return None
+    name = f"near-duplicates-{config.near_duplicates:g}.parquet"
+    corpus = run.corpus()
+    has_it = parquet_fingerprint(run.corpus_folder / name) == corpus.fingerprint
+    path = (run.corpus_folder if has_it else folder) / name
+    write_near_duplicates(corpus, config.near_duplicates, path, config.memory_gb, progress)
+    return path
+
+
+def check_reference(refine: RefineConfig) -> None:
+    """Raise ValueError where there are no losses of the reference model."""
+    if not losses_path(Path(str(refine.reference)), 0).exists():
+        raise ValueError(
+            f"refine.reference: {refine.reference!r} holds no losses; name a round's folder that was scored, such as "
+            "runs/large/rounds/1"
+        )
+
+
+def check_losses(run: Run, round_number: int, refine: RefineConfig) -> None:
+    """Raise ValueError where the losses after a round are not of one origin, or not what `refine` can decide by.
+
+    Those of a reference model have to be of the same corpus and scored alike; and losses that are compared with seen
+    losses, which are of whole samples, have to be of whole samples too.
+    """
+    corpus, folder = run.corpus(), run.round_folder(round_number)
+    origin = _origin(folder, corpus)
+    if uses_seen_loss(refine) and origin.budget != "full":
+        raise ValueError(
+            f"refine.policy: {refine.policy} compares losses with seen losses, and round {round_number} was scored by "
+            f"{origin.budget} (score.budget); take another policy, or score by full in a run of another name"
+        )
+    if refine.policy == "excess":
+        check_reference(refine)
+        reference = _origin(Path(str(refine.reference)), corpus)
+        for field in ("tokenizer", "precision", "budget"):
+            mine, theirs = getattr(origin, field), getattr(reference, field)
+            if mine != theirs:
+                raise ValueError(
+                    f"refine.reference: {refine.reference!r} was scored with {field} {theirs!r} and this run with "
+                    f"{mine!r}; score both alike"
+                )
+
+
+def _origin(round_folder: Path, corpus: Corpus) -> Origin:
+    paths = (losses_path(round_folder, shard) for shard in range(corpus.num_shards))
+    return check_origins(paths, corpus.fingerprint)

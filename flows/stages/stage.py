@@ -1,0 +1,98 @@
+"""What a stage is: when it is asked for, what it needs, what decides its result, and its work."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from data_scoring.base.files import fingerprint
+from data_scoring.base.progress import Progress
+from data_scoring.ledger import refresh_ledger
+from flows.run.config import RunConfig
+from flows.run.folder import Run
+
+
+class Stage(ABC):
+    """One stage of a run. It reads files of the run folder and writes others; its completion record comes last.
+
+    name: of its record, `<name>.json` in the folder of its round, and of its command, task and status.
+    help: what `reprise <name>` does, or None where the stage has no command. Such a stage is done with the command of
+    the stage before it in its round, or else with the next one.
+    """
+
+    name: str
+    help: str | None = None
+
+    @abstractmethod
+    def round_number(self, config: RunConfig, place: int) -> int | None:
+        """Return the round that the stage works on at `place`, or None where it is not asked for there.
+
+        place: 0 before the first round, then the number of the round that is made.
+        """
+
+    def is_needed(self, config: RunConfig) -> bool:
+        """Return whether a later stage needs this one."""
+        return True
+
+    def needs(self, config: RunConfig, round_number: int) -> list[tuple[str, int]]:
+        """Return the stages, with their rounds, that have to be complete before this one."""
+        return []
+
+    @abstractmethod
+    def inputs(self, stages: "Stages", round_number: int) -> list[Any]:
+        """Return what decides the stage's result: values of the configuration, and fingerprints of what it reads."""
+
+    def is_complete(self, stages: "Stages", round_number: int) -> bool:
+        """Return whether the stage was completed with the inputs that it would have now."""
+        return stages.run.recorded(self.name, round_number) == stages.fingerprint(self.name, round_number)
+
+    def waits_for(self, run: Run, round_number: int) -> str | None:
+        """Return what a person has to do before the stage can be done, or None."""
+        return None
+
+    def do(self, stages: "Stages", round_number: int, progress: Progress) -> bool:
+        """Complete the stage; return whether there was anything left to do.
+
+        Raises ValueError where a stage that it needs is not complete.
+        """
+        if self.is_complete(stages, round_number):
+            return False
+        for name, number in self.needs(stages.run.config, round_number):
+            stages.require(name, number)
+        started = time.time()
+        self.work(stages, round_number, progress)
+        stages.run.record(self.name, round_number, stages.fingerprint(self.name, round_number), started)
+        refresh_ledger(stages.run.folder)
+        return True
+
+    @abstractmethod
+    def work(self, stages: "Stages", round_number: int, progress: Progress) -> None:
+        """Do the stage's work. What an interrupted attempt left is taken up again or replaced."""
+
+
+class Stages:
+    """The stages of one run: which of them are complete, and completing them."""
+
+    def __init__(self, run: Run, table: Sequence[Stage]) -> None:
+        self.run = run
+        self._table = {stage.name: stage for stage in table}
+
+    def fingerprint(self, name: str, round_number: int) -> str:
+        """Return what identifies a stage's inputs."""
+        return fingerprint(name, *self._table[name].inputs(self, round_number))
+
+    def is_complete(self, name: str, round_number: int) -> bool:
+        """Return whether a stage was completed with the inputs that it would have now."""
+        return self._table[name].is_complete(self, round_number)
+
+    def require(self, name: str, round_number: int) -> None:
+        """Raise ValueError where a stage is not complete."""
+        if not self.is_complete(name, round_number):
+            raise ValueError(
+                f"{self.run.folder}: {name} of round {round_number} is not complete; "
+                f"run `reprise run {self.run.folder}`, which does all that is missing"
+            )
+
+    def complete(self, name: str, round_number: int, progress: Progress) -> bool:
+        """Complete a stage; return whether there was anything left to do."""
+        return self._table[name].do(self, round_number, progress)

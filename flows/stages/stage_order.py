@@ -1,0 +1,87 @@
+"""The stages of a run and their order: one list, read by the flow, the commands, status, trials and comparisons."""
+
+from dataclasses import dataclass
+
+from data_scoring.base.progress import Progress
+from flows.run.config import RunConfig
+from flows.run.folder import Run
+from flows.stages.contamination import Contamination
+from flows.stages.evaluate import Evaluate
+from flows.stages.inherit import Inherit
+from flows.stages.mix import Mix
+from flows.stages.prepare import Prepare
+from flows.stages.refine import Refine
+from flows.stages.score import Score
+from flows.stages.stage import Stage, Stages
+from flows.stages.train import Train
+
+# A stage of your own is a class in a file of its own, and an entry here.
+STAGES: list[Stage] = [Prepare(), Contamination(), Inherit(), Score(), Refine(), Mix(), Train(), Evaluate()]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage's work on a round; `place` is 0 before the first round, then the number of the round that it is for."""
+
+    stage: Stage
+    round_number: int
+    place: int
+
+    @property
+    def name(self) -> str:
+        """Return the name that status and Prefect show, such as `train 2`."""
+        return f"{self.stage.name} {self.round_number}" if self.round_number else self.stage.name
+
+
+def steps_of(config: RunConfig) -> list[Step]:
+    """Return what a run does, in order."""
+    return [step for place in range(config.rounds.num_rounds + 1) for step in steps_at(config, place)]
+
+
+def steps_at(config: RunConfig, place: int) -> list[Step]:
+    """Return what a run does before the first round (`place` 0), or to make the round `place`."""
+    numbers = ((stage, stage.round_number(config, place)) for stage in STAGES)
+    return [Step(stage, number, place) for stage, number in numbers if number is not None]
+
+
+def steps_to_train(config: RunConfig, round_number: int) -> list[Step]:
+    """Return what has to be done until a round is trained."""
+    steps = [step for place in range(round_number + 1) for step in steps_at(config, place)]
+    [last] = [number for number, step in enumerate(steps) if (step.stage.name, step.place) == ("train", round_number)]
+    return [step for step in steps[: last + 1] if step.stage.is_needed(config)]
+
+
+def steps_of_command(config: RunConfig, command: str, place: int) -> list[Step]:
+    """Return what `reprise <command>` does at `place`: its stage, and those beside it that have no command."""
+    steps = steps_at(config, place)
+    with_command = [number for number, step in enumerate(steps) if step.stage.help is not None]
+    chosen = []
+    for number, step in enumerate(steps):
+        before = [place for place in with_command if place <= number]
+        owner = steps[before[-1] if before else with_command[0]]
+        if owner.stage.name == command:
+            chosen.append(step)
+    return chosen
+
+
+def stages_of(run: Run) -> Stages:
+    """Return the stages of a run."""
+    return Stages(run, STAGES)
+
+
+def fingerprint_of(run: Run, stage: str, round_number: int = 0) -> str:
+    """Return what identifies a stage's inputs: its configuration, and the fingerprints of what it reads."""
+    return stages_of(run).fingerprint(stage, round_number)
+
+
+def is_complete(run: Run, stage: str, round_number: int = 0) -> bool:
+    """Return whether a stage was completed with the inputs that it would have now."""
+    return stages_of(run).is_complete(stage, round_number)
+
+
+def complete(run: Run, stage: str, round_number: int, progress: Progress) -> bool:
+    """Complete a stage; return whether there was anything left to do.
+
+    Raises ValueError where a stage that it needs is not complete.
+    """
+    return stages_of(run).complete(stage, round_number, progress)

@@ -1,0 +1,139 @@
+"""The stage `train`: a round over its mix, from the weights that the round before ended with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_scoring.base.progress import Progress
+from data_scoring.config import padded_vocab_size
+from flows.evaluation.questions import Question, check_items
+from flows.evaluation.rounds import RoundEvaluation, training_questions
+from flows.launch import launcher
+from flows.launch.job_fields import final_checkpoint, job_fields
+from flows.run.config import RunConfig
+from flows.run.folder import Run
+from flows.stages.prepare import vocabulary_size
+from flows.stages.stage import Stage, Stages
+from trainer.checkpoint_folder import seconds_to_stop
+from trainer.jobs import TrainJob
+
+_NOT_IN_WEIGHTS = {
+    "micro_batch_size",
+    "loss_kernel",
+    "activation_kernel",
+    "validate_every_steps",
+    "global_batch_tokens",
+    "max_tokens",
+}
+# Fields that came after 0.3, with the value that leaves everything as it was: runs from before go on.
+_NEUTRAL = {
+    "start_from": None,
+    "inherit": None,
+    "init": "gpt2",
+    "activation_terms": 1,
+    "activation_scales": "channel",
+    "shortcut_reduction": None,
+    "shortcut_input": "normalised",
+    "head_size": None,
+    "tied_embeddings": False,
+    "attention_bias": "none",
+    "ffn_bias": False,
+    "rotary_scaling": None,
+}
+
+
+class Train(Stage):
+    """Train a round, and evaluate the model meanwhile where `eval.every_steps` asks for it."""
+
+    name = "train"
+    help = "train a round"
+
+    def round_number(self, config: RunConfig, place: int) -> int | None:
+        """Return every round."""
+        return place or None
+
+    def needs(self, config: RunConfig, round_number: int) -> list[tuple[str, int]]:
+        """Return the round's mix, and what its weights start from."""
+        needed = [("mix", round_number)]
+        if round_number > 1:
+            needed.append(("train", round_number - 1))
+        elif config.model.inherits:
+            needed.append(("inherit", 1))
+        return needed
+
+    def inputs(self, stages: Stages, round_number: int) -> list[Any]:
+        """Return the mix, and the configuration of model and training.
+
+        The mix stands for the round before as well, which this one starts from: it was scored with its weights.
+        """
+        return [stages.fingerprint("mix", round_number), *training_inputs(stages.run.config)]
+
+    def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
+        """Train on the run's ranks."""
+        run = stages.run
+        start_from = _start_of(run, round_number)
+        if run.config.eval.asked:
+            check_items(run.config.eval)
+        questions = training_questions(run, progress)
+        run.forget("evaluate", round_number)
+        identity = stages.fingerprint(self.name, round_number)
+        evaluation = RoundEvaluation(run, round_number, identity)
+        evaluation.forget_others(questions)
+        job = _train_job(run, round_number, start_from, identity, questions)
+        progress = evaluation.scoring_in_training(questions, progress)
+        launcher.launch(job, run.folder, f"train-{round_number}", progress, run.config.launch)
+        evaluation.score_training(questions)
+
+
+def training_inputs(config: RunConfig) -> list[dict[str, Any]]:
+    """Return what of the model's and training's configuration decides the weights that a round ends with."""
+    train = config.resolved_train.model_dump(exclude=_NOT_IN_WEIGHTS)
+    model = config.model.model_dump(exclude={"preset"})
+    return [{name: value for name, value in model.items() if _NEUTRAL.get(name, ...) != value}, train]
+
+
+def launch_plan(config: RunConfig) -> str:
+    """Return how the ranks of the first round would be launched: torchrun's command, or Slurm's script."""
+    run = Run(config, config.folder.absolute())
+    return launcher.plan(_train_job(run, 1, None, "?"), run.folder, "train-1", config.launch)
+
+
+def _start_of(run: Run, round_number: int) -> Path | None:
+    """Return the checkpoint that a round starts from, or None where it starts from random weights."""
+    from flows.inheritance.initial_checkpoint import inherited_checkpoint
+    from trainer.checkpoint_shapes import check_start
+
+    if round_number > 1:
+        return final_checkpoint(run, round_number - 1)
+    if run.config.model.inherits:
+        return inherited_checkpoint(run)
+    if run.config.model.start_from is None:
+        return None
+    start_from = Path(run.config.model.start_from).absolute()
+    check_start(start_from, run.config.model, run.corpus().vocab_size)
+    return start_from
+
+
+def _train_job(
+    run: Run, round_number: int, start_from: Path | None, identity: str, questions: Sequence[Question] = ()
+) -> TrainJob:
+    from trainer.devices import resolve_precision
+    from trainer.memory import checkpoint_bytes
+
+    config = run.config
+    fields = job_fields(run, round_number, identity)
+    # A tokenizer that the corpus was prepared with need not be there any more.
+    vocab_size = config.model.vocab_size or (
+        run.corpus().vocab_size if (run.corpus_folder / "manifest.json").exists() else vocabulary_size(config)
+    )
+    num_parameters = config.model.num_parameters(padded_vocab_size(vocab_size))
+    num_bytes = checkpoint_bytes(num_parameters, resolve_precision(config.train.precision, fields["device"]))
+    return TrainJob(
+        **fields,
+        seconds_to_stop=seconds_to_stop(num_bytes),
+        train=config.resolved_train,
+        checkpoint=config.checkpoint,
+        score=config.score,
+        start_from=start_from,
+        evaluate=RoundEvaluation(run, round_number, identity).in_training(questions),
+    )
