@@ -183,60 +183,57 @@ def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None,
         if sweep.option == "--methods" and any(arm.name != "base" for arm in sweep.arms):
             layers = _measure_layers(config, folder, progress)
             sweep = inherit_sweep(",".join(arm.name for arm in sweep.arms), config.model.inherit, layers)
-        scores: list[dict[str, Any]] = []
         if sweep.shares_round:
-            rows, tokens = _go_on(config, folder, seeds, sweep, tokens, scores, progress)
+            found, tokens = _go_on(config, folder, seeds, sweep, tokens, progress)
         else:
-            rows, curves = _begin(config, folder, seeds, sweep, scores, progress)
-            write_parquet(curves_path(path), pa.Table.from_pylist(curves, CURVES), "")
+            found = _begin(config, folder, seeds, sweep, progress)
+            write_parquet(curves_path(path), pa.Table.from_pylist(found.curves, CURVES), "")
         if config.eval.asked:
-            write_parquet(scores_path(path), pa.Table.from_pylist(scores, SCORES), "")
-        write_parquet(path, pa.Table.from_pylist(rows, RESULTS), "")
+            write_parquet(scores_path(path), pa.Table.from_pylist(found.scores, SCORES), "")
+        write_parquet(path, pa.Table.from_pylist(found.results, RESULTS), "")
         return write_comparison(path, sweep.option, [arm.name for arm in sweep.arms], config, tokens, layers)
 
 
-def _go_on(
-    config: RunConfig,
-    folder: Path,
-    seeds: range,
-    sweep: Sweep,
-    tokens: int | None,
-    scores: list[dict[str, Any]],
-    progress: Progress,
-) -> tuple[list[dict[str, Any]], int | None]:
-    """Return the results of arms that go on from a base's first round, and the tokens that each of them trains on.
+@dataclass(frozen=True)
+class _Found:
+    """The rows of a comparison's files: results by source, scores by task, and the curves of first rounds by step."""
 
-    What they score in tasks is added to `scores`.
-    """
+    results: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, run: Run, seed: int, arm: Arm, progress: Progress) -> None:
+        """Add what an arm's run ends with, evaluated where the configuration asks for it."""
+        self.results.extend(_results(run, seed, arm))
+        self.scores.extend(_scores(run, seed, arm, progress))
+
+
+def _go_on(
+    config: RunConfig, folder: Path, seeds: range, sweep: Sweep, tokens: int | None, progress: Progress
+) -> tuple[_Found, int | None]:
+    """Return what arms that go on from a base's first round end with, and the tokens that each of them trains on."""
     bases = {seed: _train_base(_config(config, folder, seed, _BASE), progress) for seed in seeds}
     arms = sweep.arms
     if sweep.option == "--policies":
         tokens = equal_tokens(config, list(bases.values()), arms, tokens or config.refine.max_tokens)
         arms = tuple(Arm(arm.name, arm.folder, {"refine": {**arm.refine, "max_tokens": tokens}}) for arm in arms)
-    rows = []
+    found = _Found()
     for seed, base in bases.items():
-        rows += _results(base, seed, _BASE)
-        scores += _scores(base, seed, _BASE, progress)
+        found.add(base, seed, _BASE, progress)
         before = base
         for arm in arms:
             run = base
             if arm.num_rounds > 1:
                 run = _train_arm(_config(config, folder, seed, arm), before, progress)
-            rows += _results(run, seed, arm)
-            scores += _scores(run, seed, arm, progress)
+            found.add(run, seed, arm, progress)
             # Only a round that is the same in both can be gone on from.
             before = run if sweep.option == "--rounds" else base
-    return rows, tokens
+    return found, tokens
 
 
-def _begin(
-    config: RunConfig, folder: Path, seeds: range, sweep: Sweep, scores: list[dict[str, Any]], progress: Progress
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return results and curves of arms that train round 1 themselves, over the same corpus in each seed.
-
-    What they score in tasks is added to `scores`.
-    """
-    rows, curves = [], []
+def _begin(config: RunConfig, folder: Path, seeds: range, sweep: Sweep, progress: Progress) -> _Found:
+    """Return what arms that train round 1 themselves end with, over the same corpus in each seed."""
+    found = _Found()
     for seed in seeds:
         corpus = prepare_corpus(config, folder, f"corpus-seed-{seed}", seed, progress)
         for arm in sweep.arms:
@@ -247,10 +244,9 @@ def _begin(
                     f"{run.folder}: began with another larger model than there is now; delete that folder, or put the "
                     "model back"
                 )
-            rows += _results(run, seed, arm)
-            scores += _scores(run, seed, arm, progress)
-            curves += _curve(run, seed, arm)
-    return rows, curves
+            found.add(run, seed, arm, progress)
+            found.curves.extend(_curve(run, seed, arm))
+    return found
 
 
 def _measure_layers(config: RunConfig, folder: Path, progress: Progress) -> list[int]:
