@@ -57,8 +57,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(workplace: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(workplace: Path, *arguments: str, server: str | None = None) -> subprocess.Popen[str]:
+    """Start `reprise run`, with a temporary Prefect server of its own unless one is named."""
     environment = {**os.environ, "PREFECT_HOME": str(workplace / "alone")}
+    if server is not None:
+        environment["PREFECT_API_URL"] = server
     return subprocess.Popen(
         [sys.executable, "-m", "flows.cli.main", "run", "config.yaml", *arguments],
         cwd=workplace,
@@ -70,13 +73,13 @@ def start(workplace: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     return out
 
 
 def kill_when(process: subprocess.Popen[str], is_time: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while not is_time():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -208,7 +211,7 @@ def ask_ledger(run: Path, sql: str) -> NDArray[np.float64]:
         return np.array(ledger.sql(sql).fetchall(), float)
 
 
-def test_killed_at_every_stage_it_finishes_and_repeats_nothing(workplace: Path, unbroken: Path) -> None:
+def test_killed_at_every_stage_it_finishes_and_repeats_nothing(workplace: Path, served: Place, unbroken: Path) -> None:
     run = workplace / "runs" / "run"
     first, second = run / "rounds" / "1", run / "rounds" / "2"
     stages: list[tuple[Callable[[], bool], list[Path]]] = [
@@ -218,7 +221,7 @@ def test_killed_at_every_stage_it_finishes_and_repeats_nothing(workplace: Path, 
     ]
     complete: dict[Path, int] = {}
     for is_time, completed in stages:
-        kill_when(start(workplace), is_time)
+        kill_when(start(workplace, server=served.api), is_time)
         for path in [*completed, *first.glob("losses/*.parquet"), *second.glob("selection/*.parquet")]:
             complete.setdefault(path, path.stat().st_mtime_ns)
         states = [row.state for row in read_status(run)]
