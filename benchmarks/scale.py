@@ -120,8 +120,8 @@ def _mix(folder: Path) -> list[dict[str, Any]]:
 def _work(name: str, rounds: Path, size: int) -> dict[str, float]:
     from data_scoring.base.progress import silent
     from data_scoring.base.sql import bounded
-    from data_scoring.config import RefineConfig
     from data_scoring.refine.candidates import Draw, find_limits
+    from data_scoring.refine.refine_config import RefineConfig
     from data_scoring.refine.refine_shards import refine
     from data_scoring.refine.selection import select
 

@@ -14,7 +14,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled
 from pydantic import Field
 
-from data_scoring.config import EvalConfig, RefineConfig
+from data_scoring.config import EvalConfig
+from data_scoring.refine.refine_config import RefineConfig
 from flows.orchestration.approval import ask
 from flows.orchestration.flow_progress import FlowProgress, RunCancelledError, allowed_folders
 from flows.report.run_report import write_report

@@ -1,1 +1,1 @@
-"""Atomic files, Parquet files with fingerprints, SQL helpers, progress. It imports no other room."""
+"""Atomic files, Parquet files with fingerprints, SQL helpers, names from tables, progress. It imports no other room."""

@@ -1,5 +1,6 @@
 """The user's own score: one SQL expression over a sample's columns, checked before it is ever run."""
 
+import functools
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ _FUNCTIONS = (
 _NUMBERS = re.compile(r"(U?TINYINT|U?SMALLINT|U?INTEGER|U?BIGINT|U?HUGEINT|FLOAT|DOUBLE|BOOLEAN|DECIMAL\(\d+, ?\d+\))")
 
 
-def check_expression(sql: str) -> set[str]:
+@functools.cache
+def check_expression(sql: str) -> frozenset[str]:
     """Return the columns (of `COLUMNS`) that the SQL expression `sql` uses.
 
     Raises ValueError where it is no single expression of these columns with a number as its result, or where it would
@@ -53,7 +55,7 @@ def check_expression(sql: str) -> set[str]:
                     f"{', '.join(sorted(_FUNCTIONS))}"
                 )
         _check_type(connection, sql)
-    return {node["column_names"][-1].lower() for node in nodes if node["class"] == "COLUMN_REF"}
+    return frozenset(node["column_names"][-1].lower() for node in nodes if node["class"] == "COLUMN_REF")
 
 
 def _parse(connection: "duckdb.DuckDBPyConnection", sql: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_scoring.evaluation.rows import SCHEMAS, Row, defect, item_text
+from data_scoring.evaluation.rows import Row, defect, item_text
+from data_scoring.evaluation.tasks import TASKS, Files
 
 
 @dataclass(frozen=True)
@@ -43,34 +44,8 @@ class Unscorable:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Where a task's items are looked for in a folder: by name, or else in a release's folder, a file a subject."""
-
-    names: tuple[str, ...]
-    release: str = ""  # pattern below the task's folder; what `*` stands for is the subject
-    has_header: bool = True
-
-
-_ITEMS: dict[str, _Files] = {
-    "ceval": _Files(("ceval.jsonl",), "val/*_val.csv"),
-    "cmmlu": _Files(("cmmlu.jsonl",), "test/*.csv"),
-    "mmlu": _Files(("mmlu.jsonl",), "test/*_test.csv", has_header=False),
-    "agieval": _Files(("agieval.jsonl",), "v1/*.jsonl"),
-    **{
-        task: _Files((f"{task}.jsonl",))
-        for task in ("boolq", "axb", "piqa", "eprstmt", "xsum", "c3", "hellaswag", "arc_easy")
-    },
-}
-_EXAMPLES: dict[str, _Files] = {
-    "ceval": _Files(("ceval_dev.jsonl",), "dev/*_dev.csv"),
-    "cmmlu": _Files(("cmmlu_dev.jsonl",), "dev/*.csv"),
-    "mmlu": _Files(("mmlu_dev.jsonl", "mmlu_dev_hf.jsonl"), "dev/*_dev.csv", has_header=False),
-}
-_PIQA_LABELS = "piqa-labels.lst"
 # What a record that is no item of its task raises.
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError)
-_MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
 
 
 def read_items(task: str, data: Path) -> list[Item]:
@@ -79,28 +54,34 @@ def read_items(task: str, data: Path) -> list[Item]:
     Raises ValueError, in one line with the file and its line, where a file is missing, is no JSON or CSV, where a field
     is missing or an answer is none of its options.
     """
-    return _read(task, data, _ITEMS[task])
+    return _read(task, data, TASKS[task].files)
 
 
 def read_examples(task: str, data: Path) -> list[Item]:
-    """Return the solved examples that go before a task's questions, of every subject. Raises as `read_items`."""
-    return _read(task, data, _EXAMPLES[task])
+    """Return the solved examples that go before a task's questions, of every subject, in the files' order.
+
+    Raises as `read_items`, and where the task has no file of them.
+    """
+    examples = TASKS[task].examples
+    if examples is None:
+        raise ValueError(f"{task}: has no file of solved examples; name one in its row, or set its num_fewshot to 0")
+    return _read(task, data, examples)
 
 
 def make_item(task: str, place: str, subject: str, row: Row) -> Item:
     """Return the item of a row in the hub's schema. Raises ValueError, with its place, where it is broken."""
     try:
-        return Item(place, subject, row, defect(task, row))
+        return Item(place, subject, row, defect(TASKS[task].schema, row))
     except _BROKEN as error:
         raise ValueError(f"{place}: {_said(error)}") from None
 
 
 def item_files(names: Sequence[str], data: Path) -> list[Path]:
     """Return the files in the folder `data` that the items and examples of tasks are read from, as far as there are."""
-    labels = data / _PIQA_LABELS
-    found = [labels] if "piqa" in names and labels.is_file() else []
-    for files in [table[name] for name in names for table in (_ITEMS, _EXAMPLES) if name in table]:
-        found += [data / name for name in files.names if (data / name).is_file()]
+    tasks = [TASKS[name] for name in names]
+    labels = [task.files.labels for task in tasks if task.files.labels]
+    listed = [name for task in tasks for files in (task.files, task.examples) if files for name in files.names]
+    found = [data / name for name in [*labels, *listed] if (data / name).is_file()]
     for name in names:
         found += [path for path in sorted((data / name).rglob("*")) if path.is_file()]
     return found
@@ -110,13 +91,13 @@ def evaluation_texts(names: Sequence[str], data: Path) -> Iterator[ItemText]:
     """Yield the text of every item of those tasks in the folder `data`, whether it can be scored or not."""
     for task in names:
         for item in read_items(task, data):
-            yield ItemText(task, item.place, item_text(task, item.row))
+            yield ItemText(task, item.place, item_text(TASKS[task].schema, item.row))
 
 
-def _read(task: str, data: Path, files: _Files) -> list[Item]:
-    schema, items = SCHEMAS[task], []
+def _read(task: str, data: Path, files: Files) -> list[Item]:
+    schema, items = TASKS[task].schema, []
     for path, subject in _find(task, data, files):
-        for line, record in _records(task, path, files.has_header):
+        for line, record in _records(path, files):
             place = line
             try:
                 named = {schema.subject: subject, **record} if schema.subject and subject else record
@@ -125,7 +106,7 @@ def _read(task: str, data: Path, files: _Files) -> list[Item]:
                 for number, part in enumerate(parts, start=1):
                     place = line if len(parts) == 1 else f"{line} question {number}"
                     row = schema.convert(part)
-                    items.append(Item(place, name, row, defect(task, row)))
+                    items.append(Item(place, name, row, defect(schema, row)))
             except _BROKEN as error:
                 raise ValueError(f"{path.parent / place}: {_said(error)}") from None
     if not items:
@@ -142,7 +123,7 @@ def _said(error: Exception) -> str:
     return f"not an item as the data set has them ({error}); repair the line"
 
 
-def _find(task: str, data: Path, files: _Files) -> list[tuple[Path, str]]:
+def _find(task: str, data: Path, files: Files) -> list[tuple[Path, str]]:
     """Return the files of a task with the subject that each stands for, empty where its records name it."""
     for name in files.names:
         if (data / name).is_file():
@@ -160,14 +141,14 @@ def _find(task: str, data: Path, files: _Files) -> list[tuple[Path, str]]:
     )
 
 
-def _records(task: str, path: Path, has_header: bool) -> Iterator[tuple[str, Any]]:
+def _records(path: Path, files: Files) -> Iterator[tuple[str, Any]]:
     """Yield (`file:line`, record) of a file of JSON lines or of CSV. Raises ValueError where it is not what it says."""
     if path.suffix == ".csv":
-        yield from _csv_records(path, has_header)
+        yield from _csv_records(path, files.header)
         return
     records = list(_json_records(path))
-    if task == "piqa":
-        labels = _read_labels(path.with_name(_PIQA_LABELS), path, len(records))
+    if files.labels:
+        labels = _read_labels(path.with_name(files.labels), path, len(records))
         records = [(place, {**record, "label": label}) for (place, record), label in zip(records, labels, strict=True)]
     yield from records
 
@@ -201,10 +182,10 @@ def _is_unicode(record: Any) -> bool:
     return True
 
 
-def _csv_records(path: Path, has_header: bool) -> Iterator[tuple[str, Row]]:
+def _csv_records(path: Path, header: Sequence[str]) -> Iterator[tuple[str, Row]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, fieldnames=None if has_header else _MMLU_COLUMNS, strict=True)
+            rows = csv.DictReader(file, fieldnames=header or None, strict=True)
             for row in rows:
                 if None in row or None in row.values():
                     raise ValueError(

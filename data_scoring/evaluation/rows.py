@@ -53,17 +53,15 @@ def is_blank(value: Any) -> bool:
     return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
-def item_text(task: str, row: Row) -> str:
+def item_text(schema: Schema, row: Row) -> str:
     """Return all that an item says, question, passage, options and answer, a line each."""
-    schema = SCHEMAS[task]
     options = schema.options(row)
     parts = [schema.question(row), *([schema.answer(row)] if options is None else options)]
     return "\n".join(str(part) for part in parts if not is_blank(part))
 
 
-def defect(task: str, row: Row) -> str | None:
+def defect(schema: Schema, row: Row) -> str | None:
     """Return why an item cannot be scored, or None. Raises ValueError where it has what no item of the task has."""
-    schema = SCHEMAS[task]
     missing = ["question"] if is_blank(schema.question(row)) else []
     missing += [name for name in schema.needed if is_blank(row[name])]
     answer, options = schema.answer(row), schema.options(row)
@@ -252,99 +250,108 @@ def _agieval_question(row: Row) -> str:
     return asked
 
 
-SCHEMAS: dict[str, Schema] = {
-    "ceval": Schema(
-        _convert_lettered("question", "answer"),
-        question=lambda row: row["question"],
-        options=lambda row: [row[letter] for letter in "ABCD"],
-        answer=lambda row: row["answer"],
-        gold=lambda row: [_position(row["answer"], [*"ABCD"])],
-        subject="subject",
-    ),
-    "cmmlu": Schema(
-        _convert_lettered("Question", "Answer"),
-        question=lambda row: row["Question"],
-        options=lambda row: [row[letter] for letter in "ABCD"],
-        answer=lambda row: row["Answer"],
-        gold=lambda row: [_position(row["Answer"], [*"ABCD"])],
-        subject="subject",
-    ),
-    "mmlu": Schema(
-        _convert_mmlu,
-        question=lambda row: row["question"],
-        options=lambda row: row["choices"],
-        answer=lambda row: row["answer"],
-        gold=lambda row: [row["answer"]],
-        subject="subject",
-        num_options=4,
-    ),
-    "agieval": Schema(
-        _convert_agieval,
-        question=_agieval_question,
-        options=lambda row: row.get("choices"),
-        answer=lambda row: row.get("gold", row.get("answer")),
-        gold=lambda row: row.get("gold", []),
-        subject="task",
-    ),
-    "boolq": Schema(
-        _convert_boolq,
-        question=lambda row: f"{row['passage']}\n{row['question']}",
-        options=lambda row: ["no", "yes"],
-        answer=lambda row: None if row["label"] == -1 else row["label"],
-        gold=lambda row: [int(row["label"])],
-        needed=("question", "passage"),
-    ),
-    "axb": Schema(
-        _convert_axb,
-        question=lambda row: f"{row['sentence1']}\n{row['sentence2']}",
-        options=lambda row: ["Yes", "No"],
-        answer=lambda row: None if row["label"] == -1 else row["label"],
-        gold=lambda row: [row["label"]],
-        needed=("sentence1", "sentence2"),
-    ),
-    "piqa": Schema(
-        _convert_piqa,
-        question=lambda row: row["goal"],
-        options=lambda row: [row["sol1"], row["sol2"]],
-        answer=lambda row: None if row["label"] == -1 else row["label"],
-        gold=lambda row: [row["label"]],
-    ),
-    "eprstmt": Schema(
-        _convert_eprstmt,
-        question=lambda row: row["sentence"],
-        options=lambda row: ["消极。", "积极。"],
-        answer=lambda row: row["label"],
-        gold=lambda row: [_position(row["label"], [*SENTIMENTS])],
-    ),
-    "xsum": Schema(
-        _convert_xsum,
-        question=lambda row: row["document"],
-        options=lambda row: None,
-        answer=lambda row: row["summary"],
-        gold=lambda row: [],
-    ),
-    "c3": Schema(
-        _convert_c3,
-        question=lambda row: "\n".join([*row["context"], row["question"]]),
-        options=lambda row: row["choice"],
-        answer=lambda row: row["answer"],
-        gold=lambda row: [_position(row["answer"], row["choice"])],
-        needed=("question",),
-        split=_split_c3,
-    ),
-    "hellaswag": Schema(
-        _convert_hellaswag,
-        question=lambda row: f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b']}",
-        # Where nothing but a heading is left, lm-eval would ask for nothing.
-        options=lambda row: [ending and _MARKUP.sub("", ending) for ending in row["endings"]],
-        answer=lambda row: row["label"],
-        gold=lambda row: [_position(str(row["label"]), [str(index) for index in range(len(row["endings"]))])],
-    ),
-    "arc_easy": Schema(
-        _convert_arc,
-        question=lambda row: row["question"],
-        options=lambda row: row["choices"]["text"],
-        answer=lambda row: row["answerKey"],
-        gold=lambda row: [_position(row["answerKey"], row["choices"]["label"])],
-    ),
-}
+CEVAL = Schema(
+    _convert_lettered("question", "answer"),
+    question=lambda row: row["question"],
+    options=lambda row: [row[letter] for letter in "ABCD"],
+    answer=lambda row: row["answer"],
+    gold=lambda row: [_position(row["answer"], [*"ABCD"])],
+    subject="subject",
+)
+
+CMMLU = Schema(
+    _convert_lettered("Question", "Answer"),
+    question=lambda row: row["Question"],
+    options=lambda row: [row[letter] for letter in "ABCD"],
+    answer=lambda row: row["Answer"],
+    gold=lambda row: [_position(row["Answer"], [*"ABCD"])],
+    subject="subject",
+)
+
+MMLU = Schema(
+    _convert_mmlu,
+    question=lambda row: row["question"],
+    options=lambda row: row["choices"],
+    answer=lambda row: row["answer"],
+    gold=lambda row: [row["answer"]],
+    subject="subject",
+    num_options=4,
+)
+
+AGIEVAL = Schema(
+    _convert_agieval,
+    question=_agieval_question,
+    options=lambda row: row.get("choices"),
+    answer=lambda row: row.get("gold", row.get("answer")),
+    gold=lambda row: row.get("gold", []),
+    subject="task",
+)
+
+BOOLQ = Schema(
+    _convert_boolq,
+    question=lambda row: f"{row['passage']}\n{row['question']}",
+    options=lambda row: ["no", "yes"],
+    answer=lambda row: None if row["label"] == -1 else row["label"],
+    gold=lambda row: [int(row["label"])],
+    needed=("question", "passage"),
+)
+
+AXB = Schema(
+    _convert_axb,
+    question=lambda row: f"{row['sentence1']}\n{row['sentence2']}",
+    options=lambda row: ["Yes", "No"],
+    answer=lambda row: None if row["label"] == -1 else row["label"],
+    gold=lambda row: [row["label"]],
+    needed=("sentence1", "sentence2"),
+)
+
+PIQA = Schema(
+    _convert_piqa,
+    question=lambda row: row["goal"],
+    options=lambda row: [row["sol1"], row["sol2"]],
+    answer=lambda row: None if row["label"] == -1 else row["label"],
+    gold=lambda row: [row["label"]],
+)
+
+EPRSTMT = Schema(
+    _convert_eprstmt,
+    question=lambda row: row["sentence"],
+    options=lambda row: ["消极。", "积极。"],
+    answer=lambda row: row["label"],
+    gold=lambda row: [_position(row["label"], [*SENTIMENTS])],
+)
+
+XSUM = Schema(
+    _convert_xsum,
+    question=lambda row: row["document"],
+    options=lambda row: None,
+    answer=lambda row: row["summary"],
+    gold=lambda row: [],
+)
+
+C3 = Schema(
+    _convert_c3,
+    question=lambda row: "\n".join([*row["context"], row["question"]]),
+    options=lambda row: row["choice"],
+    answer=lambda row: row["answer"],
+    gold=lambda row: [_position(row["answer"], row["choice"])],
+    needed=("question",),
+    split=_split_c3,
+)
+
+HELLASWAG = Schema(
+    _convert_hellaswag,
+    question=lambda row: f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b']}",
+    # Where nothing but a heading is left, lm-eval would ask for nothing.
+    options=lambda row: [ending and _MARKUP.sub("", ending) for ending in row["endings"]],
+    answer=lambda row: row["label"],
+    gold=lambda row: [_position(str(row["label"]), [str(index) for index in range(len(row["endings"]))])],
+)
+
+ARC_EASY = Schema(
+    _convert_arc,
+    question=lambda row: row["question"],
+    options=lambda row: row["choices"]["text"],
+    answer=lambda row: row["answerKey"],
+    gold=lambda row: [_position(row["answerKey"], row["choices"]["label"])],
+)

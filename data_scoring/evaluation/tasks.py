@@ -1,54 +1,140 @@
-"""The evaluation tasks: their names, groups and titles, in the order of the paper's table."""
+"""The table of evaluation tasks: a task is one row, and nothing else names it. Its columns are the paper's table's.
+
+A task of your own is a row that your code adds: `TASKS[mine.name] = mine`. docs/evaluation.md describes the tasks.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from data_scoring.base.names import OneOf
+from data_scoring.evaluation import opencompass, rows
+from data_scoring.evaluation.rows import Schema
 
 AVERAGE = "average"
 
 
 @dataclass(frozen=True)
+class Files:
+    """Where items are looked for in a folder: by file name, or else in a release's folder, a file a subject."""
+
+    names: tuple[str, ...]
+    release: str = ""  # pattern below the task's folder; what `*` stands for is the subject
+    header: tuple[str, ...] = ()  # the columns of CSV files that have no line of their names
+    labels: str = ""  # file beside it whose lines are the items' field `label`
+
+
+@dataclass(frozen=True)
+class Task:
+    """An evaluation task: where its items are, how they are read, what they ask, and how answers are scored.
+
+    The definition is lm-eval's: one of its own, in `folder` below lm_eval/tasks, or the dictionary `definition`, in
+    the words of lm-eval's YAML files.
+    """
+
+    name: str
+    title: str  # in tables
+    group: str  # of the table's columns
+    schema: Schema
+    files: Files
+    examples: Files | None = None  # solved items that go before the questions
+    folder: str = ""
+    definition: dict[str, Any] = field(default_factory=dict)
+    scoring: Literal["harness", "whole_text", "summary"] = "harness"  # as lm-eval does, or as OpenCompass
+    metric: str = "acc"  # the one that tables show, by lm-eval's name
+    num_fewshot: int = 0
+    prefix: str = ""  # of lm-eval's names of the task's subjects; a task without subjects bears its own name
+    hub_limit: int | None = None  # items that are read from the hub at most
+
+    def __post_init__(self) -> None:
+        if bool(self.folder) == bool(self.definition):
+            raise ValueError(f"{self.name}: needs either folder or definition; give one of them")
+
+
+@dataclass(frozen=True)
 class Column:
-    """A task, with its title and its group; the average has the name `AVERAGE` and no group."""
+    """A column of the table: a task, with its title and its group; the average, `AVERAGE`, has no group."""
 
     name: str
     title: str
     group: str
 
 
-COLUMNS = (
-    Column("ceval", "C-Eval", "Examination"),
-    Column("cmmlu", "CMMLU", "Examination"),
-    Column("mmlu", "MMLU", "Examination"),
-    Column("agieval", "AGI-Eval", "Examination"),
-    Column("boolq", "BoolQ", "Knowledge"),
-    Column("axb", "AX-b", "Reasoning"),
-    Column("piqa", "PIQA", "Reasoning"),
-    Column("eprstmt", "EPRSTMT", "Understanding"),
-    Column("xsum", "XSum", "Understanding"),
-    Column("c3", "C3", "Understanding"),
-    Column(AVERAGE, "Average", ""),
-    Column("hellaswag", "HellaSwag", "Ablation"),
-    Column("arc_easy", "ARC-Easy", "Ablation"),
-)
-ABLATION = ("hellaswag", "arc_easy")
+_MMLU_HEADER = ("question", "A", "B", "C", "D", "answer")
+
+_PAPER = (
+    Task(
+        "ceval", "C-Eval", "Examination", rows.CEVAL, Files(("ceval.jsonl",), "val/*_val.csv"),
+        Files(("ceval_dev.jsonl",), "dev/*_dev.csv"), folder="ceval", num_fewshot=5, prefix="ceval-valid_",
+    ),
+    Task(
+        "cmmlu", "CMMLU", "Examination", rows.CMMLU, Files(("cmmlu.jsonl",), "test/*.csv"),
+        Files(("cmmlu_dev.jsonl",), "dev/*.csv"), folder="cmmlu", num_fewshot=5, prefix="cmmlu_",
+    ),
+    Task(
+        "mmlu", "MMLU", "Examination", rows.MMLU, Files(("mmlu.jsonl",), "test/*_test.csv", header=_MMLU_HEADER),
+        Files(("mmlu_dev.jsonl", "mmlu_dev_hf.jsonl"), "dev/*_dev.csv", header=_MMLU_HEADER), folder="mmlu/default",
+        num_fewshot=5, prefix="mmlu_",
+    ),
+    Task(
+        "agieval", "AGI-Eval", "Examination", rows.AGIEVAL, Files(("agieval.jsonl",), "v1/*.jsonl"), folder="agieval",
+        prefix="agieval_",
+    ),
+    Task("boolq", "BoolQ", "Knowledge", rows.BOOLQ, Files(("boolq.jsonl",)), folder="super_glue/boolq"),
+    Task(
+        "axb", "AX-b", "Reasoning", rows.AXB, Files(("axb.jsonl",)), definition=opencompass.AXB,
+        scoring="whole_text", metric="acc_text",
+    ),
+    Task(
+        "piqa", "PIQA", "Reasoning", rows.PIQA, Files(("piqa.jsonl",), labels="piqa-labels.lst"), folder="piqa",
+    ),
+    Task(
+        "eprstmt", "EPRSTMT", "Understanding", rows.EPRSTMT, Files(("eprstmt.jsonl",)), definition=opencompass.EPRSTMT,
+        scoring="whole_text", metric="acc_text",
+    ),
+    Task(
+        "xsum", "XSum", "Understanding", rows.XSUM, Files(("xsum.jsonl",)), definition=opencompass.XSUM,
+        # OpenCompass scores the first thousand documents of the validation split.
+        scoring="summary", metric="rouge1", hub_limit=1000,
+    ),
+    Task(
+        "c3", "C3", "Understanding", rows.C3, Files(("c3.jsonl",)), definition=opencompass.C3,
+        scoring="whole_text", metric="acc_text",
+    ),
+)  # fmt: skip
+_ABLATION = (
+    Task(
+        "hellaswag", "HellaSwag", "Ablation", rows.HELLASWAG, Files(("hellaswag.jsonl",)), folder="hellaswag",
+        metric="acc_norm",
+    ),
+    Task("arc_easy", "ARC-Easy", "Ablation", rows.ARC_EASY, Files(("arc_easy.jsonl",)), folder="arc"),
+)  # fmt: skip
+TASKS = {task.name: task for task in (*_PAPER, *_ABLATION)}
 # What the average is of.
-PAPER = tuple(column.name for column in COLUMNS if column.group not in ("", "Ablation"))
-_NAMES = (*PAPER, *ABLATION)
+PAPER = tuple(task.name for task in _PAPER)
+ABLATION = tuple(task.name for task in _ABLATION)
+_SETS = {"paper": PAPER, "ablation": ABLATION}
+
+
+def columns() -> list[Column]:
+    """Return the table's columns: the paper's tasks, their average, and the other tasks."""
+    found = [Column(task.name, task.title, task.group) for task in TASKS.values()]
+    return [*found[: len(PAPER)], Column(AVERAGE, "Average", ""), *found[len(PAPER) :]]
+
+
+def task_names() -> tuple[str, ...]:
+    """Return what `eval.tasks` takes: `paper`, `ablation`, and the tasks."""
+    return (*_SETS, *TASKS)
 
 
 def resolve_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return task names, each once, `paper` and `ablation` standing for theirs. Raises ValueError for unknown ones."""
-    groups = {"paper": PAPER, "ablation": ABLATION}
-    resolved = [task for name in names for task in groups.get(name, (name,))]
-    unknown = [name for name in resolved if name not in _NAMES]
+    resolved = [task for name in names for task in _SETS.get(name, (name,))]
+    unknown = [name for name in resolved if name not in TASKS]
     if unknown:
-        raise ValueError(f"eval.tasks: unknown task {unknown[0]!r}; choose from paper, ablation, {', '.join(_NAMES)}")
+        raise ValueError(f"eval.tasks: unknown task {unknown[0]!r}; choose from {', '.join(task_names())}")
     return tuple(dict.fromkeys(resolved))
 
 
-# What models are evaluated on; `flows.evaluation.task_loading` defines them, docs/evaluation.md describes them.
-EvaluationName = Literal[
-    "paper", "ablation", "ceval", "cmmlu", "mmlu", "agieval", "boolq", "axb", "piqa", "eprstmt", "xsum", "c3",
-    "hellaswag", "arc_easy",
-]  # fmt: skip
+# What a configuration takes, the tasks added at run time included.
+TaskName = Annotated[str, OneOf(task_names)]

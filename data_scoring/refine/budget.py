@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from data_scoring.base.parquet import write_parquet
-from data_scoring.base.sql import gumbel, literal, random_bits
-from data_scoring.config import RefineConfig, prefix_of
+from data_scoring.base.sql import literal, random_bits
+from data_scoring.config import prefix_of
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.calibration import calibration_path, candidate_prefixes
 from data_scoring.losses.seen_losses import is_everything_seen, last_seen
+from data_scoring.refine.draw import draw_key, num_kept
+from data_scoring.refine.refine_config import RefineConfig
 
 FORWARD_COST = 1 / 3
 CALIBRATION = "calibration"
@@ -117,13 +119,12 @@ def drawn(
 
     A sample's random number is the one that refining for `round_number` uses.
     """
-    noise = gumbel(random_bits(seed, round_number, "shard::int", "sample::int"))
-    key = f"{column}::double / {temperature!r}::double + {noise}" if temperature > 0 else f"{column}"
+    key = draw_key(column, temperature, random_bits(seed, round_number, "shard::int", "sample::int"))
+    [(num_samples,)] = connection.sql("select count(*) from calibration").fetchall()
     return set(
         connection.sql(
             f"""select shard, sample from calibration
-            order by {key} desc, shard, sample
-            limit (select greatest(1, floor(count(*) * {sampling_rate} + 0.5))::bigint from calibration)"""
+            order by {key} desc, shard, sample limit {num_kept(num_samples, sampling_rate)}"""
         ).fetchall()
     )
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_scoring.base.expression import check_expression
-from data_scoring.base.sql import gumbel, literal, random_bits
-from data_scoring.config import RefineConfig
-from data_scoring.losses.seen_losses import last_seen
+from data_scoring.base.sql import literal, random_bits
 from data_scoring.losses.shard_scoring import losses_path
+from data_scoring.refine.draw import draw_key
+from data_scoring.refine.policies import BATCH_LOSS, JOINS, REFERENCE_LOSS
+from data_scoring.refine.refine_config import RefineConfig
 
 if TYPE_CHECKING:
     import duckdb
@@ -35,18 +35,6 @@ CONTAMINATED = "contaminated"
 SHORT, OUTLIER, REPEATED = "too few tokens", "outlier", "near duplicate"
 WORN, HARDEST = "trained on often enough", "among the hardest"
 EXCLUSIONS = (LATE, CONTAMINATED, SHORT, OUTLIER, REPEATED, WORN, HARDEST)
-
-_SCORES = {
-    "loss": "loss",
-    "loss_batch": "batch_loss",
-    "top": "loss",
-    "band": "loss",
-    # What was never trained on has all of its loss to lose.
-    "forgetting": "loss - coalesce(seen_loss, 0)",
-    "excess": "loss - reference_loss",
-    "random": "0",
-    "all": "0",
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,7 @@ class Draw:
 def check_losses(draw: Draw, shard: int) -> None:
     """Raise ValueError where a shard's losses, or its reference losses, are missing or incomplete."""
     _check_file(losses_path(draw.scored, shard), draw.num_samples[shard], "score the round")
-    if draw.config.policy == "excess":
+    if REFERENCE_LOSS in draw.config.columns:
         path = losses_path(Path(str(draw.config.reference)), shard)
         _check_file(path, draw.num_samples[shard], "score the reference (refine.reference)")
 
@@ -125,7 +113,7 @@ def find_limits(connection: "duckdb.DuckDBPyConnection", draw: Draw) -> Limits:
     none. Raises ValueError where losses are missing or incomplete.
     """
     config, limits = draw.config, Limits()
-    if config.outlier_z is None and config.policy != "band":
+    if config.outlier_z is None and not config.policy_row.drops_hardest:
         return limits
     connection.execute("create or replace temp table loss_counts (shard int, source varchar, bin int, n bigint)")
     for shard in range(len(draw.num_samples)):
@@ -134,7 +122,7 @@ def find_limits(connection: "duckdb.DuckDBPyConnection", draw: Draw) -> Limits:
             f"insert into loss_counts select {shard}, source, floor(least(loss, 1e6) * {_BINS_PER_NAT})::int as bin, "
             f"count(*) from {draw.losses(shard)} group by source, bin"
         )
-    if config.policy == "band":
+    if config.policy_row.drops_hardest:
         for shard, losses, counts in _counted(connection, "shard"):
             # The bin's upper edge: losses that share the last bin are not told apart, and stay.
             limits.hardest[shard] = _quantile(losses, counts, 1 - config.drop_hardest) + 0.5 / _BINS_PER_NAT
@@ -170,38 +158,27 @@ def candidates_query(draw: Draw, limits: Limits, shard: int) -> str:
     source joins now; key, by which the highest are kept; bits, 64 random ones, which settle ties.
     """
     config = draw.config
-    unit = f"(sample // {config.batch_size})::int" if config.policy == "loss_batch" else "sample::int"
-    bits = random_bits(draw.seed, draw.round_number, shard, unit)
-    score = f"({config.sql})" if config.policy == "sql" else _SCORES[config.policy]
-    key = f"({score})::double"
-    if config.draw_temperature > 0:
-        key = f"{key} / {config.draw_temperature!r}::double + {gumbel('bits')}"
+    is_by_batch = BATCH_LOSS in config.columns
+    batch = f"(sample // {config.batch_size})"
+    bits = random_bits(draw.seed, draw.round_number, shard, f"{batch}::int" if is_by_batch else "sample::int")
+    key = draw_key(config.score, config.draw_temperature, "bits")
     joins = [*_guard_joins(draw, shard), *_policy_joins(draw, shard)]
     excluded, is_fresh = _excluded(draw, limits, shard), _is_fresh(draw)
     known = f"select * from {draw.losses(shard)} {' '.join(joins)}"
-    if config.policy == "loss_batch":
-        batch = f"(sample // {config.batch_size})"
+    if is_by_batch:
         known = f"""select * from (select *, {excluded} as excluded from ({known})) left join (
-            select {batch} as batch, sum(loss::double * num_tokens) / sum(num_tokens) as batch_loss
+            select {batch} as batch, sum(loss::double * num_tokens) / sum(num_tokens) as {BATCH_LOSS}
             from ({known}) where {excluded} is null and not {is_fresh} group by batch) on batch = {batch}"""
         excluded = "excluded"
     return f"""select sample, source, loss, {excluded} as excluded, {is_fresh} as is_fresh, {key} as key, bits
         from (select *, {bits} as bits from ({known}))"""
 
 
-def uses_seen_loss(config: RefineConfig) -> bool:
-    """Return whether the policy compares losses with seen losses."""
-    return config.policy == "forgetting" or (
-        config.policy == "sql" and "seen_loss" in check_expression(str(config.sql))
-    )
-
-
 def is_joined(draw: Draw) -> bool:
     """Return whether candidates take joins to make, so that making them once is cheaper than at every scan."""
     config = draw.config
     return (
-        config.policy in ("loss_batch", "excess")
-        or uses_seen_loss(config)
+        bool(config.columns)
         or config.near_duplicates is not None
         or config.max_rounds is not None
         or draw.contaminated is not None
@@ -263,12 +240,5 @@ def _guard_joins(draw: Draw, shard: int) -> list[str]:
 
 
 def _policy_joins(draw: Draw, shard: int) -> list[str]:
-    config, joins = draw.config, []
-    if uses_seen_loss(config):
-        # The latest time it was trained on is what the model may have forgotten since.
-        seen = last_seen(draw.rounds, draw.round_number - 1, f"shard = {shard}")
-        joins.append(f"left join (select sample, loss as seen_loss from {seen}) using (sample)")
-    if config.policy == "excess":
-        reference = literal(losses_path(Path(str(config.reference)), shard))
-        joins.append(f"left join (select sample, loss as reference_loss from read_parquet({reference})) using (sample)")
-    return joins
+    columns = draw.config.columns
+    return [join(draw, shard) for column, join in JOINS.items() if column in columns]

@@ -8,8 +8,9 @@ from pathlib import Path
 import duckdb
 
 from data_scoring.base.sql import bounded, literal
-from data_scoring.config import RefineConfig
 from data_scoring.refine.candidates import Draw, find_limits
+from data_scoring.refine.policies import BATCH_LOSS
+from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.selection import select
 
 # A temperature that leaves losses no weight.
@@ -99,10 +100,12 @@ def dry_run(draw: Draw, samples_path: Path) -> DryRun:
 
 def _without_losses(config: RefineConfig) -> RefineConfig:
     """Return what draws the same number of the same candidates by the same random numbers alone."""
-    if config.policy == "loss_batch":
+    if not config.policy_row.needs_losses:
+        return config
+    if BATCH_LOSS in config.columns:
         # Batches share a random number, and so are drawn as batches.
         return config.model_copy(update={"temperature": _ONLY_CHANCE})
-    return config.model_copy(update={"policy": "all" if config.policy == "all" else "random"})
+    return config.model_copy(update={"policy": "random"})
 
 
 def _parts(connection: duckdb.DuckDBPyConnection, name: str) -> list[Part]:

@@ -1,9 +1,7 @@
 """Refining: losses to the samples that are kept, drawn in DuckDB, shard by shard.
 
-The paper's draw (arXiv 2402.02791, section 5): within each shard, N0 of N samples without replacement, with
-p_i = exp(l_i) / sum_j exp(l_j). Keeping the N0 largest of l_i / T - ln(-ln U_i), U_i uniform, is exactly that draw
-(Gumbel-top-k; Kool et al. 2019, arXiv 1903.06059). U_i is a hash of (seed, round, shard, sample), so the draw does
-not depend on row order, threads or processes. Every policy is a score in the place of l_i (`candidates.py`).
+The draw is the paper's (`draw.py`). Its random numbers are a hash of (seed, round, shard, sample), so it does not
+depend on row order, threads or processes. Every policy is a score in the place of the loss (`policies.py`).
 """
 
 from pathlib import Path
@@ -12,8 +10,8 @@ from data_scoring.base.files import remove_leftovers, writing
 from data_scoring.base.parquet import FINGERPRINT_KEY, parquet_fingerprint
 from data_scoring.base.progress import Progress
 from data_scoring.base.sql import bounded, literal, writing_errors
-from data_scoring.config import RefineConfig
 from data_scoring.refine.candidates import Draw, Limits, find_limits
+from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.selection import select
 from data_scoring.refine.training_mix import write_mix
 

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_scoring.base.sql import literal
-from data_scoring.config import RefineConfig
 from data_scoring.refine.candidates import EXCLUSIONS, LATE, Draw, Limits, candidates_query, check_losses, is_joined
+from data_scoring.refine.draw import num_kept
+from data_scoring.refine.policies import BATCH_LOSS, POLICIES
+from data_scoring.refine.refine_config import RefineConfig
 
 if TYPE_CHECKING:
     import duckdb
@@ -28,21 +30,8 @@ _BOTTOM = -1
 
 FRESH = "its source joins now"
 FLOOR, CEILING, NOT_DRAWN = "floor of its source", "ceiling of its source", "not drawn"
-REASONS = {
-    "loss": "drawn by loss",
-    "loss_batch": "drawn with its batch",
-    "top": "among the hardest kept",
-    "band": "in the band",
-    "forgetting": "drawn by forgetting",
-    "excess": "drawn by excess loss",
-    "random": "drawn at random",
-    "all": "everything is kept",
-    "sql": "drawn by sql",
-}
-# As an enumeration, reasons are written several times as fast as strings.
-_REASON_TYPE = ", ".join(
-    literal(reason) for reason in (*REASONS.values(), *EXCLUSIONS, FRESH, FLOOR, CEILING, NOT_DRAWN)
-)
+# Scores that are finite for every sample that has a loss; others are checked.
+_FINITE_SCORES = ("0", "loss", BATCH_LOSS)
 
 
 @dataclass(frozen=True)
@@ -68,13 +57,6 @@ class Cuts:
     contested: int
 
 
-def num_kept(num_samples: int, config: RefineConfig) -> int:
-    """Return N0, how many of a shard's `num_samples` are kept: the nearest to the sampling rate, at least one."""
-    if config.policy == "all":
-        return num_samples
-    return max(1, int(num_samples * config.sampling_rate + 0.5))
-
-
 def select(
     connection: "duckdb.DuckDBPyConnection", draw: Draw, limits: Limits, shard: int, name: str = "chosen"
 ) -> str:
@@ -94,7 +76,14 @@ def select(
 
 
 def _policy(config: RefineConfig) -> str:
-    return f"refine.sql: {config.sql!r}" if config.policy == "sql" else f"refine.policy: {config.policy}"
+    return f"refine.sql: {config.sql!r}" if config.policy_row.score is None else f"refine.policy: {config.policy}"
+
+
+def _reason_type() -> str:
+    """Return the SQL type of reasons: as an enumeration, they are written several times as fast as strings."""
+    drawn = (policy.reason for policy in POLICIES.values())
+    reasons = dict.fromkeys([*drawn, *EXCLUSIONS, FRESH, FLOOR, CEILING, NOT_DRAWN])
+    return f"enum ({', '.join(map(literal, reasons))})"
 
 
 def _select(connection: "duckdb.DuckDBPyConnection", draw: Draw, limits: Limits, shard: int, name: str) -> str:
@@ -102,7 +91,7 @@ def _select(connection: "duckdb.DuckDBPyConnection", draw: Draw, limits: Limits,
     if is_joined(draw):
         connection.execute(f"create or replace temp table {name}_candidates as from {relation}")
         relation = f"{name}_candidates"
-    connection.execute(f"create type if not exists reason as enum ({_REASON_TYPE})")
+    connection.execute(f"create type if not exists reason as {_reason_type()}")
     group = _group(draw.config)
     low, width = _range(connection, relation)
     bucket = f"greatest(0, least({_NUM_BUCKETS - 1}, floor((key - {low!r}::double) / {width!r}::double)))::int"
@@ -137,7 +126,7 @@ class Counts:
 
 
 def _count(connection: "duckdb.DuckDBPyConnection", draw: Draw, shard: int, bucketed: str) -> dict[str, Counts]:
-    if draw.config.policy in ("forgetting", "excess", "sql"):
+    if draw.config.score not in _FINITE_SCORES:
         _check_finite(connection, draw, shard, bucketed)
     rows = connection.sql(
         f"""select category, case when excluded is null then bucket else {_BOTTOM} end as place, count(*)
@@ -181,7 +170,7 @@ def find_cuts(counts: dict[str, Counts], config: RefineConfig) -> Cuts:
         ceilings[name] = min(candidates, int(rule.at_most * group.num_samples + 0.5)) if rule else candidates
         # [bucket]: how many candidates lie in it or above.
         at_least[name] = np.cumsum(group.by_bucket[::-1])[::-1]
-    wanted = num_kept(sum(group.num_samples for group in counts.values()), config) if counts else 0
+    wanted = num_kept(sum(group.num_samples for group in counts.values()), config.draw_rate) if counts else 0
     if sum(floors.values()) > wanted:
         raise ValueError(
             f"refine.sources: the floors (at_least) ask for {sum(floors.values())} samples of a shard of which "
@@ -278,11 +267,11 @@ def _from(bucket: int, place: Place | None) -> str:
 
 def _selection(config: RefineConfig, cuts: Cuts, bucketed: str, last: dict[str, Place], contest: Place | None) -> str:
     kept = _by_group({name: _from(cut.bucket, last.get(name)) for name, cut in cuts.groups.items()})
-    reason, wins = REASONS[config.policy], _from(cuts.bucket, contest)
-    reasons = f"when is_within then '{reason}'::reason else '{NOT_DRAWN}'::reason"
+    reason, wins = literal(config.policy_row.reason), _from(cuts.bucket, contest)
+    reasons = f"when is_within then {reason}::reason else '{NOT_DRAWN}'::reason"
     if len(cuts.groups) > 1 or "" not in cuts.groups:
         reasons = (
-            f"when is_within then case when {wins} then '{reason}'::reason else '{FLOOR}'::reason end "
+            f"when is_within then case when {wins} then {reason}::reason else '{FLOOR}'::reason end "
             f"when {wins} then '{CEILING}'::reason else '{NOT_DRAWN}'::reason"
         )
     return f"""

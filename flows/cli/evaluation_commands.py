@@ -3,13 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, TextIO
 
 import duckdb
 
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
-from data_scoring.evaluation.tasks import EvaluationName
+from data_scoring.evaluation.tasks import TASKS
 from flows.evaluation.results_table import Row
 from flows.run.config import parse_config
 from flows.run.folder import Run, read_run
@@ -27,7 +27,7 @@ def add_evaluate(commands: Any) -> None:
     command.add_argument(
         "--tasks",
         metavar="NAMES",
-        help=f"paper, ablation, or names with commas between: {', '.join(get_args(EvaluationName)[2:])} "
+        help=f"paper, ablation, or names with commas between: {', '.join(TASKS)} "
         "(default: the run's eval.tasks, or paper)",
     )
     command.add_argument("--data", metavar="DIR", help="folder with the tasks' files (default: eval.data, or the hub)")

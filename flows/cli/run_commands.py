@@ -3,11 +3,12 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
-from data_scoring.config import Policy, RefineConfig
+from data_scoring.refine.policies import POLICIES
+from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, override, read_config
 from flows.run.folder import Run, open_run, read_run
 from flows.run.locks import locked
@@ -51,7 +52,7 @@ def _add_target(command: argparse.ArgumentParser) -> None:
 
 
 def _add_draw(command: argparse.ArgumentParser, prefix: str) -> None:
-    command.add_argument("--policy", choices=get_args(Policy), help=f"{prefix}refine.policy than the run's")
+    command.add_argument("--policy", choices=[*POLICIES], help=f"{prefix}refine.policy than the run's")
     command.add_argument("--sampling-rate", type=float, help=f"{prefix}refine.sampling_rate than the run's")
 
 

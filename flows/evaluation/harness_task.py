@@ -17,7 +17,12 @@ import lm_eval.utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
-from flows.evaluation.opencompass_tasks import score_whole_text
+from flows.evaluation.opencompass_scoring import (
+    SUMMARY_METRICS,
+    WHOLE_TEXT_METRICS,
+    score_summary,
+    score_whole_text,
+)
 
 # Whether a prompt with the longest of its continuations fits into the model.
 Fits = Callable[[str, Sequence[str]], bool]
@@ -121,7 +126,7 @@ class WholeTextTask(HarnessTask):
             return score_whole_text([likelihood for likelihood, _ in results], count(texts), self.doc_to_target(doc))
 
         # lm-eval looks a metric up, on the hub if need be, unless its task has a function for it.
-        super().__init__({**config, "process_results": score})
+        super().__init__({**config, "process_results": score, "metric_list": WHOLE_TEXT_METRICS})
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
         """Return a request an option, for the whole text."""
@@ -134,6 +139,13 @@ class WholeTextTask(HarnessTask):
 
     def _is_short_enough(self, prompt: str, continuations: Sequence[str]) -> bool:
         return self._fits("", _join(prompt, continuations))
+
+
+class SummaryTask(HarnessTask):
+    """A summary to generate, scored by ROUGE (`score_summary`)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__({**config, "process_results": score_summary, "metric_list": SUMMARY_METRICS})
 
 
 def _join(prompt: str, continuations: Sequence[str]) -> list[str]:

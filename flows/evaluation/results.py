@@ -6,7 +6,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from data_scoring.evaluation.tasks import AVERAGE, COLUMNS, PAPER, Column
+from data_scoring.evaluation.tasks import AVERAGE, PAPER, Column, columns
 from flows.evaluation.results_table import Row, with_average, with_averages
 
 # What a model scores in a task, in the columns of the view scores; 0 to 1.
@@ -79,7 +79,7 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     """Return the columns in which a row that is not quoted has a score, and any row's average; in the table's order."""
     return [
         column
-        for column in COLUMNS
+        for column in columns()
         if any(column.name in row.scores and (row.kind != "quoted" or column.name == AVERAGE) for row in rows)
     ]
 
@@ -91,7 +91,7 @@ def describe_items(counts: Iterable[tuple[str, int, int]]) -> str:
     """
     found = list(counts)
     parts = []
-    for column in COLUMNS:
+    for column in columns():
         scored = sorted({count for task, count, _ in found if task == column.name})
         unscorable = max((count for task, _, count in found if task == column.name), default=0)
         if scored:
@@ -114,6 +114,7 @@ def read_details(ledger: duckdb.DuckDBPyConnection, round_number: int) -> list[d
             num_unscorable, num_fewshot, num_shortened
         from scores where round = {round_number} and is_end and subject is null"""
     ).fetchall()
-    order = [column.name for column in COLUMNS]
+    order = {column.name: place for place, column in enumerate(columns())}
     rows = [dict(zip(names, entry, strict=True)) for entry in found]
-    return sorted(rows, key=lambda row: order.index(row["task"]))
+    # A task that was added at run time may be unknown to this process.
+    return sorted(rows, key=lambda row: order.get(row["task"], len(order)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table
-from data_scoring.evaluation.tasks import AVERAGE, COLUMNS, Column
+from data_scoring.evaluation.tasks import AVERAGE, TASKS, Column
 
 Format = Literal["terminal", "markdown", "latex", "html"]
 # Wider than any table: a line that a terminal breaks is read more easily than cells that are cut.
@@ -43,7 +43,7 @@ def with_average(row: Row, tasks: Sequence[str]) -> Row:
 
 def with_averages(rows: Sequence[Row]) -> list[Row]:
     """Return `rows`, each with the mean of its scores of the tasks that all of them have, where these are several."""
-    common = [column.name for column in COLUMNS if all(column.name in row.scores for row in rows)]
+    common = [task for task in TASKS if all(task in row.scores for row in rows)]
     return [with_average(row, common) for row in rows] if len(common) > 1 else list(rows)
 
 

@@ -1,4 +1,4 @@
-"""The twelve tasks of evaluation: lm-eval's own definitions and OpenCompass', over local files or the hub's data sets.
+"""The table's tasks, loaded: lm-eval's own definitions or the row's, over local files or the hub's data sets.
 
 docs/evaluation.md has their prompts, shots and metrics, with sources.
 """
@@ -15,8 +15,8 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from data_scoring.evaluation.items import Item, ItemText, Unscorable, make_item, read_examples, read_items
-from data_scoring.evaluation.rows import SCHEMAS, item_text
-from data_scoring.evaluation.tasks import resolve_names
+from data_scoring.evaluation.rows import item_text
+from data_scoring.evaluation.tasks import TASKS, Task, resolve_names
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -41,37 +41,6 @@ class EvaluationTask:
     num_shortened: int  # items that are scored with fewer examples than `num_fewshot`, for their prompt was too long
 
 
-@dataclass(frozen=True)
-class _Definition:
-    """What Reprise adds to lm-eval's definition of a task."""
-
-    metric: str = "acc"
-    num_fewshot: int = 0
-    prefix: str = ""  # of lm-eval's names of a task's subjects; a task without subjects bears its own name
-
-
-_DEFINITIONS = {
-    "ceval": _Definition(num_fewshot=5, prefix="ceval-valid_"),
-    "cmmlu": _Definition(num_fewshot=5, prefix="cmmlu_"),
-    "mmlu": _Definition(num_fewshot=5, prefix="mmlu_"),
-    "agieval": _Definition(prefix="agieval_"),
-    "boolq": _Definition(),
-    "axb": _Definition(metric="acc_text"),
-    "piqa": _Definition(),
-    "eprstmt": _Definition(metric="acc_text"),
-    "xsum": _Definition(metric="rouge1"),
-    "c3": _Definition(metric="acc_text"),
-    "hellaswag": _Definition(metric="acc_norm"),
-    "arc_easy": _Definition(),
-}
-
-# Folders of lm-eval's definitions: reading all of its tens of thousands would take half a minute.
-_FOLDERS = ("ceval", "cmmlu", "mmlu/default", "agieval", "super_glue/boolq", "piqa", "hellaswag", "arc")
-
-# OpenCompass scores the first thousand documents of XSum's validation split.
-_HUB_LIMIT = {"xsum": 1000}
-
-
 def load_tasks(
     names: Sequence[str],
     data: Path | None,
@@ -90,9 +59,8 @@ def load_tasks(
     """
     if data is not None and not data.is_dir():
         raise ValueError(f"eval.data: no folder {data}; name the one that holds the tasks' files, or leave it out")
-    resolved = resolve_names(names)
-    manager, ours = _open_definitions(), {"fits": fits, "num_tokens": num_tokens}
-    return [_load(name, manager, _Rows(name, data, limit), ours) for name in resolved]
+    ours = {"fits": fits, "num_tokens": num_tokens}
+    return [_load(_Rows(TASKS[name], data, limit), ours) for name in resolve_names(names)]
 
 
 def task_texts(tasks: Sequence[EvaluationTask]) -> Iterator[ItemText]:
@@ -100,14 +68,14 @@ def task_texts(tasks: Sequence[EvaluationTask]) -> Iterator[ItemText]:
     for task in tasks:
         for subtask, harness_task in task.subtasks.items():
             for place, doc in zip(task.places[subtask], harness_task.eval_docs, strict=True):
-                yield ItemText(task.name, place, item_text(task.name, doc))
+                yield ItemText(task.name, place, item_text(TASKS[task.name].schema, doc))
 
 
 @dataclass
 class _Rows:
     """The rows of one task, handed to lm-eval; what cannot be scored stays behind and is listed."""
 
-    task: str
+    task: Task
     data: Path | None
     limit: int | None
     places: dict[str, list[str]] = field(default_factory=dict)  # of each subtask's items, where they are from
@@ -119,10 +87,10 @@ class _Rows:
     def read_subjects(self) -> list[str]:
         """Return the subjects in the local files, in their order ([""] for a task without)."""
         assert self.data is not None
-        for item in read_items(self.task, self.data):
+        for item in read_items(self.task.name, self.data):
             self._by_subject.setdefault(item.subject, []).append(item)
-        if _DEFINITIONS[self.task].num_fewshot:
-            for item in read_examples(self.task, self.data):
+        if self.task.num_fewshot:
+            for item in read_examples(self.task.name, self.data):
                 self._examples.setdefault(item.subject, []).append(item)
         return list(self._by_subject)
 
@@ -144,7 +112,7 @@ class _Rows:
         return make
 
     def _keep(self, subtask: str, items: list[Item]) -> list[dict[str, Any]]:
-        bad = [Unscorable(self.task, item.place, item.defect) for item in items if item.defect]
+        bad = [Unscorable(self.task.name, item.place, item.defect) for item in items if item.defect]
         self.unscorable += bad
         good = [item for item in items if not item.defect]
         self.places[subtask] = [item.place for item in good]
@@ -157,7 +125,7 @@ class _Rows:
         solved = [item.row for item in examples if not item.defect]
         if len(solved) < config.num_fewshot:
             raise ValueError(
-                f"{self.task}: {len(solved)} solved examples of {subject or 'the task'}, "
+                f"{self.task.name}: {len(solved)} solved examples of {subject or 'the task'}, "
                 f"and {config.num_fewshot} go before each question; add some to its file of examples"
             )
         return solved
@@ -167,27 +135,28 @@ class _NothingToScoreError(Exception):
     """A subject of which no item can be scored: it is left out, and its items are listed."""
 
 
-def _chance(task: str, row: dict[str, Any]) -> float:
-    options = SCHEMAS[task].options(row)
-    return len(set(SCHEMAS[task].gold(row))) / len(options) if options else 0.0
+def _chance(task: Task, row: dict[str, Any]) -> float:
+    options = task.schema.options(row)
+    return len(set(task.schema.gold(row))) / len(options) if options else 0.0
 
 
 @functools.cache
-def _open_definitions() -> TaskManager:
+def _open_definitions(folder: str) -> TaskManager:
+    """Return lm-eval's definitions in one of its folders: reading all tens of thousands would take half a minute."""
     import lm_eval.tasks
 
-    folder = Path(lm_eval.tasks.__file__).parent
-    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=[folder / name for name in _FOLDERS])
+    path = Path(lm_eval.tasks.__file__).parent / folder
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=[path])
 
 
-def _load(name: str, manager: TaskManager, rows: _Rows, ours: dict[str, Any]) -> EvaluationTask:
-    definition = _DEFINITIONS[name]
+def _load(rows: _Rows, ours: dict[str, Any]) -> EvaluationTask:
+    row = rows.task
     subtasks: dict[str, ConfigurableTask] = {}
     samples: dict[str, list[int]] = {}
     chances, too_long, num_shortened = [], [], 0
-    for subtask, subject in _subtasks(name, manager, rows).items():
+    for subtask, subject in _subtasks(row, rows).items():
         try:
-            task = _build(name, subtask, manager, {**ours, "custom_dataset": rows.datasets_of(subject)})
+            task = _build(row, subtask, {**ours, "custom_dataset": rows.datasets_of(subject)})
         except _NothingToScoreError:
             continue
         counts = [task.num_examples(doc) for doc in task.eval_docs]
@@ -195,15 +164,15 @@ def _load(name: str, manager: TaskManager, rows: _Rows, ours: dict[str, Any]) ->
         too_long += [place for place, count in zip(rows.places[subtask], counts, strict=True) if count is None]
         if not fitting:
             continue
-        num_shortened += sum(counts[index] < definition.num_fewshot for index in fitting)
+        num_shortened += sum(counts[index] < row.num_fewshot for index in fitting)
         subtasks[subtask], samples[subtask] = task, fitting
         chances.append(sum(rows.chances[subtask][index] for index in fitting) / len(fitting))
     reason = "longer than the model's length, even without examples"
-    unscorable = [*rows.unscorable, *(Unscorable(name, place, reason) for place in too_long)]
+    unscorable = [*rows.unscorable, *(Unscorable(row.name, place, reason) for place in too_long)]
     return EvaluationTask(
-        name=name,
-        metric=definition.metric,
-        num_fewshot=definition.num_fewshot,
+        name=row.name,
+        metric=row.metric,
+        num_fewshot=row.num_fewshot,
         chance=sum(chances) / len(chances) if chances else 0.0,
         subtasks=subtasks,
         samples=samples,
@@ -213,39 +182,39 @@ def _load(name: str, manager: TaskManager, rows: _Rows, ours: dict[str, Any]) ->
     )
 
 
-def _subtasks(name: str, manager: TaskManager, rows: _Rows) -> dict[str, str]:
+def _subtasks(task: Task, rows: _Rows) -> dict[str, str]:
     """Return lm-eval's names of a task's subjects, and what the files call them."""
-    prefix = _DEFINITIONS[name].prefix
-    if not prefix:
+    if not task.prefix:
         if rows.data is not None:
             rows.read_subjects()
-        return {name: ""}
-    known = {task for task in manager.all_subtasks if task.startswith(prefix)}
+        return {task.name: ""}
+    known = {name for name in _open_definitions(task.folder).all_subtasks if name.startswith(task.prefix)}
     if rows.data is None:
         return dict.fromkeys(sorted(known), "")
     # lm-eval writes AGIEval's names with underscores.
-    found = {f"{prefix}{subject.replace('-', '_')}": subject for subject in rows.read_subjects()}
+    found = {f"{task.prefix}{subject.replace('-', '_')}": subject for subject in rows.read_subjects()}
     for subtask, subject in found.items():
         if subtask not in known:
-            raise ValueError(f"{name}: unknown subject {subject!r}; lm-eval knows {len(known)}, such as {min(known)!r}")
+            raise ValueError(
+                f"{task.name}: unknown subject {subject!r}; lm-eval knows {len(known)}, such as {min(known)!r}"
+            )
     return found
 
 
-def _build(name: str, subtask: str, manager: TaskManager, ours: dict[str, Any]) -> Any:
-    """Return lm-eval's task: its own definition with our rows, or ours after OpenCompass."""
-    from flows.evaluation import opencompass_tasks as opencompass
-    from flows.evaluation.harness_task import HarnessTask, WholeTextTask
+def _build(task: Task, subtask: str, ours: dict[str, Any]) -> Any:
+    """Return lm-eval's task: its own definition, or the row's, with our rows."""
+    from flows.evaluation.harness_task import HarnessTask, SummaryTask, WholeTextTask
 
-    ours = {**ours, "num_fewshot": _DEFINITIONS[name].num_fewshot, "training_split": None}
-    lacking = {"axb": opencompass.AXB, "eprstmt": opencompass.EPRSTMT, "xsum": opencompass.XSUM, "c3": opencompass.C3}
-    if name in lacking:
-        return (HarnessTask if name == "xsum" else WholeTextTask)({**lacking[name], **ours})
+    kind = {"harness": HarnessTask, "whole_text": WholeTextTask, "summary": SummaryTask}[task.scoring]
+    ours = {**ours, "num_fewshot": task.num_fewshot, "training_split": None}
+    if task.definition:
+        return kind({**task.definition, "task": subtask, **ours})
     # lm-eval merges what we add into its definition where a group names the task, and nowhere else.
-    group = {"group": "reprise", "task": [{**ours, "task": subtask, "class": HarnessTask}]}
-    return manager.load(group)["tasks"][subtask]
+    group = {"group": "reprise", "task": [{**ours, "task": subtask, "class": kind}]}
+    return _open_definitions(task.folder).load(group)["tasks"][subtask]
 
 
-def _read_hub(task: str, config: Any, split: str) -> tuple[list[Item], list[Item]]:
+def _read_hub(task: Task, config: Any, split: str) -> tuple[list[Item], list[Item]]:
     """Return the items and the examples of one of lm-eval's tasks from the hub."""
     place = " ".join(filter(None, [config.dataset_path, config.dataset_name]))
     try:
@@ -254,11 +223,11 @@ def _read_hub(task: str, config: Any, split: str) -> tuple[list[Item], list[Item
         # What datasets raises where the hub is away, has no such data set, or has one that it no longer reads.
         [reason, *_] = f"{error}".splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{task}: cannot be read from the hub, {place} ({reason}); try again, or give its files with eval.data"
+            f"{task.name}: cannot be read from the hub, {place} ({reason}); try again, or give its files with eval.data"
         ) from None
     parts = []
     for part in (split, config.fewshot_split if config.num_fewshot else None):
-        rows = list(loaded[part])[: _HUB_LIMIT.get(task)] if part else []
+        rows = list(loaded[part])[: task.hub_limit] if part else []
         place = f"{config.dataset_path}:{part}"
-        parts.append([make_item(task, f"{place}:{index}", "", row) for index, row in enumerate(rows)])
+        parts.append([make_item(task.name, f"{place}:{index}", "", row) for index, row in enumerate(rows)])
     return parts[0], parts[1]

@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import Progress
-from data_scoring.config import Policy, RefineConfig
 from data_scoring.ledger import query, refresh_ledger
 from data_scoring.refine.budget import CALIBRATION
+from data_scoring.refine.policies import POLICIES
+from data_scoring.refine.refine_config import RefineConfig
 from flows.display.result_page import Page
 from flows.experiments.compare_report import write_comparison
 from flows.experiments.compare_results import BASE, CURVES, RESULTS, SCORES, curves_path, scores_path
@@ -39,7 +40,6 @@ from flows.stages.refine import preview
 from flows.stages.stage_order import complete, steps_to_train
 from trainer.config import InheritConfig, InheritMethod, ModelConfig
 
-_WITHOUT_LOSSES = ("random", "all")
 # An arm that asks for no losses puts no outliers aside either.
 _BLIND = {"outlier_z": None}
 
@@ -79,13 +79,13 @@ def policy_sweep(text: str) -> Sweep:
     """Return the arms of a list of policies, such as loss,random. Raises ValueError for one that there is not."""
     names = entries("--policies", text)
     for name in names:
-        if name not in get_args(Policy):
-            raise ValueError(f"--policies: {name!r} is none of {', '.join(get_args(Policy))}; give some of them")
+        if name not in POLICIES:
+            raise ValueError(f"--policies: {name!r} is none of {', '.join(POLICIES)}; give some of them")
     return Sweep("--policies", "compare", tuple(_policy_arm(name) for name in names))
 
 
 def _policy_arm(name: str) -> Arm:
-    return Arm(name, name, {"refine": {"policy": name, **(_BLIND if name in _WITHOUT_LOSSES else {})}})
+    return Arm(name, name, {"refine": {"policy": name, **({} if POLICIES[name].needs_losses else _BLIND)}})
 
 
 def rate_sweep(text: str) -> Sweep:
@@ -318,7 +318,7 @@ def scoring_cost(run: Run, round_number: int) -> int:
 
 def needs_losses(refine: RefineConfig) -> bool:
     """Return whether what is kept depends on losses; keeping everything, or some at random, does not."""
-    is_blind = refine.policy in _WITHOUT_LOSSES or refine.sampling_rate == 1
+    is_blind = not refine.policy_row.needs_losses or refine.sampling_rate == 1
     return not is_blind or refine.outlier_z is not None
 
 

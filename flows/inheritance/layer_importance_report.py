@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from data_scoring.evaluation.tasks import COLUMNS
+from data_scoring.evaluation.tasks import TASKS
 from flows.display.figures import render_figure
 from flows.display.result_page import Page, Picture, Section, write_page
 from flows.evaluation.results import describe_items
@@ -56,10 +56,9 @@ def _scores(rows: list[dict[str, Any]]) -> Section:
         cells.append([label, *map(_score, mine), f"{100 * mean:.1f}"])
     chances = [found[0, 0, task]["chance"] for task in tasks]
     cells.append(["chance", *(f"{100 * chance:.1f}" for chance in chances), f"{100 * sum(chances) / len(chances):.1f}"])
-    titles = {column.name: column.title for column in COLUMNS}
     counts = [(row["task"], row["num_items"], row["num_unscorable"]) for row in rows]
     notes = ["Percent, ± standard error over items, before any training.", describe_items(counts)]
-    head = ["skipped layers", *(titles[task] for task in tasks), "average"]
+    head = ["skipped layers", *(TASKS[task].title for task in tasks), "average"]
     return Section("Scores in tasks", notes, head, cells)
 
 

@@ -8,7 +8,7 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from data_scoring.config import Policy
+from data_scoring.refine.policies import PolicyName
 from flows.orchestration.flow_progress import has_deployment
 from flows.report.tables import summary
 from flows.run.folder import Run
@@ -18,7 +18,7 @@ from flows.stages.refine import preview
 class Approval(RunInput):
     """What the next round trains on."""
 
-    policy: Policy = Field(description="How losses become what is kept (refine.policy).")
+    policy: PolicyName = Field(description="How losses become what is kept (refine.policy).")
     sampling_rate: float = Field(gt=0, le=1, description="Share of each shard that is kept (refine.sampling_rate).")
 
 

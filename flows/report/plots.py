@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data_scoring.evaluation.tasks import COLUMNS
+from data_scoring.evaluation.tasks import TASKS
 from flows.display.figures import Plot
 
 matplotlib.use("Agg")
@@ -69,7 +69,7 @@ def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
             using (round, step)
         where subject is null and score is not null order by task, tokens, is_end"""
     ).fetchnumpy()
-    tasks = [column for column in COLUMNS if column.name in found["task"]]
+    tasks = [task for task in TASKS.values() if task.name in found["task"]]
     # A single model is a point, which the table says better.
     if len(np.unique(found["tokens"])) < 2:
         return None

@@ -13,13 +13,13 @@ from data_scoring.config import (
     Config,
     CorpusConfig,
     EvalConfig,
-    RefineConfig,
     ScoreConfig,
     SourceConfig,
     TokenizerConfig,
     prefix_of,
 )
-from data_scoring.refine.candidates import uses_seen_loss
+from data_scoring.refine.policies import SEEN_LOSS
+from data_scoring.refine.refine_config import RefineConfig
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig, check_layout
 
 # The text that every machine with Python has: what a run has where nothing else is named, and so what the demo has.
@@ -163,7 +163,7 @@ class RunConfig(Config):
 
     def _check_budget(self) -> None:
         budget = self.score.budget
-        if uses_seen_loss(self.refine) and budget != "full":
+        if SEEN_LOSS in self.refine.columns and budget != "full":
             raise ValueError(
                 f"score.budget: {budget!r} gives other losses than policy {self.refine.policy} needs, which compares "
                 "those of whole samples with seen losses; set full"

@@ -5,7 +5,7 @@
 
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from data_scoring.base.names import OneOf
 from flows.run.config import RunConfig
 
 PATH = Path("docs/configuration.md")
@@ -50,7 +51,7 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
             for bound, sign in _BOUNDS.items()
             if getattr(entry, bound, None) is not None
         ]
-        kind = ", ".join([_kind(field.annotation), *bounds])
+        kind = ", ".join([_kind(field.annotation, field.metadata), *bounds])
         meaning = (field.description or "").replace("|", "\\|")
         yield f"| `{prefix}{name}` | {kind} | {_default(field)} | {meaning} |"
         for form in map(_plain, get_args(field.annotation)):
@@ -72,12 +73,15 @@ def _plain(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _kind(annotation: Any) -> str:
+def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    for entry in metadata:
+        if isinstance(entry, OneOf):
+            return "one of " + ", ".join(entry.names())
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is Annotated:
-        return _kind(arguments[0])
+        return _kind(arguments[0], arguments[1:])
     if origin is tuple:
         return f"list of {_kind(arguments[0])}"
     if origin in (Union, types.UnionType):

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from data_scoring.base.files import read_json, write_json, writing
-from data_scoring.config import Policy, RefineConfig
 from data_scoring.corpus.corpus import Corpus
+from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, differences, parse_config
 
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
@@ -53,7 +53,7 @@ class Run:
         """Return whether somebody has to approve what a round trains on before it does."""
         return round_number > 1 and self.config.rounds.approval and self.approval(round_number) is None
 
-    def approve(self, round_number: int, policy: Policy, sampling_rate: float) -> None:
+    def approve(self, round_number: int, policy: str, sampling_rate: float) -> None:
         """Record that a round may train on what `policy` and `sampling_rate` keep.
 
         Raises ValueError where the policy needs what the configuration does not say.

@@ -7,6 +7,7 @@ from data_scoring.base.files import read_json
 from data_scoring.base.progress import Progress
 from data_scoring.corpus.prepare_corpus import prepare_corpus
 from data_scoring.ledger import refresh_ledger
+from data_scoring.refine.policies import REFERENCE_LOSS
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from flows.evaluation.questions import check_items
 from flows.launch.job_fields import device_kind
@@ -74,7 +75,7 @@ def check_machine(config: RunConfig) -> None:
     check_layers(config.model.layers)
     check_kernels(config)
     check_vocabulary(config)
-    if config.refine.policy == "excess":
+    if REFERENCE_LOSS in config.refine.columns:
         check_reference(config.refine)
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 from data_scoring.base.parquet import parquet_fingerprint
 from data_scoring.base.progress import Progress, silent
-from data_scoring.config import RefineConfig
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.origin import Origin, check_origins
 from data_scoring.losses.shard_scoring import losses_path
-from data_scoring.refine.candidates import Draw, uses_seen_loss
+from data_scoring.refine.candidates import Draw
 from data_scoring.refine.dry_run import DryRun, dry_run
 from data_scoring.refine.near_duplicates import write_near_duplicates
+from data_scoring.refine.policies import REFERENCE_LOSS, SEEN_LOSS
+from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.refine_shards import refine
 from flows.run.config import RunConfig
 from flows.run.folder import Run
@@ -35,7 +36,7 @@ class Refine(Stage):
         return [("score", round_number - 1)]
 
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
-        """Return the losses, how the round is refined, the seed and, for policy excess, the reference's losses."""
+        """Return the losses (the reference's too, where the policy uses them), how the round is refined, the seed."""
         run = stages.run
         config = run.refine_config(round_number)
         inputs = [
@@ -44,7 +45,7 @@ class Refine(Stage):
             run.config.seed,
             round_number,
         ]
-        if config.policy == "excess":
+        if REFERENCE_LOSS in config.columns:
             shards, reference = range(run.config.corpus.num_shards), Path(str(config.reference))
             inputs.append([parquet_fingerprint(losses_path(reference, shard)) for shard in shards])
         return inputs
@@ -113,12 +114,12 @@ def check_losses(run: Run, round_number: int, refine: RefineConfig) -> None:
     """
     corpus, folder = run.corpus(), run.round_folder(round_number)
     origin = _origin(folder, corpus)
-    if uses_seen_loss(refine) and origin.budget != "full":
+    if SEEN_LOSS in refine.columns and origin.budget != "full":
         raise ValueError(
             f"refine.policy: {refine.policy} compares losses with seen losses, and round {round_number} was scored by "
             f"{origin.budget} (score.budget); take another policy, or score by full in a run of another name"
         )
-    if refine.policy == "excess":
+    if REFERENCE_LOSS in refine.columns:
         check_reference(refine)
         reference = _origin(Path(str(refine.reference)), corpus)
         for field in ("tokenizer", "precision", "budget"):

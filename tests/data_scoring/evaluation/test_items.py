@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_scoring.evaluation.items import evaluation_texts, read_examples, read_items
-from data_scoring.evaluation.rows import SCHEMAS
+from data_scoring.evaluation.tasks import TASKS
 from tests.evaluation_data import FILES, write_items
 
 SHARED = Path("../shared/evaldata")
@@ -57,12 +57,12 @@ ROWS: dict[str, tuple[dict[str, Any], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("task", SCHEMAS)
+@pytest.mark.parametrize("task", TASKS)
 def test_an_original_item_becomes_the_hubs_row(task: str, tmp_path: Path) -> None:
     first = read_items(task, write_items(tmp_path))[0]
     expected, gold = ROWS[task]
     assert first.row == expected
-    assert SCHEMAS[task].gold(first.row) == gold
+    assert TASKS[task].schema.gold(first.row) == gold
     assert first.defect is None
 
 
@@ -96,16 +96,16 @@ def test_agievals_chinese_and_generated_questions_are_asked_in_its_own_words(tmp
 def test_other_spellings_of_an_answer(task: str, change: dict[str, Any], gold: int, tmp_path: Path) -> None:
     record = {**FILES[f"{task}.jsonl"][0], **change}
     item = read_items(task, write_items(tmp_path, {f"{task}.jsonl": [record]}))[0]
-    assert SCHEMAS[task].gold(item.row) == [gold]
+    assert TASKS[task].schema.gold(item.row) == [gold]
 
 
 def test_digits_for_letters_three_choices_and_questions_that_share_a_passage(tmp_path: Path) -> None:
     write_items(tmp_path)
     hot, wet = read_items("arc_easy", tmp_path)
-    assert (len(hot.row["choices"]["text"]), SCHEMAS["arc_easy"].gold(wet.row)) == (3, [2])
+    assert (len(hot.row["choices"]["text"]), TASKS["arc_easy"].schema.gold(wet.row)) == (3, [2])
     first, second = read_items("c3", tmp_path)
     assert [first.place, second.place] == ["c3.jsonl:1 question 1", "c3.jsonl:1 question 2"]
-    assert (second.row["context"], SCHEMAS["c3"].gold(second.row)) == (first.row["context"], [1])
+    assert (second.row["context"], TASKS["c3"].schema.gold(second.row)) == (first.row["context"], [1])
 
 
 def test_a_text_may_hold_other_ends_of_lines_and_a_file_a_byte_order_mark(tmp_path: Path) -> None:
@@ -265,12 +265,12 @@ def test_texts_hold_passage_question_and_options(tmp_path: Path) -> None:
 @needs_shared
 def test_the_public_samples_are_read_whole() -> None:
     """Counts and answers as the samples' own description has them (its table), counted there by hand."""
-    golds = {task: [SCHEMAS[task].gold(item.row) for item in read_items(task, SHARED)] for task in SCHEMAS}
+    golds = {task: [TASKS[task].schema.gold(item.row) for item in read_items(task, SHARED)] for task in TASKS}
     assert {task: len(found) for task, found in golds.items()} == {
         "ceval": 208, "cmmlu": 201, "mmlu": 228, "agieval": 210, "boolq": 200, "axb": 200, "piqa": 200,
         "eprstmt": 200, "xsum": 200, "c3": 298, "hellaswag": 200, "arc_easy": 200,
     }  # fmt: skip
-    assert all(item.defect is None for task in SCHEMAS for item in read_items(task, SHARED))
+    assert all(item.defect is None for task in TASKS for item in read_items(task, SHARED))
     assert Counter(gold for (gold,) in golds["boolq"]) == {1: 127, 0: 73}
     assert Counter(gold for (gold,) in golds["axb"]) == {1: 106, 0: 94}
     assert Counter(gold for (gold,) in golds["eprstmt"]) == {1: 83, 0: 117}

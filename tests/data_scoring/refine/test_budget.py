@@ -10,13 +10,13 @@ from scipy.stats import spearmanr
 
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
-from data_scoring.config import RefineConfig
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.calibration import calibrate, candidate_prefixes, draw_calibration_set
 from data_scoring.losses.seen_losses import is_everything_seen, write_seen_losses
 from data_scoring.losses.shard_scoring import Block, losses_path
 from data_scoring.refine.budget import Candidate, choose, drawn, measure_candidates, scoring_cost, spearman
 from data_scoring.refine.candidates import Draw, Limits
+from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.selection import select
 from tests.conftest import ORIGIN, read_rows
 from tests.data_scoring.losses.test_shard_scoring import FakeScorer

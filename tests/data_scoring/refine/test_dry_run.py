@@ -8,12 +8,12 @@ import pytest
 
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
-from data_scoring.config import Policy, RefineConfig
 from data_scoring.losses.shard_scoring import losses_path
 from data_scoring.refine.candidates import Draw
 from data_scoring.refine.dry_run import dry_run
+from data_scoring.refine.policies import POLICIES
+from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.refine_shards import mix_selection, refine
-from data_scoring.refine.selection import REASONS
 from tests.conftest import read_rows
 
 SIZES = (701, 700)
@@ -53,7 +53,7 @@ def kept_by(folder: Path, config: RefineConfig) -> dict[tuple[int, int], float]:
 
 
 @pytest.mark.parametrize(("policy", "rate"), [("loss", 0.3), ("random", 0.5), ("all", 0.5)])
-def test_it_counts_what_refining_keeps(scored: Path, policy: Policy, rate: float) -> None:
+def test_it_counts_what_refining_keeps(scored: Path, policy: str, rate: float) -> None:
     config = RefineConfig(policy=policy, sampling_rate=rate)
     before = sorted(scored.rglob("*"))
     dry = dry_run(Draw(scored, 2, config, 5, list(SIZES)), scored / "samples.parquet")
@@ -63,7 +63,7 @@ def test_it_counts_what_refining_keeps(scored: Path, policy: Policy, rate: float
         row[:2]: row[2:] for row in read_rows(scored / "samples.parquet", "shard", "sample", "source", "num_tokens")
     }
     assert (dry.total.num_samples, dry.total.num_kept) == (sum(SIZES), len(kept))
-    assert {(reason, kept) for reason, kept, _ in dry.reasons} >= {(REASONS[policy], True)}
+    assert {(reason, kept) for reason, kept, _ in dry.reasons} >= {(POLICIES[policy].reason, True)}
     assert sum(count for _, kept, count in dry.reasons if kept) == len(kept)
     assert dry.total.num_tokens_kept == sum(sources[sample][1] for sample in kept)
     assert dry.total.mean_loss_kept == pytest.approx(np.mean(list(kept.values())), rel=1e-6)

@@ -10,10 +10,11 @@ import pytest
 
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.sql import random_bits
-from data_scoring.config import Policy, RefineConfig, SourceRule
 from data_scoring.losses.shard_scoring import losses_path
 from data_scoring.refine import selection
 from data_scoring.refine.candidates import Draw, Limits, find_limits
+from data_scoring.refine.policies import POLICIES
+from data_scoring.refine.refine_config import RefineConfig, SourceRule
 from data_scoring.refine.selection import select
 
 SIZE = 3_000
@@ -120,16 +121,16 @@ def expected_kept(
     return kept
 
 
-POLICIES: list[tuple[Policy, float | None]] = [
+DRAWS: list[tuple[str, float | None]] = [
     ("loss", None), ("loss", 0.25), ("loss_batch", None), ("top", None), ("top", 0.5), ("forgetting", None),
     ("excess", 0.5), ("random", None), ("sql", None), ("sql", 0.0),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("policy", "temperature"), POLICIES)
+@pytest.mark.parametrize(("policy", "temperature"), DRAWS)
 @pytest.mark.parametrize("is_ruled", [False, True])
 def test_every_policy_keeps_exactly_the_highest(
-    rounds: Path, policy: Policy, temperature: float | None, is_ruled: bool
+    rounds: Path, policy: str, temperature: float | None, is_ruled: bool
 ) -> None:
     rules = (SourceRule(name="a", at_most=0.25), SourceRule(name="b", at_least=0.9), SourceRule(name="c", at_most=1))
     draw = draw_of(
@@ -147,7 +148,7 @@ def test_every_policy_keeps_exactly_the_highest(
     assert kept.sum() == 900
     assert (rows["kept"] == kept).all()
     reasons = set(rows["reason"][rows["kept"]])
-    assert reasons <= {selection.REASONS[policy], selection.FLOOR}
+    assert reasons <= {POLICIES[policy].reason, selection.FLOOR}
     assert set(rows["reason"][~rows["kept"]]) <= {selection.NOT_DRAWN, selection.CEILING}
 
 

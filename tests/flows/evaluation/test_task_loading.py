@@ -15,8 +15,8 @@ import yaml
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
-from data_scoring.evaluation.tasks import ABLATION, COLUMNS, PAPER, resolve_names
-from flows.evaluation.opencompass_tasks import score_summary, score_whole_text
+from data_scoring.evaluation.tasks import ABLATION, PAPER, columns, resolve_names
+from flows.evaluation.opencompass_scoring import score_summary, score_whole_text
 from flows.evaluation.task_loading import EvaluationTask, load_tasks, task_texts
 from tests.evaluation_data import FILES, write_items
 
@@ -68,9 +68,9 @@ def _requests(task: EvaluationTask, subtask: str | None = None) -> list[tuple[An
 
 
 def test_titles_groups_and_metrics_of_the_table(tasks: dict[str, EvaluationTask]) -> None:
-    columns = {column.name: column for column in COLUMNS}
+    by_name = {column.name: column for column in columns()}
     assert [
-        (columns[task.name].title, columns[task.name].group, task.metric, task.num_fewshot) for task in tasks.values()
+        (by_name[task.name].title, by_name[task.name].group, task.metric, task.num_fewshot) for task in tasks.values()
     ] == [
         ("C-Eval", "Examination", "acc", 5),
         ("CMMLU", "Examination", "acc", 5),

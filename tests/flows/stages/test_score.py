@@ -10,12 +10,12 @@ import pytest
 
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
-from data_scoring.config import RefineConfig
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.ledger import query
 from data_scoring.losses.calibration import calibrate, draw_calibration_set
 from data_scoring.losses.origin import read_origin, with_origin
 from data_scoring.losses.shard_scoring import LossFiles, losses_path, score_shards
+from data_scoring.refine.refine_config import RefineConfig
 from flows.launch import launcher
 from flows.launch.launcher import _reached
 from flows.report.run_report import write_report

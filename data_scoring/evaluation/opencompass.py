@@ -4,44 +4,12 @@ A round of OpenCompass' prompt and the answer are joined by a line feed where a 
 (`opencompass/models/base.py`), hence the delimiters.
 """
 
-from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 from data_scoring.evaluation.rows import SENTIMENTS
 
-_ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"])
-
-
-def score_summary(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Return ROUGE-1, -2 and -L F-measures (0 to 1) of the first line of a generated summary.
-
-    After OpenCompass' `Xsum_postprocess` and RougeEvaluator, which is this library, words unstemmed.
-    """
-    summary = results[0].strip().split("\n")[0].strip()
-    return {name: score.fmeasure for name, score in _ROUGE.score(doc["summary"], summary).items()}
-
-
-def score_whole_text(log_likelihoods: Sequence[float], num_tokens: Sequence[int], gold: int) -> dict[str, float]:
-    """Return whether the option is right with which the whole text has the least mean loss (`acc_text`).
-
-    `log_likelihoods` are those of prompt and option together, in nats, an option each, and `num_tokens` their tokens.
-    OpenCompass' PPLInferencer compares these means; the token that is read before the first counts, as it does there
-    (`get_ppl` of its HuggingFace models).
-    """
-    losses = -np.array(log_likelihoods) / (np.array(num_tokens) + 1)
-    return {"acc_text": float(np.argmin(losses) == gold)}
-
-
-_MEAN = {"aggregation": "mean", "higher_is_better": True}
-# The metric of `score_whole_text`.
-_WHOLE_TEXT = [{"metric": "acc_text", **_MEAN}]
-
 # configs/datasets/SuperGLUE_AX_b/SuperGLUE_AX_b_ppl_6db806.py
 AXB: dict[str, Any] = {
-    "task": "axb",
     "dataset_path": "aps/super_glue",
     "dataset_name": "axb",
     "test_split": "test",
@@ -50,12 +18,10 @@ AXB: dict[str, Any] = {
     "doc_to_choice": ["Yes", "No"],
     "doc_to_target": "label",
     "target_delimiter": "\n",
-    "metric_list": _WHOLE_TEXT,
 }
 
 # configs/datasets/FewCLUE_eprstmt/FewCLUE_eprstmt_ppl_d3c387.py
 EPRSTMT: dict[str, Any] = {
-    "task": "eprstmt",
     # It is on no hub: the benchmark's own repository, as it was when these tasks were written.
     "dataset_path": "json",
     "dataset_kwargs": {
@@ -70,12 +36,10 @@ EPRSTMT: dict[str, Any] = {
     "doc_to_choice": ["消极。", "积极。"],
     "doc_to_target": lambda doc: SENTIMENTS.index(doc["label"]),
     "target_delimiter": "\n",
-    "metric_list": _WHOLE_TEXT,
 }
 
 # configs/datasets/Xsum/Xsum_gen_31397e.py; 100 tokens as its models' configurations have it.
 XSUM: dict[str, Any] = {
-    "task": "xsum",
     "dataset_path": "EdinburghNLP/xsum",
     "validation_split": "validation",
     "output_type": "generate_until",
@@ -83,14 +47,11 @@ XSUM: dict[str, Any] = {
     "doc_to_target": "{{summary}}",
     # No stop string: what comes before the summary may be a line feed, which is stripped afterwards.
     "generation_kwargs": {"max_gen_toks": 100, "do_sample": False, "until": []},
-    "process_results": score_summary,
-    "metric_list": [{"metric": name, **_MEAN} for name in ("rouge1", "rouge2", "rougeL")],
 }
 
 # configs/datasets/CLUE_C3/CLUE_C3_ppl_e24a31.py and opencompass/datasets/c3.py. OpenCompass fills up to four options
 # with copies of the first; a copy is as likely as the first, which then comes first, so it is never chosen.
 C3: dict[str, Any] = {
-    "task": "c3",
     "dataset_path": "clue/clue",
     "dataset_name": "c3",
     "validation_split": "validation",
@@ -99,5 +60,4 @@ C3: dict[str, Any] = {
     "doc_to_choice": lambda doc: [f"答案：{choice}" for choice in doc["choice"]],
     "doc_to_target": lambda doc: doc["choice"].index(doc["answer"]),
     "target_delimiter": "\n",
-    "metric_list": _WHOLE_TEXT,
 }
