@@ -61,7 +61,7 @@ def modules_of(*folders: str) -> list[str]:
     ("modules", "expected"),
     [
         pytest.param(modules_of("trainer", "kernels"), {"torch", "megatron", "pyarrow", "tokenizers"}, id="ranks"),
-        pytest.param(["flows.launch.launcher"], {"pydantic", "psutil"}, id="launcher"),
+        pytest.param(modules_of("flows/launch"), {"pydantic", "psutil"}, id="launcher"),
         pytest.param([*modules_of("benchmarks/device"), "tests.conftest"], {"torch", "pyarrow"}, id="device-check"),
         pytest.param(
             ["data_scoring.corpus.prepare_corpus", "data_scoring.refine.refine_shards"],

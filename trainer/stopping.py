@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from trainer.jobs import Job
+from trainer.job import Job
 
 # Ranks that fail for the same reason have that long to leave their errors.
 _SECONDS_TO_REPORT = 5.0

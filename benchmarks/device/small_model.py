@@ -86,16 +86,15 @@ def training_job(
 
 def train_here(job: TrainJob, device: Device) -> list[float]:
     """Return the loss of every step of a job, done in this process, which is the only rank."""
-    from trainer.model import Kernels, build_model
+    from trainer.model import build_model
     from trainer.stopping import StopRequest
     from trainer.train import train_round
 
     device.seed(job.seed)
     corpus = Corpus(job.corpus)
     bf16 = resolve_precision(job.precision, device.kind) == "bfloat16"
-    kernels = Kernels(job.train.loss_kernel, job.score.loss_kernel, job.activation_kernel)
     model = build_model(
-        job.model, corpus.vocab_size, corpus.seq_length, job.parallel, device.torch_device, bf16, kernels
+        job.model, corpus.vocab_size, corpus.seq_length, job.layout, device.torch_device, bf16, job.kernels()
     )
     train_round(job, corpus, model, bf16, StopRequest())
     return step_losses(job.round_folder)

@@ -108,7 +108,7 @@ def prepare_corpus(config: RunConfig, folder: Path, name: str, seed: int, progre
     Raises ValueError where it was made by another configuration, or where every trial would wait for
     hosts to join it.
     """
-    if config.launch.kind == "local" and config.launch.nodes > 1:
+    if config.launch.launcher_kind.is_joined and config.launch.nodes > 1:
         raise ValueError(
             f"launch.nodes: {config.launch.nodes} hosts would have to join every trial one by one; take one host, or "
             "launch.kind slurm"

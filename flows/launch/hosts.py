@@ -98,8 +98,12 @@ def join(run_folder: Path, interface: str | None, is_done: Callable[[Path], bool
     Raises ValueError where there is no run, or it wants no other hosts.
     """
     run_folder = run_folder.absolute()
-    if read_run(run_folder).config.launch.nodes == 1:
-        raise ValueError(f"{run_folder}: launch.nodes is 1; nobody is waited for")
+    launch = read_run(run_folder).config.launch
+    if launch.nodes == 1 or not launch.launcher_kind.is_joined:
+        raise ValueError(
+            f"{run_folder}: launch.kind {launch.kind} with launch.nodes {launch.nodes} waits for no other host; join a "
+            "run of kind local with several nodes"
+        )
     monitor = _HeartbeatMonitor()
     done = ""
     while not is_done(run_folder):

@@ -9,14 +9,17 @@ from trainer.checkpoint_folder import list_checkpoints
 
 
 def device_kind(config: RunConfig) -> str:
-    """Return the device that a run's ranks are on: cuda, npu or cpu; what Slurm's nodes have is not seen, but said."""
+    """Return the device that a run's ranks are on: cuda, npu or cpu.
+
+    Where the launcher does not see the devices of its nodes, the configuration names it.
+    """
     from trainer.devices import resolve
 
-    return config.device if config.launch.kind == "slurm" else resolve(config.device)
+    return resolve(config.device) if config.launch.launcher_kind.sees_devices else config.device
 
 
 def job_fields(run: Run, round_number: int, fingerprint: str) -> dict[str, Any]:
-    """Return what every job says, `trainer.jobs.Job`, for one of a round whose results carry `fingerprint`."""
+    """Return what every job says, `trainer.job.Job`, for one of a round whose results carry `fingerprint`."""
     config = run.config
     return {
         "corpus": run.corpus_folder,

@@ -1,91 +1,113 @@
-"""Launching: a job's ranks, here or under Slurm, followed until they end, and stopped with whoever launched them."""
+"""Launching: a job's ranks are started, followed until they end, and stopped with whoever launched them.
+
+`Launcher` is what a kind of launcher has to offer. A new one is a subclass in a file of its own and a row of
+`flows.run.launcher_kinds.LAUNCHER_KINDS`.
+"""
 
 import json
-import os
-import re
-import shlex
-import signal
+import pkgutil
+import shutil
 import time
-import uuid
-from contextlib import ExitStack
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import ClassVar
 
 from data_scoring.base.progress import Progress
-from flows.launch import torchrun
-from flows.launch.hosts import Leader
-from flows.launch.log_lines import redact
-from flows.launch.slurm import SlurmRanks, script
-from flows.launch.torchrun import Rendezvous
-from flows.run.config import LaunchConfig
-from flows.run.locks import ranks_gone
-from flows.run.rank_errors import RanksFailedError, first_error
-from trainer.checkpoint_folder import list_checkpoints
-from trainer.jobs import EvaluateJob, Job
+from flows.launch.failures import raise_failure
+from flows.run.config import LaunchConfig, RunConfig
+from flows.run.launcher_kinds import LAUNCHER_KINDS
+from flows.run.rank_errors import RanksFailedError
+from trainer.job import Job, write_job
 
 _LONGEST_PAUSE = 60.0
 _HERE = LaunchConfig(max_restarts=0)
 
 
-class _Ranks(Protocol):
-    """Ranks that were started."""
+class Launcher(ABC):
+    """One attempt at a job: its ranks are started, polled until they end, and stopped.
 
+    Each rank runs `python -m trainer.worker JOB` on `job_path`, with the environment that torchrun gives it: RANK,
+    LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. `trainer.agent` is torchrun; it starts a host's ranks, and leaves
+    an error for one that is killed. What ranks print goes to `log_path`.
+
+    tools: commands that it needs on this host.
+    """
+
+    tools: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, job: Job, name: str, run_folder: Path, config: LaunchConfig) -> None:
+        """Take note of what is to be started; nothing is, yet. `name` names the job's files in the run folder."""
+        self.job, self.name, self.run_folder, self.config = job, name, run_folder, config
+        self.job_path = run_folder / "logs" / f"{name}.job.json"
+        self.log_path = run_folder / "logs" / f"{name}.log"
+
+    @classmethod
+    def missing_tools(cls) -> list[str]:
+        """Return the commands that it needs and this host lacks."""
+        return [tool for tool in cls.tools if shutil.which(tool) is None]
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise ValueError where the ranks of a run of `config` could not be started from this host."""
+        cls.check_tools(config.launch.kind)
+
+    @classmethod
+    def check_tools(cls, kind: str) -> None:
+        """Raise ValueError where commands are missing; `kind` is what the configuration calls the launcher."""
+        missing = cls.missing_tools()
+        if missing:
+            raise ValueError(
+                f"launch.kind: {kind} needs {', '.join(missing)}; start this on a host that has them, "
+                "or set kind: local"
+            )
+
+    def write_job(self) -> None:
+        """Write the job where the ranks read it."""
+        write_job(self.job, self.job_path)
+
+    @abstractmethod
+    def plan(self) -> str:
+        """Return what `start` would run, for the user to read: commands, or a script."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the ranks, once the job is written, and return at once. Raises ValueError where that cannot be."""
+
+    @abstractmethod
     def poll(self) -> int | None:
-        """Return their exit code, or None while they run."""
+        """Return None while ranks run, then 0 where all have done their part, else another code.
 
+        Called a few times a second. Raises RanksFailedError where they cannot finish, as when a host is lost.
+        """
+
+    @abstractmethod
     def stop(self) -> None:
-        """End them, if they still run."""
+        """End the ranks that still run, who get `job.seconds_to_stop` to save; return when they are gone.
 
+        Called once `start` was, whatever became of it, and after the ranks' own end as well.
+        """
+
+    @abstractmethod
     def describe(self) -> str:
-        """Return what they do before they say so themselves."""
+        """Return how the attempt stands, for as long as the ranks do not report progress themselves."""
 
 
-class _LocalRanks:
-    """Ranks under torchrun on this host, and on those that join it."""
-
-    def __init__(self, job: Job, job_path: Path, run_folder: Path, log: BinaryIO, launch: LaunchConfig) -> None:
-        rendezvous = local_rendezvous(job, launch)
-        self._seconds_to_stop = job.seconds_to_stop
-        self._leader = Leader(run_folder, job_path, rendezvous) if launch.nodes > 1 else None
-        self._process = torchrun.start(job_path, rendezvous, is_head=True, interface=launch.interface, log=log)
-
-    def poll(self) -> int | None:
-        lost = self._leader.lost_host() if self._leader is not None else None
-        if lost is not None:
-            raise RanksFailedError(f"host {lost} has fallen silent; type `reprise join` there again")
-        return self._process.poll()
-
-    def stop(self) -> None:
-        try:
-            torchrun.stop(self._process, self._seconds_to_stop)
-        finally:
-            if self._leader is not None:
-                self._leader.end()
-
-    def describe(self) -> str:
-        return "starting ranks" if self._leader is None else "starting ranks, and waiting for the other hosts to join"
+def launcher_class(kind: str) -> type[Launcher]:
+    """Return the class of a kind of launcher, imported. Raises TypeError where its row names something else."""
+    found = pkgutil.resolve_name(LAUNCHER_KINDS[kind].launcher)
+    if not (isinstance(found, type) and issubclass(found, Launcher)):
+        raise TypeError(f"{LAUNCHER_KINDS[kind].launcher} is not a Launcher")
+    return found
 
 
-def local_rendezvous(job: Job, launch: LaunchConfig) -> Rendezvous:
-    """Return where the hosts of an attempt at `job` meet, started by torchrun."""
-    return Rendezvous(
-        id=uuid.uuid4().hex[:12],
-        endpoint=launch.rendezvous if launch.nodes > 1 and launch.rendezvous else "127.0.0.1:0",
-        num_nodes=launch.nodes,
-        processes_per_node=job.parallel.world_size // launch.nodes,
-        join_seconds=round(60 * launch.join_minutes),
-        seconds_to_stop=job.seconds_to_stop,
-    )
+def check(config: RunConfig) -> None:
+    """Raise ValueError where the ranks of a run of `config` could not be started from this host."""
+    launcher_class(config.launch.kind).check(config)
 
 
 def plan(job: Job, run_folder: Path, name: str, config: LaunchConfig) -> str:
-    """Return what would be run to launch `job`: torchrun's command on each host, or the script for Slurm."""
-    logs = run_folder / "logs"
-    job_path = logs / f"{name}.job.json"
-    if config.kind == "slurm":
-        return script(job, job_path, name, logs / f"{name}.log", config)
-    here = shlex.join(torchrun.command(job_path, local_rendezvous(job, config), is_head=True, address="ADDRESS"))
-    return here if config.nodes == 1 else f"{here}\n# and on {config.nodes - 1} more hosts:\nreprise join {run_folder}"
+    """Return what would be run to launch `job`."""
+    return launcher_class(config.kind)(job, name, run_folder, config).plan()
 
 
 def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: LaunchConfig = _HERE) -> None:
@@ -98,32 +120,20 @@ def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: La
     """
     logs = run_folder / "logs"
     logs.mkdir(exist_ok=True)
-    job_path = logs / f"{name}.job.json"
     restarts = 0
     while True:
-        reached = _reached(job)
+        saved = job.saved_work()
         try:
-            _attempt(job, job_path, run_folder, name, progress, config)
+            _attempt(launcher_class(config.kind)(job, name, run_folder, config), progress)
             return
         except RanksFailedError as error:
-            restarts = 0 if _reached(job) != reached else restarts
+            restarts = 0 if job.saved_work() != saved else restarts
             if restarts == config.max_restarts:
                 raise
             restarts += 1
             with (logs / f"{name}.log").open("a", encoding="utf-8") as log:
                 log.write(f"reprise: {error}\nreprise: starting again ({restarts} of {config.max_restarts})\n")
         _pause(2.0**restarts, progress)
-
-
-def _reached(job: Job) -> tuple[str | int, ...]:
-    """Return how far a job has come, in what a restart would find: the last checkpoint, scored shards and parts."""
-    checkpoints = list_checkpoints(job.round_folder / "checkpoint")
-    losses = job.round_folder / "losses"
-    folders = [job.answers] if isinstance(job, EvaluateJob) else [losses, losses / "parts"]
-    # Answers without a block of layers have a folder each.
-    pattern = "**/*.parquet" if isinstance(job, EvaluateJob) else "*.parquet"
-    counts = (len(list(folder.glob(pattern))) for folder in folders)
-    return checkpoints[-1].name if checkpoints else "", *counts
 
 
 def _pause(seconds: float, progress: Progress) -> None:
@@ -133,35 +143,28 @@ def _pause(seconds: float, progress: Progress) -> None:
         time.sleep(0.2)
 
 
-def _attempt(job: Job, job_path: Path, run_folder: Path, name: str, progress: Progress, config: LaunchConfig) -> None:
-    log_path = job_path.with_name(f"{name}.log")
+def _attempt(launcher: Launcher, progress: Progress) -> None:
+    job = launcher.job
     job.errors.mkdir(parents=True, exist_ok=True)
     for stale in [*job.errors.glob("rank-*.json"), job.progress]:
         stale.unlink(missing_ok=True)
-    with ExitStack() as stack:
-        log = stack.enter_context(log_path.open("ab"))
-        started = log.tell()
-        ranks: _Ranks
-        if config.kind == "slurm":
-            ranks = SlurmRanks(job, job_path, name, log_path, config)
-        else:
-            job_path.write_text(job.model_dump_json(indent=2), encoding="utf-8")
-            stack.enter_context(ranks_gone(job.lock, 60 + job.seconds_to_stop))
-            ranks = _LocalRanks(job, job_path, run_folder, log, config)
-        stack.callback(ranks.stop)
-        while (code := ranks.poll()) is None:
-            _follow(job, progress, ranks)
-            time.sleep(0.2)
-        _follow(job, progress, ranks)
-    if code != 0:
-        _raise_failure(job, f"{ranks.describe()}; exit code {code}", log_path, started)
-
-
-def _follow(job: Job, progress: Progress, ranks: _Ranks) -> None:
     try:
-        state = json.loads(job.progress.read_text(encoding="utf-8"))
+        launcher.start()
+        while (code := launcher.poll()) is None:
+            _follow(launcher, progress)
+            time.sleep(0.2)
+        _follow(launcher, progress)
+    finally:
+        launcher.stop()
+    if code != 0:
+        raise_failure(job.errors, f"{launcher.describe()}; exit code {code}", launcher.log_path)
+
+
+def _follow(launcher: Launcher, progress: Progress) -> None:
+    try:
+        state = json.loads(launcher.job.progress.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        progress(ranks.describe(), 0, None)
+        progress(launcher.describe(), 0, None)
         return
     what, done, total = (state.pop(name) for name in ("what", "done", "total"))
     details = [
@@ -169,37 +172,3 @@ def _follow(job: Job, progress: Progress, ranks: _Ranks) -> None:
         for name, value in state.items()
     ]
     progress(" · ".join([what, *details]), done, total)
-
-
-def _raise_failure(job: Job, state: str, log_path: Path, started: int) -> None:
-    where = f"(log: {log_path})"
-    goes_on = "the same command goes on from the last checkpoint"
-    first = first_error(job.errors)
-    if first is not None and first["is_user_error"]:
-        raise ValueError(redact(f"{first['message']} {where}", os.environ))
-    killed = _killed_rank(log_path, started)
-    if killed is not None:
-        # The others' errors are but that they lost it.
-        raise RanksFailedError(f"rank {killed[0]} was killed by {killed[1]} (out of memory?); {goes_on} {where}")
-    if first is None:
-        raise RanksFailedError(f"the ranks ended and left no error ({state}); {goes_on} {where}")
-    message = f"rank {first['rank']}: {first['kind']}: {first['message']} {where}\n{_innermost(first['traceback'])}"
-    raise RanksFailedError(redact(message, os.environ))
-
-
-def _killed_rank(log_path: Path, started: int) -> tuple[int, str] | None:
-    """Return the rank that a signal ended before any other failed, and the signal, as torchrun's summary has it."""
-    with log_path.open("rb") as log:
-        log.seek(started)
-        text = log.read().decode("utf-8", "replace")
-    cause = text.rpartition("Root Cause")[2]
-    found = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", cause, re.DOTALL)
-    if not found or found[0].count("exitcode") > 1:
-        return None
-    return int(found[1]), signal.Signals(int(found[2])).name
-
-
-def _innermost(traceback: str) -> str:
-    """Return the last calls of a traceback, a line each: where a rank failed, without what led there."""
-    calls = re.findall(r'File "(.+)", line (\d+), in (.+)', traceback)
-    return "\n".join(f"  {file}:{line} in {function}" for file, line, function in calls[-4:])

@@ -6,7 +6,6 @@ A launcher that is killed leaves its Slurm job running; the same command finds i
 import math
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -14,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_scoring.base.files import fingerprint, read_json, write_json
+from flows.launch.launcher import Launcher
 from flows.launch.torchrun import rank_environment
 from flows.run.config import LaunchConfig
-from trainer.jobs import Job
+from trainer.job import Job
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 # Once a job is cancelled Slurm kills what is left of it, after half a minute unless it is set up otherwise.
@@ -36,7 +36,6 @@ _ACTIVE = (
     "REQUEUE_HOLD",
     "STOPPED",
 )
-_TOOLS = ("sbatch", "squeue", "scontrol", "scancel")
 
 
 def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchConfig) -> str:
@@ -100,27 +99,40 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
     )
 
 
-class SlurmRanks:
+class SlurmLauncher(Launcher):
     """A job in Slurm's hands: submitted, or found again where a launcher that was killed had submitted it."""
 
-    def __init__(self, job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchConfig) -> None:
-        check_tools()
-        self._record = job_path.with_name(f"{name}.slurm.json")
-        self._seconds_to_stop = job.seconds_to_stop
-        self.state, self._looked = "PENDING", 0.0
-        known, content = read_json(self._record), fingerprint(job.model_dump(mode="json"), launch.model_dump())
+    tools = ("sbatch", "squeue", "scontrol", "scancel")
+
+    def __init__(self, job: Job, name: str, run_folder: Path, config: LaunchConfig) -> None:
+        super().__init__(job, name, run_folder, config)
+        self.id, self.state = "", "PENDING"
+        self._looked = 0.0
+
+    def plan(self) -> str:
+        """Return the script that would be submitted."""
+        return script(self.job, self.job_path, self.name, self.log_path, self.config)
+
+    def start(self) -> None:
+        """Submit the job, or go on following it where it is submitted already.
+
+        Raises ValueError where Slurm's commands are missing or it refuses the job.
+        """
+        self.check_tools(self.config.kind)
+        record = self.job_path.with_name(f"{self.name}.slurm.json")
+        known = read_json(record)
+        content = fingerprint(self.job.model_dump(mode="json"), self.config.model_dump())
         if known is not None and _state(known["id"]) in _ACTIVE:
             self.id = str(known["id"])
             if known["job"] == content:
                 return
             self.stop()
         # Not before: the old job might have been about to read it.
-        job_path.write_text(job.model_dump_json(indent=2), encoding="utf-8")
-        path = job_path.with_name(f"{name}.sbatch")
-        path.write_text(script(job, job_path, name, log_path, launch), encoding="utf-8")
-        answer = _ask("sbatch", "--parsable", str(path))
-        self.id = answer.split(";")[0].strip()
-        write_json(self._record, {"id": self.id, "job": content})
+        self.write_job()
+        path = self.job_path.with_name(f"{self.name}.sbatch")
+        path.write_text(self.plan(), encoding="utf-8")
+        self.id = _ask("sbatch", "--parsable", str(path)).split(";")[0].strip()
+        write_json(record, {"id": self.id, "job": content})
 
     def describe(self) -> str:
         """Return how the job stands, in words."""
@@ -140,12 +152,12 @@ class SlurmRanks:
 
         Raises ValueError where that cannot be told.
         """
-        if (state := _state(self.id)) not in _ACTIVE:
+        if not self.id or (state := _state(self.id)) not in _ACTIVE:
             return
         # A controller that does not answer just now is no reason to cut short what ranks save.
         if state in (_UNREACHABLE, "RUNNING"):
             _try("scancel", "--signal=TERM", self.id)
-            saved_by = time.monotonic() + self._seconds_to_stop
+            saved_by = time.monotonic() + self.job.seconds_to_stop
             while _state(self.id) in (_UNREACHABLE, "RUNNING") and time.monotonic() < saved_by:
                 time.sleep(0.5)
         # Whether it was still there is seen below.
@@ -158,15 +170,6 @@ class SlurmRanks:
                     f"{_SECONDS_TO_CANCEL:.0f} s; look with `squeue`, and end it with `scancel {self.id}`"
                 )
             time.sleep(0.5)
-
-
-def check_tools() -> None:
-    """Raise ValueError where Slurm's commands are missing."""
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
-    if missing:
-        raise ValueError(
-            f"launch.kind: slurm needs {', '.join(missing)}; start this on a host of the cluster, or set kind: local"
-        )
 
 
 def _state(job_id: str) -> str:

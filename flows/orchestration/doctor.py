@@ -15,13 +15,12 @@ from prefect.settings import get_current_settings
 from data_scoring.config import padded_vocab_size
 from data_scoring.corpus.sources import check_source
 from flows.launch.job_fields import device_kind
-from flows.launch.slurm import check_tools
-from flows.launch.torchrun import local_address
+from flows.launch.launcher import check, launcher_class
 from flows.run.config import RunConfig
 from flows.run.folder import package_versions
+from flows.run.launcher_kinds import LAUNCHER_KINDS
 from flows.stages.prepare import check_kernels, check_vocabulary, vocabulary_size
 from trainer.devices import (
-    check_count,
     check_layers,
     describe_devices,
     has_fused_norm,
@@ -86,17 +85,19 @@ def _services() -> Iterator[Finding]:
                 f"Prefect server: {url} does not answer ({error}); start it with `reprise serve`, or correct "
                 "PREFECT_API_URL",
             )
-    try:
-        check_tools()
-        yield Finding("ok", "Slurm: its commands are here")
-    except ValueError:
-        yield Finding("absent", "Slurm: not here (launch.kind)")
+    for kind in LAUNCHER_KINDS:
+        launcher = launcher_class(kind)
+        missing = launcher.missing_tools()
+        if missing:
+            yield Finding("absent", f"launch.kind {kind}: {', '.join(missing)} are not here")
+        elif launcher.tools:
+            yield Finding("ok", f"launch.kind {kind}: {', '.join(launcher.tools)} are here")
 
 
 def _run(config: RunConfig) -> Iterator[Finding]:
     ranks = config.parallel.world_size
     here = ranks // config.launch.nodes
-    yield _checked(f"{ranks} processes on {config.launch.nodes} hosts", lambda: _check_ranks(config, here))
+    yield _checked(f"{ranks} processes on {config.launch.nodes} hosts", lambda: check(config))
     yield _checked(f"model.layers {config.model.layers}", lambda: check_layers(config.model.layers))
     yield _checked(
         f"train.loss_kernel {config.train.loss_kernel}, train.activation_kernel {config.train.activation_kernel}, "
@@ -111,15 +112,6 @@ def _run(config: RunConfig) -> Iterator[Finding]:
         yield _checked(f"source {source.name}: {source.path}", partial(check_source, source))
     yield _checked(f"output: {config.output}", lambda: _check_output(config))
     yield from _space(config, here)
-
-
-def _check_ranks(config: RunConfig, here: int) -> None:
-    if config.launch.kind == "slurm":
-        check_tools()
-    else:
-        check_count(resolve(config.device), here)
-        if config.launch.nodes > 1 and config.launch.rendezvous is not None:
-            local_address(config.launch.rendezvous, is_head=True)
 
 
 def _check_tokenizer(config: RunConfig) -> None:
@@ -161,7 +153,7 @@ def _on_devices(config: RunConfig, workload: Workload, here: int) -> Iterator[Fi
     needed = memory.total + _LIBRARY_BYTES
     text = f"memory of a device: {_shape(workload)} take {_gib(needed)} GiB; "
     text += _listed({**_parts(memory), "libraries": _LIBRARY_BYTES})
-    free = None if config.launch.kind == "slurm" else _free_on_device(config, here)
+    free = _free_on_device(config, here) if config.launch.launcher_kind.sees_devices else None
     yield _judged(text, needed, free, _remedies(workload, "raise parallel.tensor or parallel.data"))
     saved = _checkpoint_bytes(workload) * here // config.parallel.world_size
     needed = here * _DEVICE_PROCESS_BYTES + saved
@@ -216,7 +208,7 @@ def _free_on_device(config: RunConfig, here: int) -> int | None:
 
 def _free_on_host(config: RunConfig) -> int | None:
     """Return the bytes that are free here, or None where ranks run on hosts that are not seen from here."""
-    return None if config.launch.kind == "slurm" else psutil.virtual_memory().available
+    return psutil.virtual_memory().available if config.launch.launcher_kind.sees_devices else None
 
 
 def _judged(text: str, needed: int, free: int | None, remedy: str) -> Finding:

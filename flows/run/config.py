@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from data_scoring.base.files import fingerprint
+from data_scoring.base.names import OneOf
 from data_scoring.config import (
     Config,
     CorpusConfig,
@@ -20,6 +21,7 @@ from data_scoring.config import (
 )
 from data_scoring.refine.policies import SEEN_LOSS
 from data_scoring.refine.refine_config import RefineConfig
+from flows.run.launcher_kinds import LAUNCHER_KINDS, LauncherKind
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig, check_layout
 
 # The text that every machine with Python has: what a run has where nothing else is named, and so what the demo has.
@@ -78,8 +80,9 @@ class SlurmConfig(Config):
 class LaunchConfig(Config):
     """Where ranks are started, and how often again."""
 
-    kind: Literal["local", "slurm"] = Field(
-        default="local", description="local: torchrun here, and on the hosts that `reprise join` it; slurm: sbatch."
+    kind: Annotated[str, OneOf(lambda: LAUNCHER_KINDS)] = Field(
+        default="local",
+        description=f"{'; '.join(f'{name}: {kind.description}' for name, kind in LAUNCHER_KINDS.items())}.",
     )
     nodes: int = Field(default=1, ge=1, le=10_000, description="Hosts; they share the run folder, under one path.")
     processes_per_node: int | None = Field(
@@ -101,6 +104,11 @@ class LaunchConfig(Config):
     )  # fmt: skip
     slurm: SlurmConfig = SlurmConfig()
 
+    @property
+    def launcher_kind(self) -> LauncherKind:
+        """Return what is known of the launcher that `kind` names."""
+        return LAUNCHER_KINDS[self.kind]
+
     def check(self, num_ranks: int) -> None:
         """Raise ValueError where `num_ranks` cannot be divided among the nodes, or these could not meet."""
         if num_ranks % self.nodes or self.processes_per_node not in (None, num_ranks // self.nodes):
@@ -108,7 +116,7 @@ class LaunchConfig(Config):
                 f"launch.nodes: parallel makes {num_ranks} processes, which {self.nodes} nodes with "
                 f"{self.processes_per_node or 'the same number of'} processes each do not; change one of them"
             )
-        if self.kind == "local" and self.nodes > 1 and self.rendezvous is None:
+        if self.launcher_kind.is_joined and self.nodes > 1 and self.rendezvous is None:
             raise ValueError("launch.rendezvous: several nodes need a place to meet; give this host's HOST:PORT")
 
 
@@ -157,8 +165,11 @@ class RunConfig(Config):
             raise ValueError(
                 f"eval.contamination: {self.eval.contamination!r} has no items to look for; name eval.tasks, or set off"
             )
-        if self.launch.kind == "slurm" and self.device == "auto":
-            raise ValueError("device: what Slurm's nodes have is not seen from here; say cuda, npu or cpu, not 'auto'")
+        if not self.launch.launcher_kind.sees_devices and self.device == "auto":
+            raise ValueError(
+                f"device: the devices of the nodes are not seen from here with launch.kind {self.launch.kind}; "
+                "say cuda, npu or cpu, not 'auto'"
+            )
         return self
 
     def _check_budget(self) -> None:

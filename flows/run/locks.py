@@ -51,11 +51,10 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-@contextmanager
-def ranks_gone(path: Path, seconds: float = 60.0) -> Iterator[None]:
+def wait_for_ranks_to_end(path: Path, seconds: float) -> None:
     """Wait until no rank of an earlier launch holds the lock at `path`, which all ranks share, any more.
 
-    Ranks end with their launcher once they have saved; one that lives on is an error after `seconds`.
+    Ranks end with their launcher once they have saved. Raises ValueError where one still lives after `seconds`.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -63,7 +62,7 @@ def ranks_gone(path: Path, seconds: float = 60.0) -> Iterator[None]:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                return
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise ValueError(
@@ -71,7 +70,5 @@ def ranks_gone(path: Path, seconds: float = 60.0) -> Iterator[None]:
                         "`pgrep -f trainer.worker` and stop them"
                     ) from None
                 time.sleep(0.1)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        yield
     finally:
         os.close(descriptor)

@@ -10,8 +10,8 @@ from data_scoring.ledger import refresh_ledger
 from data_scoring.refine.policies import REFERENCE_LOSS
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from flows.evaluation.questions import check_items
+from flows.launch import launcher
 from flows.launch.job_fields import device_kind
-from flows.launch.slurm import check_tools
 from flows.run.config import RunConfig
 from flows.stages.refine import check_reference
 from flows.stages.stage import Stage, Stages
@@ -66,12 +66,9 @@ class Prepare(Stage):
 
 def check_machine(config: RunConfig) -> None:
     """Raise ValueError where devices, tools, kernels, the tokenizer or reference losses are missing for a run."""
-    from trainer.devices import check_count, check_layers, resolve
+    from trainer.devices import check_layers
 
-    if config.launch.kind == "slurm":
-        check_tools()
-    else:
-        check_count(resolve(config.device), config.parallel.world_size // config.launch.nodes)
+    launcher.check(config)
     check_layers(config.model.layers)
     check_kernels(config)
     check_vocabulary(config)

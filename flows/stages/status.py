@@ -8,9 +8,9 @@ from typing import Any
 from data_scoring.base.files import read_json
 from flows.run.folder import Run, read_run
 from flows.run.locks import is_locked
-from flows.run.rank_errors import first_error
 from flows.stages.stage_order import Step, is_complete, steps_of
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
+from trainer.rank_errors import root_cause
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def _step_status(run: Run, step: Step, not_done: list[Step]) -> StageStatus:
     waits_for = stage.waits_for(run, number)
     if waits_for is not None:
         return StageStatus(step.name, "waiting", f"for {waits_for}")
-    error = first_error(run.folder / "logs" / "errors")
+    error = root_cause(run.folder / "logs" / "errors")
     if error is not None:
-        return StageStatus(step.name, "failed", f"{error['message']} (log: {run.folder / 'logs'})")
+        return StageStatus(step.name, "failed", f"{error.message} (log: {run.folder / 'logs'})")
     return StageStatus(step.name, "stopped", _saved(run, stage.name, number))
 
 

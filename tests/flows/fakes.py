@@ -19,7 +19,8 @@ from data_scoring.losses.shard_scoring import losses_path, write_losses
 from data_scoring.refine.training_mix import Mix
 from flows.launch import launcher
 from tests.conftest import make_documents
-from trainer.jobs import AblationJob, EvaluateJob, Evaluation, GenerateJob, Job, TrainJob
+from trainer.job import Job
+from trainer.jobs import AblationJob, EvaluateJob, Evaluation, GenerateJob, TrainJob
 from trainer.records import STEPS, VALIDATION
 from trainer.requests import (
     Likelihood,

@@ -16,9 +16,9 @@ from tests.conftest import ORIGIN, TINY_MODEL, make_documents
 from tests.rehearsal.flaws import FLAWS
 from tests.rehearsal.plan import Rehearsal
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
+from trainer.job import Job, write_job
 from trainer.jobs import (
     AblationJob,
-    AnyJob,
     CalibrateJob,
     EvaluateJob,
     Evaluation,
@@ -107,11 +107,11 @@ class CudaJobs:
             TaylorJob(**common("taylor"), **few),
             MaskJob(**common("masks"), student=_STUDENT, steps=2, batch_size=4, **few),
         ):
-            self._add(job.kind, job)
+            self._add(job.round_folder.name, job)
 
-    def _add(self, name: str, job: AnyJob, **options: Any) -> None:
+    def _add(self, name: str, job: Job, **options: Any) -> None:
         path = self._folder / f"{name}.job.json"
-        path.write_text(job.model_dump_json(by_alias=True), encoding="utf-8")
+        write_job(job, path)
         self._plan[name] = Rehearsal(str(path), str(self._folder / f"{name}.json"), **options)
 
     def _common(self, name: str, corpus: Corpus, model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:

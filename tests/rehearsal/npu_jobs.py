@@ -21,13 +21,13 @@ from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.training_mix import write_mix
 from tests.conftest import ORIGIN, TINY_MODEL, TINY_TRAIN
 from trainer.config import CheckpointConfig, ParallelConfig
+from trainer.job import Job, write_job
 from trainer.jobs import (
     AblationJob,
     CalibrateJob,
     EvaluateJob,
     Evaluation,
     GenerateJob,
-    Job,
     MaskJob,
     ScoreJob,
     TaylorJob,
@@ -170,10 +170,11 @@ class Place:
         jobs, world_size = self.folder / "jobs.json", layout.parallel.world_size
         # This process keeps the stores in which ranks meet, as torchrun does.
         stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in tasks]
-        content = [
-            (task.job.model_dump(mode="json"), task.stop_at, store.port)
-            for task, store in zip(tasks, stores, strict=True)
-        ]
+        content = []
+        for number, (task, store) in enumerate(zip(tasks, stores, strict=True)):
+            path = self.folder / f"{number}.job.json"
+            write_job(task.job, path)
+            content.append((str(path), task.stop_at, store.port))
         jobs.write_text(json.dumps(content))
         environment = {
             **os.environ, **self.environment, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",

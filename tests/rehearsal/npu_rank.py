@@ -1,6 +1,7 @@
 """A rank that does jobs one after another, since it takes much longer to start than they do: `python -m … JOBS.json`.
 
-JOBS.json has each job, the step in which it is asked to stop, or null, and the port of the store in which ranks meet.
+JOBS.json has the file of each job, the step in which it is asked to stop, or null, and the port of the store in which
+ranks meet.
 """
 
 import json
@@ -8,11 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from trainer import rank
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.jobs import AnyJob
+from trainer.job import Job, read_job
 from trainer.pickles import allow_plain_pickles_only
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
@@ -36,10 +35,7 @@ class StopAtStep(StopRequest):
 
 def main(jobs: Path) -> None:
     allow_plain_pickles_only()
-    tasks = [
-        (TypeAdapter(AnyJob).validate_python(content), stop_at, port)
-        for content, stop_at, port in json.loads(jobs.read_text())
-    ]
+    tasks = [(read_job(Path(path)), stop_at, port) for path, stop_at, port in json.loads(jobs.read_text())]
     end_with_launcher(tasks[0][0], StopRequest())
     for job, stop_at, port in tasks:
         os.environ["MASTER_PORT"] = str(port)
@@ -52,7 +48,7 @@ def main(jobs: Path) -> None:
         parallel_state.destroy_model_parallel()
 
 
-def run_until(job: AnyJob, step: int) -> None:
+def run_until(job: Job, step: int) -> None:
     """Do a job that is asked to stop in `step`, and what it leaves to the end of its process."""
     import torch
 

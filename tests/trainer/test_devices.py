@@ -17,8 +17,8 @@ WORDS = ("cuda", "npu", "hccl", "nccl")
 ALLOWED = {
     ("flows/run/config.py", "cuda"): "device: what a user may choose",
     ("flows/run/config.py", "npu"): "device: what a user may choose",
-    ("trainer/jobs.py", "cuda"): "a job's device: what the choice was resolved to",
-    ("trainer/jobs.py", "npu"): "a job's device: what the choice was resolved to",
+    ("trainer/job.py", "cuda"): "a job's device: what the choice was resolved to",
+    ("trainer/job.py", "npu"): "a job's device: what the choice was resolved to",
 }
 
 

@@ -22,9 +22,9 @@ from tests.trainer.two_ranks_evaluation import make_requests
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig
 from trainer.devices import Device
+from trainer.job import Job
 from trainer.jobs import (
     AblationJob,
-    AnyJob,
     CalibrateJob,
     EvaluateJob,
     Evaluation,
@@ -221,7 +221,7 @@ class Jobs:
         torch.distributed.barrier()
         self.train(name, start_from)
 
-    def do(self, job: AnyJob, stop: StopRequest | None = None) -> None:
+    def do(self, job: Job, stop: StopRequest | None = None) -> None:
         from trainer.rank import do
 
         if torch.distributed.get_rank() == 0:

@@ -13,7 +13,7 @@ from data_scoring.ledger import query
 from flows.cli.main import main
 from flows.run.config import parse_config
 from flows.run.folder import open_run
-from flows.stages import completion as stages
+from flows.stages.stage_order import complete
 from tests.data_scoring.evaluation.weather_task import DEFINITION, WEATHER
 from tests.evaluation_data import write_items
 from tests.flows.fakes import fake_ranks, values, write_texts
@@ -87,10 +87,10 @@ def test_it_is_asked_scored_and_has_a_column(
     given["corpus"] |= {"seq_length": 512}
     given["eval"] = {"tasks": ["weather", "piqa"], "data": str(write_weather(tmp_path / "items"))}
     run = open_run(parse_config(given, "test"))
-    stages.prepare(run, silent)
-    stages.mix(run, 1, silent)
-    stages.train(run, 1, silent)
-    stages.evaluate(run, 1, silent)
+    complete(run, "prepare", 0, silent)
+    complete(run, "mix", 1, silent)
+    complete(run, "train", 1, silent)
+    complete(run, "evaluate", 1, silent)
     assert fakes.asked == ["weather", "piqa"]
     # Three questions of two options.
     requests = read_requests(requests_path(run.folder / "evaluation", "weather"))

@@ -142,7 +142,7 @@ def test_slurm_that_is_not_there_is_named(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["prepare", str(config), "--set", "device=cpu", "--set", "launch.kind=slurm"]) == 1
-    assert "launch.kind: slurm needs sbatch, squeue, scontrol, scancel; start this on" in one_line(capsys)
+    assert "launch.kind: slurm needs sbatch, squeue, scontrol, scancel; start this on a" in one_line(capsys)
 
 
 def test_serving_needs_its_folder_and_a_free_port(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from data_scoring.base.files import read_json
-from flows.launch.slurm import SlurmRanks, script
+from flows.launch.slurm import SlurmLauncher, script
 from flows.run.config import LaunchConfig, SlurmConfig
 from tests import ROOT
 from tests.conftest import Ranks, make_documents, read_rows
@@ -213,9 +213,9 @@ def test_a_controller_that_is_away_is_waited_for(
     ranks: Ranks, tmp_path: Path, answers: Callable[[str, str], None]
 ) -> None:
     answers("sbatch", "echo 7")
-    found = SlurmRanks(
-        ranks.job("away"), tmp_path / "away.job.json", "away", tmp_path / "log", LaunchConfig(kind="slurm")
-    )
+    found = SlurmLauncher(ranks.job("away"), "away", tmp_path, LaunchConfig(kind="slurm"))
+    found.job_path.parent.mkdir()
+    found.start()
     for state, answer, code in (
         ("PENDING", "echo JobState=PENDING", None),
         ("UNREACHABLE", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", None),

@@ -17,7 +17,6 @@ from data_scoring.losses.origin import read_origin, with_origin
 from data_scoring.losses.shard_scoring import LossFiles, losses_path, score_shards
 from data_scoring.refine.refine_config import RefineConfig
 from flows.launch import launcher
-from flows.launch.launcher import _reached
 from flows.report.run_report import write_report
 from flows.report.tables import budgets
 from flows.run.config import RunConfig, parse_config
@@ -27,7 +26,8 @@ from flows.stages.stage_order import complete, fingerprint_of
 from tests.conftest import make_documents
 from tests.data_scoring.losses.test_shard_scoring import FakeScorer, InterruptedScoringError
 from tests.data_scoring.refine.test_budget import PrefixScorer, everything, write_seen
-from trainer.jobs import CalibrateJob, Job, ScoreJob
+from trainer.job import Job
+from trainer.jobs import CalibrateJob, ScoreJob
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_auto_calibrates_and_then_scores_by_the_cheapest_that_will_do(
     assert chosen.startswith("prefix:")
     fit = [row for row in rows if row["correlation"] is not None and row["correlation"] >= 0.5]
     assert min(fit, key=lambda row: row["cost_tokens"])["candidate"] == chosen
-    assert [job.kind for job in launches.jobs] == ["calibrate", "score"]
+    assert [type(job) for job in launches.jobs] == [CalibrateJob, ScoreJob]
     assert counted(run)[2] == int(chosen.removeprefix("prefix:"))
     complete(run, "refine", 2, silent)
     page = write_report(run).read_text()
@@ -126,11 +126,11 @@ def test_auto_goes_on_after_its_calibration(prepared: Path, folder: Path, monkey
     monkeypatch.setattr(launcher, "launch", launches)
     with pytest.raises(InterruptedScoringError):
         complete(run, "score", 1, silent)
-    assert _reached(launches.jobs[1]) == ("step-00000009", 0, 3)
+    assert launches.jobs[1].saved_work() == (0, 3)
     again = Launches()
     monkeypatch.setattr(launcher, "launch", again)
     assert complete(run, "score", 1, silent)
-    assert [job.kind for job in again.jobs] == ["score"]
+    assert [type(job) for job in again.jobs] == [ScoreJob]
     assert counted(run)[2] == 32
 
 

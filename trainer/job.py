@@ -1,0 +1,128 @@
+"""A job: what a worker is told to do. The launcher writes it as JSON; every rank reads it and does its part.
+
+A job is a subclass of `Job` or of `TrainedModelJob`, in any module that workers can import: the file names the class.
+What needs Megatron is imported inside the methods, since nothing of it may be imported before the device is
+initialised, and launchers import jobs on hosts without devices.
+"""
+
+import pkgutil
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from data_scoring.base.files import read_json, write_json
+from data_scoring.base.progress import Progress
+from data_scoring.config import Config
+from data_scoring.corpus.corpus import Corpus
+from trainer.checkpoint_folder import SECONDS_TO_STOP
+from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.model import Kernels
+    from trainer.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a rank gives its job to work with; the process group and Megatron's parallel state are initialised.
+
+    model: as the job's `model`, `layout` and `kernels` say, with random weights, on the rank's device.
+    bf16: whether it computes in bfloat16, else float32.
+    stop: whether the ranks were asked to save and end.
+    is_writer: whether this rank writes the results; one of all ranks does, which holds the losses.
+    progress: reports how far the job is; does nothing on ranks that do not write.
+    """
+
+    corpus: Corpus
+    model: "torch.nn.Module"
+    bf16: bool
+    stop: "StopRequest"
+    is_writer: bool
+    progress: Progress
+
+
+class Job(Config):
+    """What every job says: which corpus, which model, on which devices in which layout."""
+
+    corpus: Path = Field(description="Folder of the corpus.")
+    round_folder: Path = Field(description="Folder of the round, where results go.")
+    model: ModelConfig
+    parallel: ParallelConfig
+    device: Literal["cuda", "npu", "cpu"]
+    precision: Literal["auto", "float32", "bfloat16"]
+    activation_kernel: ActivationKernel
+    seed: int
+    fingerprint: str = Field(description="Identifies the stage's inputs; results of another are not reused.")
+    progress: Path = Field(description="File that says how far the work is.")
+    errors: Path = Field(description="Folder where a failing rank leaves its error.")
+    lock: Path = Field(description="File that every rank holds a shared lock on while it lives.")
+    seconds_to_stop: float = Field(
+        default=SECONDS_TO_STOP, gt=0, description="Time that ranks get to save and end once they are told to stop."
+    )
+
+    @abstractmethod
+    def run(self, context: RankContext) -> None:
+        """Do the job on one of its ranks; all of them call this.
+
+        Raises ValueError, in words for the user, where the user can mend what is wrong.
+        """
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """Return how the model is divided among the ranks."""
+        return self.parallel
+
+    def kernels(self) -> "Kernels":
+        """Return the kernels that the model is built with."""
+        from trainer.model import Kernels
+
+        return Kernels(activation=self.activation_kernel)
+
+    def saved_work(self) -> tuple[str | int, ...]:
+        """Return what a restart would go on from, comparable: it changes whenever more is saved.
+
+        A job that saves nothing before its end returns the same each time.
+        """
+        return ()
+
+
+class TrainedModelJob(Job):
+    """A job that uses a trained model: it loads the weights of a checkpoint and changes none of them."""
+
+    weights: Path = Field(description="Checkpoint whose weights are loaded.")
+
+    def run(self, context: RankContext) -> None:
+        """Load the weights and use the model."""
+        from trainer.checkpoint import load_weights
+
+        load_weights(self.weights, context.model)
+        context.model.eval()
+        self.use(context)
+
+    @abstractmethod
+    def use(self, context: RankContext) -> None:
+        """Do the job with `context.model`, whose weights are loaded and which is in evaluation mode."""
+
+
+def write_job(job: Job, path: Path) -> None:
+    """Write `job` to `path`, with the name of its class, module:class, as `class`."""
+    kind = type(job)
+    write_json(path, {"class": f"{kind.__module__}:{kind.__qualname__}", **job.model_dump(mode="json")})
+
+
+def read_job(path: Path) -> Job:
+    """Return the job that `write_job` wrote to `path`.
+
+    Imports the module that the file names. Raises ValueError where what it names is no job.
+    """
+    content = read_json(path)
+    name = content.pop("class")
+    kind = pkgutil.resolve_name(name)
+    if not (isinstance(kind, type) and issubclass(kind, Job)):
+        raise ValueError(f"{path}: class: {name} is not a subclass of trainer.job.Job; launch the job again")
+    return kind.model_validate(content)

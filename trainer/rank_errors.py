@@ -1,0 +1,55 @@
+"""The errors that ranks leave for their launcher, a file a rank."""
+
+import json
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_scoring.base.files import read_json
+
+
+@dataclass(frozen=True)
+class RankError:
+    """Why a rank failed.
+
+    kind: the exception's class, or the name of the signal that ended the rank, such as SIGKILL.
+    is_user_error: whether `message` tells the user what to change.
+    is_killed: whether a signal ended the rank.
+    """
+
+    rank: int
+    time: float
+    kind: str
+    is_user_error: bool
+    message: str
+    traceback: str = ""
+    is_killed: bool = False
+
+
+def leave_error(folder: Path, error: RankError) -> None:
+    """Write the error of a rank into `folder`, which exists."""
+    (folder / f"rank-{error.rank:05d}.json").write_text(json.dumps(asdict(error)), encoding="utf-8")
+
+
+def killed(rank: int, signal_number: int, time: float) -> RankError:
+    """Return the error of a rank that a signal ended at `time`, in seconds since the epoch."""
+    name = signal.Signals(signal_number).name
+    cause = " (out of memory?)" if signal_number == signal.SIGKILL else ""
+    message = f"rank {rank} was killed by {name}{cause}"
+    return RankError(rank, time, name, is_user_error=False, message=message, is_killed=True)
+
+
+def root_cause(folder: Path) -> RankError | None:
+    """Return the error, of those that ranks left in `folder`, that the others follow from, or None.
+
+    One that the user can mend comes first, then a rank that was killed: the others only report that they lost it.
+    Among several the earliest counts.
+    """
+    errors = [RankError(**read_json(path)) for path in folder.glob("rank-*.json")]
+    return min(errors, key=_precedence, default=None)
+
+
+def _precedence(error: RankError) -> tuple[bool, bool, float]:
+    # A rank aborts itself when it has lost another.
+    is_cause = error.is_killed and error.kind != "SIGABRT"
+    return not error.is_user_error, not is_cause, error.time
