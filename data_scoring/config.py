@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_scoring.base.field_effects import FREE
 from data_scoring.evaluation.tasks import TaskName
 
 # How token losses are computed from the model's last hidden states; `kernels.linear_cross_entropy` holds them.
@@ -66,7 +67,9 @@ class TokenizerConfig(Config):
     """The tokenizer: a given one, or one trained on the corpus."""
 
     path: str | None = Field(
-        default=None, description="tokenizer.json or SentencePiece .model; null trains a byte-level BPE on the corpus."
+        default=None,
+        description="tokenizer.json or SentencePiece .model; null trains a byte-level BPE on the corpus, whose text "
+        "lies compressed in the run folder until it is tokenised.",
     )
     vocab_size: int = Field(default=2048, ge=257, le=1_000_000, description="Entries of a trained tokenizer.")
     train_megabytes: float = Field(
@@ -85,7 +88,9 @@ def prefix_of(budget: str) -> int | None:
 class ScoreConfig(Config):
     """How samples are scored by their loss."""
 
-    micro_batch_size: int = Field(default=8, ge=1, le=4096, description="Samples a forward pass takes at once.")
+    micro_batch_size: Annotated[int, FREE] = Field(
+        default=8, ge=1, le=4096, description="Samples a forward pass takes at once."
+    )
     budget: Annotated[str, Field(pattern=r"^(full|seen|auto|prefix:[1-9][0-9]*)$")] = Field(
         default="full",
         description="full scores whole samples; prefix:P their first P tokens; seen takes the losses recorded while "
@@ -100,7 +105,7 @@ class ScoreConfig(Config):
     calibration_samples: int = Field(
         default=300, ge=10, le=10_000_000, description="Samples that budget auto scores in full to choose by."
     )
-    loss_kernel: LossKernel = Field(
+    loss_kernel: Annotated[LossKernel, FREE] = Field(
         default="chunked",
         description="How token losses are computed, in validation too: reference holds all logits; chunked, on any "
         "device, a few megabytes of them; triton, on CUDA, has to be installed.",

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from data_scoring.base.field_effects import FREE, Decides, Neutral
 from data_scoring.config import Config, LossKernel
 from trainer.presets import fill_from_preset
 
@@ -14,6 +15,8 @@ Precision = Literal["float32", "bfloat16"]
 # How the neurons that stay are chosen; base: none do, weights are random.
 InheritMethod = Literal["base", "l1", "l2", "taylor", "learned"]
 LayerNumber = Annotated[int, Field(ge=0)]
+# What weights are before training, and nothing of what a trained model computes.
+BEGINNING = Decides(("inherit", "train"))
 
 
 class InheritConfig(Config):
@@ -58,7 +61,7 @@ class ModelConfig(Config):
     Biases, a tied embedding, and PanGu-π's series informed activation and augmented shortcut are options.
     """
 
-    preset: str | None = Field(
+    preset: Annotated[str | None, FREE] = Field(
         default=None, description="Name of a model (`reprise model` lists them) whose fields hold where none is given."
     )
     num_layers: int = Field(default=4, ge=1, le=1024, description="Transformer layers (depth).")
@@ -66,7 +69,7 @@ class ModelConfig(Config):
     num_attention_heads: int = Field(
         default=4, ge=1, le=1024, description="Query heads; divides hidden_size unless head_size is given."
     )
-    head_size: int | None = Field(
+    head_size: Annotated[int | None, Neutral(None)] = Field(
         default=None, ge=2, le=4096, description="Channels of a head; null: hidden_size / num_attention_heads."
     )
     num_query_groups: int | None = Field(
@@ -84,51 +87,57 @@ class ModelConfig(Config):
         le=16_777_216,
         description="Entries of the embedding; null: the tokenizer's. Padded to a multiple of 128.",
     )
-    tied_embeddings: bool = Field(default=False, description="Whether the embedding is the head too.")
-    attention_bias: Literal["none", "qkv", "all"] = Field(
+    tied_embeddings: Annotated[bool, Neutral(False)] = Field(
+        default=False, description="Whether the embedding is the head too."
+    )
+    attention_bias: Annotated[Literal["none", "qkv", "all"], Neutral("none")] = Field(
         default="none",
         description="Which matrices of attention have biases: none, those of queries, keys and values, "
         "or the output's too.",
     )
-    ffn_bias: bool = Field(default=False, description="Whether the matrices of the feed-forward layer have biases.")
+    ffn_bias: Annotated[bool, Neutral(False)] = Field(
+        default=False, description="Whether the matrices of the feed-forward layer have biases."
+    )
     rotary_base: int = Field(default=10_000, ge=1, description="Base of the rotary position embedding.")
-    rotary_scaling: float | None = Field(
+    rotary_scaling: Annotated[float | None, Neutral(None)] = Field(
         default=None,
         gt=1,
         description="Factor by which Llama 3 stretches positions beyond 8192 tokens; null: it does not.",
     )
     norm_epsilon: float = Field(default=1e-5, gt=0, lt=1, description="Epsilon of RMSNorm.")
-    init_std: float = Field(default=0.02, gt=0, lt=10, description="Standard deviation of the initial weights.")
-    init: Literal["constant", "gpt2", "internlm"] = Field(
+    init_std: Annotated[float, BEGINNING] = Field(
+        default=0.02, gt=0, lt=10, description="Standard deviation of the initial weights."
+    )
+    init: Annotated[Literal["constant", "gpt2", "internlm"], BEGINNING, Neutral("gpt2")] = Field(
         default="gpt2",
         description="Standard deviation of the projections onto the residual stream: constant, the others'; gpt2, that "
         "by √(2 num_layers); internlm, by √(2 l) in layer l, counted from 1.",
     )
-    activation_terms: int = Field(
+    activation_terms: Annotated[int, Neutral(1)] = Field(
         default=1, ge=1, le=16, description="Terms n of the series informed activation; 1: plain SwiGLU (PanGu-π: 2)."
     )
-    activation_scales: Literal["channel", "layer"] = Field(
+    activation_scales: Annotated[Literal["channel", "layer"], Neutral("channel")] = Field(
         default="channel",
         description="What has scales and offsets of its own in the series informed activation: every channel of the "
         "feed-forward layer, or every layer.",
     )
-    shortcut_reduction: int | None = Field(
+    shortcut_reduction: Annotated[int | None, Neutral(None)] = Field(
         default=None,
         ge=1,
         description="Reduction r of the augmented shortcut around attention, hidden_size to hidden_size / r and back; "
         "null: none (PanGu-π: 32).",
     )
-    shortcut_input: Literal["normalised", "residual"] = Field(
+    shortcut_input: Annotated[Literal["normalised", "residual"], Neutral("normalised")] = Field(
         default="normalised",
         description="What the augmented shortcut reads: the residual stream, as it is or brought to a root mean "
         "square of 1.",
     )
-    start_from: str | None = Field(
+    start_from: Annotated[str | None, Decides(("train",)), Neutral(None)] = Field(
         default=None,
         description="Checkpoint (a step-… folder) of a model of the same shape, whose weights round 1 starts from; "
         "null: random ones.",
     )
-    inherit: InheritConfig | None = Field(
+    inherit: Annotated[InheritConfig | None, BEGINNING, Neutral(None)] = Field(
         default=None, description="Larger model whose layers and neurons round 1 starts from; null: none."
     )
     layers: Literal["torch", "transformer_engine"] = Field(
@@ -248,12 +257,14 @@ class TrainConfig(Config):
     """How a round is trained: AdamW, linear warm-up and cosine decay over the round."""
 
     global_batch_size: int = Field(default=16, ge=1, le=1_000_000, description="Samples an optimizer step.")
-    global_batch_tokens: int | None = Field(
+    global_batch_tokens: Annotated[int | None, Neutral(None)] = Field(
         default=None,
         ge=1,
         description="Tokens an optimizer step, in place of global_batch_size; a multiple of corpus.seq_length.",
     )
-    micro_batch_size: int = Field(default=2, ge=1, le=4096, description="Samples a forward pass takes at once.")
+    micro_batch_size: Annotated[int, FREE] = Field(
+        default=2, ge=1, le=4096, description="Samples a forward pass takes at once."
+    )
     lr: Annotated[
         Annotated[float, Field(gt=0, lt=10), Tag("<number>")] | Annotated[ScaledLr, Tag("<rule>")],
         Discriminator(lambda value: "<rule>" if isinstance(value, dict | ScaledLr) else "<number>"),
@@ -263,7 +274,7 @@ class TrainConfig(Config):
     min_lr: float | None = Field(
         default=None, ge=0, lt=10, description="Learning rate at the end of a round; null: a tenth of the peak."
     )
-    max_tokens: int | None = Field(
+    max_tokens: Annotated[int | None, Decides(("mix",))] = Field(
         default=None,
         ge=1,
         description="Predicted tokens that round 1 trains on at most, of samples drawn at random; null: everything. "
@@ -274,18 +285,18 @@ class TrainConfig(Config):
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
     adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second-moment decay.")
     clip_grad: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
-    validate_every_steps: int = Field(
+    validate_every_steps: Annotated[int, FREE] = Field(
         default=100, ge=1, description="Steps between validations; one is always run at the end of a round."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Precision of the model's arithmetic; auto: bfloat16 on accelerators, else float32."
     )
-    loss_kernel: LossKernel = Field(
+    loss_kernel: Annotated[LossKernel, FREE] = Field(
         default="reference",
         description="How token losses and their gradients are computed: reference holds all logits; chunked, on any "
         "device, a few megabytes of them, each computed twice; triton, on CUDA, has to be installed.",
     )
-    activation_kernel: ActivationKernel = Field(
+    activation_kernel: Annotated[ActivationKernel, FREE] = Field(
         default="reference",
         description="How the series informed activation is computed, in scoring too: reference keeps intermediates of "
         "every term for the backward pass; triton, on CUDA, the inputs alone, and has to be installed.",

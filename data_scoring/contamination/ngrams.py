@@ -83,7 +83,6 @@ def hash_ngrams(units: Units, lengths: Collection[int]) -> Iterator[tuple[int, N
             yield length, hashes ^ np.uint64(length), units.owners[: len(hashes)] == units.owners[length - 1 :]
 
 
-@cache
 def _powers(count: int) -> NDArray[np.uint64]:
     return np.asarray(np.cumprod(np.full(count, _CHARACTER)))
 

@@ -1,7 +1,7 @@
 """The first stage: sources to a corpus of shards, a validation set, a tokenizer and a manifest."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_scoring.base.files import checksum, fingerprint, remove_leftovers, write_json, writing
+from data_scoring.base.files import checksum, fingerprint, read_json, remove_leftovers, write_json, writing
 from data_scoring.base.progress import Progress
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus.corpus import FORMAT_VERSION
@@ -23,8 +23,9 @@ from data_scoring.corpus.packing import (
     pack_shards,
     pack_validation,
 )
-from data_scoring.corpus.sources import check_source, megatron_prefix, read_documents, resolve_format
-from data_scoring.corpus.tokenise import Rejects, StagedSource, stage_source
+from data_scoring.corpus.source_text import SourceText
+from data_scoring.corpus.sources import check_source, megatron_prefix, resolve_format
+from data_scoring.corpus.tokenise import StagedSource, stage_source
 from data_scoring.tokenizer.tokenizer import Tokenizer, install_tokenizer, open_tokenizer
 
 _SAMPLES = pa.schema(
@@ -47,21 +48,22 @@ def prepare_corpus(
 ) -> None:
     """Write the corpus into `folder`; its `manifest.json`, written last, says that it is complete.
 
-    Raises ValueError, naming file and line or field, for anything about the input that cannot be used; files staged
-    for sources that were read completely are used again by the next try.
+    Sources are read once: the text that a tokenizer was trained on is kept, compressed, until it is tokenised. Raises
+    ValueError, naming file and line or field, for anything about the input that cannot be used; files staged for
+    sources that were read completely are used again by the next try.
     """
     in_place = _check(corpus, tokenizer)
     staging = folder / "staging"
     staging.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     remove_leftovers(staging)
-    texts = _all_texts(corpus, staging / "tokenizer.rejects.jsonl", progress)
-    tokenizer_path = install_tokenizer(tokenizer, texts, seed, folder)
+    texts = [SourceText(source, staging, corpus.on_bad_record == "skip") for source in corpus.sources]
+    tokenizer_path = _make_tokenizer(tokenizer, texts, seed, folder, progress)
     opened = open_tokenizer(tokenizer_path, tokenizer.end_of_document)
     if in_place:
         entries = _prepare_in_place(corpus, opened, seed, folder)
     else:
-        entries = _prepare_from_text(corpus, opened, tokenizer_path, seed, folder, progress)
+        entries = _prepare_from_text(corpus, texts, opened, tokenizer_path, seed, folder, progress)
     shutil.rmtree(staging)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -95,28 +97,48 @@ def _check(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:
     return all(in_place)
 
 
-def _all_texts(corpus: CorpusConfig, rejects_path: Path, progress: Progress) -> Iterator[str]:
-    """Yield every document, for training a tokenizer; bad records are listed when the sources are tokenised."""
-    rejects = Rejects(rejects_path, corpus.on_bad_record == "skip")
-    for source in corpus.sources:
-        for number, text in enumerate(read_documents(source, rejects), start=1):
+def _make_tokenizer(
+    config: TokenizerConfig, texts: Sequence[SourceText], seed: int, folder: Path, progress: Progress
+) -> Path:
+    """Return the path of the corpus' tokenizer, which is not trained again where an earlier try has trained it."""
+    if config.path is not None:
+        return install_tokenizer(config, (), seed, folder)
+    # No source has a name that starts like this.
+    record_path, path = folder / "staging" / "_tokenizer.json", folder / "tokenizer.json"
+    identity = fingerprint(config.model_dump(), seed, [text.identity for text in texts])
+    record = read_json(record_path)
+    if record is None or record["fingerprint"] != identity or not path.exists() or record["checksum"] != checksum(path):
+        path = install_tokenizer(config, _all_documents(texts, progress), seed, folder)
+        write_json(record_path, {"fingerprint": identity, "checksum": checksum(path)})
+    return path
+
+
+def _all_documents(texts: Sequence[SourceText], progress: Progress) -> Iterator[str]:
+    """Yield every document, for training a tokenizer."""
+    for text in texts:
+        for number, document in enumerate(text.documents(keep=True), start=1):
             if number % 1000 == 0:
-                progress(f"sampling {source.name} for the tokenizer (documents)", number, None)
-            yield text
+                progress(f"sampling {text.source.name} for the tokenizer (documents)", number, None)
+            yield document
 
 
 def _prepare_from_text(
-    corpus: CorpusConfig, tokenizer: Tokenizer, tokenizer_path: Path, seed: int, folder: Path, progress: Progress
+    corpus: CorpusConfig,
+    texts: Sequence[SourceText],
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    seed: int,
+    folder: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
     dtype = token_dtype(tokenizer.vocab_size)
     staging = folder / "staging"
-    skip = corpus.on_bad_record == "skip"
     tokenizer_checksum = checksum(tokenizer_path)
     staged = [
         stage_source(
-            source, tokenizer, staging, skip, fingerprint(source.model_dump(), skip, tokenizer_checksum), progress
+            text, tokenizer, fingerprint(text.source.model_dump(), text.skip_bad, tokenizer_checksum), progress
         )
-        for source in corpus.sources
+        for text in texts
     ]
     for source in staged:
         if source.counts["documents"] == 0:

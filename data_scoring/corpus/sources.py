@@ -4,7 +4,7 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ BadRecord = Callable[[str, int, str], None]
 # A text file read as one document has to fit in memory, several times over, while it is tokenised.
 LARGEST_DOCUMENT_BYTES = 256 << 20
 
+_BATCH_DOCUMENTS = 1024
+_BATCH_CHARACTERS = 4 << 20
 # Read at a time; it takes several times that in memory.
 _CHUNK_BYTES = 1 << 20
 _BATCH_ROWS = 64
@@ -90,6 +92,37 @@ def read_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[s
             if source.max_documents is not None and number >= source.max_documents:
                 return
             yield text
+
+
+def batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Yield documents in lists that are worth tokenising at once and bounded in memory."""
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class Rejects:
+    """Bad records of one source: raises at the first, or lists them in a file and goes on."""
+
+    def __init__(self, path: Path, skip: bool) -> None:
+        self.count = 0
+        self._path, self._skip = path, skip
+        path.unlink(missing_ok=True)
+
+    def __call__(self, file: str, line: int, reason: str) -> None:
+        """Take one bad record. Raises ValueError unless records are to be skipped."""
+        if not self._skip:
+            raise ValueError(f"{file}:{line}: {reason}, or set corpus.on_bad_record: skip")
+        self.count += 1
+        with self._path.open("a", encoding="utf-8") as rejects:
+            rejects.write(json.dumps({"file": file, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from data_scoring.base.read_ahead import read_ahead
 from data_scoring.base.sql import literal
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.corpus import Corpus
-from data_scoring.corpus.sources import read_documents, stamp_files
-from data_scoring.corpus.tokenise import Rejects, batch_documents, split_document
+from data_scoring.corpus.sources import Rejects, batch_documents, read_documents, stamp_files
+from data_scoring.corpus.tokenise import split_document
 from data_scoring.tokenizer.tokenizer import Tokenizer, sample_texts
 
 # The most that a kill costs.

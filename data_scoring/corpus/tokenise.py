@@ -1,7 +1,6 @@
 """Sources to token streams: every document tokenised once, in order, into the corpus folder's staging files."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ import numpy as np
 from data_scoring.base.files import read_json, write_json, writing
 from data_scoring.base.progress import Progress
 from data_scoring.base.read_ahead import read_ahead
-from data_scoring.config import SourceConfig
 from data_scoring.corpus.indexed import token_dtype
-from data_scoring.corpus.sources import read_documents
+from data_scoring.corpus.source_text import SourceText
+from data_scoring.corpus.sources import batch_documents
 from data_scoring.tokenizer.tokenizer import Tokenizer
 
 # One row a document. 64 bits of BLAKE2b tell documents apart: among a billion of them, the chance that any two
@@ -21,8 +20,6 @@ from data_scoring.tokenizer.tokenizer import Tokenizer
 DOCUMENT = np.dtype([("digest", "<u8"), ("num_tokens", "<i4")])
 
 _CHUNK_DOCUMENTS = 1 << 14
-_BATCH_DOCUMENTS = 1024
-_BATCH_CHARACTERS = 4 << 20
 # Longer documents are tokenised in pieces cut at line ends: it bounds memory and keeps all cores busy.
 _PIECE_CHARACTERS = 1 << 20
 
@@ -43,39 +40,21 @@ class StagedSource:
                 yield rows
 
 
-class Rejects:
-    """Bad records of one source: raises at the first, or lists them in a file and goes on."""
-
-    def __init__(self, path: Path, skip: bool) -> None:
-        self.count = 0
-        self._path, self._skip = path, skip
-        path.unlink(missing_ok=True)
-
-    def __call__(self, file: str, line: int, reason: str) -> None:
-        """Take one bad record. Raises ValueError unless records are to be skipped."""
-        if not self._skip:
-            raise ValueError(f"{file}:{line}: {reason}, or set corpus.on_bad_record: skip")
-        self.count += 1
-        with self._path.open("a", encoding="utf-8") as rejects:
-            rejects.write(json.dumps({"file": file, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
-
-
-def stage_source(
-    source: SourceConfig, tokenizer: Tokenizer, staging: Path, skip_bad: bool, fingerprint: str, progress: Progress
-) -> StagedSource:
-    """Return the tokenised `source`, skipping the work where a completed record with `fingerprint` is there."""
-    record_path = staging / f"{source.name}.json"
-    tokens_path, documents_path = staging / f"{source.name}.tokens", staging / f"{source.name}.documents"
+def stage_source(text: SourceText, tokenizer: Tokenizer, fingerprint: str, progress: Progress) -> StagedSource:
+    """Return the tokenised source of `text`, skipping the work where a completed record with `fingerprint` is there."""
+    name, staging = text.source.name, text.staging
+    record_path = staging / f"{name}.json"
+    tokens_path, documents_path = staging / f"{name}.tokens", staging / f"{name}.documents"
     record = read_json(record_path)
     if record is None or record["fingerprint"] != fingerprint:
-        rejects = Rejects(staging / f"{source.name}.rejects.jsonl", skip_bad)
         with writing(tokens_path) as tokens_file, writing(documents_path) as documents_file:
-            documents = read_ahead(batch_documents(read_documents(source, rejects)))
-            counts = _tokenise(source.name, documents, tokenizer, tokens_file, documents_file, progress)
-        record = {"fingerprint": fingerprint, **counts, "rejected": rejects.count}
+            documents = read_ahead(batch_documents(text.documents()))
+            counts = _tokenise(name, documents, tokenizer, tokens_file, documents_file, progress)
+        record = {"fingerprint": fingerprint, **counts, "rejected": text.num_rejected()}
         write_json(record_path, record)
+    text.forget()
     counts = {key: value for key, value in record.items() if key != "fingerprint"}
-    return StagedSource(source.name, tokens_path, documents_path, counts)
+    return StagedSource(name, tokens_path, documents_path, counts)
 
 
 def _tokenise(
@@ -131,17 +110,3 @@ def split_document(text: str) -> Iterator[str]:
         yield text[start:cut]
         start = cut
     yield text[start:]
-
-
-def batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Yield documents in lists that are worth tokenising at once and bounded in memory."""
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

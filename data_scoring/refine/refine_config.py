@@ -1,10 +1,11 @@
 """What a user may set about refining."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from data_scoring.base.expression import check_expression
+from data_scoring.base.field_effects import FREE
 from data_scoring.config import Config
 from data_scoring.refine.policies import (
     BATCH_LOSS,
@@ -90,7 +91,7 @@ class RefineConfig(Config):
         "the sample that would exceed it. null: no limit.",
     )  # fmt: skip
     sources: tuple[SourceRule, ...] = Field(default=(), description="Floors, ceilings and late sources.")
-    memory_gb: float = Field(
+    memory_gb: Annotated[float, FREE] = Field(
         default=4.0, ge=0.25, le=4096, description="Memory that refining may take, GB; what exceeds it goes to disk."
     )
 

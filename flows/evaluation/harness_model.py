@@ -19,10 +19,11 @@ from data_scoring.base.files import checksum, fingerprint
 from data_scoring.base.progress import Progress
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from flows.evaluation.harness_requests import Asked, HarnessTasks, Reader, Response
+from flows.evaluation.harness_task import patched_harness
 from flows.launch import launcher
 from flows.launch.job_fields import device_kind, job_fields
 from flows.run.folder import Run, read_run
-from flows.run.stored_model import MODEL, find_model
+from flows.run.stored_model import find_model
 from trainer.checkpoint_folder import RECORD
 from trainer.devices import resolve_precision
 from trainer.jobs import EvaluateJob, Evaluation
@@ -65,17 +66,18 @@ def score_answers(task: HarnessTasks, asked: Asked, answers: Sequence[Answer]) -
     items with what each scored.
     """
     model = HarnessModel(lambda instances: asked.respond(instances, answers))
-    found: Any = evaluate(
-        model,
-        {"tasks": dict(task.subtasks)},
-        samples=dict(task.samples),
-        bootstrap_iters=_RESAMPLINGS,
-        log_samples=True,
-    )
+    with patched_harness():
+        found: Any = evaluate(
+            model,
+            {"tasks": dict(task.subtasks)},
+            samples=dict(task.samples),
+            bootstrap_iters=_RESAMPLINGS,
+            log_samples=True,
+        )
     return dict(found)
 
 
-def answer_job(run: Run, checkpoint: Path, evaluation: Evaluation, answers: Path) -> EvaluateJob:
+def answer_job(run: Run, round_number: int, checkpoint: Path, evaluation: Evaluation, answers: Path) -> EvaluateJob:
     """Return the job that has the model of a round's `checkpoint` answer, in the run's layout, into folder `answers`.
 
     Its fingerprint, by which the answers are known, stands for the weights and the precision.
@@ -83,7 +85,7 @@ def answer_job(run: Run, checkpoint: Path, evaluation: Evaluation, answers: Path
     precision = resolve_precision(run.config.train.precision, device_kind(run.config))
     identity = fingerprint("evaluate", checksum(checkpoint / RECORD), precision)
     return EvaluateJob(
-        **job_fields(run, int(checkpoint.parent.parent.name), identity),
+        **job_fields(run, round_number, identity),
         weights=checkpoint,
         evaluation=evaluation,
         answers=answers,
@@ -98,7 +100,8 @@ def open_model(place: Path, round_number: int | None, progress: Progress) -> Har
     such round.
     """
     stored = find_model(place, round_number)
-    if (stored.place / MODEL).is_file():
+    number = stored.round_number
+    if number is None:
         raise ValueError(f"{place}: is an imported model; give a run's folder, of which the ranks' layout is known")
     run = read_run(stored.place)
     reader = open_reader(run)
@@ -110,7 +113,7 @@ def open_model(place: Path, round_number: int | None, progress: Progress) -> Har
                 requests=Path(folder), tasks=("asked",), end_of_document=run.config.tokenizer.end_of_document
             )
             write_requests(requests_path(evaluation.requests, "asked"), asked.requests)
-            job = answer_job(run, stored.checkpoint, evaluation, Path(folder) / "answers")
+            job = answer_job(run, number, stored.checkpoint, evaluation, Path(folder) / "answers")
             launcher.launch(job, run.folder, "evaluate", progress, run.config.launch)
             return asked.respond(instances, read_answers(requests_path(job.answers, "asked")))
 

@@ -5,10 +5,9 @@ Imported by `flows.evaluation.task_loading` when tasks are loaded, and not befor
 
 import functools
 import logging
-import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -30,14 +29,30 @@ Fits = Callable[[str, Sequence[str]], bool]
 # What a task's configuration has of ours, which lm-eval does not know.
 _OURS = ("class", "fits", "num_tokens")
 
-# It draws a bar for each subject of a task.
-lm_eval.api.task.tqdm = lambda iterable, **_: iterable
+# Compiled templates that are kept: a few for each subject of a task, and MMLU has 57.
+_NUM_TEMPLATES = 512
+# What is patched is lm-eval's own, and so all threads'.
+_patching = threading.RLock()
 
-# It warns of every task whose aggregation is its default, and of every one whose rows are handed in.
-logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
 
-# It compiles a prompt's few templates anew for each item and each of its examples, which took most of the time.
-lm_eval.utils.env.from_string = functools.cache(lm_eval.utils.env.from_string)
+@contextmanager
+def patched_harness() -> Iterator[None]:
+    """Have lm-eval keep compiled templates, draw no bars and log errors alone, inside and for one thread at a time.
+
+    It compiles a prompt's templates anew for each item and each of its examples, which took most of the time; it draws
+    a bar for each subject; and it warns of every task whose aggregation is its default or whose rows are handed in.
+    """
+    env, logger = lm_eval.utils.env, logging.getLogger("lm_eval.api.task")
+    with _patching:
+        before = env.from_string, lm_eval.api.task.tqdm, logger.level
+        env.from_string = functools.lru_cache(_NUM_TEMPLATES)(env.from_string)
+        lm_eval.api.task.tqdm = lambda iterable, **_: iterable
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            env.from_string, lm_eval.api.task.tqdm, level = before
+            logger.setLevel(level)
 
 
 class HarnessTask(ConfigurableTask):
@@ -69,8 +84,8 @@ class HarnessTask(ConfigurableTask):
         return self._validation
 
     def build_all_requests(self, **kwargs: Any) -> None:
-        """Build the requests of the items asked for, without lm-eval's progress bar, of which MMLU would show 57."""
-        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        """Build the requests of the items asked for."""
+        with patched_harness():
             super().build_all_requests(**kwargs)
 
     def num_examples(self, doc: dict[str, Any]) -> int | None:

@@ -47,7 +47,7 @@ class RoundEvaluation:
         questions = read_questions(self.run, config.asked, config, progress)
         names = _asked(questions)
         if names:
-            _ask(self.run, final_checkpoint(self.run, self.round_number), names, self._last_folder(), progress)
+            self._ask(names, progress)
         return questions
 
     def score(self, questions: Sequence[Question], progress: Progress) -> None:
@@ -109,6 +109,21 @@ class RoundEvaluation:
         if scored:
             refresh_ledger(self.run.folder)
 
+    def _ask(self, names: tuple[str, ...], progress: Progress) -> None:
+        """Have the model that the round ended with give the answers to tasks that are missing."""
+        from flows.evaluation.harness_model import answer_job
+
+        run, folder = self.run, self._last_folder()
+        checkpoint = final_checkpoint(run, self.round_number)
+        job = answer_job(run, self.round_number, checkpoint, evaluation_of(run, names), folder)
+        requests = requests_folder(run)
+        is_complete = all(
+            has_answers(requests_path(folder, name), identify_answers(job.fingerprint, requests_path(requests, name)))
+            for name in names
+        )
+        if not is_complete:
+            launcher.launch(job, run.folder, f"evaluate-{self.round_number}", progress, run.config.launch)
+
     def _last_folder(self) -> Path:
         """Return the folder of the answers of the model that the round ended with."""
         step = int(read_checkpoint_record(final_checkpoint(self.run, self.round_number))["step"])
@@ -134,17 +149,3 @@ def training_questions(run: Run, progress: Progress) -> list[Question]:
 def _asked(questions: Sequence[Question]) -> tuple[str, ...]:
     """Return the tasks that ask anything: of some, no item fits into the model."""
     return tuple(question.task.name for question in questions if question.asked.requests)
-
-
-def _ask(run: Run, checkpoint: Path, names: tuple[str, ...], folder: Path, progress: Progress) -> None:
-    """Have a checkpoint's model give the answers to tasks that are missing in `folder`."""
-    from flows.evaluation.harness_model import answer_job
-
-    job = answer_job(run, checkpoint, evaluation_of(run, names), folder)
-    requests = requests_folder(run)
-    is_complete = all(
-        has_answers(requests_path(folder, name), identify_answers(job.fingerprint, requests_path(requests, name)))
-        for name in names
-    )
-    if not is_complete:
-        launcher.launch(job, run.folder, f"evaluate-{checkpoint.parent.parent.name}", progress, run.config.launch)

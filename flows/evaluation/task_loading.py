@@ -59,8 +59,12 @@ def load_tasks(
     """
     if data is not None and not data.is_dir():
         raise ValueError(f"eval.data: no folder {data}; name the one that holds the tasks' files, or leave it out")
-    ours = {"fits": fits, "num_tokens": num_tokens}
-    return [_load(_Rows(TASKS[name], data, limit), ours) for name in resolve_names(names)]
+    resolved, ours = resolve_names(names), {"fits": fits, "num_tokens": num_tokens}
+    # Importing lm-eval takes a second.
+    from flows.evaluation.harness_task import patched_harness
+
+    with patched_harness():
+        return [_load(_Rows(TASKS[name], data, limit), ours) for name in resolved]
 
 
 def task_texts(tasks: Sequence[EvaluationTask]) -> Iterator[ItemText]:

@@ -7,10 +7,12 @@ whole heads leave over.
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
+from typing import Annotated
 
 from pydantic import Field, model_validator
 from scipy.stats import qmc
 
+from data_scoring.base.field_effects import FREE
 from data_scoring.config import Config
 from trainer.config import ModelConfig, ParallelConfig
 
@@ -30,14 +32,17 @@ class SearchConfig(Config):
     tolerance: float = Field(
         default=0.03, gt=0, le=0.5, description="Share of `parameters` that a model's may be more or less."
     )
-    trials: int = Field(default=30, ge=1, le=10_000, description="Models that are trained (paper: 30).")
+    # More of them are the same ones, and some more.
+    trials: Annotated[int, FREE] = Field(
+        default=30, ge=1, le=10_000, description="Models that are trained (paper: 30)."
+    )
     min_depth: int = Field(default=9, ge=1, le=1024, description="Fewest layers (paper: 9).")
     max_depth: int = Field(default=40, ge=1, le=1024, description="Most layers (paper: 40).")
     min_expansion: float = Field(default=1.0, gt=0, le=64, description="Least ratio of FFN to width (paper: 1).")
     max_expansion: float = Field(default=4.0, gt=0, le=64, description="Greatest ratio of FFN to width (paper: 4).")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of what is drawn.")
-    jobs: int = Field(default=1, ge=1, le=1024, description="Trials that train at once.")
-    generation: bool = Field(default=True, description="Whether generation speed is measured.")
+    jobs: Annotated[int, FREE] = Field(default=1, ge=1, le=1024, description="Trials that train at once.")
+    generation: Annotated[bool, FREE] = Field(default=True, description="Whether generation speed is measured.")
 
     @model_validator(mode="after")
     def _check_ranges(self) -> "SearchConfig":

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_scoring.base.field_effects import deciding
 from data_scoring.base.files import read_json, write_json
 from data_scoring.base.progress import Progress
 from data_scoring.evaluation.tasks import resolve_names
@@ -20,8 +21,6 @@ from flows.run.locks import locked
 from flows.stages.prepare import vocabulary_size
 from flows.stages.stage_order import complete
 
-# What may differ when a search goes on: how many of the same trials are taken, and how fast.
-_FREE = {"trials", "jobs", "generation"}
 _RECORD = "sweep.json"
 
 
@@ -44,7 +43,7 @@ def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
     if config.eval.asked:
         check_items(config.eval)
     before: dict[str, Any] | None = read_json(folder / _RECORD)
-    wanted = search.model_dump(exclude=_FREE)
+    wanted = deciding(search, "train")
     if before is not None and before != wanted:
         different = [f"{name} {before.get(name)} there, {value} here" for name, value in wanted.items()
                      if before.get(name) != value]  # fmt: skip

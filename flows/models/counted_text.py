@@ -9,9 +9,8 @@ from pathlib import Path
 from data_scoring.base.progress import Progress
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.corpus import Corpus
-from data_scoring.corpus.sources import check_source, matching_files, read_documents, resolve_format
+from data_scoring.corpus.sources import Rejects, check_source, matching_files, read_documents, resolve_format
 from data_scoring.corpus.token_counts import SourceCounts, count_corpus, count_source, texts_of
-from data_scoring.corpus.tokenise import Rejects
 from data_scoring.tokenizer.tokenizer import Tokenizer, read_tokenizer
 from flows.run.config import RunConfig, read_config
 from flows.run.folder import read_run

@@ -119,8 +119,7 @@ def export_model(
 
 def _export_folder(stored: StoredModel) -> Path:
     folder = stored.place / "export"
-    is_run = not (stored.place / MODEL).is_file()
-    return folder / f"round-{stored.checkpoint.parent.parent.name}" if is_run else folder
+    return folder if stored.round_number is None else folder / f"round-{stored.round_number}"
 
 
 def _unfinished(stored: StoredModel) -> list[str]:

@@ -10,7 +10,7 @@ from data_scoring.base.files import writing
 from data_scoring.ledger import refresh_ledger
 from flows.display.figures import render_figure
 from flows.display.html import html_figure, html_page, html_table
-from flows.report.pictures import figure
+from flows.report.pictures import figure, save_picture
 from flows.report.plots import forgetting_curve, kept_by_source, loss_curves, selection_histograms
 from flows.report.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
 from flows.run.config import RunConfig
@@ -101,11 +101,11 @@ def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
                 array_to_string(heads, ', ') as "Heads of the larger model"
             from lineage order by layer""",
         ),
-        *_importance(skips),
+        *_importance(run, skips),
     ]
 
 
-def _importance(skips: Path) -> list[str]:
+def _importance(run: Run, skips: Path) -> list[str]:
     """Return the picture of what each block of the larger model's layers is worth, where that was measured."""
     if not skips.exists():
         return []
@@ -114,8 +114,7 @@ def _importance(skips: Path) -> list[str]:
     from flows.inheritance.layer_importance_report import importance
 
     png = render_figure(lambda: importance(read_ablation(skips)))
-    with writing(skips.parents[3] / "report" / "importance.png") as temporary:
-        temporary.write_bytes(png)
+    save_picture(run, "importance", png)
     return [html_figure(png, "Increase of the larger model's loss where layers are skipped, by the first of them.")]
 
 

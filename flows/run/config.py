@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from data_scoring.base.field_effects import FREE, Decides, is_free, section_of
 from data_scoring.base.files import fingerprint
 from data_scoring.base.names import OneOf
 from data_scoring.config import (
@@ -123,27 +124,30 @@ class LaunchConfig(Config):
 class RunConfig(Config):
     """One run: a corpus, a model, and rounds of training, scoring and refining."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = Field(
+    name: Annotated[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None, FREE] = Field(
         default=None,
-        description="Name of the run and of its folder; null: run- and what identifies the configuration, so that the "
-        "same one goes on and another starts anew.",
+        description="Name of the run and of its folder, which may be renamed; null: run- and what identifies the "
+        "configuration, so that the same one goes on and another starts anew.",
     )
-    output: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")] = Field(
-        default="runs", description="Folder that holds run folders."
+    output: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$"), FREE] = Field(
+        default="runs", description="Folder that holds run folders, which may be moved."
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of everything drawn at random.")
-    device: Literal["auto", "cuda", "npu", "cpu"] = Field(default="auto", description="Device that ranks run on.")
+    device: Annotated[Literal["auto", "cuda", "npu", "cpu"], FREE] = Field(
+        default="auto", description="Device that ranks run on."
+    )
     corpus: CorpusConfig = CorpusConfig(sources=_DEMO_SOURCES)
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    launch: LaunchConfig = LaunchConfig()
+    parallel: Annotated[ParallelConfig, FREE] = ParallelConfig()
+    launch: Annotated[LaunchConfig, FREE] = LaunchConfig()
     train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: Annotated[CheckpointConfig, FREE] = CheckpointConfig()
     score: ScoreConfig = ScoreConfig()
     refine: RefineConfig = RefineConfig()
-    rounds: RoundsConfig = RoundsConfig()
-    eval: EvalConfig = EvalConfig()
+    rounds: Annotated[RoundsConfig, FREE] = RoundsConfig()
+    # What its tasks score is made anew where it changes; what they are decides the mix where they are removed from it.
+    eval: Annotated[EvalConfig, Decides(unless=("contamination", "remove"))] = EvalConfig()
 
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
@@ -208,21 +212,13 @@ class RunConfig(Config):
         """Return the run's name: the given one, else one that every configuration with the same results has."""
         if self.name is not None:
             return self.name
-        values = flatten(_decisive(self))
-        return f"run-{fingerprint({field: value for field, value in values.items() if not _is_free(field)})}"
+        values = flatten(self.model_dump())
+        return f"run-{fingerprint({field: value for field, value in values.items() if not is_free(self, field)})}"
 
     @property
     def folder(self) -> Path:
         """Return the run's folder."""
         return Path(self.output) / self.run_name
-
-
-# What may differ when a run goes on: where and how fast it computes, not what.
-_FREE = (
-    "name", "output", "device", "parallel", "launch", "checkpoint", "rounds", "refine.memory_gb",
-    "score.micro_batch_size", "score.loss_kernel", "train.micro_batch_size", "train.loss_kernel",
-    "train.activation_kernel", "train.validate_every_steps", "model.preset",
-)  # fmt: skip
 
 
 def read_config(path: Path, overrides: list[str]) -> RunConfig:
@@ -307,33 +303,21 @@ def _fields_of(location: list[str]) -> list[str]:
     for part in location:
         if part.isdigit():
             continue
-        model = next(field for name, field in model.model_fields.items() if part in (name, field.alias)).annotation
-        model = next((entry for entry in getattr(model, "__args__", ()) if hasattr(entry, "model_fields")), model)
+        field = next(field for name, field in model.model_fields.items() if part in (name, field.alias))
+        model = section_of(field.annotation)
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return a line for each field in which `new` differs from `old` such that results would differ."""
+    """Return a line for each field in which `new` differs from `old` and which decides results in either of them."""
     before, after = (
-        flatten({**_decisive(config), "train": config.resolved_train.model_dump()}) for config in (old, new)
+        flatten({**config.model_dump(), "train": config.resolved_train.model_dump()}) for config in (old, new)
     )
     return [
         f"{name}: {before.get(name)!r} there, {after.get(name)!r} here"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not _is_free(name)
+        if before.get(name) != after.get(name) and not (is_free(old, name) and is_free(new, name))
     ]
-
-
-def _decisive(config: RunConfig) -> dict[str, Any]:
-    """Return the sections of `config` that decide what is trained: evaluation does where it removes what it finds."""
-    values = config.model_dump()
-    if not config.eval.removes:
-        del values["eval"]
-    return values
-
-
-def _is_free(field: str) -> bool:
-    return any(field == free or field.startswith(f"{free}.") for free in _FREE)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

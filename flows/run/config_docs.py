@@ -4,6 +4,7 @@
 """
 
 import json
+import textwrap
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from data_scoring.base.field_effects import Decides, find_mark, section_of
 from data_scoring.base.names import OneOf
 from flows.run.config import RunConfig
 
@@ -23,19 +25,56 @@ Every field of a run's YAML file. Paths are relative to the folder that the comm
 field is an error. A field can be overridden on the command line: `--set refine.sampling_rate=0.3`.
 
 A file has to name its run (`name`) and its sources (`corpus`); their defaults are for trying the deployment out.
-A run that goes on may change `device`, `parallel`, `launch`, `checkpoint`, `rounds`, `score.micro_batch_size`,
-`score.loss_kernel`, `train.micro_batch_size`, `train.loss_kernel`, `train.activation_kernel` and
-`train.validate_every_steps`, and a preset's name where its fields are the same; any other change needs another `name`.
 
-| Field | Type and bounds | Default | Meaning |
-|---|---|---|---|
+"""
+_TABLE = """| Field | Type and bounds | Default | May change | Meaning |
+|---|---|---|---|---|
 """
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def page() -> str:
     """Return the page, in Markdown."""
-    return _HEAD + "".join(f"{row}\n" for row in _rows(RunConfig, ""))
+    return _HEAD + _changes() + _TABLE + "".join(f"{row}\n" for row in _rows(RunConfig, ""))
+
+
+def _changes() -> str:
+    """Return the paragraph about what a run that goes on may change."""
+    free = {unless: [f"`{name}`" for name in names] for unless, names in _free_fields().items()}
+    always = free.pop("")
+    text = f"A run that goes on may change {', '.join(always[:-1])} and {always[-1]}, which decide no round's results"
+    text += "".join(f", and {' and '.join(names)} unless {unless}" for unless, names in free.items())
+    return f"{textwrap.fill(f'{text}. Any other change needs another `name`.', 120, break_on_hyphens=False)}\n\n"
+
+
+def _free_fields() -> dict[str, list[str]]:
+    """Return the names of the fields and whole sections that may change, by what that depends on."""
+    names: dict[str, list[str]] = {}
+    for name in _leaves(RunConfig, ""):
+        found = find_mark(RunConfig, name)
+        if found is not None and not found[1].stages and found[0] not in names.setdefault(_unless(found), []):
+            names[_unless(found)].append(found[0])
+    return names
+
+
+def _leaves(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key, field in model.model_fields.items():
+        name = f"{prefix}{field.alias or key}"
+        inner = section_of(field.annotation)
+        yield from [name] if inner is None else _leaves(inner, f"{name}.")
+
+
+def _unless(found: tuple[str, Decides]) -> str:
+    """Return when a free field decides results nonetheless, in words; empty where it never does."""
+    path, mark = found
+    return f"`{path}.{mark.unless[0]}` is {mark.unless[1]}" if mark.unless else ""
+
+
+def _may_change(name: str) -> str:
+    found = find_mark(RunConfig, name)
+    if found is None or found[1].stages:
+        return "no"
+    return f"yes, unless {unless}" if (unless := _unless(found)) else "yes"
 
 
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -53,7 +92,8 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
         ]
         kind = ", ".join([_kind(field.annotation, field.metadata), *bounds])
         meaning = (field.description or "").replace("|", "\\|")
-        yield f"| `{prefix}{name}` | {kind} | {_default(field)} | {meaning} |"
+        may_change = _may_change(f"{prefix}{name}".replace("[]", ""))
+        yield f"| `{prefix}{name}` | {kind} | {_default(field)} | {may_change} | {meaning} |"
         for form in map(_plain, get_args(field.annotation)):
             if isinstance(form, type) and issubclass(form, BaseModel):
                 yield from _rows(form, f"{prefix}{name}.")

@@ -6,25 +6,25 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from data_scoring.base.field_effects import INFERENCE, deciding
 from data_scoring.base.files import checksum, fingerprint, read_json
 from flows.run.folder import read_run
 from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record
 from trainer.config import ModelConfig
 
 MODEL, ORIGIN = "model.yaml", "import.json"
-# Fields that say how a model began, and nothing of what it computes.
-_BEGINNING = {"preset", "start_from", "inherit", "init", "init_std"}
 
 
 @dataclass(frozen=True)
 class StoredModel:
     """A trained model: its shape, its weights, and the tokenizer that it reads with.
 
-    vocab_size: the tokenizer's entries. end_of_document: the token that ends documents, where the tokenizer does not
-    tell.
+    round_number: the round of the run that it ended, None for one that was imported. vocab_size: the tokenizer's
+    entries. end_of_document: the token that ends documents, where the tokenizer does not tell.
     """
 
     place: Path
+    round_number: int | None
     config: ModelConfig
     checkpoint: Path
     tokenizer: Path
@@ -34,9 +34,8 @@ class StoredModel:
     @property
     def identity(self) -> str:
         """Return what stands for the model: its weights, and what is computed with them."""
-        return fingerprint(
-            "model", checksum(self.checkpoint / RECORD), self.config.model_dump(mode="json", exclude=_BEGINNING)
-        )
+        computed = deciding(self.config, INFERENCE, keep_neutral=True)
+        return fingerprint("model", checksum(self.checkpoint / RECORD), computed)
 
 
 def find_model(place: Path, round_number: int | None = None) -> StoredModel:
@@ -54,13 +53,14 @@ def find_model(place: Path, round_number: int | None = None) -> StoredModel:
         raise ValueError(
             f"{place}: holds no model; give a run's folder, or one that `reprise import hf` has made (with {MODEL})"
         )
-    run, checkpoint = read_run(place), find_checkpoint(place, round_number)
+    run = read_run(place)
+    found, checkpoint = _find_round(place, round_number)
     corpus = run.corpus()
     vocab_size = int(read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size))
     end = run.config.tokenizer.end_of_document
     # Where its own weights came from says nothing about the parts that are cut from it.
     config = run.config.model.model_copy(update={"inherit": None, "start_from": None})
-    return StoredModel(place, config, checkpoint, corpus.tokenizer_path, vocab_size, end)
+    return StoredModel(place, found, config, checkpoint, corpus.tokenizer_path, vocab_size, end)
 
 
 def _read_folder(place: Path) -> StoredModel:
@@ -75,7 +75,7 @@ def _read_folder(place: Path) -> StoredModel:
         raise ValueError(f"{place}: its {missing} is missing; import the model again")
     vocab_size = int(read_checkpoint_record(checkpoints[-1])["vocab_size"])
     end = (read_json(place / ORIGIN) or {}).get("end_of_document")
-    return StoredModel(place, config, checkpoints[-1], tokenizers[0], vocab_size, end)
+    return StoredModel(place, None, config, checkpoints[-1], tokenizers[0], vocab_size, end)
 
 
 def find_checkpoint(place: Path, round_number: int | None) -> Path:
@@ -87,10 +87,15 @@ def find_checkpoint(place: Path, round_number: int | None) -> Path:
         if round_number is not None:
             raise ValueError(f"--round: goes with a run folder, which {place} is not; leave it out")
         return place
+    return _find_round(place, round_number)[1]
+
+
+def _find_round(place: Path, round_number: int | None) -> tuple[int, Path]:
+    """Return a round of the run in `place`, by default the last that has a checkpoint, with its last checkpoint."""
     rounds = sorted(int(path.name) for path in (place / "rounds").glob("[0-9]*"))
     for number in reversed(rounds) if round_number is None else [round_number]:
         checkpoints = list_checkpoints(place / "rounds" / str(number) / "checkpoint")
         if checkpoints:
-            return checkpoints[-1]
+            return number, checkpoints[-1]
     which = "no round has" if round_number is None else f"round {round_number} does not have"
     raise ValueError(f"{place}: {which} a checkpoint; train it first, or give a step-… folder")

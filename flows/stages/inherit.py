@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from data_scoring.base.field_effects import deciding
 from data_scoring.base.progress import Progress
 from flows.run.config import RunConfig
 from flows.stages.stage import Stage, Stages
@@ -20,7 +21,7 @@ class Inherit(Stage):
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
         """Return the corpus that is measured over, the model, and the seed."""
         config = stages.run.config
-        model = config.model.model_dump(exclude={"preset", "start_from"})
+        model = deciding(config.model, self.name, keep_neutral=True)
         return [stages.run.corpus().fingerprint, model, config.seed]
 
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:

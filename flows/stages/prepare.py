@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from data_scoring.base.field_effects import deciding
 from data_scoring.base.files import read_json
 from data_scoring.base.progress import Progress
 from data_scoring.corpus.prepare_corpus import prepare_corpus
@@ -30,7 +31,7 @@ class Prepare(Stage):
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
         """Return the configuration of corpus and tokenizer, and the seed."""
         config = stages.run.config
-        return [config.corpus.model_dump(), config.tokenizer.model_dump(), config.seed]
+        return [deciding(config.corpus, self.name), deciding(config.tokenizer, self.name), config.seed]
 
     def is_complete(self, stages: Stages, round_number: int) -> bool:
         """Return whether the corpus was made with the inputs that it would have now."""

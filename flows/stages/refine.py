@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from data_scoring.base.field_effects import deciding
 from data_scoring.base.parquet import parquet_fingerprint
 from data_scoring.base.progress import Progress, silent
 from data_scoring.corpus.corpus import Corpus
@@ -41,7 +42,7 @@ class Refine(Stage):
         config = run.refine_config(round_number)
         inputs = [
             stages.fingerprint("score", round_number - 1),
-            config.model_dump(exclude={"memory_gb"}),
+            deciding(config, self.name),
             run.config.seed,
             round_number,
         ]

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_scoring.base.field_effects import deciding
 from data_scoring.base.files import checksum, fingerprint
 from data_scoring.base.parquet import parquet_fingerprint
 from data_scoring.base.progress import Progress
@@ -43,8 +44,7 @@ class Score(Stage):
 
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
         """Return the model and the budget."""
-        budget = stages.run.config.score.model_dump(include={"budget", "min_correlation", "calibration_samples"})
-        return [stages.fingerprint("train", round_number), budget]
+        return [stages.fingerprint("train", round_number), deciding(stages.run.config.score, self.name)]
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Score on the run's ranks, and note in budget.parquet what that costs.

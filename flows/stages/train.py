@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_scoring.base.field_effects import deciding
 from data_scoring.base.progress import Progress
 from data_scoring.config import padded_vocab_size
 from flows.evaluation.questions import Question, check_items
@@ -16,30 +17,6 @@ from flows.stages.prepare import vocabulary_size
 from flows.stages.stage import Stage, Stages
 from trainer.checkpoint_folder import seconds_to_stop
 from trainer.jobs import TrainJob
-
-_NOT_IN_WEIGHTS = {
-    "micro_batch_size",
-    "loss_kernel",
-    "activation_kernel",
-    "validate_every_steps",
-    "global_batch_tokens",
-    "max_tokens",
-}
-# Fields that came after 0.3, with the value that leaves everything as it was: runs from before go on.
-_NEUTRAL = {
-    "start_from": None,
-    "inherit": None,
-    "init": "gpt2",
-    "activation_terms": 1,
-    "activation_scales": "channel",
-    "shortcut_reduction": None,
-    "shortcut_input": "normalised",
-    "head_size": None,
-    "tied_embeddings": False,
-    "attention_bias": "none",
-    "ffn_bias": False,
-    "rotary_scaling": None,
-}
 
 
 class Train(Stage):
@@ -87,9 +64,7 @@ class Train(Stage):
 
 def training_inputs(config: RunConfig) -> list[dict[str, Any]]:
     """Return what of the model's and training's configuration decides the weights that a round ends with."""
-    train = config.resolved_train.model_dump(exclude=_NOT_IN_WEIGHTS)
-    model = config.model.model_dump(exclude={"preset"})
-    return [{name: value for name, value in model.items() if _NEUTRAL.get(name, ...) != value}, train]
+    return [deciding(section, "train") for section in (config.model, config.resolved_train)]
 
 
 def launch_plan(config: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 import random
 import re
+import tracemalloc
 import unicodedata
 
 from data_scoring.contamination.item_ngrams import index_items
@@ -78,3 +79,14 @@ def test_items_have_as_many_ngrams_as_tuples_tell() -> None:
                 expected.setdefault(tuple(words[place : place + length]), place)
         assert sorted(index.places[index.owners == number].tolist()) == sorted(expected.values())
     assert index.lengths == set(range(8, 14))
+
+
+def test_nothing_is_kept_of_long_words() -> None:
+    split_units(["warm up"])
+    tracemalloc.start()
+    for length in range(100_000, 100_030):
+        split_units(["a" * length])
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A word's powers take 800 kB.
+    assert kept < 400_000

@@ -116,7 +116,9 @@ def test_a_report_leaves_a_run_as_it_is(texts: Path, tmp_path: Path, fakes: Fake
     assert run_rounds(report) == ["contamination"]
     assert "are trained on like all others (eval.contamination)" in section(report)
     assert section(off) == ""
-    with pytest.raises(ValueError, match=r"made by another configuration .*eval\.contamination: None there, 'remove'"):
+    with pytest.raises(
+        ValueError, match=r"made by another configuration .*eval\.contamination: 'report' there, 'remove'"
+    ):
         open_run(config_of(texts, tmp_path))
 
 

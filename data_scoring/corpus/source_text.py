@@ -1,0 +1,82 @@
+"""The text of one source, read and parsed once: what a tokenizer is trained on is kept until it is tokenised."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from data_scoring.base.files import fingerprint, writing
+from data_scoring.config import SourceConfig
+from data_scoring.corpus.sources import Rejects, batch_documents, read_documents, stamp_files
+
+_IDENTITY = b"reprise.source"
+
+
+@dataclass(frozen=True)
+class SourceText:
+    """The documents of `source`, and what of them lies in the folder `staging`.
+
+    Kept documents are an Arrow stream, compressed with zstd, that is there once all of the source was read. It knows
+    the source's configuration and files, and is of no use to others.
+    """
+
+    source: SourceConfig
+    staging: Path
+    skip_bad: bool
+
+    @property
+    def identity(self) -> str:
+        """Return what stands for the documents: the source's configuration, and its files as they are now."""
+        # The text that Python carries is another with every version.
+        return fingerprint(self.source.model_dump(), stamp_files(self.source), self.skip_bad, sys.version)
+
+    def documents(self, keep: bool = False) -> Iterator[str]:
+        """Yield the documents: the kept ones, or else the source's; `keep` has these kept once all were taken.
+
+        Raises ValueError for a malformed record, unless these are skipped, and so listed in the staging folder.
+        """
+        if self._is_kept():
+            yield from self._read_kept()
+            return
+        documents = read_documents(self.source, Rejects(self._rejects_path, self.skip_bad))
+        yield from self._keep(documents) if keep else documents
+
+    def num_rejected(self) -> int:
+        """Return the number of malformed records that were skipped when the source was read."""
+        if not self._rejects_path.exists():
+            return 0
+        with self._rejects_path.open("rb") as lines:
+            return sum(1 for _ in lines)
+
+    def forget(self) -> None:
+        """Delete the kept documents."""
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def _path(self) -> Path:
+        return self.staging / f"{self.source.name}.text.arrow"
+
+    @property
+    def _rejects_path(self) -> Path:
+        return self.staging / f"{self.source.name}.rejects.jsonl"
+
+    def _is_kept(self) -> bool:
+        if not self._path.exists():
+            return False
+        with pa.OSFile(str(self._path)) as file, pa.ipc.open_stream(file) as stream:
+            return bool((stream.schema.metadata or {}).get(_IDENTITY) == self.identity.encode())
+
+    def _read_kept(self) -> Iterator[str]:
+        with pa.OSFile(str(self._path)) as file, pa.ipc.open_stream(file) as stream:
+            for batch in stream:
+                yield from batch.column(0).to_pylist()
+
+    def _keep(self, documents: Iterable[str]) -> Iterator[str]:
+        schema = pa.schema([pa.field("text", pa.large_string())], {_IDENTITY: self.identity.encode()})
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with writing(self._path) as temporary, pa.ipc.new_stream(str(temporary), schema, options=options) as stream:
+            for batch in batch_documents(documents):
+                stream.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=schema))
+                yield from batch
