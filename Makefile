@@ -1,4 +1,4 @@
-# Everything a fresh machine needs is Python 3.11, pip and make.
+# A fresh machine needs only Python 3.11, pip and make.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,15 +6,16 @@ INSTALLED := $(VENV)/installed
 
 .PHONY: demo serve test check bench device-check clean
 
-# The whole job on the text that Python carries: trains, scores, refines, trains again.
+# A whole run on text that ships with Python: train, score, refine, train again.
 demo: $(INSTALLED)
 	$(BIN)/reprise run configs/demo.yaml
 
-# Prefect's server and UI on this machine alone, the deployments, and a worker; Ctrl-C stops all of it.
+# Prefect's server and UI on the loopback interface, the deployments, and a worker; Ctrl-C stops all of them.
 serve: $(INSTALLED)
 	$(BIN)/reprise serve
 
-# Style, types, rooms and tests, these in two processes, a file at a time: ranks that start leave a core to others.
+# Style, types, import contracts and tests. Tests run in two processes, each file in one of them: starting ranks then
+# leaves a core to the other process.
 test: check
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -24,13 +25,13 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# Prints each claim as a ratio to a named baseline and writes it to benchmarks/results/.
+# Prints each performance claim as a ratio to a named baseline and writes it to benchmarks/results/.
 bench: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.run
 
-# What Reprise computes on this machine's device, how fast and in how much memory: runs/device-check/summary.md, in ten
-# minutes at most. Before it, a CPU's losses are recorded, in one or two.
+# Checks what Reprise computes on this machine's device, its speed and its memory, in ten minutes at most; the result is
+# runs/device-check/summary.md. Recording the losses of a CPU first takes one or two minutes.
 device-check: $(INSTALLED)
 	$(BIN)/python -W ignore -m benchmarks.device run --output runs/device-check
 
