@@ -35,7 +35,7 @@ from flows.orchestration.temporary_server import is_private
 from flows.report import tables
 from flows.report.run_report import write_report
 from flows.run.folder import Run
-from flows.stages.refine import preview
+from flows.stages.refine import selection_of
 from flows.stages.stage_order import fingerprint_of
 
 _SECONDS_BETWEEN_POLLS = 2.0
@@ -171,7 +171,7 @@ class FlowProgress:
         return {}
 
     def _refined(self, run: Run, round_number: int) -> dict[str, Any]:
-        kept = preview(run, round_number)
+        kept = selection_of(run, round_number)
         page = tables.selection_page(run, kept)
         self._show(f"round-{round_number}-selection", "markdown", page, "What is trained on, and what is dropped.")
         total = kept.total

@@ -5,7 +5,7 @@ from typing import Any
 
 import duckdb
 
-from data_scoring.refine.dry_run import DryRun
+from data_scoring.refine.selection_summary import SelectionSummary
 from flows.display.figures import Plot, render
 from flows.display.markdown import markdown_table
 from flows.evaluation.results import chance_rows, columns_of, read_chance, read_items, read_rows
@@ -59,12 +59,12 @@ def evaluation_page(run: Run) -> str:
     return f"{table}\n\n{items}\n\n{_picture(run, score_curves, 'scores against tokens')}"
 
 
-def selection_page(run: Run, dry: DryRun) -> str:
+def selection_page(run: Run, selection: SelectionSummary) -> str:
     """Return, as Markdown, what a round keeps of each source and shard, with the picture of it."""
     return "\n\n".join(
         [
-            summary(dry),
-            _picture(run, selection_histograms(dry.round_number), "losses by shard, kept and dropped"),
+            summary(selection),
+            _picture(run, selection_histograms(selection.round_number), "losses by shard, kept and dropped"),
         ]
     )
 
@@ -74,22 +74,21 @@ def loss_page(run: Run) -> str:
     return _picture(run, loss_curves, "training and validation loss")
 
 
-def summary(dry: DryRun) -> str:
+def summary(selection: SelectionSummary) -> str:
     """Return what a selection keeps, and how it compares, as Markdown that reads well as plain text too."""
-    total = dry.total
+    total, config = selection.total, selection.config
     lines = [
-        f"Round {dry.round_number}, policy {dry.config.policy}, sampling rate {dry.config.sampling_rate:g}, "
-        f"temperature {dry.config.draw_temperature:g}: {total.num_kept:,} of {total.num_samples:,} samples "
+        f"Round {selection.round_number}, policy {config.policy}, sampling rate {config.sampling_rate:g}, "
+        f"temperature {config.draw_temperature:g}: {total.num_kept:,} of {total.num_samples:,} samples "
         f"({total.share:.1%}), {total.num_tokens_kept:,} tokens.",
         f"Mean loss {total.mean_loss:.4f} of all samples, {total.mean_loss_kept:.4f} of those kept. "
-        f"{dry.random_overlap:.1%} of them would be kept without regard to loss, too; "
-        f"{dry.last_mix_overlap:.1%} were in the mix before.",
+        f"{_random_overlap(selection)}{selection.last_mix_overlap:.1%} of them were in the mix before.",
     ]
-    if dry.config.max_tokens is not None:
-        lines.append(f"Of these the mix takes the first {dry.config.max_tokens:,} tokens (refine.max_tokens).")
-    reasons = [[reason, "kept" if kept else "", f"{count:,}"] for reason, kept, count in dry.reasons]
+    if config.max_tokens is not None:
+        lines.append(f"Of these the mix takes the first {config.max_tokens:,} tokens (refine.max_tokens).")
+    reasons = [[reason, "kept" if kept else "", f"{count:,}"] for reason, kept, count in selection.reasons]
     lines.append(markdown_table(["why", "kept", "samples"], reasons))
-    for title, parts in (("source", dry.sources), ("shard", dry.shards)):
+    for title, parts in (("source", selection.sources), ("shard", selection.shards)):
         head = [title, "samples", "kept", "share", "tokens kept", "mean loss", "mean loss kept"]
         cells = [
             [
@@ -100,6 +99,12 @@ def summary(dry: DryRun) -> str:
         ]  # fmt: skip
         lines.append(markdown_table(head, cells))
     return "\n\n".join(lines)
+
+
+def _random_overlap(selection: SelectionSummary) -> str:
+    if selection.random_overlap is None:
+        return ""
+    return f"{selection.random_overlap:.1%} of them would be kept without regard to loss, too. "
 
 
 def _picture(run: Run, plot: Plot, alternative: str) -> str:

@@ -11,11 +11,11 @@ from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.origin import Origin, check_origins
 from data_scoring.losses.shard_scoring import losses_path
 from data_scoring.refine.candidates import Draw
-from data_scoring.refine.dry_run import DryRun, dry_run
 from data_scoring.refine.near_duplicates import write_near_duplicates
 from data_scoring.refine.policies import REFERENCE_LOSS, SEEN_LOSS
 from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.refine_shards import refine
+from data_scoring.refine.selection_summary import SelectionSummary, dry_run, summarise_selection
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.contamination import samples_to_leave_out
@@ -60,7 +60,7 @@ class Refine(Stage):
         refine(draw_of(run, round_number, config, duplicates), identity, progress)
 
 
-def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> DryRun:
+def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> SelectionSummary:
     """Return what refining for `round_number` with `config`, by default the run's own, would keep, writing nothing.
 
     The round before has to be scored.
@@ -70,6 +70,11 @@ def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> 
     with tempfile.TemporaryDirectory() as folder:
         duplicates = _near_duplicates(run, config, silent, Path(folder))
         return dry_run(draw_of(run, round_number, config, duplicates), run.corpus().samples_path)
+
+
+def selection_of(run: Run, round_number: int) -> SelectionSummary:
+    """Return what the selection of a refined round keeps."""
+    return summarise_selection(draw_of(run, round_number, run.refine_config(round_number)), run.corpus().samples_path)
 
 
 def draw_of(run: Run, round_number: int, config: RefineConfig, duplicates: Path | None = None) -> Draw:

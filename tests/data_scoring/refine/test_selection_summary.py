@@ -1,5 +1,6 @@
 """A dry run says what refining then does, counted again from the files it would have written."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
 from data_scoring.losses.shard_scoring import losses_path
+from data_scoring.refine import selection_summary
 from data_scoring.refine.candidates import Draw
-from data_scoring.refine.dry_run import dry_run
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.refine_shards import mix_selection, refine
+from data_scoring.refine.selection_summary import dry_run, summarise_selection
 from tests.conftest import read_rows
 
 SIZES = (701, 700)
@@ -75,6 +77,16 @@ def test_it_counts_what_refining_keeps(scored: Path, policy: str, rate: float) -
     assert dry.random_overlap == 1 if policy != "loss" else dry.random_overlap < 1
     mixed = set(read_rows(scored / "1" / "mix.parquet", "shard", "sample"))
     assert dry.last_mix_overlap == pytest.approx(len(kept.keys() & mixed) / len(kept))
+
+
+def test_a_written_selection_is_read_and_not_drawn_again(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = Draw(scored, 2, RefineConfig(sampling_rate=0.3), 5, list(SIZES))
+    expected = dry_run(draw, scored / "samples.parquet")
+    refine(draw, "f", silent)
+    for drawing in ("select", "find_limits"):
+        monkeypatch.delattr(selection_summary, drawing)
+    found = summarise_selection(draw, scored / "samples.parquet")
+    assert found == replace(expected, random_overlap=None)
 
 
 def test_batches_are_compared_with_batches_drawn_by_chance(scored: Path) -> None:

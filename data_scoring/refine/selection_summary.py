@@ -1,0 +1,146 @@
+"""Summaries of selections: of a dry run, which writes nothing, and of what refining has written."""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import duckdb
+
+from data_scoring.base.sql import bounded, literal
+from data_scoring.refine.candidates import Draw, find_limits
+from data_scoring.refine.policies import BATCH_LOSS
+from data_scoring.refine.refine_config import RefineConfig
+from data_scoring.refine.refine_shards import selection_path
+from data_scoring.refine.selection import select
+
+# A temperature that leaves losses no weight.
+_ONLY_CHANCE = 1e9
+
+
+@dataclass(frozen=True)
+class Part:
+    """What would be kept of a source, of a shard, or of everything."""
+
+    name: str
+    num_samples: int
+    num_kept: int
+    num_tokens_kept: int
+    mean_loss: float
+    mean_loss_kept: float
+
+    @property
+    def share(self) -> float:
+        """Return the kept share of the samples."""
+        return self.num_kept / self.num_samples
+
+
+@dataclass(frozen=True)
+class SelectionSummary:
+    """What a selection keeps by source, by shard and in all, and how it differs from other selections.
+
+    `reasons` are why samples are kept (True) or not, with their numbers, the commonest first.
+    `random_overlap` is the share of the kept samples that a draw with the same random numbers but no regard to loss
+    keeps too: 1 where losses decide nothing, None where that was not drawn. `last_mix_overlap` is the share that the
+    round before trained on.
+    """
+
+    config: RefineConfig
+    round_number: int
+    sources: list[Part]
+    shards: list[Part]
+    total: Part
+    reasons: list[tuple[str, bool, int]]
+    random_overlap: float | None
+    last_mix_overlap: float
+
+
+def dry_run(draw: Draw, samples_path: Path) -> SelectionSummary:
+    """Return what refining would keep, by the losses of the round before, writing nothing.
+
+    Raises ValueError where losses are missing or incomplete, and for all that refining itself refuses.
+    """
+    with _counting(draw.config.memory_gb) as connection:
+        limits, by_chance = find_limits(connection, draw), replace(draw, config=_without_losses(draw.config))
+        for shard in range(len(draw.num_samples)):
+            chosen = select(connection, draw, limits, shard)
+            random = select(connection, by_chance, limits, shard, "random")
+            _count(connection, draw, samples_path, shard, chosen, random)
+        return _summarise(connection, draw, is_compared=True)
+
+
+def summarise_selection(draw: Draw, samples_path: Path) -> SelectionSummary:
+    """Return what the selection that refining has written keeps. It is read, not drawn again."""
+    with _counting(draw.config.memory_gb) as connection:
+        for shard in range(len(draw.num_samples)):
+            chosen = f"from read_parquet({literal(selection_path(draw.target, shard))})"
+            _count(connection, draw, samples_path, shard, chosen, chosen)
+        return _summarise(connection, draw, is_compared=False)
+
+
+@contextmanager
+def _counting(memory_gb: float) -> Iterator[duckdb.DuckDBPyConnection]:
+    with tempfile.TemporaryDirectory() as folder, bounded(Path(folder), memory_gb) as connection:
+        connection.execute(
+            "create table parts (shard int, source varchar, samples bigint, kept bigint, tokens bigint, loss double, "
+            "kept_loss double, chance bigint, last bigint)"
+        )
+        connection.execute("create table reasons (reason varchar, kept boolean, n bigint)")
+        yield connection
+
+
+def _count(
+    connection: duckdb.DuckDBPyConnection, draw: Draw, samples_path: Path, shard: int, chosen: str, random: str
+) -> None:
+    """Count a shard's samples; `chosen` and `random` are the SQL of two selections from it."""
+    connection.execute(f"""
+        insert into parts
+        select {shard}, source, count(*), count(*) filter (chosen.kept),
+            sum(num_tokens) filter (chosen.kept), sum(chosen.loss), sum(chosen.loss) filter (chosen.kept),
+            count(*) filter (chosen.kept and random.kept), count(*) filter (chosen.kept and mix.sample notnull)
+        from ({chosen}) as chosen join ({random}) as random using (sample)
+        join (select sample, source, num_tokens from read_parquet({literal(samples_path)})
+            where shard = {shard}) using (sample)
+        left join (select sample from read_parquet({literal(draw.scored / "mix.parquet")})
+            where shard = {shard}) as mix using (sample)
+        group by source""")
+    connection.execute(f"insert into reasons select reason, kept, count(*) from ({chosen}) group by all")
+
+
+def _summarise(connection: duckdb.DuckDBPyConnection, draw: Draw, is_compared: bool) -> SelectionSummary:
+    [total] = _parts(connection, "'all'")
+    [(chance, last)] = connection.sql("select sum(chance), sum(last) from parts").fetchall()
+    random_overlap = int(chance) / total.num_kept if total.num_kept else math.nan
+    return SelectionSummary(
+        config=draw.config,
+        round_number=draw.round_number,
+        sources=_parts(connection, "source"),
+        shards=_parts(connection, "shard"),
+        total=total,
+        reasons=connection.sql(
+            "select reason, kept, sum(n)::bigint as n from reasons group by all order by n desc, reason"
+        ).fetchall(),
+        random_overlap=random_overlap if is_compared else None,
+        last_mix_overlap=int(last) / total.num_kept if total.num_kept else math.nan,
+    )
+
+
+def _without_losses(config: RefineConfig) -> RefineConfig:
+    """Return what draws the same number of the same candidates by the same random numbers alone."""
+    if not config.policy_row.needs_losses:
+        return config
+    if BATCH_LOSS in config.columns:
+        # Batches share a random number, and so are drawn as batches.
+        return config.model_copy(update={"temperature": _ONLY_CHANCE})
+    return config.model_copy(update={"policy": "random"})
+
+
+def _parts(connection: duckdb.DuckDBPyConnection, name: str) -> list[Part]:
+    rows = connection.sql(
+        f"""select {name} as name, sum(samples), sum(kept), coalesce(sum(tokens), 0), sum(loss) / sum(samples),
+            coalesce(sum(kept_loss) / sum(kept), 'nan'::double)
+        from parts group by name order by name"""
+    ).fetchall()
+    return [Part(str(row[0]), *(int(value) for value in row[1:4]), *row[4:]) for row in rows]
