@@ -1,1 +1,1 @@
-"""Benchmarks: each measures one claim against a baseline in the same process run."""
+"""Benchmarks: each measures a claim against a named baseline in the same run."""

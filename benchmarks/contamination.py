@@ -1,4 +1,4 @@
-"""Looking for evaluation items in a corpus: speed against tokenising it and against sets of tuples, and its memory."""
+"""Searching a corpus for evaluation items: speed against tokenising it and against sets of tuples, and memory."""
 
 import json
 import random
@@ -33,7 +33,7 @@ COPIES = 2
 
 
 def contamination(folder: Path) -> list[dict[str, Any]]:
-    """Return the ratios for the text of Python's library, with items from its documentation and a few from there."""
+    """Return the ratios for the text of Python's library, with items from its documentation and a few from the text."""
     documents = [document for kind in ("docstrings", "source") for document in read_python_text(kind)]
     items = _draw_items(documents)
     order = _prepare(folder / "once", documents)
@@ -41,8 +41,8 @@ def contamination(folder: Path) -> list[dict[str, Any]]:
     encoded = tokenizer.encode_batch(documents)
     size = sum(len(document.encode()) for document in documents)
 
-    def look() -> int:
-        _look(order, items)
+    def search() -> int:
+        _search(order, items)
         return size
 
     def tokenise() -> int:
@@ -53,7 +53,7 @@ def contamination(folder: Path) -> list[dict[str, Any]]:
         _count_by_tuples(tokenizer.decode_batch(encoded), items)
         return size
 
-    contenders = {"looking for items": look, "tokenising": tokenise, "decoding and sets of tuples": compare_tuples}
+    contenders = {"looking for items": search, "tokenising": tokenise, "decoding and sets of tuples": compare_tuples}
     speeds = measure_in_turns(contenders, TURNS)
     for name, values in speeds.items():
         print(f"{name}: {max(values) / 1e6:.1f} MB/s (one machine's number; the ratios are the claim)")
@@ -72,7 +72,7 @@ def contamination(folder: Path) -> list[dict[str, Any]]:
 
 
 def _draw_items(documents: list[str]) -> list[ItemText]:
-    """Return passages, a few of them from `documents`."""
+    """Return passages as items, `OVERLAPPING` of them from `documents`."""
     generator = random.Random(0)
     others = list(read_python_text("topics"))
     items = []
@@ -92,14 +92,14 @@ def _prepare(folder: Path, documents: list[str]) -> ReadingOrder:
     return ReadingOrder(Corpus(folder / "corpus"), 0)
 
 
-def _look(order: ReadingOrder, items: list[ItemText]) -> None:
+def _search(order: ReadingOrder, items: list[ItemText]) -> None:
     for path in (contamination_path(order.corpus.folder), contaminated_items_path(order.corpus.folder)):
         path.unlink(missing_ok=True)
     write_contamination(order, open_tokenizer(order.corpus.tokenizer_path, None), items, NGRAM, silent)
 
 
 def _count_by_tuples(documents: list[str], items: list[ItemText]) -> dict[tuple[str, ...], set[int]]:
-    """Return the documents that hold each n-gram of `items`; words alone, and nothing of where in the corpus."""
+    """Return the documents that contain each n-gram of `items`, without its position in the corpus."""
     wanted = {ngram for item in items for ngram in _ngrams(item.text)}
     found: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for number, document in enumerate(documents):
@@ -116,7 +116,7 @@ def _ngrams(text: str) -> list[tuple[str, ...]]:
 
 def _peak(order: ReadingOrder, items: list[ItemText]) -> int:
     tracemalloc.start()
-    _look(order, items)
+    _search(order, items)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak

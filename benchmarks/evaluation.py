@@ -1,4 +1,4 @@
-"""Answering lm-eval's requests against its own backend for transformers, with identical weights, in processes apart."""
+"""Answering lm-eval's requests against its `hf` backend, with identical weights, each in a separate process."""
 
 import argparse
 import json
@@ -27,12 +27,12 @@ from trainer.weights import write_weights
 
 VOCAB_SIZE, SEQ_LENGTH, TURNS, PASSES = 16_000, 1024, 3, 2
 SHAPE = ModelConfig(num_layers=6, hidden_size=384, num_attention_heads=6, vocab_size=VOCAB_SIZE)
-# What lm-eval's backend is given on a CPU, where `auto` asks for out-of-memory errors; the best one is the baseline.
+# Batch sizes tried for lm-eval's backend (`auto` relies on out-of-memory errors); the best is the baseline.
 BATCH_SIZES = (1, 4, 16)
 
 
 def evaluation(folder: Path) -> list[dict[str, Any]]:
-    """Return requests per second, and peak memory, of the adapter's forward against lm-eval's `hf` on a CPU."""
+    """Return requests per second and peak memory of our evaluation against lm-eval's `hf` on a CPU."""
     _make_models(folder)
     rows = []
     for name, make in WORKLOADS.items():
@@ -75,7 +75,7 @@ def evaluation(folder: Path) -> list[dict[str, Any]]:
 
 
 def five_shots() -> list[Likelihood]:
-    """Return four options, of a letter each, of questions after five examples, of which subjects have their own."""
+    """Return requests of 5-shot multiple choice: four one-letter options per question, shared examples per subject."""
     generator = np.random.default_rng(0)
     requests = []
     for _ in range(2):
@@ -87,7 +87,7 @@ def five_shots() -> list[Likelihood]:
 
 
 def endings() -> list[Likelihood]:
-    """Return four endings of stories, without examples, as HellaSwag has them."""
+    """Return requests of 0-shot story completion, four endings each, as in HellaSwag."""
     generator = np.random.default_rng(0)
     requests = []
     for _ in range(32):
@@ -107,7 +107,7 @@ def _draw(generator: np.random.Generator, count: int) -> Any:
 
 
 def _make_models(folder: Path) -> None:
-    """Make the same random model twice: as a folder of Reprise's, and as transformers opens it."""
+    """Write the same random model as a Reprise folder and as a Hugging Face folder."""
     generator = torch.Generator().manual_seed(0)
     shapes = shapes_of(SHAPE, VOCAB_SIZE)
     weights = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes.items()}
@@ -124,7 +124,7 @@ def _make_models(folder: Path) -> None:
 
 
 def _run(folder: Path, workload: str, side: str, batch_size: int) -> dict[str, Any]:
-    """Return what a process of its own measures: a thread's seconds at best, memory in MB, log-likelihoods."""
+    """Return the measurements of a separate process: least seconds of one thread, memory in MB, log-likelihoods."""
     command = [sys.executable, "-m", "benchmarks.evaluation", str(folder), workload, side, str(batch_size)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **QUIET}).stdout
     measured: dict[str, Any] = json.loads(output.splitlines()[-1])
@@ -170,7 +170,7 @@ def _hf(folder: Path, batch_size: int) -> Callable[[list[Likelihood]], list[floa
 
 
 def main() -> None:
-    """Print what one side takes for a workload."""
+    """Print one side's measurements for a workload."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("workload", choices=WORKLOADS)
@@ -180,11 +180,11 @@ def main() -> None:
     answer = _reprise(arguments.folder) if arguments.side == "reprise" else _hf(arguments.folder, arguments.batch_size)
     requests = WORKLOADS[arguments.workload]()
     before = resident("VmRSS")
-    # Forgets the peak up to now.
+    # Reset the peak memory counter.
     Path("/proc/self/clear_refs").write_text("5")
-    # Seconds of one thread are the same whatever else the machine does.
+    # CPU seconds of one thread do not depend on the machine's load.
     torch.set_num_threads(1)
-    # Warm.
+    # Warm-up.
     answer(requests[:16])
     seconds = []
     for _ in range(PASSES):

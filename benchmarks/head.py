@@ -1,4 +1,4 @@
-"""Scoring against Hugging Face's Llama with identical weights, and the kernels of the head against their reference."""
+"""Scoring against Hugging Face's Llama with identical weights, and the head's kernels against their reference."""
 
 import argparse
 import json
@@ -34,7 +34,7 @@ GPU_HEADS = [(8192, 131_072, 4096), (8192, 48_000, 1792)]
 
 
 def head(folder: Path) -> list[dict[str, Any]]:
-    """Return scoring against Hugging Face's, in speed and memory, the head alone, and the head on a GPU."""
+    """Return speed and memory of scoring against Hugging Face's Llama, of the head alone, and of the head on a GPU."""
     corpus = topics(folder, SEQ_LENGTH)
     return [*_scoring(corpus), *_scoring_memory(folder), *_heads(), *_gpu_heads()]
 
@@ -64,7 +64,7 @@ def _scoring(corpus: Corpus) -> list[dict[str, Any]]:
 
 
 def _reprise(corpus: Corpus) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Tensor]]:
-    """Return what scores samples as scoring jobs do, and the model's weights."""
+    """Return a function that scores samples as scoring jobs do, and the model's weights."""
     device = single_rank()
     from trainer.model import Kernels, build_model
     from trainer.score import ModelScorer
@@ -83,7 +83,7 @@ def _reprise(corpus: Corpus) -> tuple[Callable[[np.ndarray], np.ndarray], dict[s
 
 
 def _llama(corpus: Corpus, weights: dict[str, Tensor] | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what scores samples with transformers, its weights random unless they are given."""
+    """Return a function that scores samples with transformers, with random weights unless given."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -96,7 +96,7 @@ def _llama(corpus: Corpus, weights: dict[str, Tensor] | None) -> Callable[[np.nd
         rms_norm_eps=MODEL.norm_epsilon,
         tie_word_embeddings=False,
     )
-    # The adapter's torch-function mode is ours to pay for, not the baseline's.
+    # The baseline must not pay for the CPU adapter's torch-function mode.
     with torch._C.DisableTorchFunction():
         llama = LlamaForCausalLM(config).eval()
         if weights is not None:
@@ -117,7 +117,7 @@ def _llama(corpus: Corpus, weights: dict[str, Tensor] | None) -> Callable[[np.nd
 
 
 def _llama_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the plain model's weights under the names that transformers has for them."""
+    """Return the plain model's weights under transformers' names."""
     names = {
         "query": "self_attn.q_proj",
         "key": "self_attn.k_proj",
@@ -195,7 +195,7 @@ def _head_work(kernel: LossKernel, shape: tuple[int, int, int], backward: bool) 
 
 
 def _gpu_heads() -> list[dict[str, Any]]:
-    """Return the speed of the Triton kernel's forward pass, as a share of what a plain matrix product reaches."""
+    """Return the speed of the Triton kernel's forward pass as a share of a plain matrix product's."""
     rows = []
     for shape in GPU_HEADS:
         tokens, vocabulary, width = shape
@@ -211,10 +211,10 @@ def _gpu_heads() -> list[dict[str, Any]]:
 def heads_on(
     kind: str, kernels: tuple[LossKernel, ...], shape: tuple[int, int, int], product: float
 ) -> list[dict[str, Any]]:
-    """Return how fast kernels are in bfloat16 on a device of `kind`, two rows each, and the mean of their losses.
+    """Return the speed of kernels in bfloat16 on a device of `kind`, two rows per kernel, and the mean of their losses.
 
-    shape: tokens, vocabulary and channels; product: the operations a second that the device's matrix product reaches,
-    of which the share is told that a head's own products, one forward and two backward, are done at.
+    shape: tokens, vocabulary and channels; product: the operations per second of the device's matrix product, relative
+    to which the speed of a head's products, one forward and two backward, is given.
     """
     tokens, vocabulary, width = shape
     torch.manual_seed(0)
@@ -248,7 +248,7 @@ def _train_or_score(hidden: Tensor, weight: Tensor, labels: Tensor, kernel: Loss
 
 
 def _memory_of(name: str, folder: Path, shape: tuple[int, int, int] = HEADS[0]) -> dict[str, int]:
-    """Return the peak memory of one contender in a process of its own, MB: `whole`, and `added` by what it does."""
+    """Return the peak memory of one contender in a separate process, MB: `whole`, and `added` by its work."""
     command = [sys.executable, "-m", "benchmarks.head", name, str(folder), *map(str, shape)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     memory: dict[str, int] = json.loads(output.splitlines()[-1])
@@ -256,7 +256,7 @@ def _memory_of(name: str, folder: Path, shape: tuple[int, int, int] = HEADS[0]) 
 
 
 def main() -> None:
-    """Print the memory that one contender takes."""
+    """Print the peak memory of one contender."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("name", choices=["reprise", "llama", "chunked-head", "reference-head"])
     parser.add_argument("folder", type=Path)
@@ -270,7 +270,7 @@ def main() -> None:
         score = _reprise(corpus)[0] if arguments.name == "reprise" else _llama(corpus, None)
         work = lambda: score(np.arange(BATCH))  # noqa: E731
     before = resident("VmRSS")
-    # Forgets the peak up to now.
+    # Reset the peak memory counter.
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(3):
         work()
@@ -279,7 +279,7 @@ def main() -> None:
 
 
 def resident(entry: str) -> float:
-    """Return an entry of this process's memory, in MB."""
+    """Return an entry of this process's memory status, in MB."""
     found = re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024 / 1e6

@@ -1,4 +1,4 @@
-"""What benchmarks of the model share: one rank, a corpus, and contenders measured in turns."""
+"""Shared parts of the benchmarks: a single rank, a corpus, and alternating measurements of contenders."""
 
 import os
 import statistics
@@ -19,7 +19,7 @@ TURNS = 7
 
 
 def single_rank(kind: str = "cpu") -> Device:
-    """Return the device, this process made the only rank on it, whatever an earlier benchmark left."""
+    """Return the device, with this process initialised as its only rank, replacing any previous process group."""
     device = initialise(kind, 0)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     if torch.distributed.is_initialized():
@@ -34,7 +34,7 @@ def single_rank(kind: str = "cpu") -> Device:
 
 
 def topics(folder: Path, seq_length: int) -> Corpus:
-    """Return a corpus of the documentation that Python carries, in one shard, made in `folder` unless it is there."""
+    """Return a one-shard corpus of Python's built-in documentation, prepared in `folder` unless it is there."""
     if not (folder / "corpus" / "manifest.json").exists():
         source = SourceConfig(name="topics", format="python", path="topics")
         config = CorpusConfig(sources=(source,), seq_length=seq_length, num_shards=1)
@@ -43,7 +43,7 @@ def topics(folder: Path, seq_length: int) -> Corpus:
 
 
 def measure_in_turns(contenders: dict[str, Callable[[], int]], turns: int = TURNS) -> dict[str, list[float]]:
-    """Return the tokens per second of each contender in every turn; one turn of warm-up comes first."""
+    """Return the tokens per second of each contender in every turn, after one warm-up turn."""
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(turns + 1):
         for name, work in contenders.items():
@@ -55,7 +55,7 @@ def measure_in_turns(contenders: dict[str, Callable[[], int]], turns: int = TURN
 
 
 def ratio(speeds: dict[str, list[float]], name: str, baseline: str) -> dict[str, Any]:
-    """Return the ratios of `name` to `baseline`, turn by turn: median, least and greatest."""
+    """Return the ratios of `name` to `baseline` per turn: median, minimum and maximum."""
     ratios = [a / b for a, b in zip(speeds[name], speeds[baseline], strict=True)]
     return {
         "claim": f"{name} / {baseline}",
@@ -66,7 +66,7 @@ def ratio(speeds: dict[str, list[float]], name: str, baseline: str) -> dict[str,
 
 
 def device_seconds(kind: str, work: Callable[[], object], turns: int = 10) -> float:
-    """Return the median of the seconds that `work` takes on a device of `kind`, `cuda`, `npu` or `cpu`, once warm."""
+    """Return the median seconds of `work` on a device of `kind`, `cuda`, `npu` or `cpu`, after warm-up."""
     seconds = []
     for _ in range(turns + 2):
         if kind == "cpu":
@@ -84,6 +84,6 @@ def device_seconds(kind: str, work: Callable[[], object], turns: int = 10) -> fl
 
 
 def matrix_product_speed(kind: str, size: int) -> float:
-    """Return the operations a second that the product of two bfloat16 matrices, [size, size], reaches on a device."""
+    """Return the operations per second of the product of two bfloat16 matrices, [size, size], on a device."""
     square = torch.randn(size, size, device=kind, dtype=torch.bfloat16)
     return 2 * size**3 / device_seconds(kind, lambda: square @ square)

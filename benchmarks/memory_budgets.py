@@ -1,14 +1,14 @@
-"""Device memory that training takes at its peak, on one rank: what estimates and devices are held against.
+"""Peak device memory of training on one rank, the reference for estimates and for measurements on devices.
 
-Measured by `tests/rehearsal`, which runs the training step on tensors without data and counts the bytes that are alive.
-A device takes more: its context, its libraries' workspaces, and what its allocator holds in pieces that fit nothing.
+Measured by `tests/rehearsal`, which runs the training step on tensors without data and counts live bytes. A device
+takes more: its context, its libraries' workspaces, and fragmentation in its allocator.
 """
 
 from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """The GiB that one rank holds at most in a step that trains `preset`, vocabulary and sizes as the preset names."""
+    """The peak GiB of one rank in a training step of `preset`, with the preset's vocabulary."""
 
     preset: str
     seq_length: int
@@ -18,7 +18,7 @@ class Budget(NamedTuple):
     activation_kernel: str = "reference"
 
 
-# In bfloat16, on one rank that has the whole model.
+# In bfloat16, with the whole model on one rank.
 BUDGETS = (
     Budget("pangu-pi-1b-pro", 2048, 2, 26.8),
     Budget("pangu-pi-1b-pro", 2048, 8, 57.1),

@@ -1,4 +1,4 @@
-"""What operating a run costs: Prefect's share of a pipeline, how soon a cancelled run is gone, what a kill loses."""
+"""Operating costs of a run: Prefect's overhead, the time to stop a cancelled run, and the steps that a kill loses."""
 
 import fcntl
 import os
@@ -48,7 +48,7 @@ def _spread(claim: str, values: list[float]) -> dict[str, Any]:
 
 
 def run_stages(config: RunConfig) -> Path:
-    """Do all that the flow does, as plain function calls, and return the run's folder."""
+    """Run all stages of the flow as plain function calls, and return the run's folder."""
     with locked(config.folder):
         run = open_run(config)
         complete(run, "prepare", 0, silent)
@@ -63,10 +63,10 @@ def run_stages(config: RunConfig) -> Path:
 
 
 def prefect_overhead(folder: Path) -> list[dict[str, Any]]:
-    """Return the seconds of a pipeline with nothing left to do, as Prefect's flow and as plain function calls."""
+    """Return the seconds of a pipeline with nothing left to do, as a Prefect flow and as plain function calls."""
     config = RunConfig.model_validate({**TINY, "name": "noop", "output": str(folder)})
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-    # Its own server, whatever else is configured here.
+    # Use a temporary server, whatever is configured in the environment.
     os.environ["PREFECT_API_URL"] = ""
     from flows.orchestration.temporary_server import server
     from flows.pipeline import multi_round
@@ -94,7 +94,7 @@ def _differences(seconds: dict[str, list[float]]) -> list[float]:
 
 
 def stopping(folder: Path) -> list[dict[str, Any]]:
-    """Return how long ranks outlive a cancel in Prefect and a kill of their flow, and the steps that each loses."""
+    """Return the seconds until ranks end after a cancel in Prefect and a kill of their flow, and the lost steps."""
     run = folder / "stopped"
     ends: dict[str, list[float]] = {"cancel": [], "kill": []}
     lost: dict[str, list[float]] = {"cancel": [], "kill": []}
@@ -155,11 +155,11 @@ def _served(folder: Path) -> Iterator[tuple[Callable[[dict[str, Any]], str], Cal
         process.wait(90)
 
 
-def _wait(is_so: Callable[[], Any], seconds: float = 180) -> None:
+def _wait(condition: Callable[[], Any], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
-    while not is_so():
+    while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError("the benchmark waited in vain")
+            raise TimeoutError(f"the condition was not met within {seconds} seconds")
         time.sleep(0.02)
 
 

@@ -1,4 +1,4 @@
-"""The same model in plain torch, sharing no code with the trainer: an oracle for tests, a baseline for benchmarks."""
+"""The model in plain torch, sharing no code with the trainer: an oracle for tests and a baseline for benchmarks."""
 
 from pathlib import Path
 
@@ -98,7 +98,7 @@ class PlainModel(nn.Module):
         return logits_bsv
 
 
-# Names in this model's layers, and in a Megatron checkpoint.
+# Names in this model's layers to names in a Megatron checkpoint.
 _ADDITIONS = {
     "scale": "mlp.activation_func.scale",
     "offset": "mlp.activation_func.offset",
@@ -145,7 +145,7 @@ def load_megatron_weights(model: PlainModel, tensors: dict[str, Tensor]) -> None
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
-    """Return the global weights in a Megatron distributed checkpoint, read with torch alone."""
+    """Return the global weights in a Megatron distributed checkpoint, read with torch only."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load

@@ -1,4 +1,4 @@
-"""`make bench`: each claim as a ratio to a named baseline, measured in turns, with its spread."""
+"""`make bench`: each claim as a ratio to a named baseline, measured alternately, with its spread."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ SEQ_LENGTH = 256
 
 
 def throughput(folder: Path) -> list[dict[str, Any]]:
-    """Return training against a plain torch loop, and scoring against training, of the demo's model on one rank."""
+    """Return training against a plain torch loop, and scoring against training, for the demo's model on one rank."""
     device = single_rank()
     from trainer.forward import read_microbatches, run_schedule
     from trainer.model import Kernels, build_model
@@ -67,7 +67,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
 
     def train_plain() -> int:
         samples = draw()
-        # The adapter's torch-function mode is ours to pay for, not the baseline's.
+        # The baseline must not pay for the CPU adapter's torch-function mode.
         with torch._C.DisableTorchFunction():
             adam.zero_grad()
             for start in range(0, BATCH, train.micro_batch_size):
@@ -92,7 +92,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
 
 
 def demo(folder: Path) -> list[dict[str, Any]]:
-    """Return the seconds that the demo takes, and those outside its training and scoring stages."""
+    """Return the seconds of the demo in total and outside its training and scoring stages."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "flows.cli.main", "run", "configs/demo.yaml", "--set", f"output={folder}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -122,7 +122,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 
 
 def main() -> None:
-    """Run the benchmarks named on the command line, or all, print them and write each down."""
+    """Run the benchmarks named on the command line, or all; print and save their results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=", ".join(BENCHMARKS))
     for name in parser.parse_args().names or BENCHMARKS:

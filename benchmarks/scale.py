@@ -1,4 +1,4 @@
-"""Selecting among many: speed, memory and growth with the number of losses, against simpler ways to draw."""
+"""Sample selection at scale: speed, memory and growth with the number of losses, against simpler methods."""
 
 import json
 import math
@@ -24,7 +24,7 @@ _NORMAL = (
 
 
 def scale(folder: Path) -> list[dict[str, Any]]:
-    """Return what selecting costs at each size, and the opening of a large mix."""
+    """Return the cost of selection at each size, and of opening a large mix."""
     rows, seconds = [], {}
     for size in SIZES:
         rounds = folder / str(size)
@@ -67,14 +67,14 @@ def _turn(rounds: Path, size: int) -> dict[str, dict[str, float]]:
 
 
 def _measure(name: str, rounds: Path, size: int) -> dict[str, float]:
-    """Return the seconds and the peak memory (MB) of one piece of work, done in a process of its own."""
+    """Return the seconds and the peak memory (MB) of one task, run in a separate process."""
     command = [sys.executable, "-m", "benchmarks.scale", name, str(rounds), str(size)]
     result: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return result
 
 
 def _write_losses(folder: Path, size: int) -> None:
-    """Write normal losses, mean 3 and deviation 0.6, of four sources, as the scoring stage would leave them."""
+    """Write normal losses, mean 3 and deviation 0.6, of four sources, in the scoring stage's format."""
     (folder / "losses").mkdir(parents=True)
     with duckdb.connect() as connection:
         for shard in range(NUM_SHARDS):
@@ -87,7 +87,7 @@ def _write_losses(folder: Path, size: int) -> None:
 
 
 def _draws(folder: Path) -> list[dict[str, Any]]:
-    """Return selecting from disk against torch.multinomial and a Gumbel-argpartition in NumPy, of losses in memory."""
+    """Return selection from disk against torch.multinomial and a Gumbel-argpartition in NumPy of losses in memory."""
     rounds = folder / "multinomial"
     _write_losses(rounds / "1", MULTINOMIAL_SIZE)
     turns = [_measure("draws", rounds, MULTINOMIAL_SIZE) for _ in range(TURNS)]
@@ -208,7 +208,7 @@ def _mix_work(name: str, path: Path, size: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     result = _work(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
-    # getrusage's figure would include what this process was before it became another program.
+    # getrusage would include the peak of the parent process before exec.
     [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     result["peak_mb"] = int(peak.split()[1]) / 1000
     print(json.dumps(result))

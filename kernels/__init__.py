@@ -1,4 +1,4 @@
 """Fused kernels, each beside its plain-torch reference."""
 
-# transformers probes for Hugging Face's `kernels` package by this attribute; with it present, the probe is harmless.
+# transformers detects Hugging Face's `kernels` package by this attribute; this value makes the check harmless.
 __version__ = "0.0.0"

@@ -1,6 +1,6 @@
-"""The output layer and the cross-entropy in one: token losses from hidden states, without holding all logits.
+"""Fused output layer and cross-entropy: token losses from hidden states, without materialising all logits.
 
-Shapes: n tokens, h hidden channels, v rows of this rank's part of the vocabulary. Under tensor parallelism every rank
+Shapes: n tokens, h hidden channels, v rows of this rank's part of the vocabulary. With tensor parallelism, every rank
 of `group` holds the same hidden states and consecutive rows of the weight; ranks exchange two small tensors (as in
 Megatron-LM, Shoeybi et al. 2019, section 3).
 """
@@ -15,12 +15,12 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_rank
 
 from kernels import linear_cross_entropy_chunked as chunked
 
-# reference holds all logits; chunked runs on any device; triton needs the package of that name and a GPU it knows.
+# reference holds all logits; chunked runs on any device; triton needs the triton package and a supported GPU.
 LossKernel = Literal["reference", "chunked", "triton"]
 
 
 class Kernel(NamedTuple):
-    """What a fused kernel consists of; labels outside of the weight's rows belong to other ranks."""
+    """The two functions of a fused kernel; labels outside the weight's rows belong to other ranks."""
 
     statistics: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     gradients: Callable[..., tuple[Tensor | None, Tensor | None]]
@@ -36,10 +36,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return each token's negative log-likelihood, [n] float32, nats, differentiable.
 
-    hidden_nh: [n, h], float32 or bfloat16; weight_vh: [v, h], of the same dtype; labels_n: [n] int64, numbers of rows
-    of the whole vocabulary, which is not checked; num_rows: how many of these count, those beyond being padding; None:
-    all. With a `group` the loss takes two all-reduces ([n] and [2, n]) and the gradient of `hidden_nh`, which comes
-    back summed over the group, one more of its size.
+    hidden_nh: [n, h], float32 or bfloat16; weight_vh: [v, h], of the same dtype; labels_n: [n] int64, rows of the whole
+    vocabulary, not checked; num_rows: the rows of the whole vocabulary without padding; None: all. With a `group`, the
+    loss takes two all-reduces ([n] and [2, n]), and the gradient of `hidden_nh`, which is summed over the group, one
+    more of its size.
     """
     if group is not None:
         hidden_nh = _SumGradients.apply(hidden_nh, group)  # type: ignore[no-untyped-call]
@@ -59,21 +59,21 @@ def score_labels(
     group: ProcessGroup | None = None,
     num_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `linear_cross_entropy` does, and whether the label is the most probable one, [n] bool.
+    """Return the losses of `linear_cross_entropy`, and whether the label is the most probable token, [n] bool.
 
-    Takes the same, and gives no gradients. Of labels that are equally probable the first one is meant, as by argmax:
-    in bfloat16 that is no rare case, for logits are rounded.
+    Takes the same arguments; not differentiable. Of equally probable tokens, the first counts, as in argmax; ties are
+    common in bfloat16, where logits are rounded.
     """
     weight_vh, labels_n, kernel = _own_part(weight_vh, labels_n, kernel, group, num_rows)
     if kernel == "triton":
-        # Its logits are not rounded, and no two are alike by chance.
+        # Its logits are not rounded, so ties do not occur by chance.
         first_n, statistics = labels_n, _kernel(kernel).statistics(hidden_nh, weight_vh, labels_n)
     else:
         first_n = torch.zeros_like(labels_n)
-        told = _reference_statistics if kernel == "reference" else chunked.statistics
-        statistics = told(hidden_nh, weight_vh, labels_n, first_n)
+        compute = _reference_statistics if kernel == "reference" else chunked.statistics
+        statistics = compute(hidden_nh, weight_vh, labels_n, first_n)
     own_n = statistics[0].clone()
-    maximum_n, sum_n, target_n = _add_up(*statistics, group)
+    maximum_n, sum_n, target_n = _reduce(*statistics, group)
     comes_later_n = ((own_n == maximum_n) & (first_n < labels_n)).float()
     if group is not None:
         all_reduce(comes_later_n, ReduceOp.MAX, group)
@@ -83,20 +83,20 @@ def score_labels(
 def _own_part(
     weight_vh: Tensor, labels_n: Tensor, kernel: LossKernel, group: ProcessGroup | None, num_rows: int | None
 ) -> tuple[Tensor, Tensor, LossKernel]:
-    """Return this rank's rows that are no padding, the labels as numbers of these, and a kernel that can take them."""
+    """Return this rank's rows without padding, the labels relative to them, and a kernel that supports them."""
     first_row = 0 if group is None else get_rank(group) * len(weight_vh)
     if num_rows is not None and first_row + len(weight_vh) > num_rows:
         weight_vh = weight_vh[: max(0, num_rows - first_row)]
         if not len(weight_vh):
-            # Nothing but padding: what takes chunks takes none, and exchanges what the other kernels do.
+            # Only padding: the chunked kernel supports zero rows, and communicates like the others.
             kernel = "chunked"
     return weight_vh, labels_n - first_row, kernel
 
 
-def _add_up(
+def _reduce(
     maximum_n: Tensor, sum_n: Tensor, target_n: Tensor, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a kernel's statistics, of this rank's rows, as those of the whole vocabulary."""
+    """Return the statistics of the whole vocabulary, reduced from those of each rank's rows."""
     if group is None:
         return maximum_n, sum_n, target_n
     own_n = maximum_n.clone()
@@ -108,7 +108,7 @@ def _add_up(
 
 def _kernel(name: str) -> Kernel:
     if name == "triton":
-        # Triton is an extra: it is imported where it was asked for.
+        # Triton is an optional dependency, imported only on request.
         from kernels import linear_cross_entropy_triton as triton
 
         return Kernel(triton.statistics, triton.gradients)
@@ -116,7 +116,7 @@ def _kernel(name: str) -> Kernel:
 
 
 def _reference(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the same in plain torch, holding the logits."""
+    """Return the same losses in plain torch, holding the logits."""
     logits_nv = F.linear(hidden_nh, weight_vh).float()
     if group is None:
         return F.cross_entropy(logits_nv, labels_n, reduction="none")
@@ -133,7 +133,7 @@ def _reference(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, group: Pr
 def _reference_statistics(
     hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, first_n: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a kernel's statistics are, in plain torch, holding the logits; `first_n` as for chunks."""
+    """Return a kernel's statistics in plain torch, holding the logits; `first_n` as in the chunked kernel."""
     logits_nv = F.linear(hidden_nh, weight_vh).float()
     maximum_n, row_n = logits_nv.max(dim=1)
     first_n.copy_(row_n)
@@ -144,13 +144,13 @@ def _reference_statistics(
 
 
 class _Fused(torch.autograd.Function):
-    """Token losses whose backward pass computes the logits again rather than keeping them."""
+    """Token losses whose backward pass recomputes the logits instead of saving them."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, group: ProcessGroup | None, kernel: Kernel
     ) -> Tensor:
-        maximum_n, sum_n, target_n = _add_up(*kernel.statistics(hidden_nh, weight_vh, labels_n), group)
+        maximum_n, sum_n, target_n = _reduce(*kernel.statistics(hidden_nh, weight_vh, labels_n), group)
         log_sum_n = maximum_n + sum_n.log()
         ctx.save_for_backward(hidden_nh, weight_vh, labels_n, log_sum_n)
         ctx.kernel = kernel
@@ -163,7 +163,7 @@ class _Fused(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over a group, whose ranks all go on with the same loss: its gradient is theirs, as it is."""
+    """The sum over a group; all ranks compute the same loss from it, so the gradient passes through unchanged."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
@@ -177,7 +177,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SumGradients(torch.autograd.Function):
-    """The tensor itself, whose gradient is the sum of what each rank's part of the vocabulary gives."""
+    """The identity, whose gradient is summed over the ranks' parts of the vocabulary."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:

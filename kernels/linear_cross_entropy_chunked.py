@@ -1,7 +1,7 @@
-"""Linear cross-entropy by chunks of tokens and vocabulary, in plain torch: for any device.
+"""Linear cross-entropy in chunks of tokens and vocabulary, in plain torch, for any device.
 
-The sum over the vocabulary is kept as (maximum, sum of exponentials relative to it), chunk by chunk (online softmax,
-Milakov and Gimelshein 2018), so that one chunk of logits is held at a time.
+The sum over the vocabulary is accumulated chunk by chunk as (maximum, sum of exponentials relative to it) (online
+softmax, Milakov and Gimelshein 2018), so that only one chunk of logits is held at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,9 +13,9 @@ from torch import Tensor
 _TOKENS = 1024
 _ROWS = 2048
 
-# Takes a chunk of hidden states and of weight; returns logits, [n, v] float32, that are overwritten by the next call.
+# Takes chunks of hidden states and weight; returns logits, [n, v] float32, which the next call overwrites.
 Logits = Callable[[Tensor, Tensor], Tensor]
-# Takes chunks of hidden states, weight, labels, log-sums and loss gradients, and where the gradient of the logits goes.
+# Takes chunks of hidden states, weight, labels, log-sums and loss gradients, and the output for the logits' gradient.
 LogitGradients = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -24,8 +24,8 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return each token's greatest logit, sum of exponentials relative to it and label's logit, [n] float32 each.
 
-    hidden_nh: [n, h]; weight_vh: [v, h]; labels_n: [n] int64, rows of the weight; another's logit counts as 0. first_n:
-    [n] int64, overwritten by the first row that has the greatest logit, which takes longer to find than the logit does.
+    hidden_nh: [n, h]; weight_vh: [v, h]; labels_n: [n] int64, rows of the weight; the logit of a label outside them is
+    0. first_n: [n] int64, overwritten with the first row that has the greatest logit; finding it takes extra time.
     """
     maximum_n = torch.full((len(hidden_nh),), -torch.inf, device=hidden_nh.device)
     sum_n, target_n = torch.zeros_like(maximum_n), torch.zeros_like(maximum_n)
@@ -55,10 +55,10 @@ def gradients(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the hidden states, [n, h], and of the weight, [v, h], each in its own dtype, as needed.
+    """Return the gradients of the hidden states, [n, h], and of the weight, [v, h], in their dtypes, if needed.
 
-    log_sum_n: [n] float32, logarithms of the sums of exponentials over the whole vocabulary; grad_n: [n] float32,
-    gradients of the token losses; the rest as for `statistics`.
+    log_sum_n: [n] float32, log-sum-exp over the whole vocabulary; grad_n: [n] float32, gradients of the token losses;
+    the rest as for `statistics`.
     """
     logits = _buffered(hidden_nh)
 
@@ -66,7 +66,7 @@ def gradients(
         hidden: Tensor, weight: Tensor, labels: Tensor, log_sum: Tensor, grad: Tensor, out: Tensor
     ) -> None:
         logits_nv = logits(hidden, weight).sub_(log_sum[:, None]).exp_().mul_(grad[:, None])
-        index_n, is_here_n = _located(labels, len(weight))
+        index_n, is_here_n = _locate(labels, len(weight))
         logits_nv.scatter_add_(1, index_n, -grad.where(is_here_n, 0.0)[:, None])
         out.copy_(logits_nv)
 
@@ -86,9 +86,9 @@ def accumulate_gradients(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return what `gradients` does, from the logits' gradients, made in chunks of so many tokens and rows at most.
+    """Return the result of `gradients`, given a function for the logits' gradients.
 
-    Sums over chunks are kept in float32, in a fixed order.
+    chunk: the most tokens and rows per chunk. Sums over chunks are accumulated in float32, in a fixed order.
     """
     hidden_grad = torch.zeros_like(hidden_nh, dtype=torch.float32) if needs_hidden else None
     weight_grad = torch.empty_like(weight_vh) if needs_weight else None
@@ -112,7 +112,7 @@ def accumulate_gradients(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the matrix product to `total`, which is float32 whatever they are."""
+    """Add the matrix product to `total`, which is float32 whatever the dtype of the factors."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -120,9 +120,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _buffered(hidden_nh: Tensor) -> Logits:
-    """Return the function that computes logits, all into the same memory."""
+    """Return a function that computes logits into a reused buffer."""
     product = hidden_nh.new_empty(_TOKENS * _ROWS)
-    # Half-precision logits are rounded as the reference's are, and summed up in float32 as well.
+    # Half-precision logits are rounded and then summed in float32, as in the reference.
     single = product if product.dtype == torch.float32 else product.float()
 
     def logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -135,12 +135,12 @@ def _buffered(hidden_nh: Tensor) -> Logits:
 
 
 def _target(logits_nv: Tensor, labels_n: Tensor) -> Tensor:
-    index_n, is_here_n = _located(labels_n, logits_nv.shape[1])
+    index_n, is_here_n = _locate(labels_n, logits_nv.shape[1])
     return logits_nv.gather(1, index_n)[:, 0].where(is_here_n, 0.0)
 
 
-def _located(labels_n: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return a column that is there for each label, [n, 1], and whether it is the label's own, [n]."""
+def _locate(labels_n: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return each label clamped to a valid column, [n, 1], and whether it was valid, [n]."""
     return labels_n.clamp(0, num_rows - 1)[:, None], (labels_n >= 0) & (labels_n < num_rows)
 
 

@@ -1,10 +1,10 @@
-"""Linear cross-entropy in Triton: logits live in registers, a tile at a time.
+"""Linear cross-entropy in Triton: logits stay in registers, one tile at a time.
 
-After Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models". Programs of the forward pass take a
-block of tokens and a stretch of the vocabulary each, so that there is work for the whole device however few the tokens;
-their results are put together in a second step, in a fixed order. The backward pass writes chunks of the logits'
-gradients, which torch's matrix products turn into those of the inputs. Written for an H100's shared memory and
-registers, and run so far by Triton's interpreter alone.
+After Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models". Each program of the forward pass takes
+a block of tokens and a range of the vocabulary, so that even few tokens occupy the whole device; a second step combines
+their results in a fixed order. The backward pass writes chunks of the logits' gradients, from which torch's matrix
+products compute those of the inputs. Sized for an H100's shared memory and registers; run so far only in Triton's
+interpreter.
 """
 
 import torch
@@ -18,9 +18,9 @@ _BLOCK_N = 128
 _BLOCK_V = 256
 _NUM_WARPS = 8
 _NUM_STAGES = 3
-# Two programs for each multiprocessor of an H100.
+# Two programs per multiprocessor of an H100.
 _PROGRAMS = 264
-# Gradients of logits held at a time: 64 MiB in bfloat16, and large enough products for the device to be busy.
+# Logit gradients held at a time: 64 MiB in bfloat16, large enough for the matrix products to occupy the device.
 _CHUNK = (4096, 8192)
 
 
@@ -28,7 +28,7 @@ _CHUNK = (4096, 8192)
 def _logits_tile(
     hidden, weight, tokens, rows, num_tokens, num_rows, width, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Return the logits of some tokens and rows, [tokens, rows] float32; -inf for rows beyond the last."""
+    """Return the logits of a tile, [tokens, rows] float32; -inf for rows beyond the last."""
     channels = tl.arange(0, BLOCK_H)
     hidden_at = hidden + tokens[:, None].to(tl.int64) * width + channels[None, :]
     weight_at = weight + rows[None, :].to(tl.int64) * width + channels[:, None]
@@ -88,15 +88,15 @@ def _logit_gradients(
 def statistics(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return each token's greatest logit, sum of exponentials relative to it and label's logit, [n] float32 each.
 
-    Takes what `kernels.linear_cross_entropy_chunked.statistics` takes.
+    Takes the arguments of `kernels.linear_cross_entropy_chunked.statistics`.
     """
     hidden_nh, weight_vh, labels_n = hidden_nh.contiguous(), weight_vh.contiguous(), labels_n.contiguous()
     num_tokens, num_rows = len(hidden_nh), len(weight_vh)
     blocks, tiles = triton.cdiv(num_tokens, _BLOCK_N), triton.cdiv(num_rows, _BLOCK_V)
     tiles_a_program = triton.cdiv(tiles, min(tiles, triton.cdiv(_PROGRAMS, blocks)))
-    stretches = triton.cdiv(tiles, tiles_a_program)
-    maxima_sn, sums_sn, targets_sn = torch.empty(3, stretches, num_tokens, device=hidden_nh.device)
-    _statistics[(blocks, stretches)](
+    splits = triton.cdiv(tiles, tiles_a_program)
+    maxima_sn, sums_sn, targets_sn = torch.empty(3, splits, num_tokens, device=hidden_nh.device)
+    _statistics[(blocks, splits)](
         hidden_nh, weight_vh, labels_n, maxima_sn, sums_sn, targets_sn,
         num_tokens, num_rows, hidden_nh.shape[1], tiles_a_program, **_options(hidden_nh.dtype),
     )  # fmt: skip
@@ -114,7 +114,7 @@ def gradients(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the hidden states and of the weight, as the function of that name for chunks does."""
+    """Return the gradients as `kernels.linear_cross_entropy_chunked.gradients` does."""
     return accumulate_gradients(
         _write_logit_gradients,
         _CHUNK,
@@ -139,7 +139,7 @@ def _write_logit_gradients(
 
 
 def _options(dtype: torch.dtype) -> dict[str, int | str]:
-    """Return tile sizes whose three stages fit into shared memory, and the precision of float32: its own, no TF32."""
+    """Return tile sizes whose three stages fit into shared memory, and full float32 precision instead of TF32."""
     block_h = 32 if dtype == torch.float32 else 64
     return {
         "BLOCK_N": _BLOCK_N, "BLOCK_V": _BLOCK_V, "BLOCK_H": block_h, "PRECISION": "ieee",

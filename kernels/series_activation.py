@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# reference is torch's autograd, which keeps intermediates of every term; triton keeps the inputs alone.
+# reference uses torch's autograd, which saves intermediates of every term; triton saves only the inputs.
 ActivationKernel = Literal["reference", "triton"]
 
-# What silu gives at the initial offsets: far enough from 0 for terms to differ, far from silu's least value, -0.278.
+# Largest silu of the initial offsets: far enough from 0 for terms to differ, far from silu's minimum, -0.278.
 _LARGEST_INITIAL_VALUE = 0.1
 
 
@@ -37,10 +37,10 @@ def reference(gate_and_up: Tensor, scale_tc: Tensor, offset_tc: Tensor) -> Tenso
 
 
 def initial_offsets(terms: int) -> list[float]:
-    """Return the offsets that the terms start with: 0 for the first, and for the others such that silu sums up to 0.
+    """Return the initial offsets of the terms: 0 for the first, and for the others such that their silu sums to 0.
 
-    Opposite pairs of values, each pair its own, since terms that start alike get the same gradients and stay alike;
-    one left over has 0.
+    The silu values are pairs of opposite sign, distinct for each pair, since terms with equal initial values get the
+    same gradients and stay equal; an unpaired term has 0.
     """
     pairs = (terms - 1) // 2
     values = [_LARGEST_INITIAL_VALUE * pair / pairs for pair in range(1, pairs + 1)]
@@ -58,11 +58,11 @@ def _inverse_silu(value: float) -> float:
 
 
 class _Fused(torch.autograd.Function):
-    """The activation whose backward pass computes the terms again rather than keeping them."""
+    """The activation, whose backward pass recomputes the terms instead of saving them."""
 
     @staticmethod
     def forward(ctx: Any, gate_and_up: Tensor, scale_tc: Tensor, offset_tc: Tensor) -> Tensor:
-        # Triton is an extra: it is imported where it was asked for.
+        # Triton is an optional dependency, imported only on request.
         from kernels import series_activation_triton as triton
 
         ctx.save_for_backward(gate_and_up, scale_tc, offset_tc)

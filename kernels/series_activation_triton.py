@@ -1,7 +1,7 @@
-"""The series informed activation in Triton: one pass over the inputs each way, in float32, nothing kept in between.
+"""The series informed activation in Triton: one pass over the inputs per direction, in float32, nothing saved between.
 
-Every program takes a tile of tokens and channels. The gradients of scales and offsets are sums over all tokens: each
-program writes those of its tile, and torch adds them up, in a fixed order. Run so far by Triton's interpreter alone.
+Each program takes a tile of tokens and channels. The gradients of scales and offsets are sums over all tokens: each
+program writes the sums of its tile, and torch adds them in a fixed order. Run so far only in Triton's interpreter.
 """
 
 import torch
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tiles small enough for two programs to fit into the registers of an H100's multiprocessor, and large enough for the
-# sums of their gradients, which are written too, to be little beside the inputs.
+# Tiles small enough for two programs to fit into the registers of an H100's multiprocessor, and large enough that
+# writing the gradient sums is cheap compared to reading the inputs.
 _BLOCK_N = 32
 _BLOCK_C = 64
 _NUM_WARPS = 8
@@ -52,7 +52,7 @@ def _gradients(
     gate = tl.load(inputs + at, mask=is_inside, other=0.0).to(tl.float32)
     up = tl.load(inputs + at + width, mask=is_inside, other=0.0).to(tl.float32)
     place = tokens[:, None].to(tl.int64) * width + channels[None, :]
-    # Beyond the last token and channel it is zero, and so is all that is summed up of it.
+    # Zero beyond the last token and channel, so that these do not contribute to the sums.
     grad = tl.load(grads + place, mask=is_inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
     gate_grad = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
@@ -72,7 +72,7 @@ def _gradients(
 
 
 def activate(inputs_n2c: Tensor, scale_tc: Tensor, offset_tc: Tensor) -> Tensor:
-    """Return the activated product, [n, c], of contiguous inputs, as `kernels.series_activation` has them."""
+    """Return the activated product, [n, c], of contiguous inputs with the shapes of `kernels.series_activation`."""
     num_tokens, (terms, width) = len(inputs_n2c), scale_tc.shape
     out_nc = inputs_n2c.new_empty(num_tokens, width)
     _activate[(triton.cdiv(num_tokens, _BLOCK_N), triton.cdiv(width, _BLOCK_C))](
@@ -84,7 +84,7 @@ def activate(inputs_n2c: Tensor, scale_tc: Tensor, offset_tc: Tensor) -> Tensor:
 def gradients(
     inputs_n2c: Tensor, scale_tc: Tensor, offset_tc: Tensor, grad_nc: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of inputs, [n, 2 c], scales and offsets, [t, c], each in its own dtype; all contiguous."""
+    """Return the gradients of inputs, [n, 2 c], scales and offsets, [t, c], in their dtypes; all contiguous."""
     num_tokens, (terms, width) = len(inputs_n2c), scale_tc.shape
     blocks = triton.cdiv(num_tokens, _BLOCK_N)
     inputs_grad = torch.empty_like(inputs_n2c)

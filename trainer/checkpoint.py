@@ -1,4 +1,4 @@
-"""Checkpoints: Megatron's distributed format, which loads under any tensor, pipeline and data-parallel layout."""
+"""Loading checkpoints in Megatron's distributed format, under any tensor, pipeline and data-parallel layout."""
 
 import logging
 import pickle
@@ -20,21 +20,21 @@ from trainer.pickles import check_pickles, explain_refusal
 _LOG = logging.getLogger(__name__)
 
 _EXTRA = "_extra_state"
-# What Megatron calls the states of parameters within the optimizer's.
+# Megatron's key for the states of parameters within the optimizer's state.
 _PARAM_STATE = "param_state"
 
 
 def find_usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
-    """Return the last checkpoint in `folder` that is whole, or None. Every rank has to call this.
+    """Return the last intact checkpoint in `folder`, or None. Every rank must call this.
 
-    Removes half-written ones and those that inputs of another fingerprint led to; damaged ones are set aside.
+    Removes half-written checkpoints and those of another fingerprint; renames damaged ones (`set_aside`).
     """
     is_first = torch.distributed.get_rank() == 0
     if is_first:
         for leftover in folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover)
         for path in folder.glob("step-*"):
-            if not (path / RECORD).exists() or _is_of_other_inputs(path, fingerprint):
+            if not (path / RECORD).exists() or _has_other_fingerprint(path, fingerprint):
                 shutil.rmtree(path)
     torch.distributed.barrier()
     for checkpoint in reversed(list_checkpoints(folder)):
@@ -47,11 +47,11 @@ def find_usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
     return None
 
 
-def _is_of_other_inputs(checkpoint: Path, fingerprint: str) -> bool:
+def _has_other_fingerprint(checkpoint: Path, fingerprint: str) -> bool:
     try:
         return bool(read_checkpoint_record(checkpoint)["fingerprint"] != fingerprint)
     except (ValueError, LookupError, TypeError):
-        return False  # Damaged, which is for the search to say.
+        return False  # Damaged: the caller reports it.
 
 
 def _find_damage_together(checkpoint: Path) -> str | None:
@@ -63,21 +63,21 @@ def _find_damage_together(checkpoint: Path) -> str | None:
 
 
 def load_checkpoint(checkpoint: Path, state: "TrainingState") -> None:
-    """Load a whole training state, saved under whatever layout, into `state`."""
+    """Load a complete training state, saved under any layout, into `state`."""
     state.load(_load(checkpoint, state.sharded(is_loading=True)))
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Load the weights alone of a checkpoint, saved under whatever layout, into `model`.
+    """Load only the weights of a checkpoint, saved under any layout, into `model`.
 
-    Raises ValueError where the checkpoint is damaged.
+    Raises ValueError if the checkpoint is damaged.
     """
     damage = _find_damage_together(checkpoint)
     if damage is not None:
         raise ValueError(_failure(checkpoint, f"it is damaged: {damage}"))
-    # What layers of other makes would like to keep beside their weights is of no use to those of torch.
+    # Extra state, which layers of Transformer Engine save beside their weights, means nothing to torch's layers.
     wanted = {name: part for name, part in sharded_weights(model).items() if not name.endswith(_EXTRA)}
-    # Megatron's wrapper for bfloat16 does not say what is missing.
+    # Megatron's wrapper for bfloat16 does not report missing keys.
     inner = unwrap_model(model)
     missing, unexpected = inner.load_state_dict(_load(checkpoint, {"model": wanted})["model"], strict=False)
     assert not unexpected
@@ -85,7 +85,7 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
 
 
 def sharded_weights(model: Any) -> ShardedStateDict:
-    """Return Megatron's description of the weights that this rank holds."""
+    """Return the sharded state dict of the weights that this rank holds."""
     sharded: ShardedStateDict = model.sharded_state_dict(prefix="")
     return sharded
 
@@ -105,21 +105,21 @@ def _load(checkpoint: Path, sharded: ShardedStateDict) -> dict[str, Any]:
 
 def _failure(checkpoint: Path, reason: str) -> str:
     return (
-        f"{checkpoint}: cannot be loaded ({reason}); if the model was changed, use a new run folder; else restore it "
-        f"from a copy, or delete it and {checkpoint.parent.parent / 'train.json'} to train the round again"
+        f"{checkpoint}: cannot be loaded ({reason}); if the model was changed, use a new run folder; otherwise restore "
+        f"it from a copy, or delete it and {checkpoint.parent.parent / 'train.json'} to train the round again"
     )
 
 
 class TrainingState:
-    """What a checkpoint holds of a run in training: model (wrapped for data parallelism), optimizer and schedule."""
+    """The state that a checkpoint holds: model (wrapped for data parallelism), optimizer and learning-rate schedule."""
 
     def __init__(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
 
     def sharded(self, is_loading: bool) -> ShardedStateDict:
-        """Return Megatron's description of the parts of the state that this rank saves, or is to load.
+        """Return the sharded state dict of the parts of the state that this rank saves or loads.
 
-        Every rank calls this at once.
+        All ranks must call this together.
         """
         weights = sharded_weights(self.model.module)
         if is_loading:
@@ -128,23 +128,23 @@ class TrainingState:
         return {"model": weights, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
     def load(self, loaded: dict[str, Any]) -> None:
-        """Take over what `dist_checkpointing.load` returned for `sharded`."""
+        """Load the state that `dist_checkpointing.load` returned for `sharded`."""
         unwrap_model(self.model).load_state_dict(loaded["model"])
-        # Megatron's optimizer, or MindSpeed's in its place, allocates its state by this; ours is then filled in.
+        # This makes Megatron's optimizer, or MindSpeed's replacement, allocate its state; `load_states` then fills it.
         states = loaded["optimizer"].pop(_PARAM_STATE, {})
         self.optimizer.load_state_dict(loaded["optimizer"])
         load_states(self._inner, states)
-        # Megatron adds what is loaded to what it has counted.
+        # Megatron adds the loaded count to its own.
         self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(loaded["scheduler"])
         if isinstance(self._inner.optimizer, torch.optim.Optimizer):
             for moments in self._inner.optimizer.state.values():
-                # Megatron gives all parameters one and the same counter, which each of them would then advance.
+                # Megatron gives all parameters the same counter tensor, which each of them would then advance.
                 if isinstance(moments.get("step"), torch.Tensor):
                     moments["step"] = moments["step"].clone()
 
     @property
     def _inner(self) -> Any:
-        """Return Megatron's distributed optimizer, the only one of the chain: there are no experts."""
+        """Return Megatron's distributed optimizer, the only one in the chain since there are no experts."""
         [inner] = self.optimizer.chained_optimizers
         return inner

@@ -1,4 +1,4 @@
-"""Whether the weights in a checkpoint are those of a model: their shapes, told without loading any."""
+"""Shapes of the weights in a checkpoint, read without loading them, and their comparison with those of a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +18,12 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 def read_shapes(checkpoint: Path) -> dict[str, Shape]:
     """Return the shapes of the weights in `checkpoint` by their names, layers stacked along the first axis.
 
-    Raises ValueError where the checkpoint is damaged or holds pickles that would run code.
+    Raises ValueError if the checkpoint is damaged or holds pickles that would run code.
     """
     damage = find_damage(checkpoint) if (checkpoint / RECORD).is_file() else f"it has no {RECORD}"
     if damage is not None:
         raise ValueError(
-            f"{checkpoint}: no whole checkpoint ({damage}); give a step-… folder, such as those in "
+            f"{checkpoint}: not an intact checkpoint ({damage}); give a step-… folder, such as those in "
             "rounds/1/checkpoint of a run"
         )
     check_pickles(checkpoint)
@@ -36,7 +36,7 @@ def read_shapes(checkpoint: Path) -> dict[str, Shape]:
 
 
 def shapes_of(model: ModelConfig, rows: int) -> dict[str, Shape]:
-    """Return the shapes that the weights of `model` have in a checkpoint, with an embedding of `rows`."""
+    """Return the shapes of the weights of `model` in a checkpoint, with `rows` rows in the embedding."""
     width, depth, ffn = model.hidden_size, model.num_layers, model.ffn_size
     queries, keys_and_values = model.channels * model.num_attention_heads, 2 * model.channels * model.num_groups
     layer: dict[str, Shape] = {
@@ -68,16 +68,16 @@ def shapes_of(model: ModelConfig, rows: int) -> dict[str, Shape]:
 
 
 def check_start(checkpoint: Path, model: ModelConfig, vocab_size: int | None) -> None:
-    """Raise ValueError where `model` cannot start from `checkpoint`: Megatron would leave out what does not fit.
+    """Raise ValueError if `model` cannot start from `checkpoint`: Megatron would silently skip mismatched weights.
 
-    vocab_size: the tokenizer's, None where that is not known yet.
+    vocab_size: the tokenizer's; None if not known yet.
     """
     found = read_shapes(checkpoint)
     trained_with = read_checkpoint_record(checkpoint).get("vocab_size")
     if None not in (trained_with, vocab_size) and trained_with != vocab_size:
         raise ValueError(
-            f"model.start_from: {checkpoint} was trained with a tokenizer of {trained_with} entries and this one has "
-            f"{vocab_size}; give that tokenizer, or cut the checkpoint to this one (`reprise tokenizer compact`)"
+            f"model.start_from: {checkpoint} was trained with a tokenizer of {trained_with} entries, but this one has "
+            f"{vocab_size}; use that tokenizer, or cut the checkpoint to this one (`reprise tokenizer compact`)"
         )
     vocab_size = model.vocab_size or vocab_size
     rows = found.get(EMBEDDING, (0,))[0] if vocab_size is None else padded_vocab_size(vocab_size)
@@ -85,13 +85,13 @@ def check_start(checkpoint: Path, model: ModelConfig, vocab_size: int | None) ->
     if difference is not None:
         name, own, others = difference
         raise ValueError(
-            f"model.start_from: {checkpoint} has {own} as {name}, and the model {others}; describe the model that it "
-            "is of, or start from another"
+            f"model.start_from: {checkpoint}: {name} is {own} there, but {others} in the model; configure the model "
+            "as the checkpoint's, or start from another checkpoint"
         )
 
 
 def find_difference(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> tuple[str, str, str] | None:
-    """Return the first weight that is not of the same shape in both, or None: its name, and both shapes in words."""
+    """Return the first weight whose shapes differ, as its name and both shapes in words, or None."""
     for name in [*wanted, *sorted(found.keys() - wanted.keys())]:
         if found.get(name) != wanted.get(name):
             return name, _describe(found.get(name)), _describe(wanted.get(name))
@@ -99,4 +99,4 @@ def find_difference(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> 
 
 
 def _describe(shape: Shape | None) -> str:
-    return "nothing" if shape is None else " x ".join(map(str, shape))
+    return "missing" if shape is None else " x ".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""What a user may set about the model, its training and its layout over devices."""
+"""Configuration of the model, its training and its layout over devices."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,11 +8,11 @@ from data_scoring.base.field_effects import FREE, Decides, Neutral
 from data_scoring.config import Config, LossKernel
 from trainer.presets import fill_from_preset
 
-# How the series informed activation is computed; `kernels.series_activation` holds them.
+# Implementations of the series informed activation, in `kernels.series_activation`.
 ActivationKernel = Literal["reference", "triton"]
-# What models compute in; with bfloat16, gradients and the optimizer's state are in single precision.
+# Compute precision of models; with bfloat16, gradients and optimizer state are in single precision.
 Precision = Literal["float32", "bfloat16"]
-# How the neurons that stay are chosen; base: none do, weights are random.
+# How the neurons to keep are chosen; base: none are kept, weights are random.
 InheritMethod = Literal["base", "l1", "l2", "taylor", "learned"]
 LayerNumber = Annotated[int, Field(ge=0)]
 # What weights are before training, and nothing of what a trained model computes.
@@ -20,7 +20,7 @@ BEGINNING = Decides(("inherit", "train"))
 
 
 class InheritConfig(Config):
-    """How round 1 starts from the layers and neurons of a larger model that matter most (the paper, section 4)."""
+    """How round 1 inherits the most important layers and neurons of a larger model (the paper, section 4)."""
 
     teacher: str = Field(
         alias="from", min_length=1, description="The larger model: a run's folder, or one of `reprise import hf`."
@@ -31,21 +31,21 @@ class InheritConfig(Config):
         Discriminator(lambda value: "<auto>" if isinstance(value, str) else "<numbers>"),
     ] = Field(
         default="auto",
-        description="Layers of the larger model that stay, from 0, as many as num_layers; auto: those whose absence "
-        "costs most.",
+        description="Layers of the larger model to keep, counted from 0, num_layers of them; auto: those whose removal "
+        "increases the loss most.",
     )
     method: InheritMethod = Field(
         default="learned",
-        description="How the neurons that stay are chosen: by the size of their weights (l1, l2), by that of weights "
-        "times gradients (taylor), by masks that are trained (learned); base: none, the model starts at random.",
+        description="How the neurons to keep are chosen: by weight magnitude (l1, l2), by weight times gradient "
+        "(taylor) or by trained masks (learned); base: none are kept, the model is initialised at random.",
     )
     calibration_samples: int = Field(
         default=256,
         ge=1,
         le=1_000_000,
-        description="Samples that layers are measured with, and gradients (taylor) or masks (learned).",
+        description="Samples used for layer ablation and to measure gradients (taylor) or train masks (learned).",
     )
-    mask_steps: int = Field(default=200, ge=1, le=1_000_000, description="Steps that masks are trained for (learned).")
+    mask_steps: int = Field(default=200, ge=1, le=1_000_000, description="Training steps of the masks (learned).")
     mask_lr: float = Field(default=0.05, gt=0, le=10, description="Learning rate of the masks (learned).")
 
     @model_validator(mode="after")
@@ -56,13 +56,13 @@ class InheritConfig(Config):
 
 
 class ModelConfig(Config):
-    """The model: a pre-norm decoder with RMSNorm, SwiGLU and rotary positions, as LLaMA is.
+    """The model: a pre-norm decoder with RMSNorm, SwiGLU and rotary position embeddings, as in LLaMA.
 
     Biases, a tied embedding, and PanGu-π's series informed activation and augmented shortcut are options.
     """
 
     preset: Annotated[str | None, FREE] = Field(
-        default=None, description="Name of a model (`reprise model` lists them) whose fields hold where none is given."
+        default=None, description="Name of a preset (`reprise model` lists them) that supplies the fields not given."
     )
     num_layers: int = Field(default=4, ge=1, le=1024, description="Transformer layers (depth).")
     hidden_size: int = Field(default=128, ge=8, le=65_536, description="Width of the residual stream.")
@@ -70,39 +70,42 @@ class ModelConfig(Config):
         default=4, ge=1, le=1024, description="Query heads; divides hidden_size unless head_size is given."
     )
     head_size: Annotated[int | None, Neutral(None)] = Field(
-        default=None, ge=2, le=4096, description="Channels of a head; null: hidden_size / num_attention_heads."
+        default=None, ge=2, le=4096, description="Channels per head; null: hidden_size / num_attention_heads."
     )
     num_query_groups: int | None = Field(
-        default=None, ge=1, le=1024, description="Key-value heads, for grouped-query attention; null: one a query head."
+        default=None,
+        ge=1,
+        le=1024,
+        description="Key-value heads, for grouped-query attention; null: num_attention_heads.",
     )
     ffn_hidden_size: int | None = Field(
         default=None,
         ge=8,
         le=1_048_576,
-        description="Width of the feed-forward layer; null: 8/3 of hidden_size, in steps of 64.",
+        description="Width of the feed-forward layer; null: 8/3 hidden_size, rounded to a multiple of 64.",
     )
     vocab_size: int | None = Field(
         default=None,
         ge=2,
         le=16_777_216,
-        description="Entries of the embedding; null: the tokenizer's. Padded to a multiple of 128.",
+        description="Vocabulary size of the embedding; null: the tokenizer's. Padded to a multiple of 128.",
     )
     tied_embeddings: Annotated[bool, Neutral(False)] = Field(
-        default=False, description="Whether the embedding is the head too."
+        default=False, description="Whether embedding and output layer share weights."
     )
     attention_bias: Annotated[Literal["none", "qkv", "all"], Neutral("none")] = Field(
         default="none",
-        description="Which matrices of attention have biases: none, those of queries, keys and values, "
-        "or the output's too.",
+        description="Attention projections with biases: none; qkv: queries, keys and values; all: the output "
+        "projection too.",
     )
     ffn_bias: Annotated[bool, Neutral(False)] = Field(
-        default=False, description="Whether the matrices of the feed-forward layer have biases."
+        default=False, description="Whether the feed-forward projections have biases."
     )
     rotary_base: int = Field(default=10_000, ge=1, description="Base of the rotary position embedding.")
     rotary_scaling: Annotated[float | None, Neutral(None)] = Field(
         default=None,
         gt=1,
-        description="Factor by which Llama 3 stretches positions beyond 8192 tokens; null: it does not.",
+        description="Factor of Llama 3's RoPE scaling beyond 8192 tokens; null: no scaling.",
     )
     norm_epsilon: float = Field(default=1e-5, gt=0, lt=1, description="Epsilon of RMSNorm.")
     init_std: Annotated[float, BEGINNING] = Field(
@@ -110,62 +113,62 @@ class ModelConfig(Config):
     )
     init: Annotated[Literal["constant", "gpt2", "internlm"], BEGINNING, Neutral("gpt2")] = Field(
         default="gpt2",
-        description="Standard deviation of the projections onto the residual stream: constant, the others'; gpt2, that "
-        "by √(2 num_layers); internlm, by √(2 l) in layer l, counted from 1.",
+        description="Standard deviation of the projections onto the residual stream: constant: init_std; gpt2: "
+        "init_std / √(2 num_layers); internlm: init_std / √(2 l) in layer l, counted from 1.",
     )
     activation_terms: Annotated[int, Neutral(1)] = Field(
         default=1, ge=1, le=16, description="Terms n of the series informed activation; 1: plain SwiGLU (PanGu-π: 2)."
     )
     activation_scales: Annotated[Literal["channel", "layer"], Neutral("channel")] = Field(
         default="channel",
-        description="What has scales and offsets of its own in the series informed activation: every channel of the "
-        "feed-forward layer, or every layer.",
+        description="Granularity of the scales and offsets of the series informed activation: one pair per term and "
+        "feed-forward channel, or per term and layer.",
     )
     shortcut_reduction: Annotated[int | None, Neutral(None)] = Field(
         default=None,
         ge=1,
-        description="Reduction r of the augmented shortcut around attention, hidden_size to hidden_size / r and back; "
-        "null: none (PanGu-π: 32).",
+        description="Reduction r of the augmented shortcut around attention, whose bottleneck has hidden_size / r "
+        "channels; null: no shortcut (PanGu-π: 32).",
     )
     shortcut_input: Annotated[Literal["normalised", "residual"], Neutral("normalised")] = Field(
         default="normalised",
-        description="What the augmented shortcut reads: the residual stream, as it is or brought to a root mean "
-        "square of 1.",
+        description="Input of the augmented shortcut: residual: the residual stream as it is; normalised: scaled to a "
+        "root mean square of 1.",
     )
     start_from: Annotated[str | None, Decides(("train",)), Neutral(None)] = Field(
         default=None,
-        description="Checkpoint (a step-… folder) of a model of the same shape, whose weights round 1 starts from; "
-        "null: random ones.",
+        description="Checkpoint (a step-… folder) of a model of the same shape from which round 1 starts; null: "
+        "random weights.",
     )
     inherit: Annotated[InheritConfig | None, BEGINNING, Neutral(None)] = Field(
-        default=None, description="Larger model whose layers and neurons round 1 starts from; null: none."
+        default=None, description="Larger model whose layers and neurons round 1 inherits; null: none."
     )
     layers: Literal["torch", "transformer_engine"] = Field(
-        default="torch", description="What layers are built of; transformer_engine, on CUDA, has to be installed."
+        default="torch", description="Implementation of the layers; transformer_engine needs CUDA and that package."
     )
 
     @property
     def ffn_size(self) -> int:
-        """Return the feed-forward width in force."""
+        """Return the effective feed-forward width."""
         return self.ffn_hidden_size or max(64, round(self.hidden_size * 8 / 3 / 64) * 64)
 
     @property
     def channels(self) -> int:
-        """Return the channels of a head in force."""
+        """Return the effective number of channels per head."""
         return self.head_size or self.hidden_size // self.num_attention_heads
 
     @property
     def num_groups(self) -> int:
-        """Return the number of key-value heads in force."""
+        """Return the effective number of key-value heads."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def inherits(self) -> bool:
-        """Return whether round 1 starts from parts of a larger model."""
+        """Return whether round 1 inherits layers and neurons of a larger model."""
         return self.inherit is not None and self.inherit.method != "base"
 
     def layer_parameters(self, tensor: int = 1) -> int:
-        """Return the number of a layer's weights that one of `tensor` tensor-parallel ranks has."""
+        """Return the number of weights per layer on each of `tensor` tensor-parallel ranks."""
         queries, keys_and_values = self.channels * self.num_attention_heads, 2 * self.channels * self.num_groups
         matrices = self.hidden_size * (2 * queries + keys_and_values) + 3 * self.hidden_size * self.ffn_size
         divided, whole = matrices, 2 * self.hidden_size
@@ -186,12 +189,12 @@ class ModelConfig(Config):
         return divided // tensor + whole
 
     def num_parameters(self, vocab_size: int) -> int:
-        """Return the number of weights, with the embedding and the head of `vocab_size` entries, padding left out."""
+        """Return the number of weights, including embedding and head for `vocab_size` entries without padding."""
         embeddings = (1 if self.tied_embeddings else 2) * vocab_size * self.hidden_size
         return self.num_layers * self.layer_parameters() + self.hidden_size + embeddings
 
     def embedding_share(self, vocab_size: int) -> float:
-        """Return the share of the weights that are in embedding and head, of `vocab_size` entries."""
+        """Return the share of the weights that embedding and head have, for `vocab_size` entries."""
         return 1 - self.num_parameters(0) / self.num_parameters(vocab_size)
 
     @model_validator(mode="before")
@@ -204,11 +207,11 @@ class ModelConfig(Config):
         if self.inherit is None:
             return self
         if self.start_from is not None:
-            raise ValueError("start_from: the model has model.inherit to start from; leave one of them out")
+            raise ValueError("start_from: cannot be combined with model.inherit; leave one of them out")
         chosen = self.inherit.layers
         if chosen != "auto" and len(chosen) != self.num_layers:
             raise ValueError(
-                f"inherit.layers: names {len(chosen)} layers and num_layers is {self.num_layers}; change one of them"
+                f"inherit.layers: lists {len(chosen)} layers, but num_layers is {self.num_layers}; change one of them"
             )
         return self
 
@@ -224,8 +227,8 @@ class ModelConfig(Config):
                 ("head_size", self.head_size) if self.head_size else ("num_attention_heads", self.num_attention_heads)
             )
             raise ValueError(
-                f"{field}: {value} makes heads of {self.channels} channels, and rotary positions need an even number; "
-                "choose another"
+                f"{field}: {value} gives heads of {self.channels} channels, but rotary position embeddings need an "
+                "even number; choose another value"
             )
         if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
             raise ValueError(
@@ -241,12 +244,12 @@ class ModelConfig(Config):
 
 
 class ScaledLr(Config):
-    """A peak learning rate that follows the batch: (batch / base_tokens)^increment_rate x base_lr (the paper, 5)."""
+    """A peak learning rate scaled by batch size: (batch / base_tokens)^increment_rate x base_lr (the paper, 5)."""
 
-    rule: Literal["scaled"] = Field(default="scaled", description="What tells this form from a plain number.")
-    increment_rate: float = Field(default=0.5, ge=0, le=2, description="Exponent r of the batch's relative size.")
-    base_lr: float = Field(default=1e-4, gt=0, lt=10, description="Peak learning rate at a batch of base_tokens.")
-    base_tokens: int = Field(default=1_000_000, ge=1, description="Batch, in tokens, to which base_lr belongs.")
+    rule: Literal["scaled"] = Field(default="scaled", description="Distinguishes this form from a plain number.")
+    increment_rate: float = Field(default=0.5, ge=0, le=2, description="Exponent r of the relative batch size.")
+    base_lr: float = Field(default=1e-4, gt=0, lt=10, description="Peak learning rate for batches of base_tokens.")
+    base_tokens: int = Field(default=1_000_000, ge=1, description="Batch size, in tokens, at which base_lr applies.")
 
     def at(self, batch_tokens: int) -> float:
         """Return the peak learning rate for batches of `batch_tokens`."""
@@ -254,52 +257,49 @@ class ScaledLr(Config):
 
 
 class TrainConfig(Config):
-    """How a round is trained: AdamW, linear warm-up and cosine decay over the round."""
+    """Training of a round: AdamW with linear warm-up and cosine decay over the round."""
 
-    global_batch_size: int = Field(default=16, ge=1, le=1_000_000, description="Samples an optimizer step.")
+    global_batch_size: int = Field(default=16, ge=1, le=1_000_000, description="Samples per optimizer step.")
     global_batch_tokens: Annotated[int | None, Neutral(None)] = Field(
         default=None,
         ge=1,
-        description="Tokens an optimizer step, in place of global_batch_size; a multiple of corpus.seq_length.",
+        description="Tokens per optimizer step, in place of global_batch_size; a multiple of corpus.seq_length.",
     )
-    micro_batch_size: Annotated[int, FREE] = Field(
-        default=2, ge=1, le=4096, description="Samples a forward pass takes at once."
-    )
+    micro_batch_size: Annotated[int, FREE] = Field(default=2, ge=1, le=4096, description="Samples per forward pass.")
     lr: Annotated[
         Annotated[float, Field(gt=0, lt=10), Tag("<number>")] | Annotated[ScaledLr, Tag("<rule>")],
         Discriminator(lambda value: "<rule>" if isinstance(value, dict | ScaledLr) else "<number>"),
-    ] = Field(
-        default=2e-3, description="Peak learning rate, or {rule: scaled, …}: one that follows the batch's tokens."
-    )
+    ] = Field(default=2e-3, description="Peak learning rate, or {rule: scaled, …} to scale it by the batch's tokens.")
     min_lr: float | None = Field(
         default=None, ge=0, lt=10, description="Learning rate at the end of a round; null: a tenth of the peak."
     )
     max_tokens: Annotated[int | None, Decides(("mix",))] = Field(
         default=None,
         ge=1,
-        description="Predicted tokens that round 1 trains on at most, of samples drawn at random; null: everything. "
-        "Later rounds have refine.max_tokens.",
+        description="Most predicted tokens that round 1 trains on, in randomly drawn samples; null: everything. "
+        "For later rounds, see refine.max_tokens.",
     )
-    warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of a round's steps that warm up.")
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of a round's steps used for warm-up.")
     weight_decay: float = Field(default=0.1, ge=0, lt=10, description="AdamW's decoupled weight decay.")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
     adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second-moment decay.")
-    clip_grad: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
+    clip_grad: float = Field(default=1.0, gt=0, description="Gradient norm above which gradients are clipped.")
     validate_every_steps: Annotated[int, FREE] = Field(
-        default=100, ge=1, description="Steps between validations; one is always run at the end of a round."
+        default=100, ge=1, description="Steps between validations; the end of a round is always validated."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Precision of the model's arithmetic; auto: bfloat16 on accelerators, else float32."
+        default="auto", description="Compute precision of the model; auto: bfloat16 on accelerators, float32 on CPU."
     )
     loss_kernel: Annotated[LossKernel, FREE] = Field(
         default="reference",
-        description="How token losses and their gradients are computed: reference holds all logits; chunked, on any "
-        "device, a few megabytes of them, each computed twice; triton, on CUDA, has to be installed.",
+        description="Implementation of token losses and their gradients: reference holds all logits; chunked, on any "
+        "device, holds a few megabytes of them and computes each twice; triton needs CUDA and the triton package.",
     )
     activation_kernel: Annotated[ActivationKernel, FREE] = Field(
         default="reference",
-        description="How the series informed activation is computed, in scoring too: reference keeps intermediates of "
-        "every term for the backward pass; triton, on CUDA, the inputs alone, and has to be installed.",
+        description="Implementation of the series informed activation, also used in scoring: reference keeps "
+        "intermediates of every term for the backward pass; triton keeps only the inputs, and needs CUDA and the "
+        "triton package.",
     )
 
     @model_validator(mode="after")
@@ -309,23 +309,23 @@ class TrainConfig(Config):
         return self
 
     def resolve(self, seq_length: int) -> "TrainConfig":
-        """Return the same with numbers for what follows from others: batch in samples, learning rates.
+        """Return a copy with derived values filled in: batch size in samples, learning rates.
 
-        Raises ValueError where the batch is no whole number of samples of `seq_length` tokens.
+        Raises ValueError if the batch is not a whole number of samples of `seq_length` tokens.
         """
         batch_size = self.global_batch_size
         if self.global_batch_tokens is not None:
             batch_size, rest = divmod(self.global_batch_tokens, seq_length)
             if rest or not batch_size:
                 raise ValueError(
-                    f"train.global_batch_tokens: {self.global_batch_tokens} is no multiple of corpus.seq_length "
+                    f"train.global_batch_tokens: {self.global_batch_tokens} is not a multiple of corpus.seq_length "
                     f"{seq_length}; take {max(1, round(self.global_batch_tokens / seq_length)) * seq_length}"
                 )
         lr = self.lr.at(batch_size * seq_length) if isinstance(self.lr, ScaledLr) else self.lr
         min_lr = lr / 10 if self.min_lr is None else self.min_lr
         if not min_lr <= lr < 10:
             raise ValueError(
-                f"train.lr: batches of {batch_size * seq_length} tokens make it {lr:.3g}, which is not between min_lr "
+                f"train.lr: {lr:.3g} for batches of {batch_size * seq_length} tokens is not between min_lr "
                 f"{min_lr:.3g} and 10; change increment_rate, base_lr or the batch"
             )
         return self.model_copy(
@@ -334,21 +334,29 @@ class TrainConfig(Config):
 
 
 class ParallelConfig(Config):
-    """How many ways the model (tensor, pipeline) and the batch (data) are split; processes are their product."""
+    """The degrees of tensor, pipeline and data parallelism; their product is the number of processes."""
 
-    tensor: int = Field(default=1, ge=1, le=1024, description="Ranks that share each layer.")
-    pipeline: int = Field(default=1, ge=1, le=1024, description="Ranks among which the layers are divided.")
-    data: int = Field(default=1, ge=1, le=65_536, description="Copies of the model, each on its part of the batch.")
+    tensor: int = Field(
+        default=1, ge=1, le=1024, description="Ranks that each layer is split over (tensor parallelism)."
+    )
+    pipeline: int = Field(
+        default=1, ge=1, le=1024, description="Stages that the layers are split into (pipeline parallelism)."
+    )
+    data: int = Field(
+        default=1, ge=1, le=65_536, description="Replicas of the model, each training on its part of the batch."
+    )
     sequence: bool = Field(
         default=False,
-        description="Whether tensor ranks also share what lies between layers, each a piece of the sequence: less "
-        "memory at the same traffic.",
+        description="Whether tensor-parallel ranks also split activations between layers along the sequence (sequence "
+        "parallelism): less memory for the same communication.",
     )
 
     @model_validator(mode="after")
     def _check_sequence(self) -> "ParallelConfig":
         if self.sequence and self.tensor == 1:
-            raise ValueError("sequence: true needs tensor ranks that share the sequence, and tensor is 1; raise it")
+            raise ValueError(
+                "sequence: true needs tensor-parallel ranks, but tensor is 1; raise it, or set it to false"
+            )
         return self
 
     @property
@@ -358,19 +366,21 @@ class ParallelConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When and how training saves its state."""
+    """When and how training saves checkpoints."""
 
-    every_minutes: float = Field(default=10.0, gt=0, description="Minutes between checkpoints: the most a kill costs.")
+    every_minutes: float = Field(
+        default=10.0, gt=0, description="Minutes between checkpoints: the most training time that a kill loses."
+    )
     every_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints, in addition.")
-    keep_last: int = Field(default=2, ge=1, le=1000, description="Checkpoints of the running round that are kept.")
+    keep_last: int = Field(default=2, ge=1, le=1000, description="Checkpoints kept while a round is training.")
     asynchronous: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="Whether training goes on while a checkpoint is written; auto: on accelerators, not on CPU.",
+        description="Whether training continues while a checkpoint is written; auto: on accelerators, not on CPU.",
     )
 
 
 def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, seq_length: int) -> None:
-    """Raise ValueError where `parallel` divides heads, layers, the batch of `train` or the sequence into no parts."""
+    """Raise ValueError if `parallel` does not divide heads, layers, the batch of `train` or the sequence evenly."""
     if parallel.sequence and seq_length % parallel.tensor:
         raise ValueError(
             f"parallel.sequence: parallel.tensor {parallel.tensor} does not divide corpus.seq_length {seq_length}; "
@@ -391,6 +401,6 @@ def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfi
         )
     if train.global_batch_size % (train.micro_batch_size * parallel.data):
         raise ValueError(
-            f"train.global_batch_size: {train.global_batch_size} is no multiple of train.micro_batch_size "
+            f"train.global_batch_size: {train.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{train.micro_batch_size} x parallel.data {parallel.data}; change one of them"
         )

@@ -1,8 +1,8 @@
-"""Devices: the one place where CUDA, Ascend NPU and CPU differ.
+"""Devices: the only module that distinguishes CUDA, Ascend NPU and CPU.
 
-Megatron-Core spells its device `cuda` throughout. On CUDA that is the truth; on Ascend `torch_npu`'s
-`transfer_to_npu` and MindSpeed's adaptor redirect it; on CPU `_adapt_megatron_to_cpu` below does, so that all
-three run the same Megatron code. `initialise` must be called before anything of Megatron is imported.
+Megatron-Core hard-codes the device `cuda`. On Ascend, `torch_npu`'s `transfer_to_npu` and MindSpeed's adaptor redirect
+it; on CPU, `_adapt_megatron_to_cpu` below does, so that all three run the same Megatron code. `initialise` must be
+called before any Megatron module is imported.
 """
 
 import functools
@@ -31,24 +31,24 @@ class Device:
     backend: str
 
     def synchronize(self) -> None:
-        """Wait for all work queued on the device (nothing to wait for on CPU)."""
+        """Wait for all work queued on the device (a no-op on CPU)."""
         if self.kind != "cpu":
             getattr(torch, self.kind).synchronize()
 
     def seed(self, seed: int) -> None:
-        """Seed everything that ranks of one pipeline stage draw; Megatron's layout has to be initialised."""
+        """Seed all generators, the same on all ranks of a pipeline stage; model parallelism must be initialised."""
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
         model_parallel_cuda_manual_seed(seed)
-        # Comes last: on CPU the line above has just seeded the same generator.
+        # Must come last: on CPU the line above seeds the same generator.
         torch.manual_seed(seed)
 
 
 def resolve(requested: str) -> str:
-    """Return the device kind, `cuda`, `npu` or `cpu`, that `device: requested` means on this machine.
+    """Return the device kind, `cuda`, `npu` or `cpu`, that `device: requested` selects on this machine.
 
-    Raises ValueError where a device is requested by name and cannot be used here, and where `auto` finds Ascend devices
-    but not MindSpeed.
+    Raises ValueError if a device is requested by name and cannot be used here, or if `auto` finds Ascend devices but
+    not MindSpeed.
     """
     if requested == "auto":
         return "cuda" if torch.cuda.is_available() else _npu_or_cpu()
@@ -68,7 +68,7 @@ def _npu_or_cpu() -> str:
     count, fault = ascend.count_devices()
     if fault is not None:
         if ascend.is_installed():
-            _warn(f"device: 'auto' takes the CPU because {fault}")
+            _warn(f"device: 'auto' falls back to the CPU because {fault}")
         return "cpu"
     fault = ascend.find_adaptor()
     if fault is not None:
@@ -78,17 +78,17 @@ def _npu_or_cpu() -> str:
 
 @functools.cache
 def _warn(text: str) -> None:
-    # Once, however many stages ask.
+    # Cached, so that the warning appears once, however many stages resolve the device.
     _LOG.warning("%s", text)
 
 
 def resolve_precision(requested: Literal["auto"] | Precision, kind: str) -> Precision:
-    """Return what a device of `kind` computes in, float32 or bfloat16, under `train.precision: requested`."""
+    """Return the precision that `train.precision: requested` selects on devices of `kind`, float32 or bfloat16."""
     return requested if requested != "auto" else "float32" if kind == "cpu" else "bfloat16"
 
 
 def check_count(kind: str, num_ranks: int) -> None:
-    """Raise ValueError where this host has fewer accelerators than `num_ranks`, or where they cannot be counted."""
+    """Raise ValueError if this host has fewer accelerators than `num_ranks`, or if they cannot be counted."""
     if kind == "cpu":
         return
     available, fault = (torch.cuda.device_count(), None) if kind == "cuda" else ascend.count_devices()
@@ -96,13 +96,13 @@ def check_count(kind: str, num_ranks: int) -> None:
         raise ValueError(f"device: '{kind}' cannot be used because {fault}")
     if num_ranks > available:
         raise ValueError(
-            f"parallel: tensor x pipeline x data makes {num_ranks} processes, but this host has {available} "
+            f"parallel: tensor x pipeline x data is {num_ranks} processes, but this host has {available} "
             f"{kind} devices; lower one of them"
         )
 
 
 def check_layers(layers: str) -> None:
-    """Raise ValueError where what `model.layers: layers` asks for is not installed."""
+    """Raise ValueError if the package that `model.layers: layers` needs is not installed."""
     if layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "model.layers: 'transformer_engine' was requested but it is not installed; "
@@ -111,9 +111,9 @@ def check_layers(layers: str) -> None:
 
 
 def check_kernel(field: str, kernel: str, kind: str, other: str) -> None:
-    """Raise ValueError where `kernel`, the value of `field`, is not installed or does not run on devices of `kind`.
+    """Raise ValueError if `kernel`, the value of `field`, is not installed or does not run on devices of `kind`.
 
-    `other` is the kernel that the error names instead.
+    `other` is the kernel that the error suggests instead.
     """
     if kernel != "triton":
         return
@@ -128,10 +128,10 @@ def check_kernel(field: str, kernel: str, kind: str, other: str) -> None:
 
 
 def least_free_memory(kind: str, num_ranks: int) -> int | None:
-    """Return the bytes free on that of the devices of this host's ranks that has least, or None for the CPU.
+    """Return the free bytes of the device with the least free memory among those of this host's ranks; None on CPU.
 
-    Ranks take the first devices of the kind; where there are fewer than ranks, those there are count. Raises ValueError
-    where the devices cannot be asked.
+    Ranks use the first `num_ranks` devices of the kind, or all if there are fewer. Raises ValueError if the devices
+    cannot be queried.
     """
     if kind == "cpu":
         return None
@@ -145,18 +145,18 @@ def least_free_memory(kind: str, num_ranks: int) -> int | None:
 
 
 def has_fused_norm(kind: str) -> bool:
-    """Return whether torch has a kernel of its own for RMSNorm on devices of a kind, which keeps its input alone."""
+    """Return whether torch has a fused RMSNorm kernel, which keeps only its input, on devices of `kind`."""
     return kind == "cuda"
 
 
 def describe_devices() -> list[tuple[bool, str]]:
-    """Return, for each kind of device, whether this host has it, and what it has or how to get it."""
+    """Return, for each kind of device, whether this host has it, and its description or how to install it."""
     rows = [(True, f"cpu: gloo {'is' if torch.distributed.is_gloo_available() else 'is not'} built into torch")]
     rows += _describe_cuda()
     rows += [(is_there, f"npu: {text}") for is_there, text in ascend.describe_installation()]
     if ascend.is_installed() and torch.version.cuda is not None:
         rows.append(
-            (False, "npu: torch is a CUDA build, beside which torch_npu does not load; install the CPU build of torch")
+            (False, "npu: torch is a CUDA build, with which torch_npu does not load; install the CPU build of torch")
         )
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     rows.append((has_engine, f"Transformer Engine: {'installed' if has_engine else 'not installed'} (model.layers)"))
@@ -165,7 +165,7 @@ def describe_devices() -> list[tuple[bool, str]]:
 
 def _describe_cuda() -> list[tuple[bool, str]]:
     if not torch.cuda.is_available():
-        return [(False, "cuda: none found; it takes a CUDA build of torch and NVIDIA's driver")]
+        return [(False, "cuda: none found; install a CUDA build of torch and NVIDIA's driver")]
     rows = []
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
@@ -181,12 +181,12 @@ def _describe_cuda() -> list[tuple[bool, str]]:
 
 
 def initialise(kind: str, local_rank: int) -> Device:
-    """Return this rank's device, made current, with Megatron adapted to it.
+    """Return this rank's device, set as the current one, with Megatron adapted to it.
 
-    `kind` is what `resolve` returned; `local_rank` counts the ranks of this host.
+    `kind` is the result of `resolve`; `local_rank` is the rank within this host.
     """
     if kind == "cpu":
-        # One thread a rank where ranks fill the cores: OpenMP's spinning threads slow each other down many-fold.
+        # Divide the cores among the ranks: OpenMP's spinning threads slow each other down many-fold.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, num_cores() // ranks_here))
         _adapt_megatron_to_cpu()
@@ -204,21 +204,21 @@ def _adapt_megatron_to_ascend() -> None:
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
         importlib.import_module("mindspeed.megatron_adaptor")
     except ImportError as error:
-        # Where ranks run on other hosts than the command, nobody has asked the device before.
+        # If ranks run on other hosts than the command, the device has not been checked before.
         raise ValueError(
             f"device: 'npu' cannot be used ({error}); {ascend.SET_ENVIRONMENT}, and run `reprise doctor` there"
         ) from error
 
 
 def num_cores() -> int:
-    """Return the cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Sends every tensor that is asked for on `cuda` to the CPU, and reports CPU tensors' types as Megatron expects."""
+    """Creates on the CPU every tensor requested on `cuda`, and reports CPU tensors' types as Megatron expects."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -229,7 +229,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], torch.device("cpu"), *args[2:])
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The gradient buffers are sorted by names such as torch.cuda.FloatTensor.
+            # Megatron groups gradient buffers by type names such as torch.cuda.FloatTensor.
             return str(func(*args)).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
 
@@ -253,8 +253,8 @@ def _adapt_megatron_to_cpu() -> None:
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
 
-    # Megatron compiles its fusions as they are imported. None of them is used here, and the compiler takes each
-    # rank longer to import than all else.
+    # Megatron compiles its fusions on import. None of them is used here, and importing the compiler takes each rank
+    # longer than everything else.
     compile_function, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
     try:
         from megatron.core.tensor_parallel import random

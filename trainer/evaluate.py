@@ -1,4 +1,4 @@
-"""Answers of the model to requests, forward only, on any layout: likelihoods by trees, and greedy generations."""
+"""Answers of the model to evaluation requests, on any layout: likelihoods over prefix trees, and greedy generations."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,12 +35,12 @@ from trainer.stopping import StoppedError, StopRequest
 
 _Item = TypeVar("_Item")
 
-# Ranks ask one another whether to stop before every so many trees or batches.
+# Trees or batches between two checks whether any rank was asked to stop.
 _TURNS = 8
-# Tokens, prompts and continuations together, whose keys and values are held at once; and sequences.
+# Limits of a generation batch: tokens (prompts and continuations) in the key-value cache, and sequences.
 _GENERATED_AT_ONCE = 16_384
 _SEQUENCES_AT_ONCE = 64
-# By these, Megatron's modules know that ranks share the sequence.
+# Attributes by which Megatron's modules enable sequence parallelism.
 _SHARING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
@@ -53,16 +53,16 @@ def answer_tasks(
     progress: Progress = silent,
     stop: StopRequest | None = None,
 ) -> None:
-    """Write the answers of `model` to the requests of each task into the folder `answers`, unless they are there.
+    """Write the answers of `model` to the requests of each task to the folder `answers`, unless already there.
 
-    Every rank calls this, one of them writes. identity: what the model's weights are known by. Leaves the model as it
-    was. Raises ValueError where requests are missing or cannot be answered, and StoppedError, all complete answers
-    being kept, where `stop` is made on any rank.
+    Every rank calls this; one of them writes. identity: identifies the model's weights. Leaves the model unchanged.
+    Raises ValueError if requests are missing or cannot be answered, and StoppedError, keeping all completed answers, if
+    any rank was asked to stop.
     """
     for task in evaluation.tasks:
         asked, target = requests_path(evaluation.requests, task), requests_path(answers, task)
         answers_identity = identify_answers(identity, asked)
-        # The writer alone looks: others might see what it has made since.
+        # Only the writer checks: other ranks might see files that it has written since.
         if _any_rank(is_writer() and has_answers(target, answers_identity), model):
             continue
         requests = read_requests(asked)
@@ -83,10 +83,11 @@ def answer_requests(
     progress: Progress = silent,
     stop: StopRequest | None = None,
 ) -> list[Answer] | None:
-    """Return the answers of `model` to `requests`, in their order, on the rank that `is_writer`, else None.
+    """Return the answers of `model` to `requests`, in their order, on the rank that `is_writer`; None on others.
 
-    Every rank calls this with the same requests, which `check_requests` has let through; data-parallel ranks share
-    them. The model comes back as it was, in training or not. Raises StoppedError where `stop` is made on any rank.
+    Every rank calls this with the same requests, which have passed `check_requests`; they are divided among
+    data-parallel ranks. The model is left unchanged, including its training mode. Raises StoppedError if any rank was
+    asked to stop.
     """
     gpt: Any = unwrap_model(model)
     likelihoods = [request for request in requests if isinstance(request, Likelihood)]
@@ -97,20 +98,20 @@ def answer_requests(
             progress("evaluating (requests)", done, len(requests))
 
     with _evaluating(model, gpt), torch.no_grad():
-        likely = iter(_answer_likelihoods(gpt, likelihoods, note, stop))
+        log_likelihoods = iter(_answer_likelihoods(gpt, likelihoods, note, stop))
         generated = iter(
             _answer_generations(gpt, generations, tokenizer, lambda done: note(len(likelihoods) + done), stop)
         )
     if not is_writer():
         return None
-    return [next(likely) if isinstance(request, Likelihood) else next(generated) for request in requests]
+    return [next(log_likelihoods) if isinstance(request, Likelihood) else next(generated) for request in requests]
 
 
 @contextmanager
 def _evaluating(model: torch.nn.Module, gpt: Any) -> Iterator[None]:
-    """Put the model into evaluation: ranks do not share the sequence, and attention takes masks; then back."""
+    """Set the model to evaluation mode, without sequence parallelism and with maskable attention; then restore it."""
     was_training, input_tensor = model.training, gpt.decoder.input_tensor
-    # A tree's tokens can be cut at any place, and a token at a time is no sequence that ranks could share.
+    # Trees have any length, and decoding takes one token at a time: neither can be split along the sequence.
     sharing = [
         (owner, name) for owner in (gpt.config, *gpt.modules()) for name in _SHARING if getattr(owner, name, False)
     ]
@@ -121,7 +122,7 @@ def _evaluating(model: torch.nn.Module, gpt: Any) -> Iterator[None]:
         for owner, name in sharing:
             setattr(owner, name, False)
         for each in attention:
-            # Another make's has no weights either.
+            # Core attention has no weights, in Transformer Engine either, so it can be replaced.
             if not isinstance(each.core_attention, ScaledDotProductAttention):
                 each.core_attention = ScaledDotProductAttention(gpt.config, gpt.config.softmax_scale)
         yield
@@ -137,18 +138,18 @@ def _evaluating(model: torch.nn.Module, gpt: Any) -> Iterator[None]:
 def _answer_likelihoods(
     gpt: Any, requests: Sequence[Likelihood], note: Callable[[int], None], stop: StopRequest | None
 ) -> list[LogLikelihood]:
-    """Return the answers, on the last pipeline stage."""
+    """Return the answers, on the last pipeline stage; on others an empty list."""
     if not requests:
         return []
     counts = [len(request.continuation) for request in requests]
-    # Of every predicted token: its negative log-likelihood, and 1 where it is the most probable one.
+    # Rows: each predicted token's negative log-likelihood, and 1 if it is the most probable one.
     found = torch.zeros(2, sum(counts), device=next(gpt.parameters()).device)
-    for tree in _deal(
+    for tree in _own_items(
         gpt, build_prefix_trees(requests, gpt.config.hidden_size), lambda tree: tree.num_requests, note, stop
     ):
-        judged = _judge(gpt, tree)
-        if judged is not None:
-            found[:, torch.from_numpy(tree.places).to(found.device)] = torch.stack(judged)
+        scores = _score_tree(gpt, tree)
+        if scores is not None:
+            found[:, torch.from_numpy(tree.places).to(found.device)] = torch.stack(scores)
     if not parallel_state.is_pipeline_last_stage():
         return []
     torch.distributed.all_reduce(found, group=parallel_state.get_data_parallel_group())
@@ -161,8 +162,8 @@ def _answer_likelihoods(
     ]
 
 
-def _judge(gpt: Any, tree: PrefixTree) -> tuple[Tensor, Tensor] | None:
-    """Return, on the last pipeline stage, what `score_labels` says of a tree's predictions, [p] float32 each."""
+def _score_tree(gpt: Any, tree: PrefixTree) -> tuple[Tensor, Tensor] | None:
+    """Return, on the last pipeline stage, the result of `score_labels` for a tree's targets, [p] float32 each."""
     device = next(gpt.parameters()).device
     tokens_n, depths_n, ends_n, nodes_p, targets_p = (
         torch.from_numpy(column).to(device)
@@ -199,20 +200,20 @@ def _answer_generations(
     note: Callable[[int], None],
     stop: StopRequest | None,
 ) -> list[list[int]]:
-    """Return the answers, on every rank."""
+    """Return the generated token ids of each request, on every rank."""
     if not requests:
         return []
-    mine: dict[int, list[int]] = {}
-    for batch in _deal(gpt, _cut_batches(requests, gpt.max_sequence_length), len, note, stop):
-        mine |= zip(batch, _generate(gpt, [requests[number] for number in batch], tokenizer), strict=True)
+    local: dict[int, list[int]] = {}
+    for batch in _own_items(gpt, _cut_batches(requests, gpt.max_sequence_length), len, note, stop):
+        local |= zip(batch, _generate(gpt, [requests[number] for number in batch], tokenizer), strict=True)
     replicas: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
-    torch.distributed.all_gather_object(replicas, mine, parallel_state.get_data_parallel_group())
+    torch.distributed.all_gather_object(replicas, local, parallel_state.get_data_parallel_group())
     found = {number: tokens for part in replicas for number, tokens in part.items()}
     return [found[number] for number in range(len(requests))]
 
 
 def _cut_batches(requests: Sequence[Generation], seq_length: int) -> list[list[int]]:
-    """Return numbers of requests in batches of about equal prompts, the longest first."""
+    """Return the indices of the requests in batches with prompts of similar length, the longest first."""
     batches: list[list[int]] = []
     for number in sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt)):
         batch = [*batches[-1], number] if batches else [number]
@@ -228,7 +229,7 @@ def _cut_batches(requests: Sequence[Generation], seq_length: int) -> list[list[i
 
 
 def _generate(gpt: Any, requests: Sequence[Generation], tokenizer: Tokenizer) -> list[list[int]]:
-    """Return the continuations, token ids, of prompts that go through the model side by side."""
+    """Return the continuations, token ids, of a batch of prompts."""
     longest = max(len(request.prompt) for request in requests)
     prompts = np.zeros((len(requests), longest), np.int64)
     num_pads = np.array([longest - len(request.prompt) for request in requests])
@@ -242,14 +243,14 @@ def _generate(gpt: Any, requests: Sequence[Generation], tokenizer: Tokenizer) ->
     return endings.tokens
 
 
-def _deal(
+def _own_items(
     gpt: Any,
     items: Sequence[_Item],
     count: Callable[[_Item], int],
     note: Callable[[int], None],
     stop: StopRequest | None,
 ) -> Iterator[_Item]:
-    """Yield the items that this rank's replica takes, noting how many requests all replicas are done with."""
+    """Yield the items assigned to this rank's replica, reporting how many requests all replicas have done."""
     replicas = int(parallel_state.get_data_parallel_world_size())
     replica = int(parallel_state.get_data_parallel_rank())
     done = 0
@@ -262,8 +263,8 @@ def _deal(
         note(done)
 
 
-def _any_rank(is_so: bool, model: torch.nn.Module) -> bool:
-    """Return, on all ranks, whether it is so on any."""
-    said = torch.tensor([int(is_so)], device=next(model.parameters()).device)
-    torch.distributed.all_reduce(said)
-    return bool(said.item())
+def _any_rank(condition: bool, model: torch.nn.Module) -> bool:
+    """Return, on all ranks, whether `condition` holds on any rank."""
+    count = torch.tensor([int(condition)], device=next(model.parameters()).device)
+    torch.distributed.all_reduce(count)
+    return bool(count.item())

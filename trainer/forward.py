@@ -1,4 +1,4 @@
-"""Samples through the model: microbatches, Megatron's pipeline schedule, and each sample's loss."""
+"""Forward and backward passes: microbatches, Megatron's pipeline schedule, and per-sample losses."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -22,15 +22,16 @@ def read_microbatches(
     micro_batch_size: int,
     seq_length: int,
 ) -> Iterator[Batch]:
-    """Yield this rank's microbatches of the samples identified by shard and number, for `run_schedule`.
+    """Yield this rank's microbatches of the samples given by shard and index, for `run_schedule`.
 
-    They are cut and padded to `seq_length` tokens. Only the pipeline's ends need the tokens; elsewhere they are zero.
+    They are truncated and padded to `seq_length` tokens. Only the first and last pipeline stages need the tokens; on
+    others they are zero.
     """
     edge = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
     for microbatch in deal_rows(len(samples), micro_batch_size):
         tokens = np.zeros((micro_batch_size, seq_length + 1), np.int64)
         num_tokens = np.zeros(micro_batch_size, np.int64)
-        # Rows beyond the last sample fill up the microbatch; none of their tokens counts.
+        # Rows beyond the last sample pad the microbatch; their tokens do not count.
         real = microbatch[microbatch < len(samples)]
         if edge and len(real):
             batch = corpus.read(shards[real], samples[real], seq_length)
@@ -39,7 +40,7 @@ def read_microbatches(
 
 
 def deal_rows(num_samples: int, micro_batch_size: int) -> list[NDArray[np.int64]]:
-    """Return the rows that this rank's replica takes, microbatch by microbatch; the last may lie beyond the samples."""
+    """Return the rows of each microbatch of this rank's replica; in the last one, they may exceed the samples."""
     per_round = micro_batch_size * int(parallel_state.get_data_parallel_world_size())
     first = int(parallel_state.get_data_parallel_rank()) * micro_batch_size
     starts = range(first, -(-num_samples // per_round) * per_round, per_round)
@@ -55,13 +56,13 @@ def run_schedule(
     forward_only: bool,
     prefixes: tuple[int, ...] | None = None,
 ) -> tuple[NDArray[np.int64], Tensor, Tensor]:
-    """Run the model, and unless `forward_only` its backward pass, over the microbatches of `num_samples` samples.
+    """Run forward and, unless `forward_only`, backward over the microbatches of `num_samples` samples.
 
-    The data-parallel ranks share the work; `microbatches` are what `read_microbatches` gives for this one. All ranks
-    give the same `seq_length`, by which pipeline stages know what to receive. Returns, on the last pipeline stage, the
-    rows of the samples that this rank's replica took, [n] int64, with their summed losses, [n] float32, nats, and
-    numbers of predicted tokens, [n] int64; on other stages three empty ones. With `prefixes`, sums and numbers are
-    those over the first so many tokens of each sample, [n, len(prefixes)]. The gradient is that of the sum of all
+    The samples are divided among data-parallel ranks; `microbatches` come from `read_microbatches` on this rank. All
+    ranks must pass the same `seq_length`, which sets the shapes that pipeline stages receive. Returns, on the last
+    pipeline stage, the rows of the samples of this rank's replica, [n] int64, their summed losses, [n] float32, nats,
+    and their numbers of predicted tokens, [n] int64; on other stages three empty ones. With `prefixes`, sums and
+    numbers cover the first `prefix` tokens of each sample, [n, len(prefixes)]. The gradient is that of the sum of all
     losses, divided by all predicted tokens in Megatron's `finalize_model_grads`.
     """
     rows = deal_rows(num_samples, micro_batch_size)

@@ -1,4 +1,4 @@
-"""Greedy generation with a cache of keys and values, on any layout, and how fast it is."""
+"""Greedy generation with a key-value cache, on any layout, and its throughput."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,19 +22,18 @@ def generate(
     num_pads_b: Tensor | None = None,
     take: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
-    """Return the most probable continuations, [batch, at most num_new_tokens] int64, on every rank of the replica.
+    """Return the greedy continuations, [batch, at most num_new_tokens] int64, on every rank of the replica.
 
-    prompts_bs: [batch, prompt] int64, on the model's device, alike on all ranks. Ids from `vocab_size` on, which pad
-    the embedding, are never taken. num_pads_b: [batch] int64, how many tokens before each prompt are none of it. take:
-    is given each prompt's next token, [batch], and says whether that is enough. Gradients are for the caller to turn
-    off.
+    prompts_bs: [batch, prompt] int64, on the model's device, the same on all ranks. Ids from `vocab_size` on, which pad
+    the embedding, are never generated. num_pads_b: [batch] int64, the number of padding tokens before each prompt.
+    take: receives each prompt's next token, [batch], and returns whether to stop. The caller must disable gradients.
     """
     batch_size, num_prompt_tokens = prompts_bs.shape
     context = StaticInferenceContext(batch_size, num_prompt_tokens + num_new_tokens)
     tokens_bs = prompts_bs
     new_b: list[Tensor] = []
     for _ in range(num_new_tokens):
-        logits_bv = _logits_of_the_next(model, tokens_bs, context, num_pads_b)
+        logits_bv = _next_logits(model, tokens_bs, context, num_pads_b)
         next_b = prompts_bs.new_empty(batch_size)
         if logits_bv is not None:
             next_b = logits_bv[:, :vocab_size].argmax(dim=-1)
@@ -50,10 +49,10 @@ def generate(
     return torch.stack(new_b, dim=1)
 
 
-def _logits_of_the_next(
+def _next_logits(
     model: Any, tokens_bs: Tensor, context: StaticInferenceContext, num_pads_b: Tensor | None
 ) -> Tensor | None:
-    """Return the logits after the last of the tokens, [batch, padded vocabulary], on the last pipeline stage."""
+    """Return the next token's logits, [batch, padded vocabulary], on the last pipeline stage; None on others."""
     start, length = context.sequence_len_offset, tokens_bs.shape[1]
     position_bs = torch.arange(start, start + length, device=tokens_bs.device).expand(len(tokens_bs), -1)
     stages = parallel_state.get_pipeline_model_parallel_group()
@@ -78,18 +77,18 @@ def _logits_of_the_next(
 
 
 def _mask_padding(num_pads_b: Tensor, start: int, length: int) -> Tensor:
-    """Return whether each of the `length` tokens from `start` on sees a token, [batch, 1, length, all up to there].
+    """Return the attention mask of `length` queries from position `start`, [batch, 1, length, start + length] bool.
 
-    Padding sees itself, for what sees nothing is no number.
+    Padding attends to itself, because a fully masked row gives NaN.
     """
     key_s = torch.arange(start + length, device=num_pads_b.device)
     query_s = key_s[start:, None]
-    sees_bqk = (key_s <= query_s) & ((key_s >= num_pads_b[:, None, None]) | (key_s == query_s))
-    return sees_bqk[:, None]
+    mask_bqk = (key_s <= query_s) & ((key_s >= num_pads_b[:, None, None]) | (key_s == query_s))
+    return mask_bqk[:, None]
 
 
 class Endings:
-    """What has been generated for each of some requests, up to where it ends."""
+    """The tokens generated for each request of a batch, and whether each has ended."""
 
     def __init__(self, requests: Sequence[Generation], seq_length: int, tokenizer: Tokenizer) -> None:
         self.tokens: list[list[int]] = [[] for _ in requests]
@@ -99,7 +98,7 @@ class Endings:
         self.num_new_tokens = max(0, *self._limits)
 
     def take(self, next_b: Tensor) -> bool:
-        """Take each request's next token, [batch], and return whether none of them needs another one."""
+        """Append each request's next token, [batch], and return whether all requests have ended."""
         for row, token in enumerate(next_b.tolist()):
             if not self._is_open[row]:
                 continue
@@ -115,7 +114,7 @@ class Endings:
         stop = [text for text in self._requests[row].stop if text]
         if not stop:
             return False
-        # A token has a byte or more; the first ones of a piece may be decoded otherwise than within the whole.
+        # A token has at least one byte; the first ones of a slice may decode differently than in context.
         num_last = max(len(text.encode()) for text in stop) + 4
         tail = self._tokenizer.decode(self.tokens[row][-num_last:])
         return any(text in tail for text in stop)
@@ -125,17 +124,17 @@ class Endings:
 def measure_generation(
     model: Any, batch_size: int, num_prompt_tokens: int, num_new_tokens: int, vocab_size: int, seed: int
 ) -> dict[str, Any]:
-    """Return how many new tokens a second one replica generates, all sequences of the batch together, and the first.
+    """Return one replica's new tokens per second, over all sequences of the batch, and the first sequence.
 
-    The prompts are random; a short generation before the one that is measured warms up. The first sequence's tokens
-    are those of its prompt and of its continuation.
+    Prompts are random; a short generation before the measured one serves as warm-up. The first sequence is its prompt
+    followed by its continuation, token ids.
     """
     device = next(model.parameters()).device
     prompts = np.random.default_rng(seed).integers(0, vocab_size, (batch_size, num_prompt_tokens))
     prompts_bs = torch.from_numpy(prompts).to(device)
     generate(model, prompts_bs, min(8, num_new_tokens), vocab_size).cpu()
     started = time.perf_counter()
-    # Copying the result waits for the device to be done.
+    # Copying the result synchronises with the device.
     new_bs = generate(model, prompts_bs, num_new_tokens, vocab_size).cpu()
     seconds = time.perf_counter() - started
     return {

@@ -1,4 +1,4 @@
-"""Hugging Face's description of a model, `config.json`, as ours, and ours as theirs."""
+"""Conversion between Hugging Face's `config.json` and our `ModelConfig`."""
 
 import re
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from pydantic import ValidationError
 from trainer.config import ModelConfig
 from trainer.hugging_face_files import read_object
 
-# The last is ours: `trainer/modeling_reprise.py` goes with it.
+# The last is ours, implemented in `trainer/modeling_reprise.py`.
 FAMILIES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "mistral": "MistralForCausalLM",
     "reprise": "RepriseForCausalLM",
 }
-# Fields of PanGu-π's additions, which have one name on both sides.
+# Fields of PanGu-π's additions, which have the same names in both.
 ADDITIONS = ("activation_terms", "activation_scales", "shortcut_reduction", "shortcut_input")
 MODELLING = "modeling_reprise"
-# What Megatron-Core's Llama 3 positions have fixed.
+# Constants of Llama 3's RoPE scaling in Megatron-Core.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# What fields of ours that errors name are called there.
+# Hugging Face's names of our fields, for error messages.
 _THEIR_NAMES = {
     "num_layers": "num_hidden_layers",
     "head_size": "head_dim",
@@ -33,26 +33,26 @@ _THEIR_NAMES = {
     "norm_epsilon": "rms_norm_eps",
     "init_std": "initializer_range",
 }
-# The window of a Mistral that names none.
+# transformers' default for a Mistral that does not set it.
 _MISTRAL_WINDOW = 4096
-# Of an original description: what its weights were stored in, code of others, and what is written in another form.
+# Original fields that are dropped: the stored dtype, third-party code, and fields written in another form.
 _NOT_KEPT = ("dtype", "torch_dtype", "auto_map", "rope_parameters", "transformers_version", "_name_or_path")
-# What of an original description holds for a model of another family too.
+# Original fields that are kept when the family changes.
 _OF_ANY_FAMILY = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_description(path: Path) -> tuple[ModelConfig, list[str]]:
-    """Return the model that the `config.json` in `path` describes, and what there is to say about it, in sentences.
+    """Return the model that the `config.json` at `path` describes, and notes on differences, in sentences.
 
-    Raises ValueError, naming the field, where it describes what our model cannot be.
+    Raises ValueError, naming the field, if it describes a model that ours cannot represent.
     """
     fields = _Fields(path)
     family = fields.values.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise fields.refuse("model_type", f"one of {', '.join(FAMILIES)} can be imported")
+        raise fields.refuse("model_type", f"only {', '.join(FAMILIES)} can be imported")
     for name, value in (("hidden_act", "silu"), ("quantization_config", None)):
         if fields.values.get(name, value) != value:
-            raise fields.refuse(name, f"only {value} can be imported" if value else "only plain weights can")
+            raise fields.refuse(name, f"only {value} can be imported" if value else "only unquantised weights can be")
     rotary_base, rotary_scaling = _read_rotary(fields)
     heads, width = fields.number("num_attention_heads"), fields.number("hidden_size")
     channels = fields.number("head_dim", 0)
@@ -61,7 +61,7 @@ def read_description(path: Path) -> tuple[ModelConfig, list[str]]:
         "hidden_size": width,
         "num_attention_heads": heads,
         "head_size": None if channels * heads == width else channels or None,
-        # Without it, Llama has a key-value head a query head; others have numbers of their own, which nobody means.
+        # Without it, Llama has as many key-value heads as query heads; the other families' defaults are arbitrary.
         "num_query_groups": fields.number("num_key_value_heads", heads if family == "llama" else None),
         "ffn_hidden_size": fields.number("intermediate_size"),
         "vocab_size": fields.number("vocab_size"),
@@ -83,7 +83,7 @@ def read_description(path: Path) -> tuple[ModelConfig, list[str]]:
 
 
 def _in_their_words(error: ValidationError) -> str:
-    """Return what is wrong with our description of a model, in the names that `config.json` has for its fields."""
+    """Return the validation error of a `ModelConfig` in terms of the field names of `config.json`."""
     detail, *_ = error.errors()
     message = detail["msg"].removeprefix("Value error, ")
     if detail["loc"]:
@@ -94,18 +94,18 @@ def _in_their_words(error: ValidationError) -> str:
 
 
 class _Fields:
-    """The fields of a `config.json`, and errors that name them."""
+    """The fields of a `config.json`, with errors that name them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values = read_object(path)
 
     def refuse(self, name: str, remedy: str, values: dict[str, Any] | None = None) -> ValueError:
-        """Return the error that the field `name`, of the file or of a part of it, cannot be what it is."""
+        """Return the error that the value of field `name`, in the file or in `values`, is not supported."""
         return ValueError(f"{self.path}: {name} is {(values or self.values).get(name)!r}; {remedy}")
 
     def number(self, name: str, default: int | None = None) -> int:
-        """Return a whole number; where the field is missing or null, `default`, None for an error."""
+        """Return an integer field; `default` if it is missing or null. Raises ValueError if that is None too."""
         value = self.values.get(name)
         value = default if value is None else value
         if type(value) is not int:
@@ -113,7 +113,7 @@ class _Fields:
         return value
 
     def flag(self, name: str) -> bool:
-        """Return whether the field is set."""
+        """Return a boolean field; False if it is missing or null."""
         value = self.values.get(name) or False
         if type(value) is not bool:
             raise self.refuse(name, "give true or false")
@@ -121,7 +121,7 @@ class _Fields:
 
 
 def _read_attention_bias(fields: _Fields, family: str) -> str:
-    """Return which matrices of attention have biases, in our words."""
+    """Return the value of our `attention_bias`."""
     if family == "qwen2":
         return "qkv"
     if family == "mistral" or not fields.flag("attention_bias"):
@@ -130,20 +130,20 @@ def _read_attention_bias(fields: _Fields, family: str) -> str:
 
 
 def _read_rotary(fields: _Fields) -> tuple[int, float | None]:
-    """Return base and factor of the positions, as transformers 5 (`rope_parameters`) or 4 writes them."""
+    """Return RoPE's base and scaling factor, from the fields of transformers 5 (`rope_parameters`) or 4."""
     name = "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
     rope = fields.values.get(name) or {}
     if not isinstance(rope, dict):
-        raise fields.refuse(name, "give what transformers writes there")
+        raise fields.refuse(name, "give an object, as transformers writes it")
     if any(isinstance(value, dict) for value in rope.values()):
-        raise fields.refuse(name, "only positions that are alike in all layers can be imported")
+        raise fields.refuse(name, "only the same positions in all layers can be imported")
     every = {**fields.values, **rope}
     base = every.get("rope_theta", 10_000)
-    # What is no number at all, such as NaN, is not between them either.
+    # The comparison is also false for NaN.
     if type(base) not in (int, float) or not 1 <= base < 2**63 or base != int(base):
         raise fields.refuse("rope_theta", "only whole numbers can be imported", every)
     if every.get("partial_rotary_factor") not in (None, 1):
-        raise fields.refuse("partial_rotary_factor", "only 1, all channels turned, can be imported", every)
+        raise fields.refuse("partial_rotary_factor", "only 1, rotating all channels, can be imported", every)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return int(base), None
@@ -154,7 +154,7 @@ def _read_rotary(fields: _Fields) -> tuple[int, float | None]:
             raise fields.refuse(field, f"only {value:g} can be imported", rope)
     factor: Any = rope.get("factor")
     if type(factor) not in (int, float) or not 1 < factor < 2**63:
-        raise fields.refuse("factor", "give the number, more than 1, by which llama3 stretches positions", rope)
+        raise fields.refuse("factor", "give llama3's scaling factor, a number greater than 1", rope)
     return int(base), float(factor)
 
 
@@ -165,23 +165,23 @@ def _notes(fields: _Fields, family: str) -> list[str]:
         window = None
     if window:
         notes.append(
-            f"sliding_window is {window}: beyond so many tokens this model attends to all of a sequence, which the "
+            f"sliding_window is {window}: beyond that many tokens, this model attends to the whole sequence, but the "
             "original does not"
         )
     if "auto_map" in values and family != "reprise":
-        notes.append("auto_map is left out: no code that comes with a model is ever run")
+        notes.append("auto_map is ignored: code that comes with a model is never run")
     return notes
 
 
 def family_of(model: ModelConfig, preferred: str | None = None, barred: Sequence[str] = ()) -> str:
-    """Return the family that `model` is written as: `preferred` where it can be, else the plainest that it fits.
+    """Return the family to export `model` as: `preferred` if it can represent the model, else the first that can.
 
-    barred: families that it must not be of, for its tokenizer's sake.
+    barred: families that cannot be used because of the tokenizer.
     """
     bias, is_plain = model.attention_bias, model.activation_terms == 1 and model.shortcut_reduction is None
     fitting = {
         "qwen2": bias == "qkv" and not model.ffn_bias,
-        # transformers refuses a Llama whose heads do not divide the width, whatever their size.
+        # transformers rejects a Llama whose num_attention_heads does not divide hidden_size, whatever head_dim is.
         "llama": model.hidden_size % model.num_attention_heads == 0,
         "mistral": bias == "none" and not model.ffn_bias,
     }
@@ -190,15 +190,15 @@ def family_of(model: ModelConfig, preferred: str | None = None, barred: Sequence
 
 
 def has_zero_bias(model: ModelConfig, family: str) -> bool:
-    """Return whether attention's output has a bias of zeros in `family`, which has biases on all of it or none."""
+    """Return whether the output projection needs a zero bias in `family`, whose attention has all biases or none."""
     return model.attention_bias == "qkv" and family in ("llama", "reprise")
 
 
 def describe(model: ModelConfig, family: str, rows: int, dtype: str, original: dict[str, Any]) -> dict[str, Any]:
-    """Return the `config.json` of `model` in a `family`, with an embedding of `rows`.
+    """Return the `config.json` of `model` as a member of `family`, with `rows` rows in the embedding.
 
-    original: that which it was imported with, or what else is known, such as ids of special tokens and the positions
-    that it was trained for. All of it is kept where the family stays the same. Written as transformers 4 and 5 read it.
+    original: the config.json that it was imported with, or other known fields, such as the ids of special tokens and
+    the context length. All of it is kept if the family stays the same. Readable by transformers 4 and 5.
     """
     is_same = family == original.get("model_type")
     kept = {name: value for name, value in original.items() if is_same or name in _OF_ANY_FAMILY}
@@ -216,7 +216,7 @@ def describe(model: ModelConfig, family: str, rows: int, dtype: str, original: d
         "hidden_act": "silu",
         "vocab_size": rows,
         "tie_word_embeddings": model.tied_embeddings,
-        # The first two for transformers 4, the third for 5.
+        # The first two are for transformers 4, the third for 5.
         "rope_theta": base,
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": base, **(scaling or {"rope_type": "default"})},
@@ -229,7 +229,7 @@ def describe(model: ModelConfig, family: str, rows: int, dtype: str, original: d
     if family == "mistral" and not is_same:
         described["sliding_window"] = None
     if has_zero_bias(model, family):
-        # No field of transformers, but one by which `read_description` knows.
+        # Not a field of transformers; `read_description` reads it.
         described["attention_output_bias"] = False
     if family == "reprise":
         described |= {name: getattr(model, name) for name in ADDITIONS}

@@ -1,4 +1,4 @@
-"""Weights on their way between Hugging Face's files and a checkpoint: a tensor, or a layer's, at a time."""
+"""Conversion of weights between Hugging Face's files and a checkpoint, one tensor of one layer at a time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ from trainer.hugging_face_config import has_zero_bias
 from trainer.hugging_face_files import TensorFiles, write_tensors
 from trainer.weights import LAYERS, Weights, write_weights
 
-# A file that is opened without an index, and of which memory holds the whole as it is written.
+# Small enough to hold a whole file in memory while it is written; models below it get no index.
 SHARD_BYTES = 500_000_000
 _HEAD, _OUTPUT_BIAS = "lm_head.weight", ".self_attn.o_proj.bias"
-# Our tensors, and those of Hugging Face that each is made of.
+# Our tensors, and the Hugging Face tensors that each is joined from.
 _OUTER = {EMBEDDING: "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight", HEAD: _HEAD}
 _Q, _K, _V = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
 _IN_LAYER = {
@@ -36,15 +36,15 @@ _IN_LAYER = {
     "self_attn_bda.down": ("shortcut.down.weight",),
     "self_attn_bda.up": ("shortcut.up.weight",),
 }
-# A tensor of ours, or a layer of one.
+# The name of our tensor, and the layer of a stacked one.
 Piece = tuple[str, int | None]
 
 
 def import_weights(files: TensorFiles, model: ModelConfig, target: Path, record: dict[str, Any]) -> None:
-    """Write the tensors of `files`, those of `model`, as a checkpoint to the new folder `target`, types as they are.
+    """Write the tensors of `files`, which are those of `model`, as a checkpoint to `target`, keeping their dtypes.
 
-    record: see `write_weights`. Rows that pad the vocabulary are zeros. Raises ValueError, having written nothing,
-    where a tensor is missing, is not what the model has, or is not finite.
+    record: see `write_weights`. Rows that pad the vocabulary are zero. Raises ValueError, without writing anything, if
+    a tensor is missing, does not match the model, or is not finite.
     """
     rows = model.vocab_size
     assert rows is not None
@@ -79,17 +79,17 @@ def export_weights(
     folder: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the `weights` of `model` to safetensors in `folder`, each of which has `shard_bytes` at most.
+    """Write the `weights` of `model` to safetensors files of at most `shard_bytes` in `folder`.
 
-    rows: of embedding and head that are kept; the others pad the vocabulary. dtype: None leaves types as they are.
-    Raises ValueError where the weights are not those of the model.
+    rows: number of rows of embedding and head to keep; the others are padding. dtype: None keeps dtypes. Raises
+    ValueError if the weights do not match the model.
     """
     difference = find_difference(weights.shapes, shapes_of(model, padded_vocab_size(rows)))
     if difference is not None:
         name, own, others = difference
         raise ValueError(
-            f"{weights.checkpoint}: {name} is {own}, and the model's description makes it {others}; describe the model "
-            "that it is of"
+            f"{weights.checkpoint}: {name} is {own}, but {others} according to the model's description; give the "
+            "description of the checkpoint's model"
         )
     shapes = shapes_of(model, rows)
     pieces = _pieces(shapes)
@@ -101,7 +101,7 @@ def export_weights(
         if name in (EMBEDDING, HEAD):
             tensor = tensor[:rows]
         tensor = tensor.to(dtype or tensor.dtype)
-        # A file of tensors that share memory is refused.
+        # safetensors rejects tensors that share memory.
         parts = [part.clone(memory_format=torch.contiguous_format) for part in split(name, tensor, model)]
         named = dict(zip(_names((name, layer)), parts, strict=True))
         if with_zeros and name.endswith("linear_proj.weight"):
@@ -117,9 +117,9 @@ def export_weights(
 
 
 def join(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    """Return our tensor `name`, of one layer, made of Hugging Face's `parts`.
+    """Return our tensor `name`, of one layer, joined from Hugging Face's `parts`.
 
-    Queries, keys and values lie together by query group: its query heads, its key, its value.
+    Queries, keys and values are interleaved by query group: its query heads, its key, its value.
     """
     if ".linear_qkv." in name and len(parts) == 3:
         groups = [part.reshape(model.num_groups, -1, *part.shape[1:]) for part in parts]
@@ -128,7 +128,7 @@ def join(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
 
 
 def split(name: str, tensor: Tensor, model: ModelConfig) -> Sequence[Tensor]:
-    """Return Hugging Face's parts of our tensor `name`, of one layer: the reverse of `join`."""
+    """Return Hugging Face's parts of our tensor `name`, of one layer; the inverse of `join`."""
     count = len(_names((name, 0 if name.startswith(LAYERS) else None)))
     if count == 3:
         groups = tensor.reshape(model.num_groups, -1, *tensor.shape[1:])
@@ -138,7 +138,7 @@ def split(name: str, tensor: Tensor, model: ModelConfig) -> Sequence[Tensor]:
 
 
 def _pieces(shapes: dict[str, Shape]) -> list[Piece]:
-    """Return tensors and layers of stacked ones, in the order in which a model uses them."""
+    """Return all tensors, stacked ones layer by layer, in the order in which a model uses them."""
     stacked = [name for name in shapes if name.startswith(LAYERS)]
     depth = shapes[stacked[0]][0]
     layers: list[Piece] = [(name, layer) for layer in range(depth) for name in stacked]
@@ -147,7 +147,7 @@ def _pieces(shapes: dict[str, Shape]) -> list[Piece]:
 
 
 def _names(piece: Piece) -> list[str]:
-    """Return Hugging Face's names of what a piece is made of."""
+    """Return the Hugging Face names of a piece's parts."""
     name, layer = piece
     if layer is None:
         return [_OUTER[name]]
@@ -162,7 +162,7 @@ def _shapes(piece: Piece, shapes: dict[str, Shape], model: ModelConfig) -> dict[
 
 
 def _is_superfluous(name: str, model: ModelConfig) -> bool:
-    """Return whether a tensor says what is known anyway: positions, a tied head, a bias of zeros."""
+    """Return whether a tensor is redundant: rotary frequencies, a tied head, a zero bias."""
     return (
         name.endswith(".rotary_emb.inv_freq")
         or (model.tied_embeddings and name == _HEAD)
@@ -171,12 +171,12 @@ def _is_superfluous(name: str, model: ModelConfig) -> bool:
 
 
 def _check_superfluous(files: TensorFiles, model: ModelConfig) -> None:
-    """Raise ValueError where a tensor that `_is_superfluous` is not what it should be."""
+    """Raise ValueError if a redundant tensor does not have the expected values."""
     embedding = _OUTER[EMBEDDING]
     if model.tied_embeddings and _HEAD in files.entries and not torch.equal(files.read(_HEAD), files.read(embedding)):
         raise ValueError(
-            f"{files.entries[_HEAD].file}: {_HEAD} is not {embedding}, and config.json says tie_word_embeddings; set "
-            "it to false there"
+            f"{files.entries[_HEAD].file}: {_HEAD} differs from {embedding}, but config.json sets "
+            "tie_word_embeddings; set it to false there"
         )
     for name in files.entries:
         if model.attention_bias == "qkv" and name.endswith(_OUTPUT_BIAS) and files.read(name).any():

@@ -1,4 +1,4 @@
-"""What weights start with: normal, of one standard deviation but for the projections onto the residual stream."""
+"""Weight initialisation: normal, with another standard deviation for projections onto the residual stream."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from trainer.config import ModelConfig
 
 
 def projection_init(model: ModelConfig) -> Callable[[Tensor], Tensor]:
-    """Return what fills the two projections onto the residual stream, of attention and feed-forward, of every layer."""
+    """Return the initialiser of the projections onto the residual stream, of attention and feed-forward."""
     method: Callable[[Tensor], Tensor] = (
         scaled_init_method_normal(model.init_std, model.num_layers)
         if model.init == "gpt2"
@@ -23,8 +23,8 @@ def projection_init(model: ModelConfig) -> Callable[[Tensor], Tensor]:
 def initialise(decoder: Any, model: ModelConfig) -> None:
     """Finish initialising this rank's layers of Megatron's `decoder`.
 
-    Under internlm the projections of layer l, from 1, are scaled by 1/√(2 l), as InternEvo does. The shortcuts' first
-    matrices are drawn last, so that all other weights are those of the same seed without shortcuts.
+    With `init: internlm`, the projections of layer l, counted from 1, are scaled by 1/√(2 l), as in InternEvo. The
+    shortcuts' first matrices are drawn last, so that shortcuts do not change the other weights of a seed.
     """
     with torch.no_grad():
         for layer in decoder.layers:

@@ -1,8 +1,8 @@
-"""What layers are worth: the loss with each block of consecutive layers skipped, all from one pass over the samples.
+"""Layer ablation: the loss without each block of consecutive layers, from a single pass over the samples.
 
-A variant of the model that skips a block is the whole model up to there. So the hidden states of the whole model are
-kept as it goes, every variant sets out from them, and goes by itself only through the layers after its block. Variants
-go through a layer together, side by side along the batch.
+A variant that leaves out a block equals the whole model up to that block. Each variant therefore branches off from the
+whole model's hidden states there and runs only the layers after its block. Variants are concatenated along the batch
+and pass a layer together.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,8 +27,8 @@ from trainer.forward import deal_rows
 from trainer.jobs import AblationJob
 from trainer.score import ModelScorer
 
-# One row a block; the first has length 0 and is the whole model. Losses are nats per token.
-_SKIPS = pa.schema(
+# One row per block; the first has length 0 and is the whole model. Losses are in nats per token.
+_RESULT = pa.schema(
     [
         ("start", pa.int32()),
         ("length", pa.int32()),
@@ -37,12 +37,12 @@ _SKIPS = pa.schema(
         ("stderr", pa.float64()),
     ]
 )
-# Enough for the weights of a layer to be read for many rows, few enough to fit beside all states.
+# Enough to reuse a layer's weights for many rows, few enough to fit beside the states of all variants.
 _VARIANTS_AT_ONCE = 8
 
 
 class LayerBlock(NamedTuple):
-    """A block of consecutive layers that a variant skips: the first, counted from 0, and how many."""
+    """A block of consecutive layers that a variant leaves out: the first, counted from 0, and the number of layers."""
 
     start: int
     length: int
@@ -54,27 +54,27 @@ class LayerBlock(NamedTuple):
 
 
 WHOLE = LayerBlock(0, 0)
-# The hidden states, [seq, batch, hidden], of the variants that have begun, and of the whole model.
+# The hidden states, [seq, batch, hidden], of the whole model and of the variants that have branched off.
 _States = dict[LayerBlock, Tensor]
 
 
 def list_blocks(num_layers: int, longest: int) -> list[LayerBlock]:
-    """Return the variants of a model: the whole one, then blocks of one layer, of two, up to `longest`."""
+    """Return the variants of a model: the whole model, then all blocks of one layer, of two, up to `longest`."""
     lengths = range(1, min(longest, num_layers) + 1)
     return [WHOLE, *(LayerBlock(start, length) for length in lengths for start in range(num_layers - length + 1))]
 
 
 @contextmanager
 def skipping(model: torch.nn.Module, block: LayerBlock) -> Iterator[None]:
-    """Have `model`, or this rank's stage of it, leave out the layers of a block; it comes back as it was."""
+    """Make `model`, or this rank's stage of it, leave out the layers of a block within the context."""
     # Megatron counts layers from 1.
-    mine = [layer for layer in unwrap_model(model).decoder.layers if block.start < layer.layer_number <= block.end]
-    for layer in mine:
+    skipped = [layer for layer in unwrap_model(model).decoder.layers if block.start < layer.layer_number <= block.end]
+    for layer in skipped:
         layer.forward = _pass_on
     try:
         yield
     finally:
-        for layer in mine:
+        for layer in skipped:
             del layer.forward
 
 
@@ -83,9 +83,9 @@ def _pass_on(hidden_states: Tensor, *_: Any, context: Tensor | None = None, **__
 
 
 def measure_ablation(job: AblationJob, corpus: Corpus, model: torch.nn.Module, progress: Progress) -> None:
-    """Write what skipping each block of layers does to the loss; every rank calls this, one of them writes.
+    """Write how the loss increases without each block of layers to `job.result`.
 
-    Raises ValueError where a loss is not finite.
+    Every rank calls this; one of them writes. Raises ValueError if a loss is not finite.
     """
     shards, samples = draw_calibration_set(
         [corpus.num_samples(shard) for shard in range(corpus.num_shards)], job.num_samples, job.seed, 0
@@ -102,7 +102,7 @@ def measure_ablation(job: AblationJob, corpus: Corpus, model: torch.nn.Module, p
     for _, losses in score_blocks(scorer, blocks):
         if losses is not None:
             parts.append(losses)
-            progress("skipping layers (samples)", sum(map(len, parts)), len(samples))
+            progress("ablating layers (samples)", sum(map(len, parts)), len(samples))
     if not scorer.is_writer:
         return
     found = np.concatenate(parts)
@@ -111,14 +111,14 @@ def measure_ablation(job: AblationJob, corpus: Corpus, model: torch.nn.Module, p
         {"start": variant.start, "length": variant.length, **row}
         for variant, row in zip(variants, summarise_ablation(found, lengths), strict=True)
     ]
-    write_parquet(job.result, pa.Table.from_pylist(rows, _SKIPS), job.fingerprint)
+    write_parquet(job.result, pa.Table.from_pylist(rows, _RESULT), job.fingerprint)
 
 
 def summarise_ablation(losses: NDArray[np.floating], num_tokens: NDArray[np.integer]) -> list[dict[str, float | None]]:
     """Return each variant's mean loss per token, its increase over the first one, and that increase's standard error.
 
-    losses: [samples, variants], nats per token; num_tokens: [samples]. Samples count by their tokens. The error is that
-    of a ratio of means, over samples, of which each variant has the same; None for a single sample.
+    losses: [samples, variants], nats per token; num_tokens: [samples]. Samples are weighted by their tokens. The error
+    is that of a ratio of means over samples, paired between variants; None for a single sample.
     """
     weights = num_tokens / num_tokens.sum()
     means = weights @ losses.astype(np.float64)
@@ -136,7 +136,7 @@ def summarise_ablation(losses: NDArray[np.floating], num_tokens: NDArray[np.inte
 
 
 class AblationScorer(ModelScorer):
-    """A `Scorer` whose columns are the losses of whole samples under each of `blocks`, in their order."""
+    """A `Scorer` with one column of losses per variant in `blocks`, in their order."""
 
     def __init__(self, model: torch.nn.Module, corpus: Corpus, micro_batch_size: int, blocks: list[LayerBlock]) -> None:
         super().__init__(model, corpus, micro_batch_size)
@@ -160,7 +160,7 @@ class AblationScorer(ModelScorer):
         return taken[taken < count], torch.cat(sums)[keep], torch.cat(num_tokens)[keep, None]
 
     def _begin(self, batch: Batch, length: int) -> _States:
-        """Return the states that this stage's first layer is given: the embedding, or what the stage before sent."""
+        """Return the input states of this stage's first layer: the embedding, or what the previous stage sent."""
         if parallel_state.is_pipeline_first_stage():
             tokens = torch.from_numpy(batch.tokens[:, :-1]).to(self._device)
             return {WHOLE: self._gpt.embedding(input_ids=tokens, position_ids=None)}
@@ -174,7 +174,7 @@ class AblationScorer(ModelScorer):
         return {block: carried[_carrier(block, position)] for block in self._begun(position)}
 
     def _send(self, states: _States) -> None:
-        """Send the states after this stage's last layer to the next stage, each that variants share once."""
+        """Send the states after this stage's last layer to the next stage; states that variants share are sent once."""
         position = self._gpt.decoder.layers[-1].layer_number
         carriers = dict.fromkeys(_carrier(block, position) for block in self._begun(position))
         stages = parallel_state.get_pipeline_model_parallel_group()
@@ -182,14 +182,14 @@ class AblationScorer(ModelScorer):
         torch.distributed.send(sent, parallel_state.get_pipeline_model_parallel_next_rank(), stages)
 
     def _begun(self, position: int) -> Iterator[LayerBlock]:
-        """Return the variants whose block begins before the layer at `position`, and the whole model."""
+        """Return the whole model and the variants whose block begins before the layer at `position`."""
         return (block for block in self._blocks if block == WHOLE or block.start < position)
 
     def _go_through_layers(self, states: _States, rotary: Tensor) -> _States:
         """Return the states after this stage's layers."""
         for layer in self._gpt.decoder.layers:
             position = layer.layer_number - 1
-            # Until their block ends, they have the state that they set out from, which is kept once for all of them.
+            # Until its block ends, a variant has the state that it branched off from, which all such variants share.
             states |= {block: states[WHOLE] for block in self._blocks if block.length and block.start == position}
             going = [block for block in states if not block.start <= position < block.end]
             for variants in _chunks(going):
@@ -213,9 +213,10 @@ class AblationScorer(ModelScorer):
 
 
 def _carrier(block: LayerBlock, position: int) -> LayerBlock:
-    """Return the variant whose state at `position` stands for that of `skip` too.
+    """Return the variant that represents `block` at `position`, where both have the same state.
 
-    Within a block that is the state that its variant set out from, which is also that of the one whose block ends here.
+    Within its block, a variant has the state that it branched off from; so does the variant that starts with it and
+    whose block ends at `position`.
     """
     return block if block.end <= position else LayerBlock(block.start, position - block.start)
 

@@ -1,4 +1,4 @@
-"""Learns which neurons to keep: masks over a model whose weights stay as they are, on any layout."""
+"""Learning which neurons to keep: trained masks over a model with frozen weights, on any layout."""
 
 import math
 from typing import Any
@@ -23,13 +23,13 @@ from trainer.weights import Weights
 
 
 def learn_masks(job: MaskJob, corpus: Corpus, model: Any) -> None:
-    """Learn which part of `model`, whose weights it freezes, makes the best student; leave masks.json in the round.
+    """Learn which part of `model`, whose weights are frozen, gives the best student; write masks.json to the round.
 
     masks.json has the `part`, the `losses` of the steps, nats per token, and the `settings`. Every step draws a mask of
-    exactly the student's size and takes the next samples. Raises ValueError where a loss is not finite.
+    exactly the student's size and uses the next samples. Raises ValueError if a loss is not finite.
     """
     masks = Masks(job.model, job.student)
-    # Units of the shortcut's bottleneck have no mask: their weights decide, beforehand.
+    # Units of the shortcut's bottleneck have no mask; they are chosen by their weights beforehand.
     units = sum_bottlenecks(Weights(job.weights), job.model)
     masked = MaskedModel(model, job.model, job.student, _part(masks, units, job).bottleneck)
     optimizer = torch.optim.Adam(list(masks.logits.values()), lr=job.lr)
@@ -45,12 +45,12 @@ def learn_masks(job: MaskJob, corpus: Corpus, model: Any) -> None:
         loss = samples.pass_through(model, step)
         if not math.isfinite(loss):
             raise ValueError(
-                f"{job.weights}: the larger model's loss is {loss} with some neurons left out (step {step + 1}); set "
-                "train.precision to float32, model.inherit.method to l1, or take another model"
+                f"{job.weights}: the larger model's loss is {loss} with some neurons masked (step {step + 1}); set "
+                "train.precision to float32 or model.inherit.method to l1, or use another model"
             )
         optimizer.zero_grad()
         gradients = masked.take_gradients()
-        # What stays as a whole has nothing to learn.
+        # Kinds that are kept entirely have nothing to learn.
         learned = [kind for kind in soft if soft[kind].requires_grad]
         torch.autograd.backward([soft[kind] for kind in learned], [gradients[kind] for kind in learned])
         optimizer.step()
@@ -76,16 +76,16 @@ def _part(masks: Masks, units: Tensor, job: MaskJob) -> PruningPlan:
 
 
 class _Samples:
-    """Random samples of the training shards, a batch a step, gone through again and again."""
+    """Random samples of the training shards, cycled through one batch per step."""
 
     def __init__(self, job: MaskJob, corpus: Corpus) -> None:
         self._job, self._corpus = job, corpus
         self._shards, self._samples = draw_from(corpus, job.num_samples, job.seed, round_number=0)
-        # They come shard by shard.
+        # They are ordered by shard.
         self._order = np.random.default_rng(job.seed).permutation(len(self._samples))
 
     def pass_through(self, model: Any, step: int) -> float:
-        """Run `model` forward and backward over the batch of `step`; return its mean loss, alike on all ranks."""
+        """Run `model` forward and backward over the batch of `step`; return its mean loss, the same on all ranks."""
         job, seq_length = self._job, self._corpus.seq_length
         batch = min(job.batch_size, len(self._order))
         chosen = self._order[np.arange(step * batch, (step + 1) * batch) % len(self._order)]

@@ -1,4 +1,4 @@
-"""A model with frozen weights that computes what the part of it that masks leave would compute by itself."""
+"""A model with frozen weights that computes what its unmasked part would compute by itself."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +14,11 @@ _NORMS = ("layernorm.weight", "layer_norm_weight")
 
 
 class MaskedModel:
-    """Masks on what flows through this rank's part of `model`, put there by hooks; its weights change but here.
+    """Masks on the activations of this rank's part of `model`, applied by hooks; only the constructor changes weights.
 
-    The residual stream is masked wherever something is added to it, and so is zero where the student has nothing.
-    Feed-forward neurons and heads are masked before the matrices that lead back to it. Units of the shortcut's
-    bottleneck that are not in `bottleneck`, which is per layer, are cut off for good.
+    Everything added to the residual stream is masked, so channels that the student lacks stay zero. Feed-forward
+    neurons and heads are masked before their output projections. Units of the shortcut's bottleneck that are not in
+    `bottleneck`, which is per layer, are zeroed permanently.
     """
 
     def __init__(self, model: Any, teacher: ModelConfig, student: ModelConfig, bottleneck: tuple[Numbers, ...]) -> None:
@@ -37,20 +37,20 @@ class MaskedModel:
                 self._hook_shortcut(layer.self_attn_bda, bottleneck[number])
 
     def put_on(self, masks: Mapping[str, Tensor]) -> None:
-        """Mask the next passes with `masks` of zeros and ones, of the kinds and shapes of `trainer.masks.Masks`."""
+        """Apply `masks` of zeros and ones to the next passes; kinds and shapes are those of `trainer.masks.Masks`."""
         self._masks = {kind: mask.float().to(self._device).requires_grad_() for kind, mask in masks.items()}
 
     def take_gradients(self) -> dict[str, Tensor]:
-        """Return the gradients of the passes' summed losses since `put_on`, float64 on the CPU, alike on all ranks."""
+        """Return the masks' gradients, summed since `put_on`, float64 on the CPU, the same on all ranks."""
         gradients = [torch.zeros_like(mask) if mask.grad is None else mask.grad for mask in self._masks.values()]
         if not self._is_sequence_shared:
-            # Tensor-parallel ranks have the same residual stream, and each the whole gradient of its mask.
+            # Tensor-parallel ranks have the same residual stream, and each has the full gradient of its mask.
             ranks = parallel_state.get_tensor_model_parallel_world_size()
             gradients = [
                 gradient / ranks if kind == "channels" else gradient
                 for kind, gradient in zip(self._masks, gradients, strict=True)
             ]
-        # Layers, heads, neurons and samples have their ranks: what others have is zero here.
+        # Layers, heads, neurons and samples are divided among ranks; the others' gradients are zero here.
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         torch.distributed.all_reduce(flat)
         parts = torch.split(flat.cpu().double(), [gradient.numel() for gradient in gradients])
@@ -79,7 +79,7 @@ class MaskedModel:
         return _own(self._masks["ffn"][layer])
 
     def _heads(self, layer: int) -> Tensor:
-        """Return the mask of this rank's heads' channels; a head goes with its group."""
+        """Return the mask of this rank's heads' channels; a head is masked if its group is."""
         groups = self._teacher.num_groups
         of_group = self._masks["heads"][layer * groups : (layer + 1) * groups]
         heads = (self._masks["groups"][layer, :, None] * of_group).flatten()
@@ -94,7 +94,7 @@ def _own(mask: Tensor) -> Tensor:
 
 
 def _normalise_over(channels: int, gpt: Any, teacher: ModelConfig) -> None:
-    """Make root mean squares over the teacher's width those over the student's, all other channels being zero.
+    """Rescale norms over the teacher's width to the student's width, all other channels being zero.
 
     With k of h channels, x / √(Σx²/k + ε) is √(k/h) x / √(Σx²/h + ε k/h).
     """

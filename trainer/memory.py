@@ -1,8 +1,8 @@
-"""How much memory training takes: what the rank that needs most holds, and what a checkpoint takes on disk.
+"""Memory estimates for training: the peak of the rank that needs most, and the size of a checkpoint on disk.
 
-The figures follow from what torch's autograd keeps for the layers of `trainer.model`, whose core attention is computed
-without holding the scores. Layers of Transformer Engine keep no more. What the device's own libraries take, and what
-its allocator cannot use, comes on top.
+The figures follow from what torch's autograd saves for the layers of `trainer.model`, whose core attention does not
+materialise the scores. Layers of Transformer Engine save no more. Memory of the device's libraries and fragmentation in
+its allocator are not included.
 """
 
 from dataclasses import astuple, dataclass
@@ -11,17 +11,17 @@ from data_scoring.config import padded_vocab_size
 from trainer.config import ModelConfig, ParallelConfig, Precision, TrainConfig
 
 _SINGLE = 4
-# What kernels that hold chunks of logits hold at most.
+# Upper bounds of the logits held by the chunked kernels.
 _CHUNK_BYTES = {"chunked": 16 << 20, "triton": 64 << 20}
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What a rank holds when it holds most, in bytes, by what it is for.
+    """A rank's peak memory in bytes, by purpose.
 
-    optimizer: main weights, where the model's are bfloat16, and both moments. activations: what layers keep for the
-    backward pass, of all microbatches in flight. logits: what head and loss take on top. workspace: what a layer's
-    backward pass or the optimizer's step takes on top of the states, beyond activations and logits.
+    optimizer: both moments, and main weights if the model's are bfloat16. activations: saved by layers for the backward
+    pass, for all microbatches in flight. logits: additional memory of head and loss. workspace: additional memory of a
+    layer's backward pass or of the optimizer step, beyond activations and logits.
     """
 
     weights: int
@@ -33,7 +33,7 @@ class RankMemory:
 
     @property
     def states(self) -> int:
-        """Return what is there all the time: weights, gradients and the optimizer's state."""
+        """Return the persistent part: weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
 
     @property
@@ -44,11 +44,11 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in training, laid out over ranks.
+    """A model in training under a parallel layout.
 
-    vocab_size: the entries of embedding and head, padding left out. train: as `TrainConfig.resolve` returns it.
-    has_fused_norm: whether torch has a kernel of its own for the norm on this kind of device. has_fused_step: whether
-    its AdamW takes all parameters at once there.
+    vocab_size: the entries of embedding and head, without padding. train: as returned by `TrainConfig.resolve`.
+    has_fused_norm: whether torch has a fused norm kernel on this kind of device. has_fused_step: whether torch's AdamW
+    updates all parameters at once there.
     """
 
     model: ModelConfig
@@ -62,45 +62,45 @@ class Workload:
 
     @property
     def element_bytes(self) -> int:
-        """Return the bytes of a weight or an activation."""
+        """Return the bytes per weight or activation."""
         return 2 if self.precision == "bfloat16" else _SINGLE
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Return the tokens of a microbatch."""
+        """Return the tokens per microbatch."""
         return self.train.micro_batch_size * self.seq_length
 
     def rows(self, padded: bool) -> int:
-        """Return the rows that a tensor-parallel rank has of the embedding, and of the head."""
+        """Return the rows of the embedding, and of the head, on each tensor-parallel rank."""
         size = padded_vocab_size(self.vocab_size)
         return (size if padded else min(size, self.vocab_size)) // self.parallel.tensor
 
     def in_flight(self, stage: int) -> int:
-        """Return how many microbatches a pipeline stage, from 0, keeps activations of at most (1F1B)."""
+        """Return the most microbatches whose activations a pipeline stage, counted from 0, holds at once (1F1B)."""
         num_microbatches = self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.data)
         return min(self.parallel.pipeline - stage, num_microbatches)
 
 
 def rank_memory(workload: Workload) -> RankMemory:
-    """Return what the rank that needs most holds at the peak of a training step.
+    """Return the peak memory in a training step of the rank that needs most.
 
-    That is one of the first pipeline stage, which has the embedding and most microbatches in flight, or of the last,
-    which has the head.
+    That rank is on the first pipeline stage, which has the embedding and the most microbatches in flight, or on the
+    last, which has the head.
     """
     stages = {0, workload.parallel.pipeline - 1}
     return max((_stage_memory(workload, stage) for stage in stages), key=lambda memory: memory.total)
 
 
 def checkpoint_bytes(num_parameters: int, precision: Precision) -> int:
-    """Return the bytes of a checkpoint: weights, and the optimizer's main weights and moments, in single precision."""
+    """Return the bytes of a checkpoint: weights, and main weights and both moments in single precision."""
     return num_parameters * ((2 if precision == "bfloat16" else _SINGLE) + 3 * _SINGLE)
 
 
 def stage_parameters(workload: Workload, stage: int) -> int:
-    """Return the number of weights, padding included, that a rank of a pipeline stage, from 0, has."""
+    """Return the number of weights, including padding, on each rank of a pipeline stage, counted from 0."""
     model, parallel = workload.model, workload.parallel
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
-    # A tied embedding is on both ends of the pipeline, and once where they are one.
+    # A tied embedding is on the first and the last stage; if they are the same stage, it is there once.
     matrices = is_first + (is_last and not (model.tied_embeddings and is_first))
     layers = model.num_layers // parallel.pipeline * model.layer_parameters(parallel.tensor)
     return layers + is_last * model.hidden_size + matrices * workload.rows(padded=True) * model.hidden_size
@@ -109,11 +109,11 @@ def stage_parameters(workload: Workload, stage: int) -> int:
 def _stage_memory(workload: Workload, stage: int) -> RankMemory:
     count = stage_parameters(workload, stage)
     is_half, is_last = workload.precision == "bfloat16", stage == workload.parallel.pipeline - 1
-    # Main weights of single-precision models are the weights themselves.
+    # In single precision, the weights themselves are the main weights.
     optimizer_bytes = (3 if is_half else 2) * _SINGLE
     share = -(-count // workload.parallel.data)
     activations, logits = _activations(workload, stage), _logits(workload) if is_last else 0
-    # Parameters that are updated at once take the roots of their second moments as well.
+    # Updating all parameters at once also holds the square roots of their second moments.
     step = share * _SINGLE if workload.has_fused_step else 0
     return RankMemory(
         weights=count * workload.element_bytes,
@@ -126,60 +126,60 @@ def _stage_memory(workload: Workload, stage: int) -> RankMemory:
 
 
 def _activations(workload: Workload, stage: int) -> int:
-    """Return the bytes that a stage's layers keep for the backward pass, and its ends' inputs."""
+    """Return the bytes that a stage saves for the backward pass: in its layers and, on the last stage, their output."""
     model, parallel = workload.model, workload.parallel
     layers = model.num_layers // parallel.pipeline
     size = workload.in_flight(stage) * layers * _layer_bytes(workload) * workload.micro_batch_tokens
     hidden = model.hidden_size * workload.element_bytes * workload.micro_batch_tokens
     if stage == parallel.pipeline - 1:
-        # What comes out of the last layer, and of its norm; every rank has all of the latter.
+        # The outputs of the last layer and of the final norm; the latter is not split along the sequence.
         size += hidden // (parallel.tensor if parallel.sequence else 1) + hidden
     if parallel.sequence:
-        # Megatron's buffer into which pieces of the sequence are gathered.
+        # Megatron's buffer for gathering the sequence.
         size += hidden
     return size
 
 
 def _layer_bytes(workload: Workload) -> int:
-    """Return the bytes a token that a layer keeps on each tensor-parallel rank for the backward pass."""
+    """Return the bytes per token that a layer saves on each tensor-parallel rank for the backward pass."""
     model, parallel, size = workload.model, workload.parallel, workload.element_bytes
     hidden = model.hidden_size
     queries, keys_and_values = model.channels * model.num_attention_heads, 2 * model.channels * model.num_groups
-    # Both norms: what goes in, what comes out, and a number for each token.
+    # Both norms: input, output, and one value per token.
     stream = 2 * (2 * hidden * size + _SINGLE)
     if not workload.has_fused_norm:
-        # Written out, a norm keeps its result without the weights as well, and what goes in, in single precision.
+        # An unfused norm also saves its result before the weights, and its input in single precision.
         stream += 2 * hidden * (_SINGLE if size == _SINGLE else 2 * _SINGLE - size)
     if model.shortcut_reduction is not None:
-        # What comes out of the first matrix, and of GELU.
+        # The outputs of the first matrix and of GELU.
         stream += 2 * (hidden // model.shortcut_reduction) * size
         casts = size != _SINGLE and not workload.has_fused_norm
         if model.shortcut_input == "normalised":
             stream += hidden * (size + _SINGLE * casts) + _SINGLE
         elif casts:
-            # The stream, of which the norm keeps but the copy in single precision.
+            # The stream itself; the norm saves only its copy in single precision.
             stream += hidden * size
-    # Queries, keys and values, which values keep together; queries and keys with their positions; what comes out.
+    # Queries, keys and values in one tensor, kept alive by the values; rotated queries and keys; the output.
     attention = (3 * queries + keys_and_values + keys_and_values // 2) * size + model.num_attention_heads * _SINGLE
     shared = attention + _num_ffn_tensors(workload) * model.ffn_size * size
     return (stream // parallel.tensor if parallel.sequence else stream) + shared // parallel.tensor
 
 
 def _num_ffn_tensors(workload: Workload) -> int:
-    """Return how many tensors of the feed-forward layer's width are kept."""
+    """Return how many tensors of the feed-forward layer's width are saved."""
     # Gate and up, and the input of the last matrix.
     kept = 3
     if workload.model.activation_terms == 1:
         # The activated gate, and Megatron's copy of up.
         return kept + 2
     if workload.train.activation_kernel == "reference":
-        # What each term is computed from, and their sum.
+        # The input of each term, and the sum of the terms.
         kept += workload.model.activation_terms + 1
     return kept
 
 
 def _layer_gradients(workload: Workload) -> int:
-    """Return the bytes that the backward pass of a feed-forward layer takes, at most, while it frees what it kept."""
+    """Return the most bytes that the backward pass of a feed-forward layer allocates before freeing saved tensors."""
     model, parallel = workload.model, workload.parallel
     num_ffn_tensors = 3 if model.activation_terms > 1 and workload.train.activation_kernel == "triton" else 6
     channels = 2 * model.hidden_size + num_ffn_tensors * model.ffn_size // parallel.tensor
@@ -187,12 +187,12 @@ def _layer_gradients(workload: Workload) -> int:
 
 
 def _logits(workload: Workload) -> int:
-    """Return the bytes that the head and the loss take, at most, in their backward pass."""
+    """Return the most bytes that head and loss take in their backward pass."""
     tokens, hidden, size = workload.micro_batch_tokens, workload.model.hidden_size, workload.element_bytes
     rows = workload.rows(padded=False)
     if workload.train.loss_kernel == "reference":
-        # In single precision: log-probabilities, their gradient, and that of the logits. Where ranks share the
-        # vocabulary: exponentials, their gradient, that of the labels' logits, and the sum of both.
+        # In single precision: log-probabilities, their gradient, and that of the logits. With tensor parallelism:
+        # exponentials, their gradient, that of the labels' logits, and the sum of both.
         return tokens * rows * _SINGLE * (3 if workload.parallel.tensor == 1 else 4)
-    # The gradients of the head's weights and of its input, which is summed up in single precision; chunks of logits.
+    # The gradients of the head's weights and of its input, which is accumulated in single precision; chunks of logits.
     return rows * hidden * size + tokens * hidden * (_SINGLE + size) + _CHUNK_BYTES[workload.train.loss_kernel]

@@ -26,21 +26,21 @@ from trainer.pangu import AugmentedShortcut, SeriesActivation
 
 
 class ScaledDotProductAttention(MegatronModule):
-    """Causal core attention through torch's `scaled_dot_product_attention`, which never holds the scores at once."""
+    """Causal core attention with torch's `scaled_dot_product_attention`, which does not materialise the scores."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """Return the attention's output, [seq, batch, heads x channels], from [seq, batch, heads, channels] inputs.
+        """Return the attention's output, [seq, batch, heads x channels], for [seq, batch, heads, channels] inputs.
 
-        attention_mask: what torch's function takes, [batch or 1, 1, queries, keys]; None: a query sees what comes
-        before it, and a single one is the last position, which sees all keys.
+        attention_mask: as torch's function takes it, [batch or 1, 1, queries, keys]; None: causal, where a single query
+        is the last position and attends to all keys.
         """
         query_bhsd, key_bhsd, value_bhsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if attention_mask is not None and query.shape[2] != key.shape[2]:
-            # Of torch's kernels for CUDA, the one that takes a mask and groups of queries holds all scores at once.
+            # On CUDA, torch's only kernel for both a mask and grouped queries materialises all scores.
             size = query.shape[2] // key.shape[2]
             key_bhsd, value_bhsd = (tensor.repeat_interleave(size, dim=1) for tensor in (key_bhsd, value_bhsd))
         out_bhsd = F.scaled_dot_product_attention(
@@ -56,48 +56,48 @@ class ScaledDotProductAttention(MegatronModule):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Torch's norm, on a piece of the sequence where tensor-parallel ranks share it."""
+    """Torch's RMSNorm, marked for sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps)
-        # By this Megatron knows that ranks have each a part of the gradient.
+        # Tells Megatron to sum the gradient over tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """How token losses are computed, in training and in evaluation mode (validation, scoring), and the activation."""
+    """The kernels of token losses, in training and in evaluation mode (validation, scoring), and of the activation."""
 
     training: LossKernel = "reference"
     scoring: LossKernel = "chunked"
     activation: ActivationKernel = "reference"
 
     def check(self, kind: str) -> None:
-        """Raise ValueError where one of them is not installed or does not run on devices of `kind`."""
+        """Raise ValueError if one of them is not installed or does not run on devices of `kind`."""
         check_kernel("train.loss_kernel", self.training, kind, "chunked")
         check_kernel("score.loss_kernel", self.scoring, kind, "chunked")
         check_kernel("train.activation_kernel", self.activation, kind, "reference")
 
 
 class Decoder(GPTModel):
-    """Megatron's GPTModel, whose output layer and loss are one kernel: where labels are given, logits need not be."""
+    """Megatron's GPTModel with output layer and loss fused into one kernel, which need not materialise the logits."""
 
     def __init__(self, kernels: Kernels, num_tokens: int, **arguments: Any) -> None:
         super().__init__(**arguments)
-        # Of the rows of embedding and head, those beyond are padding, which no loss sees.
+        # Rows of embedding and head from `num_tokens` on are padding and excluded from the loss.
         self.kernels, self.num_tokens = kernels, num_tokens
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **arguments: Any) -> Tensor:
-        """Return token losses, [batch, seq] float32, nats; without labels, or on an earlier stage, what GPTModel does.
+        """Return token losses, [batch, seq] float32, nats; without labels, or on an earlier stage, as GPTModel does.
 
-        hidden_states: [seq, batch, hidden], the same on every tensor-parallel rank, or the rank's piece of the sequence
-        where ranks share it; labels: [batch, seq].
+        hidden_states: [seq, batch, hidden], the same on every tensor-parallel rank, or with sequence parallelism the
+        rank's part of the sequence; labels: [batch, seq].
         """
         if labels is None or not self.post_process:
             return cast(Tensor, super()._postprocess(hidden_states=hidden_states, labels=labels, **arguments))
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
-            # The kernel gives every rank the whole gradient, of which each then takes its piece.
+            # The kernel gives every rank the full gradient, of which each then takes its part.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=group
             )
@@ -112,13 +112,14 @@ class Decoder(GPTModel):
         return loss_n.view_as(labels.t()).t().contiguous()
 
     def judge(self, hidden_nh: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens' losses, [n] float32, nats, and whether each is the most probable one, [n] bool.
+        """Return the labels' losses, [n] float32, nats, and whether each is the most probable token, [n] bool.
 
-        On the last stage. hidden_nh: [n, hidden], the same on every tensor-parallel rank; labels_n: [n] int64.
+        For the last pipeline stage. hidden_nh: [n, hidden], the same on every tensor-parallel rank; labels_n: [n]
+        int64.
         """
         group = self.pg_collection.tp
-        sharing = group if group.size() > 1 else None
-        return score_labels(hidden_nh, self._head_weight(), labels_n, self.kernels.scoring, sharing, self.num_tokens)
+        tensor = group if group.size() > 1 else None
+        return score_labels(hidden_nh, self._head_weight(), labels_n, self.kernels.scoring, tensor, self.num_tokens)
 
     def _head_weight(self) -> Tensor:
         tied = self.share_embeddings_and_output_weights
@@ -144,7 +145,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         attention_dropout=0.0,
         init_method_std=model.init_std,
         output_layer_init_method=projection_init(model),
-        # Weights are drawn on the CPU, whole, and then cut, so that they do not depend on the tensor-parallel size.
+        # Weights are initialised in full on the CPU and then split, so that they do not depend on the tensor-parallel
+        # size.
         use_cpu_initialization=True,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
@@ -152,10 +154,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # The gradient is that of the mean over the batch's tokens, whatever the layout and however samples are padded.
+        # The gradient is that of the mean over the batch's tokens, independent of layout and padding.
         calculate_per_token_loss=True,
         bias_activation_fusion=False,
-        # Megatron's only way to have an activation with weights, whoever made it.
+        # Megatron supports an activation module with weights only through this option.
         use_te_activation_func=model.activation_terms > 1,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -197,7 +199,7 @@ def build_model(
 
 
 def with_bias(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """Return Megatron's linear layer with a bias, which Megatron's configuration has for all matrices or none."""
+    """Return Megatron's linear layer with a bias, which Megatron's configuration enables for all matrices or none."""
 
     class WithBias(linear):  # type: ignore[valid-type, misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -209,7 +211,7 @@ def with_bias(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
 def _decoder_spec(
     model: ModelConfig, config: TransformerConfig, kernel: ActivationKernel
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Return Megatron's description of this rank's layers, built of torch's modules or of Transformer Engine's."""
+    """Return Megatron's spec of this rank's layers, built of torch's modules or of Transformer Engine's."""
     check_layers(model.layers)
     if model.layers == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec()
@@ -234,5 +236,5 @@ def _decoder_spec(
         )
     if model.layers == "transformer_engine":
         return layer
-    # Megatron would choose the last norm by what else is installed.
+    # Otherwise Megatron chooses the final norm by which packages are installed.
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

@@ -1,13 +1,14 @@
 """A Llama with PanGu-π's two additions (arXiv 2312.17276), for Hugging Face transformers 5.
 
-Goes with models that Reprise exports; load them with `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`.
-It is for loading those and for going on from them: weights that transformers makes are not the ones that Reprise starts
-training from. It adds to transformers' Llama, each by a field of config.json,
+Part of models exported by Reprise; load them with `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`.
+Use it for inference or further training of exported models only: weights that transformers initialises differ from
+those with which Reprise starts training. It adds to transformers' Llama, each enabled by a field of config.json,
 
-- the series informed activation in the gated feed-forward layer, (Σ_i silu(a_i · gate + b_i)) · up, where
-  `activation_terms` is more than 1; scales a and offsets b are one a channel, or a layer, as `activation_scales` says;
-- the augmented shortcut around attention, attention + stream + up(gelu(down(stream))), where `shortcut_reduction` is
-  given; it reads the stream brought to a root mean square of 1, or as it is, as `shortcut_input` says.
+- the series informed activation in the gated feed-forward layer, (Σ_i silu(a_i · gate + b_i)) · up, if
+  `activation_terms` is more than 1; there is one pair of scale a and offset b per term and channel, or per term,
+  depending on `activation_scales`;
+- the augmented shortcut around attention, attention + stream + up(gelu(down(stream))), if `shortcut_reduction` is
+  given; depending on `shortcut_input`, its input is scaled to a root mean square of 1, or left as it is.
 """
 
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
 class RepriseConfig(LlamaConfig):
-    """Llama's configuration, and what a Reprise model has beyond."""
+    """Llama's configuration with the fields that Reprise adds."""
 
     model_type = "reprise"
 
@@ -30,7 +31,7 @@ class RepriseConfig(LlamaConfig):
     shortcut_input: str = "normalised"
 
     def validate_architecture(self) -> None:
-        """Allow heads of any size, which Llama refuses where they do not divide the width."""
+        """Allow any number of heads; Llama rejects numbers that do not divide hidden_size."""
 
 
 class SeriesActivation(nn.Module):
@@ -52,7 +53,7 @@ class SeriesActivation(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """The bottleneck beside attention: stream [batch, seq, hidden] to the same."""
+    """The bottleneck parallel to attention: stream [batch, seq, hidden] to the same shape."""
 
     def __init__(self, config: RepriseConfig) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class RepriseDecoderLayer(LlamaDecoderLayer):
         self.shortcut = None if config.shortcut_reduction is None else Shortcut(config)
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        """Return the stream behind the layer; what Llama's layer gets beside it is attention's."""
+        """Return the stream after the layer; all other arguments are passed to attention."""
         stream = hidden_states
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(stream), **arguments)
         if self.shortcut is not None:
@@ -90,7 +91,7 @@ class RepriseDecoderLayer(LlamaDecoderLayer):
 
 
 class RepriseModel(LlamaModel):
-    """Llama's decoder of such layers."""
+    """Llama's decoder with `RepriseDecoderLayer`."""
 
     config_class = RepriseConfig
     _no_split_modules: ClassVar = ["RepriseDecoderLayer"]
@@ -102,7 +103,7 @@ class RepriseModel(LlamaModel):
 
 
 class RepriseForCausalLM(LlamaForCausalLM):
-    """Llama's language model over such a decoder."""
+    """Llama's language model with `RepriseModel`."""
 
     config_class = RepriseConfig
     _no_split_modules: ClassVar = ["RepriseDecoderLayer"]

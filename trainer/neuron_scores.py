@@ -1,7 +1,7 @@
-"""Which neurons matter most, by sums over all weights that touch them: of |w| (L1), of w² (L2), or of given values.
+"""Importance scores of neurons: sums over all their weights of |w| (L1), of w² (L2), or of given values.
 
-Reads a checkpoint, of weights or of |weight · gradient| (Taylor), tensor by tensor in one process: what is found does
-not depend on the layout that wrote it.
+Reads a checkpoint of weights or of |weight · gradient| (Taylor) tensor by tensor in one process, so that scores do not
+depend on the layout that wrote it.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ _VALUES_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Scores:
-    """A number for everything that may stay or go, float64: channels [h]; the rest [layers, how many there are]."""
+    """Importance scores by kind, float64: channels [h]; all others [layers, number of units]."""
 
     channels: Tensor
     ffn: Tensor
@@ -32,17 +32,18 @@ class Scores:
 
 
 def choose(values: Weights, teacher: ModelConfig, student: ModelConfig, power: Literal[1, 2] = 1) -> PruningPlan:
-    """Return the student's part of the teacher by the sums of |value|^power of all `values` that touch a neuron.
+    """Return the pruning plan that keeps the neurons with the highest sums of |value|^power.
 
-    values: a checkpoint of the teacher's weights, or of as many values, the teacher having the student's layers.
+    values: a checkpoint of the teacher's weights, or of values of the same shapes. The teacher must have as many layers
+    as the student.
     """
     return keep_best(sum_values(values, teacher, power), teacher, student)
 
 
 def keep_best(scores: Scores, teacher: ModelConfig, student: ModelConfig) -> PruningPlan:
-    """Return the part with the highest scores, as many of each kind as `student` has; of equal ones the first stay.
+    """Return the pruning plan that keeps the highest scores, as many of each kind as in `student`.
 
-    Within each query group that stays, the best of its heads do.
+    Of equal scores, the first are kept. Within each kept query group, its best heads are kept.
     """
     assert student.num_layers == teacher.num_layers
     groups = [_best(row, student.num_groups) for row in scores.groups]
@@ -52,7 +53,7 @@ def keep_best(scores: Scores, teacher: ModelConfig, student: ModelConfig) -> Pru
         [group * size + head for group in kept for head in _best(row[group * size : (group + 1) * size], count)]
         for row, kept in zip(scores.heads, groups, strict=True)
     ]
-    # A teacher without a shortcut has nothing to choose from: the student's starts anew.
+    # If the teacher has no shortcut, the student's is newly initialised.
     units = bottleneck_size(student) if bottleneck_size(teacher) else 0
     return PruningPlan(
         layers=tuple(range(teacher.num_layers)),
@@ -69,14 +70,14 @@ def _best(scores: Tensor, count: int) -> list[int]:
 
 
 def sum_bottlenecks(values: Weights, model: ModelConfig) -> Tensor:
-    """Return the scores of the bottlenecks' units by L2, [layers, units], reading the shortcuts' weights alone."""
+    """Return the L2 scores of the bottlenecks' units, [layers, units], reading only the shortcuts' weights."""
     return sum_values(values, model, 2, [name for name in values.shapes if name.endswith((DOWN, UP))]).bottleneck
 
 
 def sum_values(values: Weights, model: ModelConfig, power: Literal[1, 2], names: Iterable[str] | None = None) -> Scores:
-    """Return the sums of |value|^power over all values that touch a neuron, for power 2 their square roots.
+    """Return each neuron's sum of |value|^power over all its values; for power 2, the square root of the sum.
 
-    names: of the tensors that are read, by default all.
+    names: the tensors to read, by default all.
     """
     depth, heads, groups = model.num_layers, model.num_attention_heads, model.num_groups
     sums = {
@@ -86,7 +87,7 @@ def sum_values(values: Weights, model: ModelConfig, power: Literal[1, 2], names:
         "heads": torch.zeros(depth, heads, dtype=torch.float64),
         "bottleneck": torch.zeros(depth, bottleneck_size(model), dtype=torch.float64),
     }
-    # Rows that pad the vocabulary were never trained.
+    # Rows that pad the vocabulary are untrained.
     vocab_size = read_checkpoint_record(values.checkpoint)["vocab_size"]
     for name in values.shapes if names is None else names:
         if not name.startswith(LAYERS):
@@ -97,7 +98,7 @@ def sum_values(values: Weights, model: ModelConfig, power: Literal[1, 2], names:
         for layer in range(depth):
             tensor = values.read(name, layer)
             for axis, kind in enumerate(axes):
-                # Of scales that a layer has in common there is one, which is nobody's.
+                # Scales shared by a layer belong to no single neuron.
                 if kind != "terms" and not (kind == "ffn" and tensor.shape[axis] == 1):
                     _add({**sums, **_rows(sums, layer)}, kind, _along(tensor, axis, power))
     return Scores(**{kind: each.sqrt() if power == 2 else each for kind, each in sums.items()})
@@ -108,7 +109,7 @@ def _rows(sums: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
 
 
 def _along(tensor: Tensor, axis: int, power: int) -> Tensor:
-    """Return the sums of |value|^power over all axes but one, float64, some rows at a time."""
+    """Return the sums of |value|^power over all axes except `axis`, float64, a block of rows at a time."""
     rows = max(1, _VALUES_AT_ONCE * len(tensor) // max(1, tensor.numel()))
     sums = []
     for block in torch.split(tensor, rows):
@@ -118,13 +119,13 @@ def _along(tensor: Tensor, axis: int, power: int) -> Tensor:
 
 
 def _add(sums: dict[str, Tensor], kind: str, found: Tensor) -> None:
-    """Add what was `found` along an axis of that kind to the sums, [how many there are] each, that it is part of."""
+    """Add `found`, the sums along an axis of this kind, to the totals of the units that the axis covers."""
     if kind == "gate_and_up":
         sums["ffn"] += found.view(2, -1).sum(dim=0)
     elif kind in ("qkv", "attended"):
         groups = len(sums["groups"])
         size = len(sums["heads"]) // groups
-        # A group's blocks: its query heads and, of those that are not outputs, its key and its value.
+        # A group's blocks: its query heads and, for qkv, its key and its value.
         blocks = found.view(groups, size + 2 if kind == "qkv" else size, -1).sum(dim=2)
         sums["groups"] += blocks.sum(dim=1)
         sums["heads"] += blocks[:, :size].flatten()

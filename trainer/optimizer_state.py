@@ -1,10 +1,10 @@
-"""The optimizer's state in a checkpoint: float32 weights and two moments a parameter, each whole and in its own shape.
+"""Optimizer state in a checkpoint: float32 weights and two moments per parameter, unsharded, in its shape.
 
-Megatron's distributed optimizer cuts a flat buffer of all parameters into equal shares, one a data-parallel rank, and
-heeds no parameter's borders. In saving, a parameter belongs to the rank that has the most of it, and only those that
-lie across a border are sent. In loading, a rank reads the parameters that it has anything of. Either way a host never
-holds more than its ranks' shares, and what is written names no layout: keys and shapes are those of Megatron's format
-"fully_reshardable", which gathers everything on every rank.
+Megatron's distributed optimizer splits a flat buffer of all parameters into equal shards, one per data-parallel rank,
+regardless of parameter boundaries. On saving, a parameter is owned by the rank that has the largest piece of it, and
+only parameters that cross a shard boundary are sent. On loading, a rank reads the parameters of which it has a piece.
+Either way, a host never holds more than its ranks' shards, and the files do not depend on the layout: keys and shapes
+are those of Megatron's format "fully_reshardable", which gathers everything on every rank.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class _Placed:
-    """A parameter, its number in the buffers, and the ranks of the data-parallel group that have a piece of it.
+    """A parameter, its index in the buffers, and the data-parallel ranks that have a piece of it.
 
-    pieces: rank to the piece's first and last-but-one element, counted within the parameter.
+    pieces: rank to the piece's start and end (exclusive), counted within the parameter.
     """
 
     number: int
@@ -33,25 +33,26 @@ class _Placed:
 
     @property
     def owner(self) -> int:
-        """Return the rank that has the most of it, the first of equals."""
+        """Return the rank with the largest piece, the first of equals."""
         return max(self.pieces, key=lambda rank: (self.pieces[rank][1] - self.pieces[rank][0], -rank))
 
 
 def owned_states(optimizer: Any, weights: ShardedStateDict) -> ShardedStateDict:
-    """Return Megatron's description of the states of the parameters that this data-parallel rank owns.
+    """Return the sharded state dict of the states of the parameters that this data-parallel rank owns.
 
-    optimizer: Megatron's distributed optimizer; weights: its model's sharded state dict. By number of the parameter:
-    "param", "exp_avg" and "exp_avg_sq", float32, in the parameter's shape. Every data-parallel rank calls this at once.
+    optimizer: Megatron's distributed optimizer; weights: its model's sharded state dict. The result maps the
+    parameter's index to "param", "exp_avg" and "exp_avg_sq", float32, in the parameter's shape. All data-parallel ranks
+    must call this together.
     """
     group = optimizer.data_parallel_group
     described, states = _by_parameter(weights), {}
     for placed in _place(optimizer):
         weight = described[placed.parameter]
-        # Other tensor-parallel ranks, or the pipeline's other end, have the same and write it.
+        # A replica on another tensor-parallel rank or pipeline stage is written instead.
         if any(weight.replica_id[:2]):
             continue
-        mine = _local_states(optimizer, placed) if group.rank() in placed.pieces else {}
-        whole = {name: _bring_together(placed, mine.get(name), weight.data, group) for name in _STATES}
+        local = _local_states(optimizer, placed) if group.rank() in placed.pieces else {}
+        whole = {name: _gather(placed, local.get(name), weight.data, group) for name in _STATES}
         states[placed.number] = {
             name: _describe(weight, name, tensor) for name, tensor in whole.items() if tensor is not None
         }
@@ -59,7 +60,7 @@ def owned_states(optimizer: Any, weights: ShardedStateDict) -> ShardedStateDict:
 
 
 def needed_states(optimizer: Any, weights: ShardedStateDict) -> ShardedStateDict:
-    """Return Megatron's description of the states to load, in host memory, of parameters this rank has a piece of."""
+    """Return the sharded state dict to load, in host memory, of the parameters of which this rank has a piece."""
     rank, described, states = optimizer.data_parallel_group.rank(), _by_parameter(weights), {}
     for placed in _place(optimizer):
         if rank in placed.pieces:
@@ -72,7 +73,7 @@ def needed_states(optimizer: Any, weights: ShardedStateDict) -> ShardedStateDict
 
 @torch.no_grad()
 def load_states(optimizer: Any, loaded: dict[int, dict[str, Tensor]]) -> None:
-    """Copy into the optimizer this rank's pieces of what was loaded for `needed_states`."""
+    """Copy this rank's pieces of the states loaded for `needed_states` into the optimizer."""
     rank = optimizer.data_parallel_group.rank()
     for placed in _place(optimizer):
         if rank in placed.pieces:
@@ -98,48 +99,48 @@ def _place(optimizer: Any) -> Iterator[_Placed]:
 
 
 def _local_states(optimizer: Any, placed: _Placed) -> dict[str, Tensor]:
-    """Return this rank's piece of a parameter's states, flat, on its device, as the optimizer has them."""
+    """Return this rank's piece of a parameter's states, flat; views of the optimizer's tensors."""
     states = optimizer._get_main_param_and_optimizer_states(placed.parameter)
     return {name: states[name].detach() for name in _STATES}
 
 
-def _bring_together(placed: _Placed, mine: Tensor | None, weight: Tensor, group: Any) -> Tensor | None:
-    """Return a state of a parameter, in its shape, on the rank that owns it, else None.
+def _gather(placed: _Placed, local: Tensor | None, weight: Tensor, group: Any) -> Tensor | None:
+    """Return a state of a parameter, in its shape, on the rank that owns it; None on others.
 
-    mine: this rank's piece; weight: the parameter.
+    local: this rank's piece; weight: the parameter.
     """
     rank, owner = group.rank(), placed.owner
-    if mine is None or placed.pieces.keys() == {rank}:
-        return None if mine is None else mine.view(weight.shape)
+    if local is None or placed.pieces.keys() == {rank}:
+        return None if local is None else local.view(weight.shape)
     ranks = torch.distributed.get_process_group_ranks(group)
     if rank != owner:
-        torch.distributed.send(mine.contiguous(), ranks[owner], group)
+        torch.distributed.send(local.contiguous(), ranks[owner], group)
         return None
-    # On the host at once: an embedding's states would take a gigabyte of the device.
+    # Gathered in host memory: an embedding's states would take a gigabyte on the device.
     whole = torch.empty(weight.numel(), dtype=torch.float32)
     for other, (start, end) in placed.pieces.items():
-        piece = mine
+        piece = local
         if other != rank:
-            piece = mine.new_empty(end - start)
+            piece = local.new_empty(end - start)
             torch.distributed.recv(piece, ranks[other], group)
         whole[start:end].copy_(piece)
     return whole.view(weight.shape)
 
 
 def _by_parameter(weights: ShardedStateDict) -> dict[torch.nn.Parameter, Any]:
-    """Return what describes each parameter in the model's sharded state dict."""
+    """Return each parameter's entry in the model's sharded state dict."""
     described, _ = extract_sharded_tensors_and_factories(weights)
     return {sharded.data: sharded for sharded in nested_values(described)}
 
 
 def _describe(weight: Any, name: str, state: Tensor) -> Any:
-    """Return what describes a state as its parameter is described, written by whoever has it."""
+    """Return the sharded entry of a state, derived from that of its parameter, written by the rank that has it."""
     changes: dict[str, Any] = {
         "key": f"optimizer.state.{name}.{weight.key}",
         "data": state,
         "replica_id": (*weight.replica_id[:2], 0),
     }
-    # Of what is put together of parts, such as gate and up, the parts' description comes later.
+    # Factories, which split a parameter such as gate and up, have no dtype; their parts are made later.
     if hasattr(weight, "dtype"):
         changes["dtype"] = state.dtype
     sharded = replace(weight, **changes)

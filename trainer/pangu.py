@@ -1,6 +1,7 @@
-"""PanGu-π's two additions to a layer (Wang et al. 2023, arXiv 2312.17276), each on or off by itself.
+"""PanGu-π's two additions to a layer (Wang et al. 2023, arXiv 2312.17276), each optional.
 
-Both start out as the layer without them, and both are right under tensor, pipeline and sequence parallelism.
+Both are initialised so that the layer computes the same as without them. Both support tensor, pipeline and sequence
+parallelism.
 """
 
 from typing import Any
@@ -23,9 +24,9 @@ from kernels.series_activation import ActivationKernel, initial_offsets, series_
 class SeriesActivation(MegatronModule):
     """The series informed activation in the gated feed-forward layer: (Σ_i silu(a_i x + b_i)) · u.
 
-    The scales a and the offsets b are learned, one pair a term and channel, divided among the tensor-parallel ranks
-    as the channels are, or one a term, the same on all of them. At first a_1 = 1, all others are 0, and the offsets
-    sum up to nothing: the plain activation.
+    The scales a and the offsets b are learned: one pair per term and channel, split over the tensor-parallel ranks like
+    the channels, or one pair per term, replicated on all of them. Initially a_1 = 1, all other scales are 0, and the
+    silu of the offsets sums to 0, which is plain silu.
     """
 
     def __init__(self, config: TransformerConfig, terms: int, scales: str, kernel: ActivationKernel) -> None:
@@ -40,7 +41,7 @@ class SeriesActivation(MegatronModule):
             for term, offset in enumerate(initial_offsets(terms)):
                 self.offset[term] = offset
         for parameter in (self.scale, self.offset):
-            # Pulled towards zero they would turn the activation off; `trainer.train.make_state` heeds it.
+            # Weight decay would turn the activation off; `trainer.train.make_state` reads this attribute.
             parameter.without_weight_decay = True  # type: ignore[attr-defined]
             if self.is_per_channel:
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=1, stride=1)
@@ -49,7 +50,7 @@ class SeriesActivation(MegatronModule):
         """Return the activated product, [seq, batch, f], of this rank's f channels of gate and up, [..., 2 f]."""
         scale, offset = self.scale, self.offset
         if not self.is_per_channel:
-            # Every rank sees its own channels alone: their gradients are summed up on the way back.
+            # Each rank has only its own channels, so the backward pass sums the gradients over ranks.
             scale, offset = (
                 copy_to_tensor_model_parallel_region(each).expand(-1, self.width) for each in (scale, offset)
             )
@@ -58,7 +59,7 @@ class SeriesActivation(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: Any = None
     ) -> ShardedStateDict:
-        """Return Megatron's description of the parameters in a distributed checkpoint."""
+        """Return the sharded state dict of the parameters."""
         axes = {"scale": 1, "offset": 1} if self.is_per_channel else {}
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, axes, sharded_offsets
@@ -68,37 +69,38 @@ class SeriesActivation(MegatronModule):
 class AugmentedShortcut(MegatronModule):
     """The augmented shortcut around attention: MSA(Z) + Z + T(Z), with T a bottleneck with GELU.
 
-    Stands where Megatron's layer adds the residual stream Z. T's last matrix starts at zero. T is small, 1/(6 r) of a
-    layer's matrices, so every tensor-parallel rank computes all of it and exchanges nothing; under sequence parallelism
-    every rank computes its piece of the sequence, and Megatron sums the gradients over ranks, as it does a norm's.
+    Replaces the module that adds the residual stream Z in Megatron's layer. T's last matrix is initialised to zero. T
+    is small, 1/(6 r) of a layer's matrices, so every tensor-parallel rank computes all of it without communication;
+    with sequence parallelism, each rank computes its part of the sequence, and Megatron sums the gradients over ranks,
+    as for norms.
     """
 
     def __init__(self, config: TransformerConfig, reduction: int, reads: str) -> None:
         super().__init__(config=config)
         self.is_normalised = reads == "normalised"
         width, bottleneck = config.hidden_size, config.hidden_size // reduction
-        # `trainer.initialisation.initialise` draws the first matrix.
+        # `trainer.initialisation.initialise` initialises the first matrix.
         self.down = torch.nn.Parameter(torch.zeros(bottleneck, width, dtype=config.params_dtype))
         self.up = torch.nn.Parameter(torch.zeros(width, bottleneck, dtype=config.params_dtype))
         for parameter in (self.down, self.up):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, training: bool, fused: bool) -> Any:
-        """Return the function that adds: Megatron asks for it before it has what is to be added."""
+        """Return `add`: Megatron calls the module to get the function that it then applies."""
         return self.add
 
     def add(self, attention_and_bias: tuple[Tensor, Tensor | None], stream: Tensor, dropout: float) -> Tensor:
         """Return attention + stream + T(stream), all [seq, batch, hidden]."""
         attention, bias = attention_and_bias
         assert dropout == 0
-        # Megatron turns gradients on here, in scoring too, where they would hold all layers' activations.
+        # Megatron enables gradients here, even in scoring, where they would retain all layers' activations.
         with torch.set_grad_enabled(attention.requires_grad):
             if bias is not None:
                 attention = attention + bias
             return stream + attention + self.transform(stream)
 
     def transform(self, stream: Tensor) -> Tensor:
-        """Return T(stream), [seq, batch, hidden] as it."""
+        """Return T(stream); both are [seq, batch, hidden]."""
         z = stream
         if self.is_normalised:
             z = F.rms_norm(stream, stream.shape[-1:], eps=self.config.layernorm_epsilon)

@@ -1,4 +1,4 @@
-"""Pickles in checkpoints: they may describe tensors and plain values, and must not be able to do anything else."""
+"""Safe loading of pickles in checkpoints: only tensors and plain values are allowed."""
 
 import os
 import pickle
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-_REMEDY = "it was not written by Reprise; delete the checkpoint, or restore it from where you trust it"
+_REMEDY = "it was not written by Reprise; delete the checkpoint, or restore it from a trusted copy"
 
-# What torch's description of a distributed checkpoint is made of; none of these does anything when it is called.
+# Classes in torch's metadata of a distributed checkpoint; calling them has no side effects.
 _ALLOWED = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -37,7 +37,7 @@ _MALFORMED = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, Loo
 
 
 class _RefusedError(Exception):
-    """A pickle asks for something that is not on the list."""
+    """A pickle refers to a global that is not allowed."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -49,15 +49,15 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def allow_plain_pickles_only() -> None:
-    """Make every `torch.load` of this process refuse what is not tensors and plain values, whatever it is told."""
+    """Make every `torch.load` in this process use `weights_only`, whatever its arguments."""
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def check_pickles(checkpoint: Path) -> None:
-    """Raise ValueError where `.metadata` or `common.pt` of a checkpoint would run code; run none of it.
+    """Raise ValueError if `.metadata` or `common.pt` of a checkpoint would run code, without running it.
 
-    Torch reads the first with a plain `pickle.load`. The pickles inside the other files are met as they are loaded.
+    Torch reads the first with a plain `pickle.load`. Pickles in the other files are checked when they are loaded.
     """
     path = checkpoint / ".metadata"
     try:
@@ -66,7 +66,7 @@ def check_pickles(checkpoint: Path) -> None:
     except _RefusedError as error:
         raise ValueError(_refusal(path, str(error))) from None
     except _MALFORMED as error:
-        raise ValueError(f"{path}: not a checkpoint's description ({error}); {_REMEDY}") from None
+        raise ValueError(f"{path}: not the metadata of a checkpoint ({error}); {_REMEDY}") from None
     path = checkpoint / "common.pt"
     try:
         torch.load(path, map_location="cpu", weights_only=True)
@@ -75,14 +75,14 @@ def check_pickles(checkpoint: Path) -> None:
 
 
 def explain_refusal(path: Path, error: BaseException) -> str | None:
-    """Return a line that says what `torch.load` refused to call for a pickle in `path`, None where it refused none."""
+    """Return a message naming what `torch.load` refused to call for a pickle in `path`; None for other errors."""
     text = str(error)
-    # Inside a distributed checkpoint's own exception, only its text tells.
+    # Distributed checkpointing wraps the exception, which then shows only in the text.
     if not isinstance(error, pickle.UnpicklingError) and "Weights only load failed" not in text:
         return None
     found = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text)
-    return _refusal(path, found[1] if found else "what is no tensor and no plain value")
+    return _refusal(path, found[1] if found else "something other than tensors and plain values")
 
 
 def _refusal(path: Path, what: str) -> str:
-    return f"{path}: refused, for loading it would call {what}; {_REMEDY}"
+    return f"{path}: refused, because loading it would call {what}; {_REMEDY}"

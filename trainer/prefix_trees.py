@@ -1,7 +1,7 @@
-"""Prefix trees: requests merged where they begin with the same tokens, which so go through the model once.
+"""Prefix trees: requests merged by common prefixes, so that the model processes each prefix once.
 
-A tree holds its tokens in depth-first order. A token attends to its ancestors and itself: token i attends to token j
-where j <= i <= end[j], `end[j]` being the last token below j. Its position is its depth.
+A tree stores its tokens in depth-first order. A token attends to its ancestors and itself: token i attends to token j
+if j <= i <= end[j], where `end[j]` is the last token below j. Its position is its depth.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,20 +15,20 @@ from trainer.requests import Likelihood, Tokens
 
 Integers = NDArray[np.int64]
 
-# Packs of these sizes are tried; the one is taken of which all trees together cost least.
+# Tree sizes to try, in tokens; the one with the least total cost is used.
 _BUDGETS = tuple(128 * 2**step for step in range(8))
-# What a tree costs beside what its tokens cost, in tokens: calling the layers, filling the mask.
+# A tree's fixed cost (calling the layers, filling the mask), in units of a token's cost.
 _TOKENS_A_TREE = 64
-# Attention runs at about this part of the speed of matrix products.
+# Speed of attention relative to matrix products, approximately.
 _SPEED_OF_ATTENTION = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixTree:
-    """A prefix tree of n tokens, and p tokens that are predicted by some of them.
+    """A prefix tree of n tokens, with p predictions.
 
-    tokens, depths, ends: [n]; nodes: [p], which token predicts; targets: [p], what it predicts; places: [p], the number
-    of the prediction among all those of the requests; num_requests: how many of these the tree has.
+    tokens, depths, ends: [n]; nodes: [p], the token that predicts; targets: [p], the token to predict; places: [p], the
+    prediction's index among those of all requests; num_requests: the number of requests in the tree.
     """
 
     tokens: Integers
@@ -41,16 +41,16 @@ class PrefixTree:
 
 
 def build_prefix_trees(requests: Sequence[Likelihood], hidden_size: int, budget: int | None = None) -> list[PrefixTree]:
-    """Return trees of at most `budget` tokens each, or of one path where that is longer; the largest tree first.
+    """Return trees of at most `budget` tokens each, or of a single longer path; the largest tree first.
 
-    budget: None: the one that costs least for these requests in a model of that width. The larger it is, the fewer
-    trees begin anew with what many requests share, and the more do tokens cost that see nothing of one another:
-    attention takes as many operations as the layers' matrices in a tree of six times the width.
+    budget: None: the one with the least cost for these requests and this width. With a larger budget, fewer trees
+    repeat shared prefixes, but attention costs more, since it is computed between unrelated tokens too: in a tree of
+    six times the width, it takes as many operations as the layers' matrices.
     """
     if not requests:
         return []
     paths = [request.path for request in requests]
-    # Big-endian bytes are ordered as the numbers are.
+    # Big-endian bytes sort like the numbers.
     order = sorted(range(len(paths)), key=lambda number: paths[number].astype(">u4").tobytes())
     lengths = [len(paths[number]) for number in order]
     shared = [0, *(_num_shared(paths[one], paths[other]) for one, other in pairwise(order))]
@@ -68,17 +68,17 @@ def build_prefix_trees(requests: Sequence[Likelihood], hidden_size: int, budget:
 
 
 def _num_shared(path: Tokens, other: Tokens) -> int:
-    """Return how many tokens two paths begin with alike."""
+    """Return the length of the common prefix of two paths."""
     length = min(len(path), len(other))
     different = np.flatnonzero(path[:length] != other[:length])
     return int(different[0]) if len(different) else length
 
 
 def _cut(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tuple[int, int, int]]:
-    """Return each tree's first path, the path after its last, and its tokens; `shared` is with the path before."""
+    """Return each tree's first path, end path (exclusive) and size; `shared`: tokens shared with the previous path."""
     cuts, start, size = [], 0, 0
     for row, (length, common) in enumerate(zip(lengths, shared, strict=True)):
-        # What adds nothing is in the tree already.
+        # A path that is entirely in the tree already never starts a new one.
         if row > start and length > common and size + length - common > budget:
             cuts.append((start, row, size))
             start, size = row, 0
@@ -87,26 +87,26 @@ def _cut(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tup
 
 
 def _cost(cuts: Iterable[tuple[int, int, int]], hidden_size: int) -> float:
-    """Return what trees cost, in tokens that see nothing."""
+    """Return the cost of trees, in units of a token's cost without attention."""
     size_p = np.array([size for _, _, size in cuts], np.float64)
     return float((_TOKENS_A_TREE + size_p + size_p**2 / (6 * hidden_size * _SPEED_OF_ATTENTION)).sum())
 
 
 class _GrowingTree:
-    """A tree that is being filled, path after path."""
+    """A tree under construction, filled path by path."""
 
     def __init__(self) -> None:
         self._size = 0
-        # The tokens of the last path, by their numbers in the tree.
+        # Indices in the tree of the last path's tokens.
         self._nodes = np.empty(0, np.int64)
         self._tokens: list[Tokens] = []
         self._depths: list[Integers] = []
-        # Tokens below which nothing more comes, and the last token there.
+        # Tokens whose subtrees are complete, and the last token of these subtrees.
         self._closed: list[tuple[Integers, int]] = []
         self._predictions: list[tuple[Integers, Tokens, Integers]] = []
 
     def add(self, path: Tokens, shared: int, request: Likelihood, first_place: int) -> None:
-        """Add a path, of which the first `shared` tokens are those of the last one, and the request that it is of."""
+        """Add a path, whose first `shared` tokens are those of the last one, and its request."""
         self._closed.append((self._nodes[shared:], self._size - 1))
         new = np.arange(self._size, self._size + len(path) - shared)
         self._nodes = np.concatenate([self._nodes[:shared], new])

@@ -1,4 +1,4 @@
-"""Models by name: what `model.preset` fills in where a configuration says nothing else."""
+"""Named models: the fields that `model.preset` fills in unless the configuration gives them."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ _ADDITIONS = {"activation_terms": 2, "shortcut_reduction": 32}
 
 
 def _ffn_hidden_size(hidden_size: int) -> int:
-    """Return the width of the feed-forward layer, 8/3 of the model's.
+    """Return the width of the feed-forward layer, 8/3 of the model's width.
 
-    That is rounded up to a multiple of 256, as InternEvo, with which the paper's models were trained, and LLaMA do.
+    It is rounded up to a multiple of 256, as in LLaMA and in InternEvo, with which the paper's models were trained.
     """
     return -(-hidden_size * 8 // (3 * 256)) * 256
 
 
 def _fields(hidden_size: int, num_layers: int, num_attention_heads: int, vocab_size: int | None) -> dict[str, Any]:
-    """Return the fields that say how large a model is."""
+    """Return the fields that set a model's size."""
     return {
         "hidden_size": hidden_size,
         "num_layers": num_layers,
@@ -46,15 +46,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def fill_from_preset(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a model with those of its `preset` where it does not give them itself.
+    """Return the fields of a model, completed with those of its `preset`.
 
-    Raises ValueError where there is no preset of that name.
+    Raises ValueError if there is no preset of that name.
     """
     name = values.get("preset")
     if name is None:
         return values
     if name not in PRESETS:
-        raise ValueError(f"preset: {name!r} is none; choose one of {', '.join(PRESETS)}")
+        raise ValueError(f"preset: {name!r} is not a preset; choose one of {', '.join(PRESETS)}")
     fields = {**PRESETS[name], **values}
     if (
         isinstance(values.get("hidden_size"), int)

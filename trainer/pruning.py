@@ -1,4 +1,4 @@
-"""What a smaller model inherits of a larger one, its teacher: layers, and neurons within them, cut out exactly."""
+"""Structured pruning: a smaller model that inherits layers, and neurons within them, from a larger one, its teacher."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +17,8 @@ from trainer.config import ModelConfig
 from trainer.vocabulary_rows import select_rows
 from trainer.weights import LAYERS, Weights, write_weights
 
-# What the axes of a layer's tensors are numbered by. `attended` are the channels of all query heads; `qkv` those of
-# every query group's query heads, key and value; `gate_and_up` the feed-forward layer's neurons twice.
+# The kind of each axis of a layer's tensors. `attended`: the channels of all query heads; `qkv`: those of every query
+# group's query heads, key and value; `gate_and_up`: the feed-forward neurons, twice.
 AXES: dict[str, tuple[str, ...]] = {
     "self_attention.linear_qkv.weight": ("qkv", "channels"),
     "self_attention.linear_qkv.bias": ("qkv",),
@@ -41,14 +41,14 @@ Numbers = tuple[int, ...]
 
 
 class PruningPlan(Config):
-    """What stays of a teacher, by its numbers, ascending; what is per layer is in the order of `layers`."""
+    """The units of a teacher to keep, as ascending indices; fields per layer are in the order of `layers`."""
 
-    layers: Numbers = Field(description="Layers, from 0.")
-    channels: Numbers = Field(description="Channels of the residual stream, the same ones throughout the model.")
+    layers: Numbers = Field(description="Layers, counted from 0.")
+    channels: Numbers = Field(description="Channels of the residual stream, the same in the whole model.")
     ffn: tuple[Numbers, ...] = Field(description="Per layer: neurons of the feed-forward layer.")
     groups: tuple[Numbers, ...] = Field(description="Per layer: query groups, each with its key and its value.")
     heads: tuple[Numbers, ...] = Field(
-        description="Per layer: query heads, numbered among all; as many of each group that stays."
+        description="Per layer: query heads, counted over all groups; the same number in each kept group."
     )
     bottleneck: tuple[Numbers, ...] = Field(
         description="Per layer: units of the augmented shortcut's bottleneck; none without a shortcut."
@@ -56,7 +56,7 @@ class PruningPlan(Config):
 
 
 def whole_layers(teacher: ModelConfig, layers: Sequence[int]) -> PruningPlan:
-    """Return the part that is some of the teacher's layers with all that is in them."""
+    """Return the plan that keeps the given layers of the teacher completely."""
     return PruningPlan(
         layers=tuple(layers),
         channels=tuple(range(teacher.hidden_size)),
@@ -68,12 +68,12 @@ def whole_layers(teacher: ModelConfig, layers: Sequence[int]) -> PruningPlan:
 
 
 def bottleneck_size(model: ModelConfig) -> int:
-    """Return the units of the augmented shortcut's bottleneck, 0 where there is no shortcut."""
+    """Return the number of units in the augmented shortcut's bottleneck, 0 without a shortcut."""
     return 0 if model.shortcut_reduction is None else model.hidden_size // model.shortcut_reduction
 
 
 def is_as_wide(teacher: ModelConfig, student: ModelConfig) -> bool:
-    """Return whether layers of the student have as many of everything as the teacher's have."""
+    """Return whether the student's layers have the same sizes as the teacher's."""
     sizes = [
         (model.hidden_size, model.ffn_size, model.num_groups, model.num_attention_heads) for model in (teacher, student)
     ]
@@ -81,15 +81,15 @@ def is_as_wide(teacher: ModelConfig, student: ModelConfig) -> bool:
 
 
 def check_student(teacher: ModelConfig, student: ModelConfig) -> None:
-    """Raise ValueError where `student` is no part of `teacher`: larger, or made otherwise."""
+    """Raise ValueError if `student` cannot be cut from `teacher`: it is larger, or differs in architecture."""
     _check_sizes(teacher, student)
     if student.channels != teacher.channels:
         raise ValueError(
             f"model.inherit: the model has heads of {student.channels} channels and the teacher of {teacher.channels}, "
-            f"and heads stay whole; set model.head_size to {teacher.channels}"
+            f"but heads are kept whole; set model.head_size to {teacher.channels}"
         )
     same = ["attention_bias", "ffn_bias", "rotary_base", "rotary_scaling", "norm_epsilon"]
-    # What the teacher does not have, the student starts with as training would start it.
+    # Additions that the teacher lacks are newly initialised in the student.
     if teacher.activation_terms > 1:
         same += ["activation_terms", "activation_scales"]
     if teacher.shortcut_reduction is not None:
@@ -97,7 +97,7 @@ def check_student(teacher: ModelConfig, student: ModelConfig) -> None:
         if student.shortcut_reduction is None:
             raise ValueError(
                 "model.inherit: the teacher has an augmented shortcut and the model has none; set "
-                f"model.shortcut_reduction, to {teacher.shortcut_reduction} for one in proportion"
+                f"model.shortcut_reduction, for example to the teacher's {teacher.shortcut_reduction}"
             )
     for field in same:
         own, others = getattr(student, field), getattr(teacher, field)
@@ -108,8 +108,8 @@ def check_student(teacher: ModelConfig, student: ModelConfig) -> None:
             )
     if student.tied_embeddings and not teacher.tied_embeddings:
         raise ValueError(
-            "model.inherit: the model has tied_embeddings true and the teacher false, whose embedding and head are "
-            "two matrices; set model.tied_embeddings to false"
+            "model.inherit: the model has tied_embeddings true and the teacher false, with separate embedding and "
+            "head; set model.tied_embeddings to false"
         )
 
 
@@ -123,7 +123,7 @@ def _check_sizes(teacher: ModelConfig, student: ModelConfig) -> None:
         ("ffn_hidden_size", student.ffn_size, teacher.ffn_size, "feed-forward neurons"),
         ("num_attention_heads", student.num_attention_heads, teacher.num_attention_heads, "query heads"),
         ("num_query_groups", student.num_groups, teacher.num_groups, "query groups"),
-        ("num_attention_heads", per_group(student), per_group(teacher), "query heads a query group"),
+        ("num_attention_heads", per_group(student), per_group(teacher), "query heads per query group"),
     ]
     if teacher.shortcut_reduction is not None:
         units = "units in the shortcut's bottleneck"
@@ -143,9 +143,9 @@ def _show(value: Any) -> str:
 def cut_depth(
     checkpoint: Path, teacher: ModelConfig, layers: Sequence[int], target: Path, rows: Sequence[int] | None = None
 ) -> ModelConfig:
-    """Write to the folder `target` the teacher of its `layers` alone, and return its configuration.
+    """Write the teacher reduced to `layers` to the folder `target`, and return its configuration.
 
-    rows: as `slice_checkpoint` takes them.
+    rows: as for `slice_checkpoint`.
     """
     cut = teacher.model_copy(update={"num_layers": len(layers)})
     slice_checkpoint(checkpoint, teacher, cut, whole_layers(teacher, layers), target, rows)
@@ -162,12 +162,12 @@ def slice_checkpoint(
     seed: int = 0,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write to the folder `target` the student whose weights are a part of the teacher's in `checkpoint`, unchanged.
+    """Write to the folder `target` the student, whose weights are copied from the teacher's in `checkpoint`.
 
-    rows: the teacher's token ids that a compact vocabulary keeps, in its order; None: all. Additions that the teacher
-    has not start as training starts them, drawn by `seed`. `record` is recorded too. A head of its own for a student
-    whose teacher's is the embedding is a copy. One process holds a tensor, or a layer of one, at a time. Raises
-    ValueError where the student is no part of the teacher, or the checkpoint is damaged or not the teacher's.
+    rows: the teacher's token ids that a pruned vocabulary keeps, in its order; None: all. Additions that the teacher
+    lacks are initialised as in training, with `seed`. `record` is added to the checkpoint's record. If only the teacher
+    ties its embeddings, the student's head is a copy of the embedding. Memory holds one tensor of one layer at a time.
+    Raises ValueError if the student cannot be cut from the teacher, or the checkpoint is damaged or not the teacher's.
     """
     check_student(teacher, student)
     weights = Weights(checkpoint)
@@ -186,7 +186,7 @@ def slice_checkpoint(
             return _start(name.removeprefix(LAYERS), student, layer, seed).to(weights.dtypes[EMBEDDING])
         tensor = weights.read(name, part.layers[layer])
         for axis, kind in enumerate(AXES[name.removeprefix(LAYERS)]):
-            # Terms all stay, and of scales that a layer has in common there is one.
+            # All terms are kept, and an axis of size 1 is shared by the layer.
             if kind != "terms" and tensor.shape[axis] > 1:
                 tensor = tensor.index_select(axis, torch.tensor(_numbers(kind, part, layer, teacher)))
         return tensor
@@ -202,7 +202,7 @@ def slice_checkpoint(
 
 
 def _numbers(kind: str, part: PruningPlan, layer: int, teacher: ModelConfig) -> list[int]:
-    """Return what stays of an axis of that kind in the student's `layer`, by its numbers in the teacher's tensor."""
+    """Return the indices to keep of an axis of this kind in the teacher's tensor for the student's `layer`."""
     if kind == "channels":
         return list(part.channels)
     if kind == "ffn":
@@ -230,7 +230,7 @@ def _channels_of(heads: Sequence[int], teacher: ModelConfig) -> list[int]:
 
 
 def _start(name: str, student: ModelConfig, layer: int, seed: int) -> Tensor:
-    """Return what a layer's addition starts training with, as `trainer.pangu` says, float32."""
+    """Return the initial value of an addition's tensor, float32, as described in `trainer.pangu`."""
     shape = shapes_of(student, 0)[f"{LAYERS}{name}"][1:]
     start = torch.zeros(shape)
     if name == SCALE:
@@ -245,12 +245,12 @@ def _start(name: str, student: ModelConfig, layer: int, seed: int) -> Tensor:
 
 
 def _check_teacher(weights: Weights, teacher: ModelConfig) -> None:
-    """Raise ValueError where the weights are not those of `teacher`."""
+    """Raise ValueError if the weights are not those of `teacher`."""
     found = weights.shapes
     difference = find_difference(found, shapes_of(teacher, found.get(EMBEDDING, (0,))[0]))
     if difference is not None:
         name, stored, described = difference
         raise ValueError(
-            f"model.inherit: {weights.checkpoint} has {stored} as {name}, and its teacher's configuration says "
-            f"{described}; give the configuration that it was trained with"
+            f"model.inherit: {weights.checkpoint}: {name} is {stored} there, but {described} according to the "
+            "teacher's configuration; give the configuration that it was trained with"
         )

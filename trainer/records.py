@@ -1,4 +1,4 @@
-"""What training leaves for the ledger: a row a step, each sample's loss when it was trained on, validation losses."""
+"""Training's output for the ledger: one row per step, each sample's loss when trained on, and validation losses."""
 
 from pathlib import Path
 from typing import Any
@@ -28,31 +28,31 @@ _SEEN = pa.schema([("step", pa.int32()), ("shard", pa.int32()), ("sample", pa.in
 
 
 class RowLog:
-    """A Parquet file of a few rows a step that only one rank writes, whole, each time it is flushed."""
+    """A Parquet file with a few rows per step, which one rank rewrites completely on each flush."""
 
     def __init__(self, path: Path, schema: pa.Schema, fingerprint: str, up_to_step: int) -> None:
         self._path, self._schema, self._fingerprint = path, schema, fingerprint
         self._old = schema.empty_table()
         if parquet_fingerprint(path) == fingerprint:
-            # Rows beyond the checkpoint that training goes on from will be made again.
+            # Rows after the checkpoint that training resumes from will be recomputed.
             self._old = pq.read_table(path, filters=[("step", "<=", up_to_step)]).replace_schema_metadata(None)
         self._new: list[dict[str, Any]] = []
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row, which the next flush writes."""
+        """Add a row, to be written by the next flush."""
         self._new.append(row)
 
     def flush(self) -> None:
-        """Write all rows so far."""
+        """Write all rows."""
         self._old = pa.concat_tables([self._old, pa.Table.from_pylist(self._new, self._schema)])
         self._new = []
         write_parquet(self._path, self._old, self._fingerprint)
 
 
 class SeenLog:
-    """The losses that one replica's samples had in the step that trained on them: a file from checkpoint to checkpoint.
+    """The losses of one replica's samples in the step that trained on them, with one file per checkpoint interval.
 
-    A file is named after its first step, so that steps done again replace what they did the first time.
+    A file is named after its first step, so that repeated steps replace their earlier files.
     """
 
     def __init__(self, folder: Path, replica: int, fingerprint: str) -> None:
@@ -66,7 +66,7 @@ class SeenLog:
         self._columns.append((np.full(len(samples), step), shards, samples, losses))
 
     def flush(self) -> None:
-        """Write the rows that came since the last flush."""
+        """Write the rows added since the last flush."""
         if not self._columns:
             return
         columns = [np.concatenate(parts) for parts in zip(*self._columns, strict=True)]
@@ -80,7 +80,7 @@ class SeenLog:
 
 
 def remove_seen_after(folder: Path, step: int) -> None:
-    """Delete the seen losses of steps after `step`, which are about to be done again."""
+    """Delete the seen losses of steps after `step`, which will be repeated."""
     for path in folder.glob("step=*.parquet"):
         if int(path.name.split("=")[1].split("-")[0]) > step:
             path.unlink()

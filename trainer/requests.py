@@ -1,7 +1,7 @@
-"""What a model is asked and what it answers, as files: a Parquet file of requests a task, and one of answers.
+"""Evaluation requests and answers, each in one Parquet file per task.
 
-Requests are token ids alone. An answers file carries a fingerprint of its requests and of the model, so that answers
-to other requests, or of another checkpoint, are never taken for these.
+Requests consist of token ids. An answers file has a fingerprint of its requests and of the model, so that answers to
+other requests, or of another checkpoint, are never reused.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from data_scoring.base.parquet import parquet_fingerprint, write_parquet
 
 Tokens = NDArray[np.int32]
 
-# A request with a continuation asks for its likelihood, one without for a generation.
+# A request with a continuation is a `Likelihood`, one without a `Generation`.
 _REQUESTS = pa.schema(
     [
         ("context", pa.list_(pa.int32())),
@@ -35,23 +35,23 @@ _ANSWERS = pa.schema([("log_likelihood", pa.float64()), ("is_greedy", pa.bool_()
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """Asks how likely `continuation` is after `context`; both are token ids, at least one each."""
+    """A request for the log-likelihood of `continuation` after `context`; both are at least one token id."""
 
     context: Tokens
     continuation: Tokens
 
     @property
     def path(self) -> Tokens:
-        """Return the tokens that the model reads: all but the last one, which is only predicted."""
+        """Return the input tokens of the model: all except the last, which is only predicted."""
         return np.concatenate([self.context, self.continuation[:-1]])
 
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """Asks for the greedy continuation of `prompt`, token ids, at least one.
+    """A request for the greedy continuation of `prompt`, at least one token id.
 
-    It ends before the token that ends documents, with the token that completes one of the strings in `stop`, after
-    `max_new_tokens`, or with the last token that the model can predict.
+    The continuation ends before the end-of-document token, with the token that completes one of the strings in `stop`,
+    after `max_new_tokens`, or with the last token that the model's context allows.
     """
 
     prompt: Tokens
@@ -60,14 +60,14 @@ class Generation:
 
 
 class LogLikelihood(NamedTuple):
-    """Answers a `Likelihood`: the sum over its tokens, nats, and whether each of them is the most probable one."""
+    """The answer to a `Likelihood`: the sum over its tokens, nats, and whether each is the most probable one."""
 
     log_likelihood: float
     is_greedy: bool
 
 
 Request = Likelihood | Generation
-# Of a generation the answer is its tokens.
+# The answer to a `Generation` is its tokens.
 Answer = LogLikelihood | list[int]
 
 
@@ -76,12 +76,12 @@ def _parts(request: Request) -> tuple[Tokens, ...]:
 
 
 def requests_path(folder: Path, task: str) -> Path:
-    """Return the file of a task's requests, or of its answers, in a folder of them."""
+    """Return the path of a task's requests, or of its answers, in `folder`."""
     return folder / f"{task}.parquet"
 
 
 def fingerprint_requests(requests: Iterable[Request]) -> str:
-    """Return 16 hex digits that identify requests and their order."""
+    """Return a fingerprint of requests and their order, 16 hex digits."""
     digest = hashlib.blake2b(digest_size=8)
     for request in requests:
         parts = _parts(request)
@@ -96,7 +96,7 @@ def fingerprint_requests(requests: Iterable[Request]) -> str:
 
 
 def write_requests(path: Path, requests: Sequence[Request]) -> None:
-    """Write requests to `path`, unless these are there already."""
+    """Write requests to `path`, unless it already holds them."""
     identity = fingerprint_requests(requests)
     if parquet_fingerprint(path) == identity:
         return
@@ -111,7 +111,7 @@ def write_requests(path: Path, requests: Sequence[Request]) -> None:
 
 
 def read_requests(path: Path) -> list[Request]:
-    """Return the requests in `path`. Raises ValueError where there are none."""
+    """Return the requests in `path`. Raises ValueError if there is no such file."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; write the task's requests there before a model is asked")
     table = pq.read_table(path)
@@ -128,24 +128,24 @@ def read_requests(path: Path) -> list[Request]:
 
 
 def _lists(column: pa.ChunkedArray) -> list[Tokens]:
-    """Return the lists of a column, views into its memory; missing ones are empty."""
+    """Return the lists of a column as views of its memory; null lists are empty."""
     array = column.combine_chunks()
     values, offsets = array.values.to_numpy(), array.offsets.to_numpy()
     return [values[start:end] for start, end in pairwise(offsets)]
 
 
 def check_requests(name: object, requests: Sequence[Request], seq_length: int, vocab_size: int) -> None:
-    """Raise ValueError, naming `name` and a request, counted from 0, that a model cannot answer.
+    """Raise ValueError, naming `name` and the request's index, if the model cannot answer a request.
 
-    seq_length: the most tokens that the model reads; vocab_size: its ids are below.
+    seq_length: the model's context length; vocab_size: the number of valid token ids.
     """
     for number, request in enumerate(requests):
         path, parts = request.path if isinstance(request, Likelihood) else request.prompt, _parts(request)
         if any(len(part) == 0 for part in parts):
-            raise ValueError(f"{name}: request {number} has a part without tokens; leave its item out")
+            raise ValueError(f"{name}: request {number} has an empty part; leave its item out")
         if len(path) > seq_length:
             raise ValueError(
-                f"{name}: request {number} is of {len(path)} tokens, and the model reads {seq_length} "
+                f"{name}: request {number} has {len(path)} tokens, but the model's context is {seq_length} "
                 "(corpus.seq_length); leave its item out, or give it fewer examples"
             )
         if any(part.min() < 0 or part.max() >= vocab_size for part in parts):
@@ -156,9 +156,9 @@ def check_requests(name: object, requests: Sequence[Request], seq_length: int, v
 
 
 def identify_answers(model: str, requests: Path) -> str:
-    """Return the fingerprint of the answers that the model with the fingerprint `model` gives to a file of requests.
+    """Return the fingerprint of the answers to a file of requests by the model with the fingerprint `model`.
 
-    Raises ValueError where there is no such file.
+    Raises ValueError if there is no such file.
     """
     identity = parquet_fingerprint(requests)
     if identity is None:
@@ -167,7 +167,7 @@ def identify_answers(model: str, requests: Path) -> str:
 
 
 def has_answers(path: Path, identity: str) -> bool:
-    """Return whether `path` holds the answers of that fingerprint."""
+    """Return whether `path` holds the answers with the fingerprint `identity`."""
     return parquet_fingerprint(path) == identity
 
 

@@ -1,4 +1,4 @@
-"""Saving checkpoints: Megatron's distributed format, written while the ranks wait or while they train on."""
+"""Saving checkpoints in Megatron's distributed format, synchronously or while training continues."""
 
 import os
 import pickle
@@ -29,37 +29,37 @@ from data_scoring.base.files import disk_error
 from trainer.checkpoint_folder import complete_checkpoint, writing_measured
 from trainer.devices import num_cores
 
-# More of them wait for the disk.
+# With more writers, the disk is the bottleneck.
 _MOST_WRITERS = 8
 
 
 class Saved(Protocol):
-    """What can be saved."""
+    """A state that can be saved."""
 
     def sharded(self, is_loading: bool) -> ShardedStateDict:
-        """Return Megatron's description of the parts that this rank holds."""
+        """Return the sharded state dict of the parts that this rank holds."""
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of a round into `folder`, of which the last `keep_last` are kept.
+    """Saves the checkpoints of a round to `folder`, keeping the last `keep_last`.
 
-    A checkpoint bears its name, step-…, once it is complete and the disk has returned all that was written. Every
-    rank has to call every method but `is_writing`.
+    A checkpoint gets its name, step-…, once it is complete and has been read back from the disk. Every rank must call
+    every method except `is_writing`.
     """
 
     def __init__(self, folder: Path, keep_last: int, is_asynchronous: bool) -> None:
         self._folder, self._keep_last, self._is_asynchronous = folder, keep_last, is_asynchronous
         self._calls = AsyncCallsQueue()
-        # Of what data-parallel ranks have alike, each writes a part.
+        # Replicated data is divided among the data-parallel ranks for writing.
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_num_writers())
         group = parallel_state.get_data_parallel_group()
         self._strategy = FullyParallelSaveStrategyWrapper(strategy, group, do_cache_distribution=True)
         filesystem_async._results_queue = _Results()
 
     def save(self, step: int, state: Saved, record: dict[str, Any], is_waiting: bool) -> None:
-        """Save `state` as that of `step`, with `record` beside it; unless `is_waiting`, training may go on at once.
+        """Save `state` as that of `step`, with `record`; if asynchronous, return early unless `is_waiting`.
 
-        What is written is the state at the time of the call: each rank's writers are forked from it.
+        The state at the time of the call is written, since each rank's writers are forked from it.
         """
         with _writing_errors(self._folder):
             self._save(step, state, record, is_waiting)
@@ -85,7 +85,7 @@ class CheckpointSaver:
             names = [name for _, name, _ in buckets]
             request = request._replace(
                 async_fn=partial(_write, request.async_fn.args[0]),
-                # Copies in memory that is pinned would be shared with the processes that write, and be used anew.
+                # Copies in pinned memory would be shared with the writer processes and reused.
                 preload_fn=partial(FileSystemWriterAsync.preload_tensors, buckets, False),
             )
         request.add_finalize_fn(partial(self._complete, temporary, target, {**record, "step": step}, names))
@@ -95,18 +95,18 @@ class CheckpointSaver:
             request.execute_sync()
 
     def is_pending(self) -> bool:
-        """Return whether a checkpoint is not complete yet, alike on all ranks."""
+        """Return whether a checkpoint is incomplete, the same on all ranks."""
         return bool(self._calls.get_num_unfinalized_calls())
 
     def is_writing(self) -> bool:
-        """Return whether writers of this rank are at work."""
+        """Return whether writers of this rank are still running."""
         return any(
             not call.async_caller.is_current_async_call_done(blocking=False, no_dist=True)
             for call in self._calls.async_calls
         )
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and complete it."""
+        """Wait for the checkpoint in progress, if any, and complete it."""
         with _writing_errors(self._folder):
             self._calls.maybe_finalize_async_calls(blocking=True)
 
@@ -119,29 +119,29 @@ class CheckpointSaver:
 
 
 def _num_writers() -> int:
-    """Return how many processes of a rank write at once, each a file: its share of the cores."""
+    """Return the number of writer processes per rank, one per file: its share of the cores."""
     return min(_MOST_WRITERS, max(2, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @contextmanager
 def _writing_errors(folder: Path) -> Iterator[None]:
-    """Turn what Megatron raises for a full disk, on all ranks, into the OSError that everything else raises."""
+    """Convert Megatron's exception for a full disk, on all ranks, to an OSError as elsewhere."""
     try:
         yield
     except CheckpointException as error:
-        # Only the first rank has been told why.
+        # Only the first rank knows the reason.
         reason = [str(error)]
         torch.distributed.broadcast_object_list(reason)
         killed = re.search(r"Worker failure: (the process that wrote .*)", reason[0])
         raise disk_error(reason[0], folder) or (RuntimeError(f"{folder}: {killed[1]}") if killed else error) from None
 
 
-# What is the device's is not for a forked process to free.
+# A forked process must not free device memory.
 @filesystem_async._disable_gc()  # type: ignore[untyped-decorator]
 def _write(transforms: Any, rank: int, buckets: list[Any], results: "_Results") -> None:
-    """Write this rank's files, each by a process of its own, and report what they wrote, or the first one's error.
+    """Write this rank's files, each in its own process, and report what they wrote, or the first error.
 
-    In place of Megatron's, which waits forever for a process that was killed.
+    Replaces Megatron's function, which waits forever for a process that was killed.
     """
     context = get_context("fork")
     writers = []
@@ -166,25 +166,25 @@ def _write(transforms: Any, rank: int, buckets: list[Any], results: "_Results") 
 
 
 def _write_file(transforms: Any, number: int, bucket: Any, sender: Connection) -> None:
-    """Write a file as Megatron does, take its checksum meanwhile, and send what was written, or the error."""
-    # The one place where Megatron opens files; it is looked up in the module first.
+    """Write a file as Megatron does, computing its checksum, and send what was written, or the error."""
+    # Megatron's module calls `open` only to write checkpoint files; a module attribute shadows the builtin.
     filesystem_async.open = writing_measured
     FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, _Outcome(sender), _Count(), use_fsync=True)
 
 
 class _Outcome:
-    """What Megatron's writing function puts its outcome into, beside its number."""
+    """Stands in for the queue into which Megatron's writing function puts its index and outcome."""
 
     def __init__(self, sender: Connection) -> None:
         self._sender = sender
 
     def put(self, outcome: tuple[int, Any]) -> None:
-        """Send it."""
+        """Send the outcome."""
         self._sender.send(outcome[1])
 
 
 class _Count:
-    """What Megatron's writing function tells that it is done: nobody waits for it."""
+    """Stands in for the queue by which Megatron's writing function signals completion; unused."""
 
     def get(self) -> None:
         """Do nothing."""
@@ -194,26 +194,26 @@ class _Count:
 
 
 class _Results:
-    """What a rank's writers report through, in place of Megatron's queue.
+    """The channel for the results of a rank's writers, in place of Megatron's queue; an unnamed temporary file.
 
-    Megatron's is served by a process of its own, which the SIGTERM that torchrun sends to a rank's process group
-    ends in the middle of the last save, and which outlives a rank that is killed. This is a nameless file.
+    Megatron's queue needs a server process, which torchrun's SIGTERM to a rank's process group ends in the middle of
+    the last save, and which outlives a rank that is killed.
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the round
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 -- open as long as the round
 
     def put(self, results: Any) -> None:
-        """Take what the writers report, once a save."""
+        """Store the writers' results, once per save."""
         self._file.write(pickle.dumps(results))
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """Return what was put. Raises queue.Empty where nothing was."""
+        """Return the stored results. Raises queue.Empty if there are none."""
         self._file.seek(0)
         content = self._file.read()
         self._file.seek(0)
         self._file.truncate()
         if not content:
             raise queue.Empty
-        return pickle.loads(content)  # noqa: S301 -- nobody else can open the file
+        return pickle.loads(content)  # noqa: S301 -- no other process can open the file

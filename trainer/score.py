@@ -1,4 +1,4 @@
-"""Per-sample losses under the model, forward only, on any layout."""
+"""Per-sample losses of the model, forward only, on any layout."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from data_scoring.corpus.corpus import VALIDATION, Batch, Corpus
 from data_scoring.losses.shard_scoring import Block, score_samples
 from trainer.forward import read_microbatches, run_schedule
 
-# Enough microbatches at a time to fill the pipeline, few enough for progress to move.
+# Enough microbatches to fill the pipeline, few enough for frequent progress reports.
 _MICROBATCHES_A_STAGE = 8
 
 
 def is_writer() -> bool:
-    """Return whether this rank keeps results: the one of its layout that holds the losses and comes first."""
+    """Return whether this rank writes results: it is the first rank of the layout that holds the losses."""
     return bool(
         parallel_state.is_pipeline_last_stage()
         and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -28,7 +28,7 @@ def is_writer() -> bool:
 class ModelScorer:
     """A `Scorer`: mean next-token losses, nats per token, of samples of `corpus` under `model`, on any layout.
 
-    Each sample's loss is taken over its first `prefixes` tokens, one column each; by default over all of them.
+    There is one column per entry of `prefixes`, with the loss over that many first tokens; by default over all.
     """
 
     def __init__(
@@ -41,20 +41,20 @@ class ModelScorer:
             int(parallel_state.get_pipeline_model_parallel_world_size()),
             int(parallel_state.get_data_parallel_world_size()),
         )
-        # Where tensor-parallel ranks share the sequence, a batch has to be as long as can be shared.
+        # With sequence parallelism, the tensor-parallel size must divide the sequence length.
         config: Any = model.config
         self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.block_size = micro_batch_size * replicas * stages * _MICROBATCHES_A_STAGE
         self.is_writer = is_writer()
 
     def read(self, block: Block) -> list[Batch]:
-        """Return the microbatches of a block that this rank takes; needs neither the model nor the device."""
+        """Return this rank's microbatches of a block; uses neither the model nor the device."""
         return list(
             read_microbatches(self._corpus, block.shards, block.samples, self._micro_batch_size, self._length(block))
         )
 
     def _length(self, block: Block) -> int:
-        """Return the tokens that the samples of a block are padded to."""
+        """Return the length, in tokens, to which a block's samples are padded."""
         return -(-block.seq_length // self._multiple) * self._multiple
 
     def score(self, block: Block, share: list[Batch]) -> NDArray[np.float32] | None:
@@ -71,7 +71,7 @@ class ModelScorer:
         return losses.cpu().numpy() if self.is_writer else None
 
     def _sum_losses(self, share: list[Batch], count: int, length: int) -> tuple[NDArray[np.int64], Tensor, Tensor]:
-        """Return the rows of this replica's samples, their summed losses and numbers of tokens, a column a prefix."""
+        """Return the rows of this replica's samples, their summed losses and token counts, one column per prefix."""
         return run_schedule(self._model, share, count, self._micro_batch_size, length, True, self._prefixes)
 
     def agree(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -82,9 +82,9 @@ class ModelScorer:
 
 
 def validate(scorer: ModelScorer, corpus: Corpus) -> list[dict[str, object]] | None:
-    """Return each source's validation loss (mean over its predicted tokens), on the rank that `is_writer`, else None.
+    """Return each source's validation loss (mean over its predicted tokens) on the rank that `is_writer`, else None.
 
-    Rows have source, loss (nats per token) and num_tokens; sources without validation samples have none.
+    Rows have source, loss (nats per token) and num_tokens; sources without validation samples have no row.
     """
     total = corpus.num_validation_samples
     lengths = corpus.lengths(VALIDATION)

@@ -1,4 +1,4 @@
-"""Stopping: what ends a rank, at once or after it has saved."""
+"""Stopping ranks, immediately or after saving a checkpoint."""
 
 import fcntl
 import os
@@ -11,17 +11,17 @@ from types import FrameType
 
 from trainer.job import Job
 
-# Ranks that fail for the same reason have that long to leave their errors.
+# Time for other ranks that fail for the same reason to write their errors.
 _SECONDS_TO_REPORT = 5.0
 _SECONDS_OF_ECHO = 3.0
 
 
 class StoppedError(Exception):
-    """Training was asked to stop; what it had is saved."""
+    """Training was asked to stop, and its state is saved."""
 
 
 class StopRequest:
-    """Whether this rank was asked to stop while it could heed that; at any other time SIGTERM ends it at once."""
+    """Whether this rank received a stop request while `heeded`; at other times SIGTERM ends it immediately."""
 
     def __init__(self) -> None:
         self.is_made = False
@@ -29,9 +29,10 @@ class StopRequest:
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """Note the first SIGTERM that comes while the body runs, instead of ending at once.
+        """Record the first SIGTERM during the context instead of ending.
 
-        Slurm tells every process to stop, and torchrun passes it on: what comes again at once is the same wish.
+        Slurm signals every process, and torchrun forwards the signal: a second SIGTERM shortly after the first is
+        ignored as a duplicate; a later one ends the process.
         """
         before = signal.signal(signal.SIGTERM, self._note)
         try:
@@ -51,14 +52,14 @@ class StopRequest:
 def end_with_launcher(job: Job, stop: StopRequest) -> None:
     """Hold the ranks' lock while this process lives, and end it when torchrun or the launcher ends, or a rank fails.
 
-    Torchrun puts each rank in a session of its own, which no signal to the launcher's group reaches. Without a
-    launcher, ranks that train save a checkpoint first, or finish the one that `stop` made them save: whoever told the
-    launcher to stop may have less patience than a large checkpoint takes. A rank that waits for a failed one, inside a
-    collective, does not act on signals. The processes that write a checkpoint end with their rank.
+    torchrun starts each rank in its own session, which signals to the launcher's group do not reach. When the launcher
+    has ended, training ranks first save a checkpoint, or finish the one that `stop` started: the launcher may be killed
+    before a large checkpoint is complete. A rank that waits for a failed one in a collective does not handle signals,
+    so it exits directly. Processes that write a checkpoint end with their rank.
     """
     lock = os.open(job.lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_SH)
-    # Ctrl-C reaches torchrun, which passes it on, and the launcher, whose SIGTERM is what counts.
+    # torchrun forwards Ctrl-C; ignore it, because the launcher, which receives it too, sends SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     launcher = os.environ.get("REPRISE_LAUNCHER")
     parent = os.getppid()
@@ -81,7 +82,7 @@ _parents: list[int] = [0]
 
 
 def _note_parent() -> None:
-    # In the child it may have ended already.
+    # Noted before the fork, since the parent may have ended by the time the child runs.
     _parents[0] = os.getpid()
 
 
@@ -105,7 +106,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _has_failed(job: Job) -> bool:
-    """Return whether a rank left its error, long enough ago."""
+    """Return whether a rank wrote its error at least `_SECONDS_TO_REPORT` ago."""
     with suppress(FileNotFoundError):  # The next launch removes them.
         return any(time.time() - path.stat().st_mtime > _SECONDS_TO_REPORT for path in job.errors.glob("rank-*.json"))
     return False

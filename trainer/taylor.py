@@ -1,7 +1,7 @@
-"""How much every weight matters to first order, |weight · gradient|, saved as a checkpoint in place of the weights.
+"""Taylor importance of every weight, |weight · gradient|, saved as a checkpoint in place of the weights.
 
-To first order that is by how much the loss changes where the weight is set to zero (Molchanov et al. 2019,
-arXiv 1906.10771). What reads the checkpoint need not know under which layout it was measured.
+To first order, it is the change of the loss if the weight is set to zero (Molchanov et al. 2019, arXiv 1906.10771). The
+checkpoint does not depend on the layout under which it was measured.
 """
 
 from typing import Any
@@ -19,10 +19,10 @@ from trainer.train import wrap
 
 
 def measure_taylor(job: TaylorJob, corpus: Corpus, model: Any, bf16: bool) -> None:
-    """Measure |weight · gradient| of all weights of `model`, which is overwritten by it, on random samples.
+    """Overwrite all weights of `model` with |weight · gradient|, measured on random samples, and save them.
 
-    The gradient is that of the mean loss over all their tokens. Leaves taylor/step-00000000 in the round's folder.
-    Raises ValueError where a value is not finite.
+    The gradient is that of the mean loss over all their tokens. Writes taylor/step-00000000 to the round's folder.
+    Raises ValueError if a value is not finite.
     """
     shards, samples = draw_from(corpus, job.num_samples, job.seed, round_number=0)
     wrapped = wrap(model, bf16, is_sharded=False)
@@ -35,8 +35,8 @@ def measure_taylor(job: TaylorJob, corpus: Corpus, model: Any, bf16: bool) -> No
             parameter.copy_((parameter.float() * parameter.main_grad).abs())
             if not parameter.isfinite().all():
                 raise ValueError(
-                    f"{job.weights}: the gradient of {name} is not finite; start from another checkpoint, or choose "
-                    "neurons by their weights alone"
+                    f"{job.weights}: the gradient of {name} is not finite; start from another checkpoint, or set "
+                    "model.inherit.method to l1 or l2"
                 )
     record = {"fingerprint": job.fingerprint, "vocab_size": corpus.vocab_size, "num_samples": len(samples)}
     saver = CheckpointSaver(job.round_folder / "taylor", keep_last=1, is_asynchronous=False)
@@ -48,5 +48,5 @@ class _Values:
         self._model = model
 
     def sharded(self, is_loading: bool) -> ShardedStateDict:
-        """Return Megatron's description of the values that this rank holds."""
+        """Return the sharded state dict of the values that this rank holds."""
         return {"model": sharded_weights(self._model)}

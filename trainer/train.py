@@ -1,4 +1,4 @@
-"""One round of training: the mix in order, a checkpoint now and then, every loss on record."""
+"""One round of training: the mix in order, with periodic checkpoints and a record of every loss."""
 
 import shutil
 import time
@@ -37,14 +37,14 @@ from trainer.stopping import StoppedError, StopRequest
 
 
 def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: bool, stop: StopRequest) -> None:
-    """Train `model` over the round's mix, going on from the round's last whole checkpoint, exactly where it stopped.
+    """Train `model` on the round's mix, resuming exactly from the round's last intact checkpoint.
 
-    Leaves in the round's folder: checkpoint/, steps.parquet, seen/, validation.parquet. Raises ValueError, leaving
-    the last checkpoint usable, where a loss or a gradient is not finite, and StoppedError, leaving a checkpoint of
-    the last step, where `stop` is requested.
+    Writes to the round's folder: checkpoint/, steps.parquet, seen/, validation.parquet. Raises ValueError, keeping the
+    last checkpoint usable, if a loss or gradient is not finite, and StoppedError, after saving a checkpoint of the last
+    step, on a stop request.
     """
     if job.evaluate is not None:
-        # Better said now than at the first step that asks.
+        # Report missing requests now instead of at the first step that needs them.
         for task in job.evaluate.tasks:
             identify_answers("", requests_path(job.evaluate.requests, task))
     mix = Mix(job.round_folder / "mix.parquet")
@@ -69,13 +69,13 @@ def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: boo
             raise StoppedError
         run.train_from(step)
     if torch.distributed.get_rank() == 0:
-        # The round is over: only its result is of use to anyone.
+        # The round is complete: only its result is needed.
         for old in [*list_checkpoints(checkpoints)[:-1], *checkpoints.glob("damaged-*")]:
             shutil.rmtree(old)
 
 
 def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> TrainingState:
-    """Return `model`, wrapped for data parallelism, with a fresh optimizer and learning rates for `num_steps`."""
+    """Return `model`, wrapped for data parallelism, with a new optimizer and learning-rate schedule."""
     wrapped = wrap(model, bf16, is_sharded=True)
     config = OptimizerConfig(
         optimizer="adam",
@@ -89,7 +89,7 @@ def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> Tr
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
     )
-    # Beside what Megatron lets be, vectors such as norms' weights.
+    # In addition to Megatron's exceptions, vectors such as norms' weights.
     undecayed = {ParamKey(attr="without_weight_decay"): ParamGroupOverride(wd_mult=0.0)}
     optimizer = get_megatron_optimizer(config, [wrapped], {**get_standard_config_overrides(config), **undecayed})
     scheduler = OptimizerParamScheduler(
@@ -109,14 +109,14 @@ def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> Tr
 
 
 def wrap(model: Any, bf16: bool, is_sharded: bool) -> DistributedDataParallel:
-    """Return `model`, whose replicas' gradients are summed up, each then having its share of them or all."""
+    """Return `model` wrapped for data parallelism: gradients are reduce-scattered if `is_sharded`, else all-reduced."""
     config = DistributedDataParallelConfig(use_distributed_optimizer=is_sharded, grad_reduce_in_fp32=bf16)
     model.config.finalize_model_grads_func = finalize_model_grads
     return DistributedDataParallel(model.config, config, model)
 
 
 class _Logs:
-    """The records of a round, each on the ranks that have something to put into it."""
+    """The records of a round, each opened only on the ranks that write it."""
 
     def __init__(self, job: TrainJob, step: int) -> None:
         folder = job.round_folder
@@ -132,7 +132,7 @@ class _Logs:
             self.seen = SeenLog(folder / "seen", parallel_state.get_data_parallel_rank(), job.fingerprint)
 
     def flush(self) -> None:
-        """Make everything up to now durable; a checkpoint that follows then has all that led to it."""
+        """Write all records to disk; called before a checkpoint, so that it never precedes its records."""
         for log in (self.steps, self.validation, self.seen):
             if log is not None:
                 log.flush()
@@ -149,21 +149,21 @@ class _Round:
     stop: StopRequest
     num_steps: int
     saved_at: float = field(default_factory=time.monotonic)
-    # What `_reduce` last found, alike on all ranks: whether a save is due on the clock, whether any rank was asked to
-    # stop, and whether any rank's writers are at work on the last checkpoint.
+    # Set by `_reduce`, the same on all ranks: whether a save is due by time, whether any rank was asked to stop, and
+    # whether any rank's writers are still writing the last checkpoint.
     is_time_up: bool = False
     is_stopping: bool = False
     is_writing: bool = False
 
     def train_from(self, step: int) -> None:
-        """Do all steps after `step`, validating and saving now and then, or until asked to stop."""
+        """Run all steps after `step`, with periodic validation and checkpoints, until the end or a stop request."""
         while step < self.num_steps:
             step = self.train_step(step)
             is_last = step == self.num_steps
             is_stopping = self.is_stopping and not is_last
             is_due = step % self.job.train.validate_every_steps == 0 or self.is_evaluation_due(step)
             is_validation_due = is_last or is_due
-            # Who asks to stop waits only as long as saving takes: validate when the round goes on.
+            # A stop must take no longer than saving: postpone validation until the round resumes.
             is_put_off = is_validation_due and is_stopping
             if is_validation_due and not is_stopping:
                 self.validate(step)
@@ -177,7 +177,7 @@ class _Round:
                 raise StoppedError
 
     def save(self, step: int, is_waiting: bool, is_validation_due: bool) -> None:
-        """Save the state after `step`, all records that led to it first."""
+        """Save the state after `step`, flushing all records first."""
         self.logs.flush()
         record = {
             "fingerprint": self.job.fingerprint,
@@ -189,7 +189,7 @@ class _Round:
         self.saved_at = time.monotonic()
 
     def train_step(self, step: int) -> int:
-        """Do the step after `step` and return its number."""
+        """Run the step after `step` and return its number."""
         started = time.monotonic()
         size = self.job.train.global_batch_size
         shards, samples = self.mix.read(step * size, min((step + 1) * size, len(self.mix)))
@@ -216,13 +216,13 @@ class _Round:
         return step
 
     def _reduce(self, sums: torch.Tensor, num_tokens: torch.Tensor) -> tuple[float, int]:
-        """Return the batch's mean loss and its number of tokens, alike on all ranks; note what else they agree on."""
-        # Single precision is what Ascend's collectives offer at most; counts have a tensor of their own, to stay exact.
+        """Return the batch's mean loss and number of tokens, the same on all ranks; update the ranks' common flags."""
+        # Ascend's collectives support at most single precision; counts are reduced separately, to stay exact.
         loss_sum, counts = torch.zeros(1), torch.zeros(4, dtype=torch.int64)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             loss_sum[0], counts[0] = sums.double().sum(), num_tokens.sum()
         if torch.distributed.get_rank() == 0:
-            # One clock decides for all ranks.
+            # One rank's clock decides for all ranks.
             counts[1] = time.monotonic() - self.saved_at > 60 * self.job.checkpoint.every_minutes
         counts[2], counts[3] = self.stop.is_made, self.saver.is_writing()
         device = next(self.state.model.parameters()).device
@@ -258,9 +258,9 @@ class _Round:
         self.saver.finish()
         kept = list_checkpoints(self.job.round_folder / "checkpoint")
         return (
-            f"{self.job.round_folder}: {what} at step {step} is {value}; training stopped and "
-            f"{kept[-1].name if kept else 'no checkpoint'} was kept; lower train.lr in a run of another "
-            "name, or look at the data of this step"
+            f"{self.job.round_folder}: {what} at step {step} is {value}; training stopped, and "
+            f"{kept[-1].name if kept else 'no checkpoint'} was kept; lower train.lr in a run with another "
+            "name, or inspect the data of this step"
         )
 
     def validate(self, step: int) -> None:
@@ -274,9 +274,9 @@ class _Round:
                 self.logs.validation.append({"step": step, **row})
 
     def evaluate(self, step: int) -> bool:
-        """Have the model answer what it is to be asked at `step`, if anything; return whether all of that is done.
+        """Run the in-training evaluation due at `step`, if any; return whether it was completed.
 
-        It is not where somebody asks to stop: the answers that are missing are given when the round goes on.
+        A stop request interrupts it; the missing answers are computed when the round resumes.
         """
         evaluation = self.job.evaluate
         if evaluation is None or not self.is_evaluation_due(step):
@@ -293,11 +293,11 @@ class _Round:
         return True
 
     def is_evaluation_due(self, step: int) -> bool:
-        """Return whether the model is asked anything after `step`; after the last one, who trains it asks it."""
+        """Return whether in-training evaluation is due after `step`; the caller evaluates the last step."""
         evaluation = self.job.evaluate
         return evaluation is not None and 0 < step < self.num_steps and step % evaluation.every_steps == 0
 
     def is_checkpoint_due(self, step: int) -> bool:
-        """Return whether to save after `step`: on the clock, or every so many steps."""
+        """Return whether a checkpoint is due after `step`, by time or by steps."""
         every = self.job.checkpoint.every_steps
         return self.is_time_up or (every is not None and step % every == 0)

@@ -1,4 +1,4 @@
-"""A checkpoint for a smaller vocabulary: the rows of embedding and head that stay, in their new order."""
+"""Checkpoints for a pruned vocabulary: the rows of embedding and head to keep, in their new order."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,33 +13,33 @@ from trainer.weights import Weights, write_weights
 
 
 def check_rows(checkpoint: Path, vocab_size: int) -> int:
-    """Return the rows of a checkpoint's embedding.
+    """Return the number of rows in a checkpoint's embedding.
 
-    Raises ValueError where the checkpoint is damaged, holds pickles that would run code, or is none of a model with
+    Raises ValueError if the checkpoint is damaged, holds pickles that would run code, or is not that of a model with
     `vocab_size` tokens.
     """
     rows = read_shapes(checkpoint).get(EMBEDDING, (0,))[0]
     trained_with = read_checkpoint_record(checkpoint).get("vocab_size", vocab_size)
     if rows < vocab_size or trained_with != vocab_size:
         raise ValueError(
-            f"{checkpoint}: its embedding has {rows} rows for {min(rows, trained_with)} tokens, and the tokenizer has "
-            f"{vocab_size}; give the one that it was trained with"
+            f"{checkpoint}: its embedding has {rows} rows for {min(rows, trained_with)} tokens, but the tokenizer has "
+            f"{vocab_size}; give the tokenizer that it was trained with"
         )
     return rows
 
 
 def select_rows(tensor_vh: Tensor, kept: Sequence[int]) -> Tensor:
-    """Return the rows `kept` of embedding or head, [v, h], in this order, and rows of zeros, which pad their number."""
+    """Return the rows `kept` of embedding or head, [v, h], in this order, padded with rows of zeros."""
     selected = tensor_vh.new_zeros(padded_vocab_size(len(kept)), *tensor_vh.shape[1:])
     selected[: len(kept)] = tensor_vh[torch.tensor(kept)]
     return selected
 
 
 def cut_checkpoint(checkpoint: Path, kept: Sequence[int], vocab_size: int, target: Path) -> None:
-    """Write to the folder `target` the weights of `checkpoint` for the tokens `kept`, in their new order.
+    """Write the weights of `checkpoint`, with only the rows of the tokens `kept`, to the folder `target`.
 
-    All else of the model stays as it is; the optimizer's state is left out. `vocab_size` is that of old. One process
-    holds a tensor, or a layer of one, at a time. Raises ValueError as `check_rows` does.
+    All other weights are unchanged; the optimizer state is left out. `vocab_size` is the original one. Memory holds one
+    tensor of one layer at a time. Raises ValueError as `check_rows` does.
     """
     check_rows(checkpoint, vocab_size)
     weights = Weights(checkpoint)

@@ -1,6 +1,6 @@
-"""The weights in a checkpoint, read and written without Megatron: a tensor, or a layer of one, at a time.
+"""Reading and writing the weights in a checkpoint without Megatron, one tensor of one layer at a time.
 
-Tensors have the names and shapes of `trainer.checkpoint_shapes`: those of layers are stacked along the first axis.
+Tensors have the names and shapes of `trainer.checkpoint_shapes`; layers are stacked along the first axis.
 """
 
 import warnings
@@ -39,12 +39,12 @@ from trainer.checkpoint_shapes import Shape, read_shapes
 from trainer.pickles import allow_plain_pickles_only
 
 LAYERS = "decoder.layers."
-# Returns a tensor by its name; of one that is stacked, the layer of that number.
+# Returns a tensor by name, or the given layer of a stacked tensor.
 Produce = Callable[[str, int | None], Tensor]
 
 
 class Weights:
-    """The weights in a checkpoint: names, shapes and dtypes at once, values one at a time."""
+    """The weights in a checkpoint: names, shapes and dtypes are read at once, values one at a time."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
@@ -55,7 +55,7 @@ class Weights:
         self.dtypes = {name: entry.properties.dtype for name, entry in self._entries.items()}
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
-        """Return the tensor `name`, on the CPU, or of a stacked one its `layer` alone, without that axis."""
+        """Return the tensor `name`, on the CPU, or only `layer` of a stacked one, without the layer axis."""
         offsets, shape = [0] * len(self.shapes[name]), list(self.shapes[name])
         if layer is not None:
             assert 0 <= layer < shape[0]
@@ -63,7 +63,7 @@ class Weights:
         tensor = torch.empty(shape, dtype=self.dtypes[name])
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
         items = create_read_items_for_chunk_list(name, self._entries[name], [chunk])
-        with _alone():
+        with _single_process():
             planner = _ReadPlanner(items, tensor)
             load({name: tensor}, storage_reader=FileSystemReader(self.checkpoint), planner=planner, no_dist=True)
         return tensor if layer is None else tensor[0]
@@ -75,13 +75,13 @@ def write_weights(
     produce: Produce,
     record: dict[str, Any],
 ) -> None:
-    """Write a checkpoint of the `tensors` described to the new folder `target`, asking `produce` for one at a time.
+    """Write a checkpoint of `tensors` to the new folder `target`, calling `produce` for one at a time.
 
-    `record` is what `seal_checkpoint` adds to it. Nothing is at `target` before all of it is written. Raises what
-    `produce` does, and OSError where the disk is full.
+    `record` is passed to `seal_checkpoint`. `target` appears only when all of it is written. Raises what `produce`
+    raises, and OSError if the disk is full.
     """
     with making(target) as temporary, _writing_errors(target):
-        with _alone():
+        with _single_process():
             save({}, storage_writer=_Writer(temporary), planner=_WritePlanner(tensors, produce), no_dist=True)
         torch.save({}, temporary / "common.pt")
         write_json(temporary / "metadata.json", _BACKENDS)
@@ -89,7 +89,7 @@ def write_weights(
 
 
 class _ReadPlanner(DefaultLoadPlanner):
-    """Reads what `items` say into one tensor, a part of what is stored."""
+    """Reads the stored parts given by `items` into one tensor."""
 
     def __init__(self, items: list[ReadItem], tensor: Tensor) -> None:
         super().__init__()
@@ -103,10 +103,10 @@ class _ReadPlanner(DefaultLoadPlanner):
 
 
 class _WritePlanner(DefaultSavePlanner):
-    """Writes tensors that are made when it is their turn, each layer of a stacked one by itself, as Megatron does."""
+    """Writes lazily produced tensors, one chunk per layer of a stacked one, as Megatron does."""
 
     def __init__(self, tensors: Mapping[str, tuple[Shape, torch.dtype]], produce: Produce) -> None:
-        # Megatron knows no flattened lists.
+        # Megatron does not support flattened lists.
         super().__init__(flatten_state_dict=False)
         self._tensors, self._produce = tensors, produce
 
@@ -139,14 +139,14 @@ class _WritePlanner(DefaultSavePlanner):
 
 
 class _Writer(FileSystemWriter):
-    """Writes what `check_pickles` lets through: no path object, which torch would put into the metadata."""
+    """Writes metadata that passes `check_pickles`: without the path object that torch would add."""
 
     def storage_meta(self) -> StorageMeta | None:
-        """Return what torch keeps of where and when it wrote."""
+        """Return empty storage metadata."""
         return StorageMeta()
 
 
-# What Megatron-Core writes there of a checkpoint in torch's distributed format.
+# The content of metadata.json that Megatron-Core writes for torch's distributed format.
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -157,15 +157,15 @@ _BACKENDS = {
 
 @contextmanager
 def _writing_errors(target: Path) -> Iterator[None]:
-    """Raise what `produce` raised, as it was, and what torch's writer makes of a full disk as an OSError."""
+    """Re-raise the error of `produce` unchanged, and torch's error for a full disk as an OSError."""
     try:
         yield
     except (CheckpointException, RuntimeError) as error:
-        # Of the only process that there is.
+        # The failure of the only process.
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if isinstance(cause, ValueError):
             raise cause from None
-        # The writer, closing its file, hides why it has to.
+        # The original error is in the context of the one raised on closing the file.
         reason, context = str(cause), cause.__context__
         while context is not None:
             reason, context = f"{reason} {context}", context.__context__
@@ -173,8 +173,8 @@ def _writing_errors(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Keep torch from warning that there is but one process, which is meant."""
+def _single_process() -> Iterator[None]:
+    """Suppress torch's warning about running in a single process, which is intended."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""What torchrun starts, once a rank: `python -m trainer.worker JOB.json`."""
+"""The process that torchrun starts for each rank: `python -m trainer.worker JOB.json`."""
 
 if __name__ == "__main__":
     import sys

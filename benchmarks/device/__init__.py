@@ -1,5 +1,5 @@
-"""The check of a device: what Reprise computes there, how fast, and in how much memory, in ten minutes at most.
+"""The device check: correctness, speed and memory of Reprise on a device, in at most ten minutes.
 
-`python -m benchmarks.device prepare FOLDER` writes what the check needs, where all packages are installed;
-`python -m benchmarks.device run FOLDER --output OUTPUT` then runs it where torch and megatron-core are.
+`python -m benchmarks.device prepare FOLDER` writes the inputs of the check, on a machine with all packages;
+`python -m benchmarks.device run FOLDER --output OUTPUT` then runs it on a machine with torch and megatron-core.
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.device`: prepares the check of a device, and runs it."""
+"""`python -m benchmarks.device`: prepares and runs the device check."""
 
 import argparse
 import sys
@@ -6,19 +6,24 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Return 0 where everything asked for was done and every check passed."""
+    """Return 0 if the command succeeded and every check passed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description="Check a device in ten minutes.")
     commands = parser.add_subparsers(dest="command", required=True)
-    prepare = commands.add_parser("prepare", help="write what the check needs; takes all of Reprise's packages")
-    prepare.add_argument("folder", type=Path, help="folder for a corpus, requests and a CPU's losses, a few megabytes")
-    run = commands.add_parser("run", help="check the device; takes torch and megatron-core")
-    run.add_argument("folder", type=Path, nargs="?", help="what was prepared; without it, it is prepared first")
+    prepare = commands.add_parser("prepare", help="write the inputs of the check; needs all of Reprise's packages")
+    prepare.add_argument(
+        "folder", type=Path, help="folder for a corpus, requests and reference losses, a few megabytes"
+    )
+    run = commands.add_parser("run", help="check the device; needs torch and megatron-core")
+    run.add_argument("folder", type=Path, nargs="?", help="prepared folder; if omitted, it is prepared first")
     run.add_argument("--output", type=Path, required=True, help="folder for results.json, summary.md and logs")
     run.add_argument(
-        "--device", choices=["auto", "cuda", "npu", "cpu"], default="auto", help="a CPU's check is reduced"
+        "--device",
+        choices=["auto", "cuda", "npu", "cpu"],
+        default="auto",
+        help="device to check; on cpu, a reduced check",
     )
-    run.add_argument("--minutes", type=float, default=10.0, help="time in all; what is not done by then has failed")
-    run.add_argument("--only", nargs="+", metavar="PART", help="parts to run, as the summary names them")
+    run.add_argument("--minutes", type=float, default=10.0, help="total time limit; parts not done by then fail")
+    run.add_argument("--only", nargs="+", metavar="PART", help="names of the parts to run, as in the summary")
     arguments = parser.parse_args()
     try:
         if arguments.command == "prepare":

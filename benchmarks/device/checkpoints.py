@@ -1,4 +1,4 @@
-"""The checkpoint of 1 B parameters: saved, saved while training goes on, loaded, and saved when told to stop."""
+"""Checkpoints of 1 B parameters: saving, loading, saving during training, and saving on a stop request."""
 
 import time
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ from trainer.checkpoint_folder import find_damage, list_checkpoints, read_checkp
 from trainer.memory import checkpoint_bytes
 
 _MICRO_BATCH = 2
-# By then every buffer is there.
+# Enough steps for all buffers to be allocated.
 _STEPS_BEFORE_STOPPING = 3
 _MIXES = 500
-# Of kernels that sum up in another order each time; a step further on, losses differ by more.
+# Tolerance for kernels with nondeterministic summation order; the difference grows with every step.
 _SAME_LOSS = 1e-3
 
 
 def check_checkpoints(place: Place, record: Record) -> None:
-    """Save and load the state of training, and hold that what was loaded goes on as what was saved did."""
+    """Save and load the training state, and check that training continues identically after loading."""
     from trainer.checkpoint import load_checkpoint
     from trainer.saver import CheckpointSaver
 
@@ -46,7 +46,7 @@ def check_checkpoints(place: Place, record: Record) -> None:
     _record_speed(record, "saving", time.perf_counter() - started, size)
     record.figures(checkpoint_gb=size / 1e9)
     expected = [steps.step(), steps.step()]
-    # What is not loaded is not there.
+    # Zero the state, so that anything not loaded shows.
     with torch.no_grad():
         for tensor in _tensors(steps):
             tensor.zero_()
@@ -61,7 +61,7 @@ def check_checkpoints(place: Place, record: Record) -> None:
 
 
 def _tensors(steps: Steps) -> Iterator[Tensor]:
-    """Yield the weights, and all that the optimizer has of each."""
+    """Yield the weights, the optimizer's main weights and their states."""
     yield from steps.state.model.parameters()
     for optimizer in steps.state.optimizer.chained_optimizers:
         for group in optimizer.optimizer.param_groups:
@@ -98,12 +98,12 @@ def _record_speed(record: Record, what: str, seconds: float, size: int) -> None:
 
 
 class _EnoughError(Exception):
-    """Training has come far enough to be told to stop."""
+    """Training has reached the step at which to stop."""
 
 
 @dataclass
 class _StopAfter:
-    """A progress that tells the launcher to stop once so many steps are done, and notes when."""
+    """A progress callback that makes the launcher stop after `num_steps`, and records when."""
 
     num_steps: int
     told_at: float = 0.0
@@ -116,12 +116,12 @@ class _StopAfter:
 
 
 def check_stopping(place: Place, record: Record) -> None:
-    """Have the launcher stop training, by SIGTERM to torchrun, and measure the time until all is saved."""
+    """Let the launcher stop training with SIGTERM to torchrun, and measure the time until everything is saved."""
     model = place.sizes.large
     seconds = seconds_to_stop(checkpoint_bytes(model.num_parameters(int(model.vocab_size or 0)), "bfloat16"))
     job = training_job(place, "stopped", "bfloat16", model=model).model_copy(update={"seconds_to_stop": seconds})
     mix = pq.read_table(place.prepared / "mix.parquet")
-    # Long enough not to end by itself.
+    # Long enough not to finish before the stop request.
     pq.write_table(pa.concat_tables([mix] * _MIXES), job.round_folder / "mix.parquet")
     stop = _StopAfter(_STEPS_BEFORE_STOPPING)
     with suppress(_EnoughError):
@@ -133,7 +133,7 @@ def check_stopping(place: Place, record: Record) -> None:
         raise ValueError(f"no checkpoint was saved in {measured:.0f} s; torch before 2.13 ends ranks after 30 s")
     size = _size(checkpoints[-1])
     _record_speed(record, "from_sigterm_to_the_end_of_all_ranks", measured, size)
-    record.check("stopping: seconds, of those that the ranks are given", measured, seconds)
+    record.check("stopping: seconds until all ranks ended", measured, seconds)
     saved = int(read_checkpoint_record(checkpoints[-1])["step"])
     record.figures(step_when_told=stop.done, step_saved=saved)
     record.check("stopping: steps that are lost", max(0, stop.done - saved), 0)

@@ -1,4 +1,4 @@
-"""The kernels: their tests for a GPU, and their speed against the matrix product."""
+"""The kernels' GPU tests, and their speed relative to the matrix product."""
 
 import importlib.util
 import subprocess
@@ -20,7 +20,7 @@ _TERMS = 2
 
 
 def check_kernel_tests(place: Place, record: Record) -> None:
-    """Run the tests of the kernels that need a GPU; on a CPU, some of those that need none."""
+    """Run the kernel tests that need a GPU; on a CPU, some of those that do not."""
     if importlib.util.find_spec("pytest") is None or place.kind == "npu":
         record.figures(not_run="there are none for an NPU" if place.kind == "npu" else "pytest is not installed")
         return
@@ -50,7 +50,7 @@ def check_kernel_tests(place: Place, record: Record) -> None:
 
 
 def check_kernel_speed(place: Place, record: Record) -> None:
-    """Measure output layer and loss, and the activation, in bfloat16 against the device's matrix product."""
+    """Measure output layer and loss, and the activation, in bfloat16 relative to the device's matrix product."""
     initialise(place.kind, 0)
     product = matrix_product_speed(place.kind, place.sizes.matrix)
     record.figures(matrix_products_flop_per_second=product)
@@ -67,14 +67,14 @@ def check_kernel_speed(place: Place, record: Record) -> None:
 
 
 def _activations(place: Place, product: float) -> list[dict[str, object]]:
-    """Return the activation's time as a share of what its layer's matrix products take at the speed of `product`."""
+    """Return the activation's time as a share of its layer's matrix products at the speed of `product`."""
     tokens, width = place.sizes.activation
     hidden = place.sizes.large.hidden_size
     torch.manual_seed(SEED)
     options = {"device": place.kind, "dtype": torch.bfloat16}
     inputs = torch.randn(tokens, 2 * width, **options).requires_grad_()  # type: ignore[call-overload]
     scale, offset = (torch.randn(_TERMS, width, **options).requires_grad_() for _ in range(2))  # type: ignore[call-overload]
-    # The layer's matrices for gate, up and down, multiplied with once forward and twice backward.
+    # The layer's products with gate, up and down, one forward and two backward.
     layer_seconds = 2 * tokens * 3 * hidden * width / product
     kernels: tuple[ActivationKernel, ...] = ("reference", "triton") if place.kind == "cuda" else ("reference",)
     rows: list[dict[str, object]] = []

@@ -1,4 +1,4 @@
-"""The model of 1 B parameters: what a step takes, how fast it is and of what it consists."""
+"""The 1 B parameter model: memory, speed and profile of a training step."""
 
 import re
 import statistics
@@ -22,9 +22,9 @@ from trainer.devices import Device
 NUM_MICROBATCHES = 2
 _WARM_UP, _PROFILED, _TOP = 3, 2, 20
 _GIB = 1 << 30
-# What the allocator's account may differ by from the rehearsal's: cuBLAS's workspaces, attention's temporaries.
+# Allowed ratio of the allocator's peak to the rehearsal's, for cuBLAS's workspaces and attention's temporaries.
 _MEMORY_TOLERANCE = 1.1
-# FLOP/s of dense bfloat16 matrix products by their makers' data sheets, of the modules with the fastest links.
+# FLOP/s of dense bfloat16 matrix products according to data sheets, for SXM modules.
 _PEAKS = {
     "A100": 312e12,
     "A800": 312e12,
@@ -62,11 +62,11 @@ class Steps:
 
     @property
     def num_tokens(self) -> int:
-        """Return the tokens of a step."""
+        """Return the tokens per step."""
         return NUM_MICROBATCHES * self.micro_batch_size * self.seq_length
 
     def step(self) -> float:
-        """Do a step as training does, and return its loss, nats a token."""
+        """Run a step as training does, and return its loss, nats per token."""
         from trainer.forward import run_schedule
 
         self.state.model.zero_grad_buffer()
@@ -81,7 +81,7 @@ class Steps:
 
 
 def check_steps(place: Place, record: Record, micro_batch_size: int) -> None:
-    """Measure steps with `micro_batch_size` samples a microbatch: memory, speed, share of the peak, kernels, syncs."""
+    """Measure steps with `micro_batch_size` samples per microbatch: memory, speed, utilisation, kernels, syncs."""
     device = single_rank(place.kind)
     steps = Steps(place, device, micro_batch_size)
     losses = [steps.step() for _ in range(_WARM_UP)]
@@ -139,11 +139,10 @@ def _speed(place: Place, record: Record, steps: Steps, seconds: float) -> None:
 
 
 def model_flops(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
-    """Return the operations that training takes a token: two a weight in the forward pass, four in the backward pass.
+    """Return the FLOPs per token of training: two per weight in the forward pass, four in the backward pass.
 
-    The embedding is looked up, not multiplied with. Attention's scores and sums are counted whole, as PaLM's authors do
-    (Chowdhery et al. 2022, appendix B), though a causal kernel skips half of them; nothing is counted twice that is
-    computed twice.
+    The embedding is a lookup and not counted. Attention is counted without causal masking, as in PaLM (Chowdhery et al.
+    2022, appendix B), though a causal kernel skips half of it; recomputation is not counted.
     """
     embedding = 0 if model.tied_embeddings else vocab_size * model.hidden_size
     attention = 12 * model.num_layers * model.num_attention_heads * model.channels * seq_length
@@ -151,7 +150,7 @@ def model_flops(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
 
 
 def _count_syncs(steps: Steps) -> dict[str, Any]:
-    """Return how often a step makes the host wait, with the lines that do, as torch's debugging mode warns of it."""
+    """Return the number of host synchronisations in a step, and their source lines, from torch's sync debug mode."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -166,7 +165,7 @@ def _count_syncs(steps: Steps) -> dict[str, Any]:
 
 
 def _profile(steps: Steps) -> dict[str, Any]:
-    """Return what most of a step's time goes to, and how often the host waits by the profiler's account."""
+    """Return the kernels that take most of a step's time, and the profiler's count of host synchronisations."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -185,7 +184,7 @@ def _profile(steps: Steps) -> dict[str, Any]:
     def time_of(event: Any) -> float:
         return float(event.self_cpu_time_total if is_cpu else event.self_device_time_total)
 
-    # On a device, ranges that somebody named stand beside the kernels within them.
+    # On a device, the profiler lists user annotations beside the kernels within them.
     found = [event for event in averages if event.device_type == kind and (is_cpu or not event.is_user_annotation)]
     kernels = sorted(found, key=time_of, reverse=True)
     total = sum(time_of(event) for event in kernels) / 1000 / _PROFILED

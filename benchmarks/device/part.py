@@ -1,4 +1,4 @@
-"""Parts of the check, in a process of theirs: `python -m benchmarks.device.part NAME,… PREPARED OUTPUT DEVICE`."""
+"""Runs parts of the check in this process: `python -m benchmarks.device.part NAME,… PREPARED OUTPUT DEVICE`."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from benchmarks.device.settings import Place
 
 
 class Part(NamedTuple):
-    """A part: the module and the function that do it, the function's further arguments, and the seconds that it has."""
+    """A part: its module and function, the function's further arguments, and its time limit in seconds."""
 
     module: str
     function: str
@@ -19,7 +19,7 @@ class Part(NamedTuple):
     seconds: float
 
 
-# In this order; all of them together have less than ten minutes. What is most likely to fail comes first.
+# Run in this order, the most failure-prone first; the limits add up to less than ten minutes.
 PARTS: dict[str, Part] = {
     "small_model": Part("small_model", "check_small_model", {}, 75),
     "resuming": Part("small_model", "check_resuming", {}, 75),
@@ -33,14 +33,14 @@ PARTS: dict[str, Part] = {
 
 
 def main() -> None:
-    """Do the parts that the command line names, one after another."""
+    """Run the parts named on the command line one after another."""
     names, prepared, output, kind = sys.argv[1:]
     for name in names.split(","):
         started = time.monotonic()
         place = Place(Path(prepared), Path(output), kind)  # type: ignore[arg-type]
         place.empty_work()
         record = Record(place.output / "parts" / f"{name}.json")
-        # Imported here: what makes the parts known needs no torch.
+        # Imported lazily, so that listing the parts does not need torch.
         function = getattr(import_module(f"benchmarks.device.{PARTS[name].module}"), PARTS[name].function)
         function(place, record, **PARTS[name].arguments)
         record.end(time.monotonic() - started)

@@ -1,4 +1,4 @@
-"""What the check needs beside the code: a corpus, a mix, requests, and what a CPU finds with them; a few megabytes."""
+"""Preparing the inputs of the check: a corpus, a mix, requests, and reference results of a CPU; a few megabytes."""
 
 import platform
 import shutil
@@ -20,13 +20,13 @@ from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import ModelConfig
 from trainer.requests import Generation, Likelihood, requests_path, write_requests
 
-# Enough for a mix of 20 steps; with this seed a short document is held out, so that validation takes no time.
+# Enough for a mix of 20 steps; with this seed a short document is held out, so that validation is fast.
 _NUM_DOCUMENTS, _CORPUS_SEED = 20, 2
 _NUM_REQUESTS = {"likelihoods": 24, "generations": 6}
 
 
 def prepare(folder: Path, model: ModelConfig = SMALL) -> None:
-    """Write into `folder` what the check needs, `model` being trained on this machine's CPU; replaces what is there."""
+    """Write the inputs of the check to `folder`, replacing it; trains `model` on this machine's CPU for reference."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -42,7 +42,7 @@ def prepare(folder: Path, model: ModelConfig = SMALL) -> None:
 
 
 def _write_requests(corpus: Corpus, folder: Path) -> list[int]:
-    """Write requests that are cut from samples, and return the tokens of each continuation."""
+    """Write requests cut from samples, and return the length in tokens of each continuation."""
     generator = np.random.default_rng(SEED)
     samples = np.arange(sum(_NUM_REQUESTS.values()))
     texts = corpus.read(np.zeros_like(samples), samples).tokens.astype(np.int32)

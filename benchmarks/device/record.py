@@ -1,4 +1,4 @@
-"""What a part of the check finds, on disk as soon as it is found: figures, and checks of them against limits."""
+"""Results of a part of the check, saved immediately: figures, and checks of values against limits."""
 
 import json
 import time
@@ -11,7 +11,7 @@ Content = dict[str, Any]
 
 
 class Record:
-    """The figures and checks of one part, in a JSON file that is whole after each of them."""
+    """The figures and checks of one part, in a JSON file that is rewritten after each of them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -24,13 +24,13 @@ class Record:
         self._write()
 
     def check(self, what: str, value: float, at_most: float) -> None:
-        """Add the check that `value` is `at_most` so large; what is no number fails it."""
+        """Add the check that `value` is at most `at_most`; NaN fails it."""
         passed = bool(value <= at_most)
         self.content["checks"].append({"what": what, "value": value, "at_most": at_most, "passed": passed})
         self._write()
 
     def end(self, seconds: float) -> None:
-        """Note that the part has come to its end, after so many seconds."""
+        """Record that the part has ended after `seconds`."""
         self.content["seconds"] = round(seconds, 1)
         self._write()
 
@@ -39,7 +39,7 @@ class Record:
 
 
 def read_record(path: Path) -> Content:
-    """Return what a part has recorded in `path`, with its seconds where it has ended."""
+    """Return a part's record in `path`; it has `seconds` if the part has ended."""
     if not path.exists():
         return {"figures": {}, "checks": []}
     content: Content = json.loads(path.read_text(encoding="utf-8"))
@@ -47,14 +47,14 @@ def read_record(path: Path) -> Content:
 
 
 def write_results(output: Path, environment: Content, parts: list[Content]) -> None:
-    """Write results.json and summary.md of the parts that have ended into the folder `output`."""
+    """Write results.json and summary.md of the completed parts to the folder `output`."""
     content = {"written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment, "parts": parts}
     write_json(output / "results.json", content)
     (output / "summary.md").write_text(summarise(environment, parts), encoding="utf-8")
 
 
 def summarise(environment: Content, parts: list[Content]) -> str:
-    """Return the results in Markdown: what passed, then every check and figure of each part."""
+    """Return the results in Markdown: a table of parts, then the checks and figures of each part."""
     lines = ["# Device check", ""]
     lines += [f"- {name.replace('_', ' ')}: {_show(value)}" for name, value in environment.items()]
     lines += ["", "| part | result | checks passed | seconds |", "|---|---|---:|---:|"]

@@ -1,4 +1,4 @@
-"""Running the check: a process a part, each with its time, and the results on disk after every one of them."""
+"""Running the check: one process per part, each with a time limit, saving the results after every part."""
 
 import platform
 import shutil
@@ -19,19 +19,19 @@ from trainer.config import ModelConfig
 from trainer.devices import num_cores, resolve
 
 _PACKAGES = ("torch", "triton", "megatron-core", "torch-npu", "numpy", "pyarrow", "pydantic")
-# A part that has less than that is not begun.
+# A part with less time than this is not started.
 _FEWEST_SECONDS = 5.0
 
 
 def check_device(prepared: Path | None, output: Path, device: str, seconds: float, only: list[str] | None) -> int:
-    """Run the parts named `only`, or all, within `seconds`, and return 0 where every check of every part passed.
+    """Run the parts named in `only`, or all, within `seconds`, and return 0 if every check of every part passed.
 
-    Writes into `output`: results.json and summary.md, of the parts so far at any time; parts/, what the part that runs
-    has found; logs/. Raises ValueError where a part or the device is none, or nothing is prepared and cannot be.
+    Writes to `output`: results.json and summary.md, updated after every part; parts/, the records of the parts; logs/.
+    Raises ValueError if a part is unknown, the device is unavailable, or the inputs are not prepared and cannot be.
     """
     unknown = sorted(set(only or ()) - set(PARTS))
     if unknown:
-        raise ValueError(f"--only: {unknown[0]!r} is no part; name some of {', '.join(PARTS)}")
+        raise ValueError(f"--only: {unknown[0]!r} is not a part; choose from {', '.join(PARTS)}")
     kind = resolve(device)
     for folder in ("parts", "logs", "work"):
         shutil.rmtree(output / folder, ignore_errors=True)
@@ -45,7 +45,7 @@ def check_device(prepared: Path | None, output: Path, device: str, seconds: floa
     results: list[Content] = []
     write_results(output, environment, results)
     names = [name for name in PARTS if only is None or name in only]
-    # Each has a device's memory for itself. The reduced ones do not take long enough for that.
+    # A process per part frees the device's memory in between. The reduced parts are too short to be worth it.
     groups = [names] if kind == "cpu" else [[name] for name in names]
     while groups:
         group = groups.pop(0)
@@ -67,14 +67,14 @@ def _prepare(folder: Path, model: ModelConfig) -> Path:
         prepare(folder, model)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{error.name} is not installed, which preparing takes; write a folder with `python -m benchmarks.device "
-            "prepare FOLDER` where it is, and name it"
+            f"{error.name} is not installed, but preparing needs it; write a folder with `python -m benchmarks.device "
+            "prepare FOLDER` on a machine that has it, and give that folder"
         ) from None
     return folder
 
 
 def describe_environment(kind: str) -> Content:
-    """Return what the results are of: the device, its memory and driver's version, and the packages'."""
+    """Return the environment of the results: the device, its memory, and the versions of drivers and packages."""
     found: Content = {"device": kind, "python": platform.python_version(), "cores": num_cores()}
     if kind != "cpu":
         module = getattr(torch, kind)
@@ -93,9 +93,9 @@ def describe_environment(kind: str) -> Content:
 
 
 def _run(names: list[str], place: Place, left: float) -> list[Content]:
-    """Do parts in one process, and return what came of those that ended and of the one that failed, if any did.
+    """Run parts in one process, and return the results of those that ended and of the one that failed, if any.
 
-    Of a part: its name, status, seconds, error, log, checks and figures.
+    A result has the part's name, status, seconds, error, log, checks and figures.
     """
     log = place.output / "logs" / f"{names[0]}.log"
     seconds = min(sum(PARTS[name].seconds for name in names), left)
@@ -107,7 +107,7 @@ def _run(names: list[str], place: Place, left: float) -> list[Content]:
     for name in names:
         record = read_record(place.output / "parts" / f"{name}.json")
         has_ended = "seconds" in record
-        # Of a process that fails after all of its parts, the last one says so.
+        # If the process fails after all of its parts, the last one reports the error.
         failure = error if not has_ended or name == names[-1] else None
         passed = has_ended and failure is None and all(check["passed"] for check in record["checks"])
         result = {
@@ -124,7 +124,7 @@ def _run(names: list[str], place: Place, left: float) -> list[Content]:
 
 
 def _do(names: list[str], place: Place, seconds: float, log: Path) -> str | None:
-    """Do parts in `seconds`, and return what went wrong, if anything."""
+    """Run parts within `seconds`, and return the error, or None."""
     arguments = [",".join(names), str(place.prepared), str(place.output), place.kind]
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.device.part", *arguments]
     with log.open("wb") as out:
@@ -138,12 +138,12 @@ def _do(names: list[str], place: Place, seconds: float, log: Path) -> str | None
     if code == 0:
         return None
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = lines[-1].strip() if lines else "it said nothing"
-    return said if code > 0 else f"ended by {signal.Signals(-code).name}: {said}"
+    last = lines[-1].strip() if lines else "no output"
+    return last if code > 0 else f"ended by {signal.Signals(-code).name}: {last}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a part with all that it has started, ranks in sessions of their own among them."""
+    """Kill a part and all of its descendants, including ranks in their own sessions."""
     if process.poll() is not None:
         return
     for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:

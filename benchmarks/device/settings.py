@@ -1,4 +1,4 @@
-"""What the check computes with: the models, their shapes, and what is reduced on a CPU."""
+"""Settings of the check: models, shapes, tolerances, and the reduced sizes for a CPU."""
 
 import shutil
 from dataclasses import dataclass
@@ -10,24 +10,24 @@ from data_scoring.config import LossKernel
 from trainer.config import ModelConfig, Precision
 
 SEED = 1
-# What learns from a few tokens a step, so that a CPU's losses are recorded in a minute: 10 M parameters, or fewer.
+# Small enough, with few tokens per step, that a CPU records the reference losses in a minute: at most 10 M parameters.
 SMALL = ModelConfig.model_validate({"preset": "pangu-pi-10m"})
 REDUCED_SMALL = ModelConfig.model_validate({"preset": "pangu-pi-2m", "num_layers": 2})
 SMALL_SEQ_LENGTH = 64
 NUM_STEPS = 20
 MICRO_BATCH, GLOBAL_BATCH = 2, 4
 NUM_SCORED = 16
-# Nats that a step's loss may be away from the one that is recorded.
+# Largest allowed difference of a step's loss from the recorded one, nats.
 TOLERANCES: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 1e-2}
-# Nats a token that losses and log-likelihoods under trained weights may be away from recorded ones.
+# Largest allowed difference of losses and log-likelihoods under trained weights from recorded ones, nats per token.
 TRAINED_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The shapes of what costs most: `heads` are of tokens, vocabulary and channels, `activation` of tokens and width.
+    """The shapes of the large workloads: `heads` are (tokens, vocabulary, channels), `activation` (tokens, width).
 
-    matrix: rows and columns of the matrices by whose product in bfloat16 a device's speed is told.
+    matrix: size of the square matrices whose bfloat16 product gives a device's reference speed.
     """
 
     large: ModelConfig
@@ -46,7 +46,7 @@ REDUCED = Sizes(_TINY, 64, 3, 512, ((256, 2048, 128),), (256, _TINY.ffn_size))
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part works: what was prepared, where results go, and on which kind of device."""
+    """Where a part runs: the prepared folder, the output folder and the kind of device."""
 
     prepared: Path
     output: Path
@@ -54,7 +54,7 @@ class Place:
 
     @property
     def sizes(self) -> Sizes:
-        """Return the shapes in force."""
+        """Return the shapes for this device."""
         return REDUCED if self.kind == "cpu" else FULL
 
     @property
@@ -64,11 +64,11 @@ class Place:
 
     @property
     def work(self) -> Path:
-        """Return the folder of what is of no use once a part has ended."""
+        """Return the folder for temporary files of a part."""
         return self.output / "work"
 
     def empty_work(self) -> None:
-        """Make that folder anew."""
+        """Recreate the folder `work`."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
 
@@ -78,11 +78,11 @@ class Place:
         return ("reference", "chunked", "triton") if self.kind == "cuda" else ("reference", "chunked")
 
     def small(self) -> ModelConfig:
-        """Return the small model, with which a CPU's losses were recorded."""
+        """Return the small model, with which the reference losses were recorded."""
         return ModelConfig.model_validate(self.recorded()["model"])
 
     def recorded(self) -> dict[str, Any]:
-        """Return what a CPU has found. Raises ValueError where nothing is prepared."""
+        """Return the reference results recorded on a CPU. Raises ValueError if nothing is prepared."""
         recorded: dict[str, Any] | None = read_json(self.prepared / "recorded.json")
         if recorded is None:
             raise ValueError(

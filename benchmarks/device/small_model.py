@@ -1,4 +1,4 @@
-"""The model of 10 M parameters: trained, killed, resumed, scored with, evaluated and generated from."""
+"""The 10 M parameter model: training, killing and resuming, scoring, evaluation and generation."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def training_job(
     every_steps: int | None = None,
     model: ModelConfig | None = None,
 ) -> TrainJob:
-    """Return the job of training a model, the small one by default, over the prepared mix in the work folder `name`."""
+    """Return a job that trains a model, by default the small one, on the prepared mix in the work folder `name`."""
     folder = place.work / name
     folder.mkdir(parents=True, exist_ok=True)
     (place.output / "logs").mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def training_job(
 
 
 def train_here(job: TrainJob, device: Device) -> list[float]:
-    """Return the loss of every step of a job, done in this process, which is the only rank."""
+    """Return the loss of every step of a job, run in this process as the only rank."""
     from trainer.model import build_model
     from trainer.stopping import StopRequest
     from trainer.train import train_round
@@ -107,7 +107,7 @@ def step_losses(round_folder: Path) -> list[float]:
 
 
 def check_small_model(place: Place, record: Record) -> None:
-    """Train in both precisions, with the fused kernels too where they run, then evaluate, generate and score."""
+    """Train in both precisions, and with fused kernels where supported; then evaluate, generate and score."""
     recorded = place.recorded()
     device = single_rank(place.kind)
     checkpoints: dict[Precision, Path] = {}
@@ -145,7 +145,7 @@ def _largest_difference(found: Any, expected: Any) -> float:
 
 
 def load_model(place: Place, device: Device, precision: Precision, checkpoint: Path, kernel: LossKernel) -> Any:
-    """Return the model of a checkpoint, in evaluation mode, that scores with `kernel`."""
+    """Return the model of a checkpoint, in evaluation mode, with `kernel` for scoring."""
     from trainer.checkpoint import load_weights
     from trainer.model import Kernels, build_model
 
@@ -172,7 +172,7 @@ def score_here(place: Place, model: Any) -> list[float]:
 
 
 def _score(place: Place, record: Record, device: Device, precision: Precision, checkpoint: Path) -> None:
-    """Score with every kernel: in float32 as a CPU did, in bfloat16 as the reference does."""
+    """Check scoring with every kernel: in float32 against a CPU's losses, in bfloat16 against the reference kernel."""
     expected = place.recorded()["scores"] if precision == "float32" else None
     for kernel in place.kernels:
         losses = score_here(place, load_model(place, device, precision, checkpoint, kernel))
@@ -186,7 +186,7 @@ def _score(place: Place, record: Record, device: Device, precision: Precision, c
 
 
 def answer_here(place: Place, model: Any, answers: Path) -> dict[str, list[Answer]]:
-    """Return the answers of `model` to the prepared requests of each task, written into the folder `answers`."""
+    """Return the answers of `model` to the prepared requests of each task, also written to the folder `answers`."""
     from trainer.evaluate import answer_tasks
 
     evaluation = Evaluation(requests=place.prepared / "requests", tasks=TASKS)
@@ -219,7 +219,7 @@ def _evaluate_and_generate(place: Place, record: Record, device: Device, checkpo
 
 
 def check_resuming(place: Place, record: Record) -> None:
-    """Train in bfloat16 under the launcher, kill the rank once it has saved, and go on from there."""
+    """Train in bfloat16 under the launcher, kill the rank once it has saved a checkpoint, and resume."""
     job = training_job(place, "resumed", "bfloat16", every_steps=EVERY_STEPS)
     killer = threading.Thread(target=_kill_rank_that_saved, args=(job.round_folder / "checkpoint",), daemon=True)
     killer.start()
@@ -228,7 +228,7 @@ def check_resuming(place: Place, record: Record) -> None:
         was_killed = False
     except RanksFailedError as error:
         was_killed = "SIGKILL" in str(error)
-    record.check("killing: ranks that went on to the end, or ended otherwise", int(not was_killed), 0)
+    record.check("killing: ranks that were not ended by SIGKILL", int(not was_killed), 0)
     saved = [
         read_checkpoint_record(checkpoint)["step"] for checkpoint in list_checkpoints(job.round_folder / "checkpoint")
     ]
@@ -245,13 +245,13 @@ def check_resuming(place: Place, record: Record) -> None:
 
 
 def _kill_rank_that_saved(checkpoints: Path) -> None:
-    """Kill the rank that this process has launched as soon as there is a checkpoint."""
+    """Kill the rank launched by this process as soon as there is a checkpoint."""
     rank = None
     while rank is None:
         time.sleep(0.05)
         found = [child for child in psutil.Process().children(recursive=True) if _is_rank(child)]
         rank = found[0] if found else None
-    # A step of a small model takes a device little time.
+    # A step of a small model is short on a device, so poll frequently.
     while not list_checkpoints(checkpoints):
         time.sleep(0.002)
     os.kill(rank.pid, signal.SIGKILL)

@@ -66,8 +66,8 @@ def check_inheritance(config: RunConfig) -> None:
     if different is not None:
         name, shape, wanted = different
         raise ValueError(
-            f"model.inherit.from: {teacher.checkpoint} has {shape} as {name}, and its description says {wanted}; "
-            "import it again, or take another"
+            f"model.inherit.from: {teacher.checkpoint}: {name} is {shape} there, but {wanted} according to its "
+            "description; import it again, or take another"
         )
 
 

@@ -1,4 +1,4 @@
-"""The check of a device, in its reduced form on this CPU: what fails on a device is then the device's fault."""
+"""The device check in its reduced form on this CPU, so that failures on a device are due to the device."""
 
 import json
 import math
@@ -116,7 +116,7 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_the_rest_goes_on(
 def test_mistakes_are_told_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no recorded\.json; write it with `python -m benchmarks\.device prepare"):
         check_device(tmp_path, tmp_path / "output", "cpu", 600, None)
-    with pytest.raises(ValueError, match="--only: 'steps' is no part; name some of small_model, resuming"):
+    with pytest.raises(ValueError, match="--only: 'steps' is not a part; choose from small_model, resuming"):
         check_device(None, tmp_path, "cpu", 600, ["steps"])
 
 

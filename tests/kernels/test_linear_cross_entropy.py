@@ -1,4 +1,4 @@
-"""The fused output layer and loss against float64, at odd shapes and at the vocabularies of real tokenizers."""
+"""The fused output layer and loss compared with float64, at odd shapes and real vocabulary sizes."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""The fused series informed activation against float64, at odd shapes and numbers of terms."""
+"""The fused series informed activation compared with float64, at odd shapes and numbers of terms."""
 
 import os
 from typing import Any, get_args

@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel that the presets launch, for devices that are not there, and prints what came out.
+"""Compiles every Triton kernel that the presets launch for absent devices, and prints the results.
 
-usage: python tests/rehearsal/compile_kernels.py ARCHITECTURE…, numbers such as 90, in a process in which Triton is not
-told to interpret. The functions that launch kernels are called as ever, on tensors without data, and Triton compiles
-what they launch, specialised as it would be. Prints a JSON object: the variants, and the kernels that none is of.
+usage: python tests/rehearsal/compile_kernels.py ARCHITECTURE…, numbers such as 90, in a process without Triton's
+interpreter mode. The functions that launch kernels are called as usual, on tensors without data, and Triton compiles
+the launched kernels with the usual specialisation. Prints a JSON object: the variants, and the kernels without any.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The jobs that are rehearsed: training in several layouts, a large model, and everything that is done with weights."""
+"""The rehearsed jobs: training in several layouts, a large model, and all other work with weights."""
 
 import json
 from dataclasses import asdict

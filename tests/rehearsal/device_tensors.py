@@ -1,7 +1,7 @@
-"""Tensors on a device that is not there: they have shapes, dtypes and a device, but no data. The host's are real.
+"""Tensors on an absent device, with shapes, dtypes and a device, but no data. Host tensors are real.
 
-Whatever is computed on the device is computed by torch's FakeTensors, which refuse to mix devices as CUDA does. What is
-copied to the host is real there: what was copied to the device before, where nothing has changed it, else ones.
+Device computations use torch's FakeTensors, which refuse to mix devices, as CUDA does. Copies to the host are real
+tensors: the data copied to the device before, if unmodified since, else ones.
 """
 
 import traceback

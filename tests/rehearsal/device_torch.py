@@ -1,4 +1,4 @@
-"""What else a CPU build of torch lacks, in Python: `torch.cuda`, process groups, and CUDA's choice of kernels."""
+"""Python replacements for what a CPU build of torch lacks: `torch.cuda`, process groups, CUDA's kernel selection."""
 
 from collections.abc import Callable
 from typing import Any

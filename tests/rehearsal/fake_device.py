@@ -1,4 +1,4 @@
-"""Makes a CPU build of torch take FakeTensors on CUDA: compiles what it lacks, and loads it before torch."""
+"""Enables FakeTensors on CUDA in a CPU build of torch: compiles the missing parts and loads them before torch."""
 
 import ctypes
 import importlib.util

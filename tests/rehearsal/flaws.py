@@ -1,4 +1,4 @@
-"""Flaws that a rehearsal has to find: were it blind, nothing would tell."""
+"""Injected flaws that a rehearsal must detect, to show that it is not blind to them."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What a program asks of a device: memory, kernels, collectives, and how often the host waits."""
+"""Measurements of a program's use of a device: memory, kernels, collectives and host synchronisations."""
 
 import traceback
 import weakref

@@ -1,4 +1,4 @@
-"""Every job on simulated NPUs, or on the CPU, in some layout, and what they leave."""
+"""Every job on simulated NPUs, or on the CPU, under some layout, and its output."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The simulated NPU's library, compiled for the torch that is installed."""
+"""The simulated NPU's library, compiled for the installed torch."""
 
 import importlib.util
 import shutil

@@ -1,7 +1,6 @@
-"""A rank that does jobs one after another, since it takes much longer to start than they do: `python -m … JOBS.json`.
+"""A rank that runs several jobs in sequence, since starting it takes much longer: `python -m … JOBS.json`.
 
-JOBS.json has the file of each job, the step in which it is asked to stop, or null, and the port of the store in which
-ranks meet.
+JOBS.json has the file of each job, the step at which it is asked to stop, or null, and the rendezvous store's port.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is rehearsed: jobs, as which rank of how many."""
+"""The rehearsals: jobs, with the rank and the number of ranks."""
 
 from dataclasses import dataclass
 from typing import Literal

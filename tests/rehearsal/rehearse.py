@@ -1,7 +1,7 @@
-"""Does jobs as ranks on a CUDA device that is not there, each in a process of its own, and writes down what they ask.
+"""Runs jobs as ranks on an absent CUDA device, each in a separate process, and records their use of the device.
 
-usage: python tests/rehearsal/rehearse.py LIBRARY PLAN, where LIBRARY is what `fake_device` compiles and PLAN a JSON
-list of `Rehearsal`s. Each leaves the JSON file that it names, with the parts of its job and its error.
+usage: python tests/rehearsal/rehearse.py LIBRARY PLAN, where LIBRARY is compiled by `fake_device` and PLAN is a JSON
+list of `Rehearsal`s. Each writes the JSON file that it names, with the parts of its job and its error.
 """
 
 import functools

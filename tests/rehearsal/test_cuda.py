@@ -1,4 +1,4 @@
-"""The jobs on CUDA, without it: on tensors that have everything but data, among ranks that are not there."""
+"""CUDA jobs without CUDA: on tensors without data, with simulated ranks."""
 
 import os
 import subprocess

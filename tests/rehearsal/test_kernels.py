@@ -1,4 +1,4 @@
-"""Triton's kernels, compiled for devices that are not there: what ptxas says of them, and their instructions."""
+"""Triton kernels compiled for absent devices: ptxas's report and their instructions."""
 
 import importlib.util
 import json

@@ -1,7 +1,7 @@
-"""Every job on simulated NPUs: in host memory, but of a device of their own, which refuses what an NPU refuses.
+"""Every job on simulated NPUs: a separate device type in host memory that rejects what an NPU rejects.
 
-What this cannot show is what HCCL and the NPU's own kernels compute; docs/devices.md says so.
-With REPRISE_MINDSPEED, the path of a checkout of MindSpeed's branch core_r0.16.0, its adaptor takes part.
+This does not cover the computations of HCCL and of the NPU's own kernels (see docs/devices.md). If REPRISE_MINDSPEED is
+the path of a checkout of MindSpeed's branch core_r0.16.0, its adaptor is used.
 """
 
 import os

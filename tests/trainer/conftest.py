@@ -1,4 +1,4 @@
-"""What two ranks find out, in one launch for all tests."""
+"""Fixtures: the results of two ranks, from one launch shared by all tests."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""What a process of its own finds out about the memory of models that it builds: `tests.trainer.test_memory` asks."""
+"""Memory measurements of models, run in a separate process by `tests.trainer.test_memory`."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""How ranks of tests meet in one process group after another."""
+"""The rendezvous of test ranks for several process groups in succession."""
 
 import itertools
 import os

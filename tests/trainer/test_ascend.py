@@ -1,4 +1,4 @@
-"""Ascend devices are asked, not guessed from what is installed, and each fault of an installation has its remedy."""
+"""Ascend devices are queried, not inferred from installed packages, and each fault of an installation has a remedy."""
 
 import os
 import platform
@@ -137,7 +137,7 @@ def start(code: str) -> tuple[int, str]:
         (NO_CANN, r"torch_npu cannot be used \(ImportError: libhccl.so: .*\); source CANN's set_env.sh in the shell"),
         (NO_OPERATORS, r"torch_npu cannot be used \(Exception: ASCEND_OPP_PATH .* is not set.\); source CANN's"),
         (CRASH, r"torch_npu cannot be used \(exit code -9\); source CANN's set_env.sh"),
-        (DEVICES.format(count=0), "torch_npu finds no device; see whether `npu-smi info` does, and what ASCEND_RT_VIS"),
+        (DEVICES.format(count=0), "torch_npu finds no device; check the output of `npu-smi info` and ASCEND_RT_VIS"),
     ],
     ids=["no CANN", "no operators", "crash", "no device"],
 )
@@ -151,7 +151,7 @@ def test_devices_that_cannot_be_used_are_passed_over_unless_requested(
     assert [devices.resolve("auto"), devices.resolve("auto")] == ["cpu", "cpu"]
     # Asked twice, it is said once.
     (said,) = caplog.messages
-    assert re.search(rf"^device: 'auto' takes the CPU because {fault}", said), said
+    assert re.search(rf"^device: 'auto' falls back to the CPU because {fault}", said), said
     counted = refusal(lambda: devices.check_count("npu", 1))
     assert re.search(rf"^device: 'npu' cannot be used because {fault}", counted), counted
     assert [text for is_there, text in describe() if not is_there and re.search(f"^npu: {fault}", text)]
@@ -181,7 +181,7 @@ def test_devices_that_are_there_are_taken_and_counted(machine: Machine) -> None:
     devices.check_count("npu", 2)
     assert devices.least_free_memory("npu", 2) == 30 << 30
     assert refusal(lambda: devices.check_count("npu", 3)) == (
-        "parallel: tensor x pipeline x data makes 3 processes, but this host has 2 npu devices; lower one of them"
+        "parallel: tensor x pipeline x data is 3 processes, but this host has 2 npu devices; lower one of them"
     )
 
 
@@ -233,16 +233,16 @@ def test_doctor_names_the_remedy_of_each_fault(machine: Machine, monkeypatch: py
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(platform, "python_version", lambda: "3.12.1")
     assert [text for is_there, text in describe() if not is_there] == [
-        f"npu: CANN's ASCEND_OPP_PATH is /nowhere, which is no folder; {ENVIRONMENT}",
-        "npu: Python is 3.12.1 where 3.11.x is needed, for triton-ascend; make an environment of that",
-        f"npu: torch-npu is 2.7.1 where 2.13.x is needed; {EXTRA}",
-        "npu: triton-ascend is not installed, but another package that has triton; "
+        f"npu: CANN's ASCEND_OPP_PATH is /nowhere, which is not a folder; {ENVIRONMENT}",
+        "npu: Python is 3.12.1, but triton-ascend requires 3.11.x; create an environment with it",
+        f"npu: torch-npu is 2.7.1, but 2.13.x is required; {EXTRA}",
+        "npu: triton-ascend is not installed, but another package provides triton; "
         f"pip uninstall triton triton-ascend, and {EXTRA}",
         f"npu: einops is not installed; {EXTRA}",
         f"npu: pybind11 is not installed; {EXTRA}",
         "npu: mindspeed.megatron_adaptor cannot be imported (ModuleNotFoundError: No module named 'torchair'); "
         f"{SOURCE}",
-        "npu: torch is a CUDA build, beside which torch_npu does not load; install the CPU build of torch",
+        "npu: torch is a CUDA build, with which torch_npu does not load; install the CPU build of torch",
     ]
     monkeypatch.delenv("ASCEND_HOME_PATH")
     assert describe()[0] == (

@@ -1,4 +1,4 @@
-"""Resuming under an optimizer whose loading knows no format of ours, as MindSpeed's does not."""
+"""Resuming with an optimizer that does not know our checkpoint format, like MindSpeed's."""
 
 import pickle
 from pathlib import Path

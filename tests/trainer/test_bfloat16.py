@@ -1,8 +1,8 @@
-"""Jobs in bfloat16 against plain torch in float32 with the very same weights, under every layout and on one rank.
+"""Jobs in bfloat16 compared with plain torch in float32 with the same weights, under every layout and on one rank.
 
-The significand of bfloat16 has 8 bits: rounding is by 2^-9 of a value at most. Logits of the tests' model are below 8,
-where neighbours are 2^-5 apart: rounded, they are off by 2^-6 at most, by 2^-7 in the root mean square. What precedes
-them adds about as much.
+The significand of bfloat16 has 8 bits, so rounding errors are at most 2^-9 of a value. Logits of the tests' model are
+below 8, where adjacent values are 2^-5 apart: rounding errors are at most 2^-6, and 2^-7 in root mean square. The
+computation before them adds about as much.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Files of models in bfloat16: what is cut, sliced, exported and imported keeps its type and every bit of it."""
+"""Files of bfloat16 models: cutting, slicing, exporting and importing preserve the dtype and every bit."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training in bfloat16: main weights in float32, as plain torch updates them; checkpoints that hold all of it."""
+"""Training in bfloat16: float32 main weights are updated as in plain torch, and checkpoints contain the full state."""
 
 from pathlib import Path
 from typing import Any

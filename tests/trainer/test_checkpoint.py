@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, saved when asked to stop, and the same whether training waited for them or not."""
+"""Checkpoints: intact or refused, saved on a stop request, and identical whether saved synchronously or not."""
 
 import pickle
 import shutil
@@ -90,7 +90,9 @@ def test_a_pickle_that_would_run_code_is_refused(
     check_pickles(checkpoint)
     poison(checkpoint, created)
     for read in (check_pickles, read_checkpoint):
-        with pytest.raises(ValueError, match=rf"^{checkpoint / name}: refused, for loading it would call io.open; .*"):
+        with pytest.raises(
+            ValueError, match=rf"^{checkpoint / name}: refused, because loading it would call io.open; .*"
+        ):
             read(checkpoint)
     assert not created.exists()
 
@@ -106,7 +108,7 @@ def test_ranks_run_no_code_of_a_checkpoint(
     seal_checkpoint(checkpoint, read_checkpoint_record(checkpoint))
     with pytest.raises(ValueError) as error:
         ranks.train(folder.name)
-    assert str(error.value).startswith(f"{checkpoint}{name}: refused, for loading it would call io.open; it was not")
+    assert str(error.value).startswith(f"{checkpoint}{name}: refused, because loading it would call io.open; it w")
     assert "\n" not in str(error.value)
     assert not created.exists()
 
@@ -118,15 +120,15 @@ def test_any_change_of_any_file_is_found(checkpoint: Path) -> None:
     for name in sorted(names):
         whole = (checkpoint / name).read_bytes()
         flip_a_byte(checkpoint / name)
-        assert find_damage(checkpoint) == f"{name} is not what was written"
+        assert find_damage(checkpoint) == f"{name} differs from what was written"
         found = [find_damage(checkpoint, part, parts=3) for part in range(3)]
-        assert [part for part in found if part] == [f"{name} is not what was written"]
+        assert [part for part in found if part] == [f"{name} differs from what was written"]
         (checkpoint / name).unlink()
         assert find_damage(checkpoint) == f"{name} is missing"
         (checkpoint / name).write_bytes(whole)
     for record, damage in (
         ("{", "is not valid JSON"),
-        ('{"files": {"a": 1}}', "holds no checksums, as those of version 0.1 did not"),
+        ('{"files": {"a": 1}}', "has no checksums, as in version 0.1"),
     ):
         (checkpoint / RECORD).write_text(record)
         assert find_damage(checkpoint) == f"{RECORD} {damage}"
@@ -142,7 +144,7 @@ def test_what_the_disk_does_not_return_replaces_no_older_checkpoint(
     temporary = Path(shutil.copytree(checkpoint, checkpoint.with_name(".step-00000002.tmp")))
     record = {"fingerprint": "f"}
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.checkpoint_folder, "_forget", lose_a_bit)
+        patch.setattr(trainer.checkpoint_folder, "_drop_from_cache", lose_a_bit)
         with pytest.raises(ValueError, match=r"__0_1.distcp: the disk does not return what was written to it; .*"):
             complete_checkpoint(temporary, checkpoint.with_name("step-00000002"), record, keep_last=1)
     assert list_checkpoints(checkpoint.parent) == [checkpoint]
@@ -192,7 +194,7 @@ def test_a_run_that_is_stopped_twice_and_loses_a_checkpoint_equals_an_unbroken_o
     newest = list_checkpoints(folder / "checkpoint")[-1]
     flip_a_byte(newest / "__1_0.distcp")
     stop_training(ranks, "stopped", CheckpointConfig(keep_last=100), (ranks.folder / "progress.json").exists)
-    assert f"{newest}: damaged (__1_0.distcp is not what was written); set aside as damaged-{newest.name}\n" in (
+    assert f"{newest}: damaged (__1_0.distcp differs from what was written); set aside as damaged-{newest.name}\n" in (
         ranks.folder / "logs" / "stopped.log"
     ).read_text(errors="replace")
     *before, last = checkpoint_steps(folder)

@@ -1,4 +1,4 @@
-"""What shapes a model's weights have in a checkpoint, against a real one, and which models cannot start from it."""
+"""Shapes of a model's weights, compared with a real checkpoint, and models that cannot start from it."""
 
 import re
 from pathlib import Path
@@ -29,12 +29,12 @@ def test_shapes_are_those_of_a_real_checkpoint(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "vocab_size", "message"),
     [
-        ({}, 280, "was trained with a tokenizer of 300 entries and this one has 280; give that tokenizer, or cut"),
-        ({"vocab_size": 500}, 300, "has 384 x 32 as embedding.word_embeddings.weight, and the model 512 x 32;"),
-        ({"num_layers": 3}, 300, "has 2 x 64 x 32 as decoder.layers.self_attention.linear_qkv.weight, and the model 3"),
-        ({"shortcut_reduction": None}, 300, "has 2 x 8 x 32 as decoder.layers.self_attn_bda.down, and the model noth"),
-        ({"activation_terms": 1}, 300, "as decoder.layers.mlp.activation_func.offset, and the model nothing; describe"),
-        ({"activation_terms": 4}, 300, "has 2 x 3 x 64 as decoder.layers.mlp.activation_func.scale, and the model 2 x"),
+        ({}, 280, "was trained with a tokenizer of 300 entries, but this one has 280; use that tokenizer, or"),
+        ({"vocab_size": 500}, 300, "embedding.word_embeddings.weight is 384 x 32 there, but 512 x 32 in the model;"),
+        ({"num_layers": 3}, 300, "decoder.layers.self_attention.linear_qkv.weight is 2 x 64 x 32 there, but 3 x"),
+        ({"shortcut_reduction": None}, 300, "self_attn_bda.down is 2 x 8 x 32 there, but missing in the model;"),
+        ({"activation_terms": 1}, 300, "there, but missing in the model; configure the model as the checkpoint's, or"),
+        ({"activation_terms": 4}, 300, "mlp.activation_func.scale is 2 x 3 x 64 there, but 2 x 4 x 64 in the model;"),
     ],
 )
 def test_a_model_that_a_checkpoint_is_not_of_is_named(
@@ -45,5 +45,5 @@ def test_a_model_that_a_checkpoint_is_not_of_is_named(
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no whole checkpoint \(it has no reprise.json\); give a step-… folder"):
+    with pytest.raises(ValueError, match=r"not an intact checkpoint \(it has no reprise.json\); give a step-… folder"):
         check_start(tmp_path, TINY_MODEL, 300)

@@ -1,4 +1,4 @@
-"""Devices are told apart in one place: nowhere else is one of them spelled."""
+"""Devices are distinguished in one module only: no other module names one."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""Answers are those of plain torch and of lm-eval's own backend; training goes on as if none were asked."""
+"""Answers match plain torch and lm-eval's own backend; training continues as if there were no requests."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What stops a job, and what it leaves behind."""
+"""Failures that stop a job, and the state that they leave behind."""
 
 import shutil
 from pathlib import Path

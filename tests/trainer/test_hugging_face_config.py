@@ -1,4 +1,4 @@
-"""Imported models against transformers, under every layout."""
+"""Imported models compared with transformers, under every layout."""
 
 from pathlib import Path
 from typing import Any

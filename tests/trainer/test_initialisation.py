@@ -1,4 +1,4 @@
-"""Standard deviations of the weights that training starts with, against their closed forms."""
+"""Standard deviations of initial weights, compared with their closed forms."""
 
 import math
 from typing import Any

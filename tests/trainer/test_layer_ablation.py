@@ -1,4 +1,4 @@
-"""What skipping layers costs, in one pass: the same as of models without them, in any layout, and no more work."""
+"""Layer ablation in one pass equals running models without the layers, under every layout, with no more work."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Losses do not depend on the layout, in training, in scoring, and across a change of layout in between."""
+"""Losses do not depend on the layout: in training, in scoring, and when the layout changes in between."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Masks: as many kept as asked for, the student's losses, and gradients and results that no layout changes."""
+"""Masks: exact sizes, the student's losses, and gradients and results independent of the layout."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What ranks need, against what Megatron's own models take: counted, tracked on this CPU, and rehearsed as on CUDA."""
+"""Memory estimates compared with Megatron's models: counted, tracked on this CPU, and rehearsed as on CUDA."""
 
 import pickle
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The trainer's losses against an independent implementation of the same model in plain torch."""
+"""The trainer's losses compared with an independent implementation of the model in plain torch."""
 
 from pathlib import Path
 

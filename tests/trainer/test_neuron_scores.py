@@ -1,4 +1,4 @@
-"""Sums over weights against a brute force, and what is kept by them."""
+"""Sums over weights compared with brute force, and the neurons that are kept."""
 
 from pathlib import Path
 from typing import Any

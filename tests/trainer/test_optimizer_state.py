@@ -1,4 +1,4 @@
-"""The optimizer's state, shared by data-parallel ranks: in a checkpoint it is what Megatron's own format has."""
+"""Optimizer state sharded over data-parallel ranks: its checkpoint equals Megatron's own format."""
 
 import pickle
 from pathlib import Path

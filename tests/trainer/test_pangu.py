@@ -1,4 +1,4 @@
-"""PanGu-π's additions: what they start as, their gradients, and that sharing them among ranks changes nothing."""
+"""PanGu-π's additions: initial values, gradients, and independence of the layout."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Packs: who sees whom, positions, what is predicted, and how many tokens are saved."""
+"""Prefix trees: attention masks, positions, predictions, and the number of tokens saved."""
 
 import numpy as np
 import pytest

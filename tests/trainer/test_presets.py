@@ -1,4 +1,4 @@
-"""Presets: how large they are, what they fill in, and what is refused."""
+"""Presets: model sizes, the fields that they fill in, and invalid configurations."""
 
 import re
 from typing import Any
@@ -65,7 +65,7 @@ def test_names_say_how_large_models_are(name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"preset": "gpt"}, "preset: 'gpt' is none; choose one of pangu-pi-1b, "),
+        ({"preset": "gpt"}, "preset: 'gpt' is not a preset; choose one of pangu-pi-1b, "),
         ({"hidden_size": 100, "num_attention_heads": 3}, "num_attention_heads: 3 does not divide hidden_size 100;"),
         ({"shortcut_reduction": 24}, "shortcut_reduction: 24 does not divide hidden_size 128; choose a divisor"),
     ],
@@ -90,7 +90,7 @@ def test_impossible_layouts_are_named(parallel: ParallelConfig, seq_length: int,
 
 
 def test_a_sequence_is_shared_by_several_ranks() -> None:
-    with pytest.raises(ValidationError, match="sequence: true needs tensor ranks that share the sequence"):
+    with pytest.raises(ValidationError, match="sequence: true needs tensor-parallel ranks, but tensor is 1"):
         ParallelConfig(sequence=True)
 
 

@@ -1,4 +1,4 @@
-"""What is cut out of a teacher, element by element, and what is refused."""
+"""Slices of a teacher, compared element by element, and invalid students."""
 
 import random
 from collections.abc import Sequence
@@ -218,9 +218,9 @@ def test_layers_alone_stay_whole(tmp_path: Path) -> None:
         ({"ffn_hidden_size": 21}, "has 21 feed-forward neurons and the teacher 20; change model.ffn_hidden_size"),
         ({"num_attention_heads": 8}, "has 8 query heads and the teacher 6; change model.num_attention_heads"),
         ({"num_attention_heads": 4, "num_query_groups": 4}, "has 4 query groups and the teacher 3; "),
-        ({"num_attention_heads": 6}, "has 3 query heads a query group and the teacher 2; "),
+        ({"num_attention_heads": 6}, "has 3 query heads per query group and the teacher 2; "),
         ({"shortcut_reduction": 1}, "has 12 units in the shortcut's bottleneck and the teacher 8; raise model.short"),
-        ({"head_size": 6}, "has heads of 6 channels and the teacher of 4, and heads stay whole; set model.head_size"),
+        ({"head_size": 6}, "has heads of 6 channels and the teacher of 4, but heads are kept whole; set model.head"),
         ({"head_size": None}, "has heads of 6 channels and the teacher of 4"),
         ({"attention_bias": "qkv"}, "has attention_bias qkv and the teacher all; set model.attention_bias to all"),
         ({"ffn_bias": False}, "has ffn_bias false and the teacher true"),
@@ -231,7 +231,7 @@ def test_layers_alone_stay_whole(tmp_path: Path) -> None:
         ({"activation_scales": "layer"}, "has activation_scales layer and the teacher channel"),
         ({"shortcut_input": "residual"}, "has shortcut_input residual and the teacher normalised"),
         ({"shortcut_reduction": None}, "the teacher has an augmented shortcut and the model has none; set model.short"),
-        ({"tied_embeddings": True}, "has tied_embeddings true and the teacher false, whose embedding and head are two"),
+        ({"tied_embeddings": True}, "has tied_embeddings true and the teacher false, with separate embedding and head"),
     ],
 )
 def test_no_part_of_the_teacher_is_refused_in_one_line(fields: dict[str, Any], message: str) -> None:
@@ -246,7 +246,7 @@ def test_another_teacher_s_checkpoint_leaves_nothing_behind(tmp_path: Path) -> N
     other = with_fields(TEACHER, ffn_bias=False)
     student = with_fields(STUDENT, ffn_bias=False)
     with pytest.raises(
-        ValueError, match=r"^model.inherit: .*teacher has 3 x 40 as decoder.layers.mlp.linear_fc1.bias, .*nothing"
+        ValueError, match=r"^model.inherit: .*decoder.layers.mlp.linear_fc1.bias is 3 x 40 there, but missing"
     ):
         slice_checkpoint(tmp_path / "teacher", other, student, random_plan(other, student, [0, 1]), tmp_path / "cut")
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]

@@ -1,4 +1,4 @@
-"""Files of requests and answers: what is written comes back, and what a model cannot answer is refused."""
+"""Files of requests and answers: round trips, and requests that a model cannot answer."""
 
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def test_a_request_as_long_as_the_model_reads_is_the_longest() -> None:
     # The last token of a continuation is predicted, never read.
     check_requests("boolq", [Likelihood(ids(*range(7)), ids(1, 2)), Generation(ids(*range(8)), 99)], 8, 10)
     for longer in (Likelihood(ids(*range(8)), ids(1, 2)), Generation(ids(*range(9)), 1)):
-        with pytest.raises(ValueError, match=r"^boolq: request 1 is of 9 tokens, and the model reads 8 \(corpus"):
+        with pytest.raises(ValueError, match=r"^boolq: request 1 has 9 tokens, but the model's context is 8 \(c"):
             check_requests("boolq", [REQUESTS[0], longer], 8, 10)
 
 
@@ -97,8 +97,8 @@ def test_a_request_as_long_as_the_model_reads_is_the_longest() -> None:
     [
         (Likelihood(ids(1, 300), ids(1)), "has a token outside the vocabulary of 300"),
         (Likelihood(ids(1), ids(-1)), "has a token outside the vocabulary of 300"),
-        (Likelihood(ids(1), ids()), "has a part without tokens"),
-        (Generation(ids(), 4), "has a part without tokens"),
+        (Likelihood(ids(1), ids()), "has an empty part"),
+        (Generation(ids(), 4), "has an empty part"),
     ],
 )
 def test_requests_that_no_model_answers_are_named(request_: Request, message: str) -> None:

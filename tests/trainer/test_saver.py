@@ -1,4 +1,4 @@
-"""A rank's files of a checkpoint, written by processes of their own: one that is killed is an error, not a wait."""
+"""Writer processes of a rank's checkpoint files: killing one raises an error instead of hanging."""
 
 import subprocess
 import sys
@@ -69,5 +69,7 @@ def test_files_are_written_and_measured(tmp_path: Path) -> None:
 
 def test_a_file_that_another_host_wrote_elsewhere_is_missed(tmp_path: Path) -> None:
     (tmp_path / "here").write_text("")
-    with pytest.raises(ValueError, match=r"__3_0.distcp: a rank wrote it, .*; put the run's folder on a disk that all"):
+    with pytest.raises(
+        ValueError, match=r"__3_0.distcp: written by a rank, but missing .*; put the run's folder on a disk"
+    ):
         complete_checkpoint(tmp_path, tmp_path / "step-00000001", {}, 1, ["__3_0.distcp"])

@@ -1,4 +1,4 @@
-"""What ends a rank: signals, its launcher's end, another rank's failure; and its writers end with it."""
+"""Events that end a rank: signals, the end of its launcher, another rank's failure; its writers end with it."""
 
 import fcntl
 import os

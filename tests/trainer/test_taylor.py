@@ -1,4 +1,4 @@
-"""|weight · gradient| against plain torch's autograd, and under every layout alike."""
+"""|weight · gradient| compared with plain torch's autograd, under every layout."""
 
 from pathlib import Path
 from typing import Any

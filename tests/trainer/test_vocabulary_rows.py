@@ -1,4 +1,4 @@
-"""Checkpoints cut to a smaller vocabulary: rows in their new order, bit for bit, and loadable like any other."""
+"""Checkpoints cut to a smaller vocabulary: rows in their new order, bit for bit, in a loadable checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -49,14 +49,14 @@ def test_rows_move_bit_for_bit_and_all_else_stays(checkpoint: Path, tmp_path: Pa
 
 def test_checkpoints_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:
     assert check_rows(checkpoint, 300) == 384
-    with pytest.raises(ValueError, match=r"its embedding has 384 rows for 300 tokens, and the tokenizer has 385; "):
+    with pytest.raises(ValueError, match=r"its embedding has 384 rows for 300 tokens, but the tokenizer has 385; "):
         cut_checkpoint(checkpoint, [0], 385, tmp_path / "cut")
     copy = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
     (copy / "__0_0.distcp").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"no whole checkpoint \(__0_0.distcp has 5 bytes instead of"):
+    with pytest.raises(ValueError, match=r"not an intact checkpoint \(__0_0.distcp has 5 bytes instead of"):
         cut_checkpoint(copy, [0], 300, tmp_path / "cut")
     (copy / RECORD).unlink()
-    with pytest.raises(ValueError, match=r"no whole checkpoint \(it has no reprise.json\); give a step-… folder"):
+    with pytest.raises(ValueError, match=r"not an intact checkpoint \(it has no reprise.json\); give a step-… folder"):
         cut_checkpoint(copy, [0], 300, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
 

@@ -1,4 +1,4 @@
-"""States of training that ranks of tests make, take a step with, and compare."""
+"""Training states that test ranks create, step and compare."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What two ranks find out in one launch about models that they build: `tests.trainer.conftest.found` has it."""
+"""Results of two ranks for models that they build, from one launch; `tests.trainer.conftest.found` provides them."""
 
 import itertools
 import os

@@ -1,6 +1,6 @@
-"""What jobs in bfloat16 leave behind, under every layout of two ranks and on one, in the launch of `two_ranks`.
+"""Output of jobs in bfloat16, under every layout of two ranks and on one rank, in the launch of `two_ranks`.
 
-Ranks do whole jobs here, as workers do; what they leave in files is for the tests to judge.
+Ranks run complete jobs here, as workers do; the tests check the files that they write.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""What two ranks answer to requests, in every layout that two ranks have, and what plain torch says."""
+"""Answers of two ranks to requests, under every layout of two ranks, and those of plain torch."""
 
 import pickle
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What two ranks find out about models of Hugging Face, in the launch of `tests.trainer.two_ranks`."""
+"""Results of two ranks for Hugging Face models, in the launch of `tests.trainer.two_ranks`."""
 
 from pathlib import Path
 from typing import Any

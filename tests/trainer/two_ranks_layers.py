@@ -1,4 +1,4 @@
-"""What two ranks find out about skipped layers, in every layout that two ranks have, and what plain torch says."""
+"""Layer ablation on two ranks, under every layout of two ranks, and in plain torch."""
 
 import re
 import tempfile

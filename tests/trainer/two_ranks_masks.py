@@ -1,4 +1,4 @@
-"""What two ranks find out about masks and about |weight · gradient|, in the launch of `tests.trainer.two_ranks`."""
+"""Results of two ranks for masks and |weight · gradient|, in the launch of `tests.trainer.two_ranks`."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -79,8 +79,8 @@ def test_a_cell_that_fails_ends_none_of_the_others(config: RunConfig, fakes: Fak
     ("arguments", "messages"),
     [
         (["--batch-tokens", "64,100,48"], [
-            "error: --batch-tokens 48: train.global_batch_size: 3 is no multiple of train.micro_batch_size 2",
-            "--batch-tokens 100: train.global_batch_tokens: 100 is no multiple of corpus.seq_length 16; take 96",
+            "error: --batch-tokens 48: train.global_batch_size: 3 is not a multiple of train.micro_batch_size 2",
+            "--batch-tokens 100: train.global_batch_tokens: 100 is not a multiple of corpus.seq_length 16; take 96",
         ]),
         (["--batch-tokens", "64,many"], ["error: --batch-tokens: 'many' is no number of tokens; give whole numbers"]),
         (["--batch-tokens", "64", "--increment-rates", "3"], ["error: --increment-rates: '3' is not within 0 and 2"]),

@@ -258,7 +258,7 @@ def test_what_cannot_be_inherited_is_one_line(config: RunConfig, teacher: Run, t
     )
     write_json(checkpoint / RECORD, record)
     (checkpoint / "__0_0.distcp").write_bytes(b"short")
-    assert refused(good).startswith(f"model.inherit.from: {checkpoint}: no whole checkpoint (__0_0.distcp has 5 bytes")
+    assert refused(good).startswith(f"model.inherit.from: {checkpoint}: not an intact checkpoint (__0_0.distcp has 5 ")
     deep = good.model_copy(update={"model": good.model.model_copy(update={"hidden_size": 64, "head_size": 8})})
     assert refused(deep).startswith("model.inherit: the model has 64 channels and the teacher 32; ")
 

@@ -111,9 +111,7 @@ def test_a_run_is_counted_as_it_lies_and_its_checkpoint_cut(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {run.corpus_folder}: tokenised with another tokenizer (")
     assert compact(place, "--checkpoint", str(checkpoint), corpus="c.yaml") == 1
-    assert (
-        "its embedding has 384 rows for 300 tokens, and the tokenizer has 500; give the one" in capsys.readouterr().err
-    )
+    assert "its embedding has 384 rows for 300 tokens, but the tokenizer has 500; give the" in capsys.readouterr().err
     assert not list(place.glob("t-*"))
     # The token that ends documents is the one that the configuration names.
     text = (place / "c.yaml").read_text().replace("t.json'}", "t.json', end_of_document: the}")
@@ -131,7 +129,7 @@ def test_a_run_is_counted_as_it_lies_and_its_checkpoint_cut(
         (["--coverage", "0"], "--coverage: 0.0 is not above 0"),
         (["--model", "gpt-9"], "--model: 'gpt-9' is no configuration (.yaml) and no preset"),
         (["--round", "1"], "--round: goes with --checkpoint RUN"),
-        (["--checkpoint", "nowhere"], "nowhere: no whole checkpoint (it has no reprise.json)"),
+        (["--checkpoint", "nowhere"], "nowhere: not an intact checkpoint (it has no reprise.json)"),
         (["--end-of-document", "<end>"], "'<end>' is not a token of"),
         (["--output", "."], ".: is there already; delete it, or name another folder with --output"),
     ],
