@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from data_scoring.base.progress import Progress, silent
 from data_scoring.tokenizer.tokenizer import Tokenizer
 from trainer.generate import Endings, generate
-from trainer.jobs import Evaluation
 from trainer.model import ScaledDotProductAttention
 from trainer.prefix_trees import PrefixTree, build_prefix_trees
 from trainer.requests import (
@@ -33,6 +32,9 @@ from trainer.requests import (
 from trainer.score import is_writer
 from trainer.stopping import StoppedError, StopRequest
 
+if TYPE_CHECKING:
+    from trainer.jobs import Evaluation
+
 _Item = TypeVar("_Item")
 
 # Trees or batches between two checks whether any rank was asked to stop.
@@ -46,7 +48,7 @@ _SHARING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter
 
 def answer_tasks(
     model: torch.nn.Module,
-    evaluation: Evaluation,
+    evaluation: "Evaluation",
     answers: Path,
     identity: str,
     tokenizer: Tokenizer,

@@ -7,7 +7,7 @@ and pass a layer together.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,10 @@ from data_scoring.losses.calibration import draw_calibration_set
 from data_scoring.losses.shard_scoring import check_finite, cut_blocks, longest_first, score_blocks
 from kernels.sample_loss import sum_per_sample
 from trainer.forward import deal_rows
-from trainer.jobs import AblationJob
 from trainer.score import ModelScorer
+
+if TYPE_CHECKING:
+    from trainer.jobs import AblationJob
 
 # One row per block; the first has length 0 and is the whole model. Losses are in nats per token.
 _RESULT = pa.schema(
@@ -82,7 +84,7 @@ def _pass_on(hidden_states: Tensor, *_: Any, context: Tensor | None = None, **__
     return hidden_states, context
 
 
-def measure_ablation(job: AblationJob, corpus: Corpus, model: torch.nn.Module, progress: Progress) -> None:
+def measure_ablation(job: "AblationJob", corpus: Corpus, model: torch.nn.Module, progress: Progress) -> None:
     """Write how the loss increases without each block of layers to `job.result`.
 
     Every rank calls this; one of them writes. Raises ValueError if a loss is not finite.

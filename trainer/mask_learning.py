@@ -1,7 +1,7 @@
 """Learning which neurons to keep: trained masks over a model with frozen weights, on any layout."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from data_scoring.base.progress import ProgressFile, silent
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.calibration import draw_from
 from trainer.forward import read_microbatches, run_schedule
-from trainer.jobs import MaskJob
 from trainer.masked_model import MaskedModel
 from trainer.masks import Masks
 from trainer.neuron_scores import Scores, keep_best, sum_bottlenecks
@@ -21,8 +20,11 @@ from trainer.pruning import PruningPlan
 from trainer.score import is_writer
 from trainer.weights import Weights
 
+if TYPE_CHECKING:
+    from trainer.jobs import MaskJob
 
-def learn_masks(job: MaskJob, corpus: Corpus, model: Any) -> None:
+
+def learn_masks(job: "MaskJob", corpus: Corpus, model: Any) -> None:
     """Learn which part of `model`, whose weights are frozen, gives the best student; write masks.json to the round.
 
     masks.json has the `part`, the `losses` of the steps, nats per token, and the `settings`. Every step draws a mask of
@@ -63,7 +65,7 @@ def learn_masks(job: MaskJob, corpus: Corpus, model: Any) -> None:
         write_json(job.round_folder / "masks.json", content)
 
 
-def _part(masks: Masks, units: Tensor, job: MaskJob) -> PruningPlan:
+def _part(masks: Masks, units: Tensor, job: "MaskJob") -> PruningPlan:
     logits = {kind: each.detach() for kind, each in masks.logits.items()}
     scores = Scores(
         channels=logits["channels"][0],
@@ -78,7 +80,7 @@ def _part(masks: Masks, units: Tensor, job: MaskJob) -> PruningPlan:
 class _Samples:
     """Random samples of the training shards, cycled through one batch per step."""
 
-    def __init__(self, job: MaskJob, corpus: Corpus) -> None:
+    def __init__(self, job: "MaskJob", corpus: Corpus) -> None:
         self._job, self._corpus = job, corpus
         self._shards, self._samples = draw_from(corpus, job.num_samples, job.seed, round_number=0)
         # They are ordered by shard.

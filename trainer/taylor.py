@@ -4,7 +4,7 @@ To first order, it is the change of the loss if the weight is set to zero (Molch
 checkpoint does not depend on the layout under which it was measured.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -13,12 +13,14 @@ from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.calibration import draw_from
 from trainer.checkpoint import sharded_weights
 from trainer.forward import read_microbatches, run_schedule
-from trainer.jobs import TaylorJob
 from trainer.saver import CheckpointSaver
 from trainer.train import wrap
 
+if TYPE_CHECKING:
+    from trainer.jobs import TaylorJob
 
-def measure_taylor(job: TaylorJob, corpus: Corpus, model: Any, bf16: bool) -> None:
+
+def measure_taylor(job: "TaylorJob", corpus: Corpus, model: Any, bf16: bool) -> None:
     """Overwrite all weights of `model` with |weight · gradient|, measured on random samples, and save them.
 
     The gradient is that of the mean loss over all their tokens. Writes taylor/step-00000000 to the round's folder.

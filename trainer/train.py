@@ -3,7 +3,7 @@
 import shutil
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,15 +28,17 @@ from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig
 from trainer.evaluate import answer_tasks
 from trainer.forward import read_microbatches, run_schedule
-from trainer.jobs import TrainJob
 from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, remove_seen_after
 from trainer.requests import identify_answers, requests_path
 from trainer.saver import CheckpointSaver
 from trainer.score import ModelScorer, is_writer, validate
 from trainer.stopping import StoppedError, StopRequest
 
+if TYPE_CHECKING:
+    from trainer.jobs import TrainJob
 
-def train_round(job: TrainJob, corpus: Corpus, model: torch.nn.Module, bf16: bool, stop: StopRequest) -> None:
+
+def train_round(job: "TrainJob", corpus: Corpus, model: torch.nn.Module, bf16: bool, stop: StopRequest) -> None:
     """Train `model` on the round's mix, resuming exactly from the round's last intact checkpoint.
 
     Writes to the round's folder: checkpoint/, steps.parquet, seen/, validation.parquet. Raises ValueError, keeping the
@@ -118,7 +120,7 @@ def wrap(model: Any, bf16: bool, is_sharded: bool) -> DistributedDataParallel:
 class _Logs:
     """The records of a round, each opened only on the ranks that write it."""
 
-    def __init__(self, job: TrainJob, step: int) -> None:
+    def __init__(self, job: "TrainJob", step: int) -> None:
         folder = job.round_folder
         if torch.distributed.get_rank() == 0:
             remove_seen_after(folder / "seen", step)
@@ -140,7 +142,7 @@ class _Logs:
 
 @dataclass
 class _Round:
-    job: TrainJob
+    job: "TrainJob"
     corpus: Corpus
     mix: Mix
     state: TrainingState
