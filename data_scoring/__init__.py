@@ -1,1 +1,1 @@
-"""Text to shards, losses to a ledger, a ledger to a mix; builds no model."""
+"""The data side: text to shards, losses to the ledger, losses to the next mix. It builds no model."""

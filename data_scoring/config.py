@@ -1,4 +1,4 @@
-"""What a user may set about the corpus, its tokenizer, scoring and evaluation."""
+"""Configuration sections of the corpus, its tokenizer, scoring and evaluation."""
 
 import math
 from typing import Annotated, Literal
@@ -10,19 +10,19 @@ from data_scoring.evaluation.tasks import TaskName
 
 # How token losses are computed from the model's last hidden states; `kernels.linear_cross_entropy` holds them.
 LossKernel = Literal["reference", "chunked", "triton"]
-# Rows of embedding and head come in multiples of this, alike for every tensor-parallel size that divides it.
+# Rows of embedding and head are padded to a multiple of this, the same for every tensor-parallel size that divides it.
 VOCABULARY_MULTIPLE = 128
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Return the rows of the embedding of `vocab_size` tokens."""
+    """Return the number of rows of an embedding of `vocab_size` tokens."""
     return math.ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 class Config(BaseModel):
-    """A frozen configuration section that refuses unknown fields."""
+    """A frozen configuration section that rejects unknown fields."""
 
-    # A field whose name Python keeps for itself is written and read under its alias.
+    # A field whose name is a Python keyword is written and read under its alias.
     model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
 
@@ -38,7 +38,7 @@ class SourceConfig(Config):
         "prefix of a .bin/.idx pair; for format python one of topics, docstrings, source.",
     )
     format: Literal["auto", "jsonl", "text", "parquet", "datasets", "megatron", "python"] = Field(
-        default="auto", description="How to read the path; auto goes by the file name's ending."
+        default="auto", description="How to read the path; auto decides by the file name's suffix."
     )
     text_field: str = Field(default="text", min_length=1, description="Field or column that holds a document's text.")
     document: Literal["file", "paragraph", "line"] = Field(
@@ -81,29 +81,28 @@ class TokenizerConfig(Config):
 
 
 def prefix_of(budget: str) -> int | None:
-    """Return P, in tokens, of a budget prefix:P, and None of any other."""
+    """Return P, in tokens, for a budget prefix:P, and None for any other."""
     return int(budget.removeprefix("prefix:")) if budget.startswith("prefix:") else None
 
 
 class ScoreConfig(Config):
     """How samples are scored by their loss."""
 
-    micro_batch_size: Annotated[int, FREE] = Field(
-        default=8, ge=1, le=4096, description="Samples a forward pass takes at once."
-    )
+    micro_batch_size: Annotated[int, FREE] = Field(default=8, ge=1, le=4096, description="Samples per forward pass.")
     budget: Annotated[str, Field(pattern=r"^(full|seen|auto|prefix:[1-9][0-9]*)$")] = Field(
         default="full",
-        description="full scores whole samples; prefix:P their first P tokens; seen takes the losses recorded while "
-        "training, without a forward pass; auto tries each on a calibration set and takes the cheapest that will do.",
+        description="full scores whole samples; prefix:P their first P tokens; seen uses the losses recorded during "
+        "training, without a forward pass; auto tries each on a calibration set and uses the cheapest that meets "
+        "min_correlation.",
     )
     min_correlation: float = Field(
         default=0.9,
         ge=-1,
         le=1,
-        description="Rank correlation with the full loss that budget auto asks for (Spearman).",
+        description="Least rank correlation (Spearman) with the full loss that budget auto accepts.",
     )
     calibration_samples: int = Field(
-        default=300, ge=10, le=10_000_000, description="Samples that budget auto scores in full to choose by."
+        default=300, ge=10, le=10_000_000, description="Samples that budget auto scores in full to compare the budgets."
     )
     loss_kernel: Annotated[LossKernel, FREE] = Field(
         default="chunked",
@@ -113,26 +112,28 @@ class ScoreConfig(Config):
 
 
 class EvalConfig(Config):
-    """What models are asked after each round and meanwhile, and what becomes of questions in the training text."""
+    """Evaluation after each round and during training, and contamination of the training text."""
 
     tasks: tuple[TaskName, ...] = Field(
         default=(),
-        description="Tasks that every round's model is asked; paper stands for the ten of the paper's table, ablation "
-        "for HellaSwag and ARC-Easy. Empty: none.",
+        description="Tasks on which the model of every round is evaluated; paper stands for the ten of the paper's "
+        "table, ablation for HellaSwag and ARC-Easy. Empty: none.",
     )
     data: str | None = Field(
         default=None,
         min_length=1,
         description="Folder with the tasks' files in their original schemas; null: the data sets' places on the hub.",
     )
-    limit: int | None = Field(default=None, ge=1, description="Items of each task or subject, the first; null: all.")
+    limit: int | None = Field(
+        default=None, ge=1, description="Evaluate only the first N items of each task or subject; null: all."
+    )
     every_steps: int | None = Field(
         default=None,
         ge=1,
         description="Steps between evaluations, with validation, during training; null: only when a round has ended.",
     )
     training_tasks: tuple[TaskName, ...] = Field(
-        default=("hellaswag",), description="Tasks that are asked during training and, as eval.tasks, at its end."
+        default=("hellaswag",), description="Tasks of in-training evaluation, also evaluated at the end of the round."
     )
 
     contamination: Literal["off", "report", "remove"] = Field(
@@ -144,16 +145,16 @@ class EvalConfig(Config):
         default=13,
         ge=5,
         le=50,
-        description="Words in a row, or characters of scripts without spaces, that an item and the corpus share where "
-        "they overlap (GPT-3: 13).",
+        description="Length of an n-gram in words, or characters in scripts without spaces; an item overlaps with the "
+        "corpus if they share one (GPT-3: 13).",
     )
 
     @property
     def asked(self) -> tuple[TaskName, ...]:
-        """Return the tasks that a round's last model is asked: those that are asked on the way among them."""
+        """Return the tasks of the evaluation at the end of a round, including those of in-training evaluation."""
         return (*self.tasks, *(self.training_tasks if self.every_steps is not None else ()))
 
     @property
     def removes(self) -> bool:
-        """Return whether samples that hold parts of evaluation items are left out."""
+        """Return whether samples that contain parts of evaluation items are left out."""
         return self.contamination == "remove"

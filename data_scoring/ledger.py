@@ -1,4 +1,4 @@
-"""The ledger: `ledger.duckdb`, which holds nothing but views over the run folder's Parquet files."""
+"""The ledger: `ledger.duckdb`, a database of views over the run folder's Parquet files, without data of its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from data_scoring.base.sql import literal, writing_errors
 
 @dataclass(frozen=True)
 class View:
-    """A view: what it is, its columns with type and meaning, and the SQL over the files that match `files`."""
+    """A view: its description, its columns with type and meaning, and the SQL over the files that match `files`."""
 
     comment: str
     files: str
@@ -41,51 +41,51 @@ VIEWS = {
         "corpus/samples.parquet",
         {
             **_IDENTITY,
-            "source": ("varchar", "Source that the sample's text is from."),
-            "num_tokens": ("integer", "Tokens that the sample predicts: its length less one."),
+            "source": ("varchar", "Source of the sample's text."),
+            "num_tokens": ("integer", "Predicted tokens of the sample: its length minus one."),
         },
         _plain("shard, sample, source::varchar as source, num_tokens"),
     ),
     "contamination": View(
-        "Training samples that hold parts of evaluation items, a row a sample and item.",
+        "Training samples that contain parts of evaluation items, one row per sample and item.",
         "corpus/contamination.parquet",
         {
-            "task": ("varchar", "Task that the item is of."),
-            "item": ("varchar", "Which of the task's items it is."),
+            "task": ("varchar", "Task of the item."),
+            "item": ("varchar", "Item of the task."),
             **_IDENTITY,
-            "source": ("varchar", "Source that the sample's text is from."),
-            "num_ngrams": ("bigint", "Distinct n-grams of the item that are in the sample, or in part."),
-            "excerpt": ("varchar", "The first of them, as it was compared: in lower case."),
+            "source": ("varchar", "Source of the sample's text."),
+            "num_ngrams": ("bigint", "Distinct n-grams of the item that are wholly or partly in the sample."),
+            "excerpt": ("varchar", "The first of them, normalised as for comparison: in lower case."),
         },
         _plain("task, item, shard, sample, source, num_ngrams, excerpt"),
     ),
     "contaminated_items": View(
-        "Evaluation items that were looked for in the training text, and how much of each is there.",
+        "Evaluation items that were searched for in the training text, and how much of each was found.",
         "corpus/contamination-items.parquet",
         {
-            "task": ("varchar", "Task that the item is of."),
-            "item": ("varchar", "Which of the task's items it is."),
+            "task": ("varchar", "Task of the item."),
+            "item": ("varchar", "Item of the task."),
             "num_ngrams": ("bigint", "Distinct n-grams of the item."),
             "num_found": ("bigint", "Those that are in the training text."),
-            "num_common": ("bigint", "Those that more than 10 documents have, which count as not found."),
+            "num_common": ("bigint", "Those in more than 10 documents, which count as not found."),
             "share": ("double", "num_found / num_ngrams; null for an item that is too short."),
-            "is_too_short": ("boolean", "Whether the item is too short to tell."),
+            "is_too_short": ("boolean", "Whether the item is too short to search for."),
         },
         _plain("task, item, num_ngrams, num_found, num_common, share, is_too_short"),
     ),
     "losses": View(
-        "Losses of all samples under the model that a round ended with.",
+        "Losses of all samples under the model at the end of a round.",
         "rounds/*/losses/shard=*.parquet",
         {
             **_ROUND_COLUMN,
             **_IDENTITY,
-            "num_tokens": ("integer", "Tokens that the loss is the mean of."),
+            "num_tokens": ("integer", "Number of tokens over which the loss is the mean."),
             "loss": ("float", "Mean next-token negative log-likelihood, nats per token."),
         },
         _plain(f"{_ROUND}, {_SHARD}, sample, num_tokens, loss"),
     ),
     "seen": View(
-        "Losses of samples in the very step that trained on them.",
+        "Losses of samples in the step that trained on them.",
         "rounds/*/seen/step=*.parquet",
         {
             **_ROUND_COLUMN,
@@ -96,12 +96,12 @@ VIEWS = {
         _plain(f"{_ROUND}, step, shard, sample, loss"),
     ),
     "selection": View(
-        "What was kept for a round and what was not, and why.",
+        "Which samples were kept for a round, which were not, and why.",
         "rounds/*/selection/shard=*.parquet",
         {
             **_ROUND_COLUMN,
             **_IDENTITY,
-            "loss": ("float", "Loss that was decided by, nats per token."),
+            "loss": ("float", "Loss on which the decision is based, nats per token."),
             "kept": ("boolean", "Whether the sample is in the round's mix."),
             "reason": ("varchar", "Why it is kept or not."),
         },
@@ -118,53 +118,53 @@ VIEWS = {
         _plain(f"{_ROUND}, file_row_number as place, shard, sample"),
     ),
     "budgets": View(
-        "How the samples were scored after a round, and what the ways to score that could have been would have missed.",
+        "How the samples were scored after a round, and how the alternatives compare with scoring in full.",
         "rounds/*/budget.parquet",
         {
             **_ROUND_COLUMN,
-            "candidate": ("varchar", "Way to score: full, seen or prefix:P; calibration is the measuring itself."),
-            "correlation": ("double", "Spearman's rank correlation with the full loss; null where not measured."),
-            "overlap": ("double", "Share of the samples drawn by full loss that are drawn by this one too."),
-            "chance_overlap": ("double", "The same of a draw with the same random numbers and no regard to loss."),
-            "cost_tokens": ("bigint", "Cost of all samples in training tokens, of which a forward pass is a third."),
-            "chosen": ("boolean", "Whether the samples were scored so."),
+            "candidate": ("varchar", "Budget: full, seen or prefix:P; calibration is the measurement itself."),
+            "correlation": ("double", "Spearman's rank correlation with the full loss; null if not measured."),
+            "overlap": ("double", "Share of the samples drawn by full loss that are also drawn by this loss."),
+            "chance_overlap": ("double", "The same for a draw with the same random numbers that ignores the loss."),
+            "cost_tokens": ("bigint", "Cost of scoring all samples, in training tokens; a forward pass costs a third."),
+            "chosen": ("boolean", "Whether the samples were scored with this budget."),
         },
         _plain(f"{_ROUND}, candidate, correlation, overlap, chance_overlap, cost_tokens, chosen"),
     ),
     "lineage": View(
-        "What of a larger model round 1 starts from, a row a layer; nothing where it starts from no part of one.",
+        "The parts of a larger model that round 1 starts from, one row per layer; empty without inheritance.",
         "rounds/*/inherit/lineage.parquet",
         {
             **_ROUND_COLUMN,
             "layer": ("integer", "Layer of the model, from 0."),
-            "teacher_layer": ("integer", "Layer of the larger model that it was, from 0."),
+            "teacher_layer": ("integer", "The corresponding layer of the larger model, from 0."),
             "teacher": ("varchar", "Folder of the larger model."),
-            "checkpoint": ("varchar", "Checkpoint that its weights are from."),
-            "method": ("varchar", "How the neurons that stay were chosen (model.inherit.method)."),
-            "channels": ("integer[]", "Channels of the residual stream that stay, by their numbers there."),
-            "ffn": ("integer[]", "Neurons of the feed-forward layer that stay, by their numbers there."),
-            "groups": ("integer[]", "Query groups that stay, by their numbers there."),
-            "heads": ("integer[]", "Query heads that stay, by their numbers there."),
+            "checkpoint": ("varchar", "Checkpoint of the larger model."),
+            "method": ("varchar", "How the kept neurons were chosen (model.inherit.method)."),
+            "channels": ("integer[]", "Kept channels of the residual stream, by their index in the larger model."),
+            "ffn": ("integer[]", "Kept neurons of the feed-forward layer, by their index in the larger model."),
+            "groups": ("integer[]", "Kept query groups, by their index in the larger model."),
+            "heads": ("integer[]", "Kept query heads, by their index in the larger model."),
         },
         _plain(f"{_ROUND}, layer, teacher_layer, teacher, checkpoint, method, channels, ffn, groups, heads"),
     ),
     "scores": View(
-        "What models score in evaluation tasks, a row a task and one for each of its subjects.",
+        "Scores of models in evaluation tasks, one row per task and one for each of its subjects.",
         "rounds/*/evaluation/step-*/scores/*.parquet",
         {
             **_ROUND_COLUMN,
-            "step": ("integer", "Step of the round after which it was measured."),
-            "is_end": ("boolean", "Whether it is the model that the round ended with, not one on the way."),
+            "step": ("integer", "Step of the round after which the model was evaluated."),
+            "is_end": ("boolean", "Whether the model is the one at the end of the round, not one during training."),
             "task": ("varchar", "Task."),
             "subject": ("varchar", "Subject of the task; null for the task as a whole: the mean over its subjects."),
-            "metric": ("varchar", "What the score is: acc, acc_norm, acc_text, rouge1."),
+            "metric": ("varchar", "Metric: acc, acc_norm, acc_text, rouge1."),
             "score": ("double", "Score, 0 to 1."),
-            "stderr": ("double", "Its standard error over items; null where too few items tell."),
-            "chance": ("double", "What guessing scores; null for a subject."),
+            "stderr": ("double", "Standard error of the score over items; null if there are too few items."),
+            "chance": ("double", "Score of guessing; null for a subject."),
             "num_items": ("bigint", "Items that were scored."),
-            "num_unscorable": ("bigint", "Items that could not be; the view unscorable lists them."),
-            "num_fewshot": ("integer", "Solved examples before each question."),
-            "num_shortened": ("bigint", "Items whose examples were fewer, for the model's length; null for a subject."),
+            "num_unscorable": ("bigint", "Items that could not be scored; the view unscorable lists them."),
+            "num_fewshot": ("integer", "Few-shot examples before each question."),
+            "num_shortened": ("bigint", "Items with fewer examples, to fit the model's length; null for a subject."),
         },
         _plain(
             f"{_ROUND}, {_STEP}, is_end, task, subject, metric, score, stderr, chance, num_items, num_unscorable, "
@@ -172,27 +172,27 @@ VIEWS = {
         ),
     ),
     "scored_items": View(
-        "What models score in each item of evaluation tasks.",
+        "Scores of models in each item of evaluation tasks.",
         "rounds/*/evaluation/step-*/items/*.parquet",
         {
             **_ROUND_COLUMN,
-            "step": ("integer", "Step of the round after which it was measured."),
-            "is_end": ("boolean", "Whether it is the model that the round ended with, not one on the way."),
+            "step": ("integer", "Step of the round after which the model was evaluated."),
+            "is_end": ("boolean", "Whether the model is the one at the end of the round, not one during training."),
             "task": ("varchar", "Task."),
             "subject": ("varchar", "Subject of the task, by lm-eval's name."),
-            "item": ("varchar", "Where the item is: file and line, or place on the hub."),
+            "item": ("varchar", "Location of the item: file and line, or place on the hub."),
             "score": ("double", "Score, 0 to 1."),
         },
         _plain(f"{_ROUND}, {_STEP}, is_end, task, subject, item, score"),
     ),
     "unscorable": View(
-        "Evaluation items that no model was asked, and why.",
+        "Evaluation items that could not be scored, and why.",
         "rounds/*/evaluation/step-*/unscorable/*.parquet",
         {
             **_ROUND_COLUMN,
-            "step": ("integer", "Step of the round after which the others were asked."),
+            "step": ("integer", "Step of the round after which the other items were scored."),
             "task": ("varchar", "Task."),
-            "item": ("varchar", "Where the item is: file and line, or place on the hub."),
+            "item": ("varchar", "Location of the item: file and line, or place on the hub."),
             "reason": ("varchar", "Why it cannot be scored."),
         },
         _plain(f"{_ROUND}, {_STEP}, task, item, reason"),
@@ -217,7 +217,7 @@ VIEWS = {
         "rounds/*/validation.parquet",
         {
             **_ROUND_COLUMN,
-            "step": ("integer", "Step of the round after which it was measured."),
+            "step": ("integer", "Step of the round after which the loss was measured."),
             "source": ("varchar", "Source of the text."),
             "loss": ("double", "Mean loss over the source's validation tokens, nats per token."),
             "num_tokens": ("bigint", "Validation tokens of the source."),
@@ -229,22 +229,22 @@ VIEWS = {
 # Views over views: (comment, columns, SQL).
 DERIVED = {
     "final_scores": (
-        "What the model that a round ended with scores in each task as a whole.",
+        "Scores of the model at the end of a round in each task as a whole.",
         {
             **_ROUND_COLUMN,
             "task": ("varchar", "Task."),
-            "metric": ("varchar", "What the score is: acc, acc_norm, acc_text, rouge1."),
+            "metric": ("varchar", "Metric: acc, acc_norm, acc_text, rouge1."),
             "score": ("double", "Score, 0 to 1."),
-            "stderr": ("double", "Its standard error over items; null where too few items tell."),
-            "chance": ("double", "What guessing scores."),
+            "stderr": ("double", "Standard error of the score over items; null if there are too few items."),
+            "chance": ("double", "Score of guessing."),
             "num_items": ("bigint", "Items that were scored."),
-            "num_unscorable": ("bigint", "Items that could not be."),
+            "num_unscorable": ("bigint", "Items that could not be scored."),
         },
         """select round, task, metric, score, stderr, chance, num_items, num_unscorable from scores
         where is_end and subject is null qualify step = max(step) over (partition by round) and score is not null""",
     ),
     "rounds": (
-        "One row a round that has trained, with its cost and its result.",
+        "One row per round that has trained, with its cost and its result.",
         {
             **_ROUND_COLUMN,
             "num_steps": ("bigint", "Optimizer steps done."),
@@ -265,15 +265,15 @@ DERIVED = {
         ) v using (round) order by s.round""",
     ),
     "forgetting": (
-        "Loss of each sample when it was trained on beside its loss after the round; unless scored in full (see "
-        "budgets), they are not of the same tokens.",
+        "Loss of each sample when it was trained on and its loss after the round. Unless samples were scored in full "
+        "(see budgets), the two losses are not over the same tokens.",
         {
             **_ROUND_COLUMN,
             "step": ("integer", "Step that trained on the sample."),
             **_IDENTITY,
             "seen_loss": ("float", "Loss in the step that trained on the sample, nats per token."),
-            "loss": ("float", "Loss under the model that the round ended with, nats per token."),
-            "forgotten": ("float", "loss less seen_loss: above 0 where the model got worse at it."),
+            "loss": ("float", "Loss under the model at the end of the round, nats per token."),
+            "forgotten": ("float", "loss minus seen_loss: above 0 if the model got worse on the sample."),
         },
         """select round, step, shard, sample, seen.loss as seen_loss, losses.loss as loss,
             losses.loss - seen.loss as forgotten
@@ -283,9 +283,9 @@ DERIVED = {
 
 
 def refresh_ledger(run_folder: Path) -> Path:
-    """Write `ledger.duckdb` anew, its views covering the files that exist now and those that will match, and return it.
+    """Write `ledger.duckdb` again and return its path; its views also cover files that will match later.
 
-    It is renamed into place, so whoever has the old one open reads on undisturbed.
+    It is renamed into place, so readers that have the old file open are not disturbed.
     """
     run_folder = run_folder.resolve()
     path = run_folder / "ledger.duckdb"
@@ -316,13 +316,13 @@ def _create(
 def query(run_folder: Path, sql: str) -> duckdb.DuckDBPyRelation:
     """Return the rows that `sql` selects from the run's ledger, opened read-only.
 
-    Raises ValueError with DuckDB's message where the query is wrong.
+    Raises ValueError with DuckDB's message if the query fails.
     """
     connection = duckdb.connect(str(run_folder / "ledger.duckdb"), read_only=True)
     try:
         result = connection.sql(sql)
         if result is not None:
-            # A query may be sound and still fail on the way, at a cast say.
+            # A valid query can still fail while it runs, for example in a cast.
             result = result.materialize()
     except duckdb.Error as error:
         raise ValueError(

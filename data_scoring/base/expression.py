@@ -1,4 +1,4 @@
-"""The user's own score: one SQL expression over a sample's columns, checked before it is ever run."""
+"""The user's own score: one SQL expression over a sample's columns, checked before it runs."""
 
 import functools
 import json
@@ -16,12 +16,12 @@ COLUMNS = {
     "seen_loss": "float",
 }
 
-# What an expression may be made of. Subqueries, windows and parameters are not among it: nothing but the sample's own
-# columns decides, so that the result depends on no other row and on no order.
+# The node classes that an expression may contain. Subqueries, windows and parameters are excluded, so that the result
+# depends only on the sample's own columns and not on other rows or their order.
 _CLASSES = {
     "BETWEEN", "CASE", "CAST", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT", "FUNCTION", "OPERATOR", "TYPE",
 }  # fmt: skip
-# Functions whose result their arguments alone decide, and that look at nothing else.
+# Pure functions: the result depends on the arguments alone.
 _FUNCTIONS = (
     {"+", "-", "*", "/", "//", "%", "^", "**", "~~", "!~~", "~~*", "!~~*"}
     | {"abs", "sign", "ceil", "floor", "round", "trunc", "mod", "greatest", "least", "nullif", "ifnull"}
@@ -36,8 +36,8 @@ _NUMBERS = re.compile(r"(U?TINYINT|U?SMALLINT|U?INTEGER|U?BIGINT|U?HUGEINT|FLOAT
 def check_expression(sql: str) -> frozenset[str]:
     """Return the columns (of `COLUMNS`) that the SQL expression `sql` uses.
 
-    Raises ValueError where it is no single expression of these columns with a number as its result, or where it would
-    read anything else, or not give the same result every time.
+    Raises ValueError unless it is a single numeric expression of these columns that reads nothing else and is
+    deterministic.
     """
     import duckdb
 
@@ -46,12 +46,12 @@ def check_expression(sql: str) -> frozenset[str]:
         for node in nodes:
             kind = node["class"]
             if kind not in _CLASSES:
-                raise ValueError(f"sql: {sql!r} holds a {kind.lower()}, and only expressions of columns may be used")
+                raise ValueError(f"sql: {sql!r} contains a {kind.lower()}; use only expressions of columns")
             if kind == "COLUMN_REF" and len(node["column_names"]) > 1:
                 raise ValueError(f"sql: {'.'.join(node['column_names'])} in {sql!r}: name the column alone")
             if kind == "FUNCTION" and node["function_name"] not in _FUNCTIONS:
                 raise ValueError(
-                    f"sql: {node['function_name']}() in {sql!r} is none of the functions that may be used: "
+                    f"sql: {node['function_name']}() in {sql!r} is not allowed; use one of "
                     f"{', '.join(sorted(_FUNCTIONS))}"
                 )
         _check_type(connection, sql)
@@ -59,11 +59,11 @@ def check_expression(sql: str) -> frozenset[str]:
 
 
 def _parse(connection: "duckdb.DuckDBPyConnection", sql: str) -> dict[str, Any]:
-    """Return the expression's tree. What closes the bracket early shows as more than one expression, or as a FROM."""
+    """Return the expression's tree. Raises ValueError for SQL that closes the bracket early to add more."""
     [(text,)] = connection.execute("select json_serialize_sql(?::varchar)", [f"select ({sql})"]).fetchall()
     parsed = json.loads(text)
     if parsed["error"]:
-        raise ValueError(f"sql: {sql!r} is no SQL expression ({parsed['error_message']}); mend it")
+        raise ValueError(f"sql: {sql!r} is not an SQL expression ({parsed['error_message']}); correct it")
     node = parsed["statements"][0]["node"]
     is_plain = (
         len(parsed["statements"]) == 1
@@ -101,4 +101,4 @@ def _check_type(connection: "duckdb.DuckDBPyConnection", sql: str) -> None:
             f"sql: {sql!r} cannot be computed ({' '.join(str(error).split())}); the columns are {', '.join(COLUMNS)}"
         ) from None
     if not _NUMBERS.fullmatch(kind):
-        raise ValueError(f"sql: {sql!r} results in {kind}; write an expression whose result is a number")
+        raise ValueError(f"sql: {sql!r} has type {kind}; write an expression whose result is a number")

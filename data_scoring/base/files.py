@@ -17,7 +17,7 @@ def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # In a container, a killed process' leftover may well bear this process' number.
+    # In a container, a killed process may have had the same process id.
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
@@ -29,13 +29,13 @@ def writing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def making(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success it appears as `folder`, on failure it is removed, with parents made for it.
+    """Yield a temporary folder; on success it is renamed to `folder`, on failure removed with the parents it created.
 
-    OSErrors name what was to be made. One process at a time makes the same folder.
+    OSErrors name `folder`, not the temporary one. Only one process at a time may make the same folder.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     absent = [parent for parent in folder.parents if not parent.exists()]
-    # What a killed process left.
+    # A killed process may have left one behind.
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -52,7 +52,7 @@ def making(folder: Path) -> Iterator[Path]:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Make the finished file or folder `temporary` appear at `path`, durably."""
+    """Fsync the finished file or folder `temporary` and rename it to `path`."""
     for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
         _fsync(file)
     temporary.rename(path)
@@ -74,9 +74,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`, or None where the file does not exist.
+    """Return the JSON value in `path`, or None if the file does not exist.
 
-    Raises ValueError, naming the file and the remedy, where it is not JSON.
+    Raises ValueError, naming the file and the remedy, if it is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def checksum(path: Path) -> str:
 
 
 def disk_error(reason: str, path: Path) -> OSError | None:
-    """Return the OSError, naming `path`, that a library which writes files has put into words, or None."""
+    """Return the OSError, naming `path`, that a library's error message `reason` describes, or None."""
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
         if os.strerror(number) in reason:
             return OSError(number, os.strerror(number), str(path))
@@ -110,15 +110,15 @@ def disk_error(reason: str, path: Path) -> OSError | None:
 
 
 def explain(error: OSError) -> str | None:
-    """Return one line with the remedy for an error that the user can mend (no space, no access), else None."""
+    """Return one line with the remedy for an error that the user can fix (no space, no access), else None."""
     remedies = {
-        errno.ENOSPC: "free some space and run the same command again: what is complete is kept",
-        errno.EDQUOT: "raise your quota or free some space, and run the same command again: what is complete is kept",
+        errno.ENOSPC: "free some space and run the same command again: completed work is kept",
+        errno.EDQUOT: "raise your quota or free some space, and run the same command again: completed work is kept",
         errno.EACCES: "give yourself access to it, or name another folder",
-        errno.EROFS: "name a folder that can be written to",
-        errno.ENOTDIR: "something on the way there is a file: name another folder",
+        errno.EROFS: "name a writable folder",
+        errno.ENOTDIR: "part of this path is a file; name another folder",
     }
-    # Arrow's errors have the number in their text alone.
+    # Arrow's errors carry the number only in their text.
     numbers = [error.errno] if error.errno else [number for number in remedies if f"[errno {number}]" in str(error)]
     if not numbers or numbers[0] not in remedies:
         return None
@@ -126,14 +126,14 @@ def explain(error: OSError) -> str | None:
 
 
 def allow_open_files(count: int) -> None:
-    """Let this process hold `count` files open. Raises ValueError where the system's limit is lower."""
+    """Raise this process's limit to hold `count` files open. Raises ValueError if the system's limit is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + 256
     if soft >= needed or soft == resource.RLIM_INFINITY:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ValueError(
-            f"corpus.num_shards: {needed} open files are needed and {hard} allowed; lower corpus.num_shards, "
+            f"corpus.num_shards: {needed} open files are needed, but {hard} are allowed; lower corpus.num_shards, "
             "or raise the limit (ulimit -Hn)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

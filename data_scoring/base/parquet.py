@@ -1,4 +1,4 @@
-"""Parquet files that carry the fingerprint of what they were made from."""
+"""Parquet files that carry the fingerprint of their inputs."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ FINGERPRINT_KEY = b"reprise.fingerprint"
 
 
 def parquet_fingerprint(path: Path) -> str | None:
-    """Return the fingerprint that a results file carries, or None where there is no such file."""
+    """Return the fingerprint stored in a results file, or None if there is no such file."""
     if not path.exists():
         return None
     metadata = pq.read_schema(path).metadata or {}

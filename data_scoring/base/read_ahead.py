@@ -1,4 +1,4 @@
-"""Reading ahead: what is read next is read while what was read is worked on."""
+"""Reading ahead: a thread reads the next items while the current one is processed."""
 
 import queue
 import threading
@@ -9,7 +9,7 @@ _Item = TypeVar("_Item")
 
 
 def read_ahead(items: Iterator[_Item], depth: int = 2) -> Iterator[_Item]:
-    """Yield `items`, read by a thread that stays at most `depth` ahead; what it raises is raised here, in its place."""
+    """Yield `items`, read by a thread at most `depth` items ahead; its errors are raised here, in order."""
     waiting: queue.Queue[tuple[str, _Item | BaseException | None]] = queue.Queue(maxsize=depth)
 
     def read() -> None:

@@ -1,4 +1,4 @@
-"""Values inside SQL text, for the places where DuckDB takes no parameters, and DuckDB's errors in ours."""
+"""SQL text for DuckDB where it takes no parameters, bounded connections, and translation of DuckDB's errors."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 @contextmanager
 def writing_errors(path: Path) -> Iterator[None]:
-    """Turn what DuckDB raises for a full disk into the OSError that everything else raises, naming `path`."""
+    """Convert DuckDB's error for a full disk to an OSError that names `path`."""
     import duckdb
 
     try:
         yield
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-        other = ValueError(f"{path}: cannot be written ({' '.join(str(error).split())}); mend it and go on")
+        other = ValueError(f"{path}: cannot be written ({' '.join(str(error).split())}); fix this and run again")
         raise disk_error(str(error), path) or other from None
 
 
 @contextmanager
 def bounded(folder: Path, memory_gb: float) -> Iterator["duckdb.DuckDBPyConnection"]:
-    """Yield a connection to an empty database that takes `memory_gb` GB at most and puts the rest under `folder`."""
+    """Yield a connection to an empty database that uses at most `memory_gb` GB and spills to disk under `folder`."""
     import duckdb
 
     spill = folder / ".spill"
     shutil.rmtree(spill, ignore_errors=True)
-    # DuckDB's own limit does not cover what it reads and writes files with.
+    # DuckDB's own limit does not cover its buffers for reading and writing files.
     limit = f"{round(memory_gb * 0.8 * 1000)}MB"
     try:
         with duckdb.connect(config={"memory_limit": limit, "temp_directory": str(spill)}) as connection:
@@ -46,18 +46,18 @@ def literal(value: object) -> str:
 
 
 def random_bits(*parts: object) -> str:
-    """Return the SQL expression of 64 random bits that `parts`, integers or SQL expressions, decide alone.
+    """Return the SQL expression of 64 random bits that depend only on `parts`, integers or SQL expressions.
 
-    DuckDB's hash of several values is a xor of theirs: with it alone, two seeds would order all rows alike but for a
-    constant. Hashing once more mixes them.
+    DuckDB's hash of several values is the xor of their hashes, so a second seed would only xor all rows with a
+    constant. Hashing once more mixes the bits.
     """
     return f"hash(hash({', '.join(str(part) for part in parts)}))"
 
 
 def gumbel(bits: str) -> str:
-    """Return the SQL of Gumbel noise made of the 64 random bits that the expression `bits` gives.
+    """Return the SQL of Gumbel noise computed from the 64 random bits of the expression `bits`.
 
-    Of samples with the logarithms of their weights plus this noise, the highest are a draw without replacement. The
-    high 52 bits make a uniform number strictly between 0 and 1 without rounding, so that the noise is always finite.
+    The samples with the highest log-weight plus noise are a weighted draw without replacement. The high 52 bits make a
+    uniform number strictly between 0 and 1 without rounding, so the noise is always finite.
     """
     return f"-ln(-ln(((({bits}) >> 12)::double + 0.5) * {2.0**-52!r}::double))"

@@ -1,1 +1,1 @@
-"""Which evaluation items the training text contains. It reads the corpus, and neither losses nor mixes."""
+"""Contamination: which evaluation items the training text contains. It reads the corpus, not losses or mixes."""

@@ -1,8 +1,8 @@
-"""Contamination: which evaluation items, or parts of them, the training text holds, found by their n-grams.
+"""Contamination: which evaluation items, or parts of them, occur in the training text, found by n-grams.
 
-The rule is GPT-3's (Brown et al. 2020, arXiv 2005.14165, appendix C): an item overlaps where any of its n-grams, by
-default 13 units long, is in the corpus, but for n-grams that more than 10 documents have, which are common phrases and
-boilerplate. What a unit is, and how text is normalised, `ngrams.py` says.
+The rule is GPT-3's (Brown et al. 2020, arXiv 2005.14165, appendix C): an item overlaps if any of its n-grams, by
+default 13 units long, is in the corpus. N-grams in more than 10 documents are common phrases and boilerplate and do not
+count. `ngrams.py` defines units and the normalisation of text.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import duckdb
 
 _FORMAT_VERSION = 1
-# Which samples overlap, in a few digits: what a mix without them depends on.
+# Metadata key of a digest of the overlapping samples, on which a mix without them depends.
 _SAMPLES_KEY = b"reprise.samples"
 _PAIRS = pa.schema(
     [
@@ -51,24 +51,24 @@ def contamination_path(corpus_folder: Path) -> Path:
 
 
 def contaminated_items_path(corpus_folder: Path) -> Path:
-    """Return the path of the items, each with how much of it was found."""
+    """Return the path of the items with the share of each that was found."""
     return corpus_folder / "contamination-items.parquet"
 
 
 def write_contamination(
     order: ReadingOrder, tokenizer: Tokenizer, items: Iterable[ItemText], ngram: int, progress: Progress
 ) -> bool:
-    """Write which `items` overlap with which training samples into the corpus' folder; return whether it was to do.
+    """Write which `items` overlap with which training samples to the corpus's folder; return whether it wrote anything.
 
-    Two files: a row an overlapping item and sample, and a row an item, with the share of its n-grams that was found.
-    What is there already of the same corpus, items and `ngram` is kept. Memory is that of the items' n-grams.
-    Raises ValueError where there is no item.
+    Two files: one row per overlapping item and sample, and one row per item with the share of its n-grams found.
+    Existing files for the same corpus, items and `ngram` are kept. Memory is that of the items' n-grams. Raises
+    ValueError if there are no items.
     """
     import duckdb
 
     folder, listed = order.corpus.folder, list(items)
     if not listed:
-        raise ValueError("eval.contamination: there are no items to look for; name tasks that have some, or set off")
+        raise ValueError("eval.contamination: there are no items to look for; name tasks that have items, or set off")
     pairs_path, items_path = contamination_path(folder), contaminated_items_path(folder)
     identity = f"{_origin(order.corpus.fingerprint, ngram)}-{fingerprint([asdict(item) for item in listed])}"
     if parquet_fingerprint(pairs_path) == parquet_fingerprint(items_path) == identity:
@@ -86,7 +86,7 @@ def write_contamination(
 
 
 def samples_fingerprint(corpus_folder: Path, corpus_fingerprint: str, ngram: int) -> str | None:
-    """Return what identifies the samples of a corpus that overlap with items, or None where nobody has looked."""
+    """Return the fingerprint of the samples of a corpus that overlap with items, or None if it was not searched."""
     path = contamination_path(corpus_folder)
     if not (parquet_fingerprint(path) or "").startswith(f"{_origin(corpus_fingerprint, ngram)}-"):
         return None
@@ -98,7 +98,7 @@ def _origin(corpus_fingerprint: str, ngram: int) -> str:
 
 
 def _found(order: ReadingOrder, overlaps: Overlaps) -> pa.Table:
-    """Return a row for each n-gram and training sample that has it: ngram, source, shard, sample."""
+    """Return one row per n-gram and training sample that contains it: ngram, source, shard, sample."""
     shards, samples = (np.full(len(overlaps.ngrams), -1, np.int64) for _ in range(2))
     for source in range(len(order.sources)):
         mine = np.flatnonzero(overlaps.sources == source)
@@ -139,7 +139,7 @@ def _pairs_table(connection: "duckdb.DuckDBPyConnection", index: ItemIndex, sour
         from found join owned using (ngram) group by item, shard, sample order by item, shard, sample"""
     ).fetchnumpy()
     excerpts: list[str] = []
-    # One item after the other, so that each is cut into units once.
+    # Grouped by item, so that each item is split into units once.
     numbers, starts = np.unique(pairs["item"], return_index=True)
     for number, start, stop in zip(numbers, starts, [*starts[1:], len(pairs["item"])], strict=False):
         excerpts += _excerpts(index.items[number].text, pairs["place"][start:stop], index.longest)
@@ -157,7 +157,7 @@ def _pairs_table(connection: "duckdb.DuckDBPyConnection", index: ItemIndex, sour
 
 
 def _excerpts(text: str, places: NDArray[np.int64], longest: int) -> list[str]:
-    """Return the n-grams of an item that begin at `places`, numbers of units, as they are compared."""
+    """Return the n-grams of an item that begin at the units `places`, normalised as for comparison."""
     units = split_units([text])
     lasts = np.minimum(places + longest, len(units.ends)) - 1
     spans = zip(units.starts[places].tolist(), units.ends[lasts].tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""The n-grams of evaluation items, indexed to be looked up in text."""
+"""An index of the n-grams of evaluation items, for lookup in text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from data_scoring.contamination.ngrams import Units, hash_ngrams, split_units
 from data_scoring.evaluation.items import ItemText
 
-# An item of fewer units than an n-gram is one n-gram by itself, unless it is shorter than this: it would be found
-# anywhere (GPT-3's lower bound).
+# An item with fewer units than an n-gram is one n-gram by itself. Items shorter than this are left out: they would be
+# found anywhere (GPT-3's lower bound).
 SHORTEST = 8
-# Hashes are first looked up by their high bits, in a table that the processor's cache holds.
+# Hashes are first looked up by their high bits, in a table that fits into the processor's cache.
 _TABLE_BITS = 22
 _CHUNK_CHARACTERS = 1 << 22
 
@@ -21,9 +21,8 @@ _CHUNK_CHARACTERS = 1 << 22
 class ItemIndex:
     """The n-grams of items: distinct `hashes`, [num_ngrams] uint64, ascending, of runs of `lengths` units.
 
-    Each row of `ngrams`, `owners` and `places`, [n] int64, is an n-gram's number, an item that has it, and the unit of
-    the item with which it first begins there. Items that are too short to tell have no row. `longest` is the n that was
-    asked for.
+    Each row of `ngrams`, `owners` and `places`, [n] int64, is the number of an n-gram, an item that contains it, and
+    the unit of the item at which it first begins. Items that are too short have no row. `longest` is the requested n.
     """
 
     items: list[ItemText]
@@ -36,7 +35,7 @@ class ItemIndex:
     table: NDArray[np.bool_]
 
     def find(self, units: Units) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the items' n-grams in `units`: numbers of n-grams, and of their first and last units, [n] int64."""
+        """Return the n-grams found in `units`: their numbers, and their first and last units, [n] int64 each."""
         found = [np.empty((3, 0), np.int64)]
         for length, hashes, is_within in hash_ngrams(units, self.lengths):
             firsts = np.flatnonzero(self.table[hashes >> np.uint64(64 - _TABLE_BITS)] & is_within)
@@ -56,7 +55,7 @@ def index_items(items: list[ItemText], ngram: int) -> ItemIndex:
     for first, texts in _chunks(items):
         units = split_units(texts)
         counts = np.bincount(units.owners, minlength=len(texts))
-        # How long an item's n-grams are; 0 for one that is too short.
+        # The length of each item's n-grams; 0 for items that are too short.
         wanted = np.where(counts >= min(SHORTEST, ngram), np.minimum(counts, ngram), 0)
         present = set(np.unique(wanted[wanted > 0]).tolist())
         lengths |= present
@@ -81,7 +80,7 @@ def index_items(items: list[ItemText], ngram: int) -> ItemIndex:
 
 
 def _chunks(items: list[ItemText]) -> Iterator[tuple[int, list[str]]]:
-    """Yield the texts of items, some at a time, with the number of the first."""
+    """Yield (number of the first item, texts) for successive chunks of items."""
     start, characters = 0, 0
     for number, item in enumerate(items):
         characters += len(item.text)

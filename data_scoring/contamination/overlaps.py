@@ -1,7 +1,7 @@
-"""Looking for the n-grams of evaluation items in the training text, document by document, as it is decoded.
+"""Search for the n-grams of evaluation items in the training text, decoded document by document.
 
-An n-gram may go from one sample to the next: text is read in its own order, not in the shards', and samples are told
-apart only where something was found.
+An n-gram may span two samples, so text is read in its own order, not in that of the shards. The samples of an n-gram
+are determined only when it is found.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from data_scoring.contamination.ngrams import Units, split_units
 from data_scoring.corpus.reading_order import ReadingOrder
 from data_scoring.tokenizer.tokenizer import Tokenizer
 
-# An n-gram that more documents have is a common phrase (GPT-3, appendix C).
+# An n-gram in more documents than this is a common phrase (GPT-3, appendix C).
 MOST_DOCUMENTS = 10
-# Longer documents are decoded in pieces, which overlap by more tokens than an n-gram's units ever have.
+# Longer documents are decoded in pieces, which overlap by more tokens than an n-gram can have.
 _PIECE_TOKENS = 1 << 13
 _TOKENS_PER_UNIT = 32
 _CONTEXT_TOKENS = 16
@@ -27,9 +27,10 @@ _CONTEXT_TOKENS = 16
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Which samples have which n-grams: `ngrams`, `sources` and `samples`, [n] int64 each, distinct rows.
+    """Which samples contain which n-grams: `ngrams`, `sources` and `samples`, [n] int64 each, distinct rows.
 
-    Samples are numbered as they follow in their source. n-grams that are common, [num_ngrams] bool, are not listed.
+    Samples are numbered in the reading order of their source. Common n-grams, `is_common` [num_ngrams] bool, have no
+    rows.
     """
 
     ngrams: NDArray[np.int64]
@@ -40,7 +41,7 @@ class Overlaps:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A piece of a document: its tokens, the first of which is at `start` in its source."""
+    """A piece of a document: its tokens; `start` is the position of the first one in the source."""
 
     document: int
     start: int
@@ -50,7 +51,7 @@ class _Piece:
 
 
 def find_overlaps(order: ReadingOrder, tokenizer: Tokenizer, index: ItemIndex, progress: Progress) -> Overlaps:
-    """Return which samples of the corpus have which n-grams of `index`."""
+    """Return which samples of the corpus contain which n-grams of `index`."""
     search = _Search(tokenizer, index, order.sample_length)
     documents = done = 0
     for source in range(len(order.sources)):
@@ -66,17 +67,17 @@ def find_overlaps(order: ReadingOrder, tokenizer: Tokenizer, index: ItemIndex, p
 
 
 def _cut(order: ReadingOrder, source: int, document: int, overlap: int) -> Iterator[list[_Piece]]:
-    """Yield the documents of a source in pieces, some at a time; documents are numbered from `document` on."""
+    """Yield lists of pieces of a source's documents; documents are numbered from `document` upward."""
     end = int(order.corpus.manifest["end_of_document"])
     rest: NDArray[np.integer] = np.empty(0, np.int64)
-    # Where the rest begins in the source, and whether a document begins there.
+    # Position of the rest in the source, and whether a document begins there.
     position, is_head = 0, True
     for block in chain(order.blocks(source), [None]):
         tokens = rest if block is None else np.concatenate([rest, block])
         stops = np.flatnonzero(tokens == end).tolist()
         is_over = [True] * len(stops)
         if len(tokens) > (stops[-1] + 1 if stops else 0):
-            # The last document ends where the source does, else it may go on in the next block.
+            # The last document may continue in the next block, unless the source ends here.
             stops.append(len(tokens))
             is_over.append(block is None)
         pieces, start = [], 0
@@ -93,17 +94,17 @@ def _cut(order: ReadingOrder, source: int, document: int, overlap: int) -> Itera
 
 
 class _Search:
-    """What was found so far."""
+    """The state of a search: the overlaps found so far."""
 
     def __init__(self, tokenizer: Tokenizer, index: ItemIndex, sample_length: int) -> None:
         self._tokenizer, self._index, self._sample_length = tokenizer, index, sample_length
-        # In how many documents each n-gram was, and the last one of them.
+        # The number of documents that contain each n-gram, and the last such document.
         self._num_documents = np.zeros(len(index.hashes), np.int64)
         self._last_document = np.full(len(index.hashes), -1, np.int64)
         self._found = [np.empty((0, 3), np.int64)]
 
     def look(self, source: int, pieces: list[_Piece]) -> None:
-        """Look into some pieces of documents, each document's in order."""
+        """Search some pieces of documents; those of one document must come in order."""
         units = split_units(self._tokenizer.decode_batch([piece.tokens.tolist() for piece in pieces]))
         ngrams, firsts, lasts = self._index.find(_without_fragments(units, pieces))
         if not len(ngrams):
@@ -119,7 +120,7 @@ class _Search:
 
     def _count(self, ngrams: NDArray[np.int64], documents: NDArray[np.int64]) -> None:
         ngrams, documents = np.unique(np.stack([ngrams, documents]), axis=1)
-        # Documents come in order, so that only the last one of before may come again.
+        # Documents come in order, so only the last one of an earlier call can recur.
         is_new = documents != self._last_document[ngrams]
         np.add.at(self._num_documents, ngrams[is_new], 1)
         self._last_document[ngrams] = documents
@@ -129,14 +130,14 @@ class _Search:
         return np.asarray(self._num_documents > MOST_DOCUMENTS)
 
     def _samples_of(self, piece: _Piece, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the samples, of the shape of `units`, in which units of a piece begin."""
+        """Return the samples in which the given units of a piece begin, in the shape of `units`."""
         length = self._sample_length
         first = piece.start // length
         borders = np.arange((first + 1) * length, piece.start + len(piece.tokens), length) - piece.start
         if not len(borders):
             return np.full_like(units, first)
-        # Counted from border to border, with a few tokens before, for a text's first tokens may decode otherwise than
-        # the same tokens within it.
+        # Units are counted from border to border, with a few tokens of context before, because the first tokens of a
+        # text may decode differently from the same tokens inside it.
         lasts = [0, *borders[:-1].tolist()]
         starts = [max(0, last - _CONTEXT_TOKENS) for last in lasts]
         spans = [*zip(starts, borders.tolist(), strict=True), *zip(starts, lasts, strict=True)]
@@ -145,23 +146,23 @@ class _Search:
         return np.asarray(first + np.searchsorted(np.cumsum(up_to - before), units, side="right"))
 
     def _add(self, ngrams: NDArray[np.int64], source: int, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> None:
-        """Note that the samples `firsts` to `lasts` have parts of `ngrams`."""
+        """Record that the samples `firsts` to `lasts` contain parts of `ngrams`."""
         sizes = lasts - firsts + 1
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         rows = [np.repeat(ngrams, sizes), np.full(len(within), source), np.repeat(firsts, sizes) + within]
         self._found.append(np.unique(np.stack(rows, axis=1), axis=0))
 
     def result(self) -> Overlaps:
-        """Return all that was found."""
+        """Return all overlaps found, without common n-grams."""
         found = np.unique(np.concatenate(self._found), axis=0)
         found = found[~self._is_common[found[:, 0]]]
         return Overlaps(found[:, 0], found[:, 1], found[:, 2], self._is_common)
 
 
 def _without_fragments(units: Units, pieces: list[_Piece]) -> Units:
-    """Return `units` such that no n-gram holds one at which a document was cut, for that may be half a word.
+    """Return `units` such that no n-gram contains a unit at which a document was cut, which may be half a word.
 
-    The n-grams there are those of the next piece too, or of the one before.
+    Nothing is lost: the n-grams there are also in the next or the previous piece.
     """
     owners = units.owners.copy()
     numbers = np.arange(len(pieces))

@@ -1,1 +1,1 @@
-"""Text to shards and back: sources, tokenisation, packing, reading."""
+"""The corpus: sources, tokenisation, packing into shards, and reading samples back."""

@@ -1,4 +1,4 @@
-"""The corpus: its manifest and the reading of samples, wherever their tokens lie."""
+"""The corpus: its manifest, and reading samples from its shards."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,15 +12,15 @@ from data_scoring.base.files import allow_open_files, checksum, fingerprint, rea
 from data_scoring.corpus.indexed import IndexedTokens, open_indexed
 
 FORMAT_VERSION = 1
-VALIDATION = -1  # the shard number by which the validation set is read
+VALIDATION = -1  # the shard number of the validation set
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples side by side.
+    """A batch of samples.
 
-    tokens: [num_samples, seq_length + 1] int64, padded with zeros; num_tokens: [num_samples] int64, how many of a
-    sample's tokens are predicted, that is its length, as far as it was read, less one.
+    tokens: [num_samples, seq_length + 1] int64, padded with zeros; num_tokens: [num_samples] int64, the number of
+    predicted tokens of each sample: its length as read, minus one.
     """
 
     tokens: NDArray[np.int64]
@@ -30,7 +30,7 @@ class Batch:
 class Corpus:
     """A prepared corpus, opened read-only.
 
-    Shards are numbered 0..num_shards-1, samples 0..num_samples(shard)-1; both numbers hold for the corpus' life.
+    Shards are numbered 0..num_shards-1, samples 0..num_samples(shard)-1; both numberings are fixed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +50,7 @@ class Corpus:
         self.num_shards = len(manifest["shards"])
         self.num_validation_samples: int = manifest["validation"]["num_samples"]
         self._parts: dict[int, list[IndexedTokens]] = {}
-        # A mapped pair takes three descriptors, for a map keeps one of its own.
+        # A mapped pair takes three descriptors: each memory map holds one of its own.
         allow_open_files(3 * sum(len(entry["parts"]) for entry in [manifest["validation"], *manifest["shards"]]))
 
     @property
@@ -70,18 +70,18 @@ class Corpus:
         return [part["name"] for part in parts for _ in range(part["num_samples"])]
 
     def num_samples(self, shard: int) -> int:
-        """Return how many samples a shard, or the validation set, holds."""
+        """Return the number of samples in a shard or the validation set."""
         return int(self._entry(shard)["num_samples"])
 
     def lengths(self, shard: int) -> NDArray[np.int32]:
-        """Return how many tokens each sample of a shard predicts, [num_samples] int32, from the index alone."""
+        """Return the number of predicted tokens of each sample of a shard, [num_samples] int32, from the index only."""
         return np.concatenate([part.lengths for part in self.parts(shard)], dtype=np.int32) - np.int32(1)
 
     def read(self, shards: NDArray[np.integer], samples: NDArray[np.integer], seq_length: int | None = None) -> Batch:
-        """Return the samples identified by the pairs of `shards` and `samples`, [num_samples] each.
+        """Return the samples given by the pairs of `shards` and `samples`, [num_samples] each.
 
-        They are cut and padded to `seq_length` predicted tokens, by default to the corpus' own. Raises ValueError,
-        naming the shard, where a token lies outside the vocabulary.
+        They are truncated or padded to `seq_length` predicted tokens, by default that of the corpus. Raises ValueError,
+        naming the shard, if a token is outside the vocabulary.
         """
         seq_length = seq_length or self.seq_length
         tokens = np.zeros((len(samples), seq_length + 1), np.int64)
@@ -93,19 +93,19 @@ class Corpus:
         if len(tokens) and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             row = int(np.argmax((tokens >= self.vocab_size).any(1) | (tokens < 0).any(1)))
             raise ValueError(
-                f"{self._paths(int(shards[row]))[0]}.bin: corrupt: sample {samples[row]} of shard {shards[row]} holds "
+                f"{self._paths(int(shards[row]))[0]}.bin: corrupt: sample {samples[row]} of shard {shards[row]} has "
                 f"a token outside the vocabulary of {self.vocab_size}; restore the file or prepare again"
             )
         return Batch(tokens, num_tokens)
 
     def verify(self, shard: int) -> None:
-        """Raise ValueError where the files of `shard` are not what was written, by size and checksum."""
+        """Raise ValueError if the checksums of the files of `shard` differ from those in the manifest."""
         for prefix, part in zip(self._paths(shard), self._entry(shard)["parts"], strict=True):
             for ending, expected in part["checksums"].items():
                 path = Path(f"{prefix}{ending}")
                 if not path.exists() or checksum(path) != expected:
                     raise ValueError(
-                        f"{path}: corrupt: its content is not what was prepared; restore it from a copy, "
+                        f"{path}: corrupt: its checksum differs from the manifest's; restore it from a copy, "
                         f"or delete {self.folder} and prepare again"
                     )
 
@@ -117,7 +117,7 @@ class Corpus:
         return [self.folder / part["prefix"] for part in self._entry(shard)["parts"]]
 
     def parts(self, shard: int) -> list[IndexedTokens]:
-        """Return a shard's parts, one after the other, opened; one a source where the corpus is used in place."""
+        """Return a shard's parts in order, opened; a corpus used in place has one part per source."""
         if shard not in self._parts:
             self._parts[shard] = [open_indexed(path) for path in self._paths(shard)]
         return self._parts[shard]

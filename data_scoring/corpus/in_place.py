@@ -1,4 +1,4 @@
-"""An existing Megatron corpus used where it lies: shards are index files of our own over its `.bin` files."""
+"""An existing Megatron corpus used in place: each shard is a new index file over its `.bin` files."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +20,7 @@ def assign_in_place(
 ) -> tuple[ShardAssignment, list[IndexedTokens]]:
     """Return the assignment of samples, windows of `sample_length` tokens over each (name, prefix), and the corpora.
 
-    Windows, not documents, are held out for validation, and duplicates stay: dropping a document would mean copying.
+    Windows rather than documents are held out, and duplicates stay: dropping a document would mean copying the tokens.
     """
     corpora = [open_indexed(prefix) for _, prefix in prefixes]
     streams = [
@@ -34,7 +34,7 @@ def assign_in_place(
 def index_in_place(
     assignment: ShardAssignment, corpora: list[IndexedTokens], folder: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the manifest entries of the validation set and of the shards, one index file a source in each."""
+    """Write one index file per source for each shard; return the manifest entries of validation set and shards."""
     validation = _index_parts("validation", assignment.held_out, assignment, corpora, folder)
     shards = []
     for shard in range(assignment.num_shards):
@@ -66,7 +66,7 @@ def _index_parts(
             write_index(temporary, corpus.tokens.dtype, count, chunks())
         with writing(folder / f"{prefix}.bin") as temporary:
             temporary.symlink_to(Path(f"{corpus.prefix}.bin").resolve())
-        # The index is ours to check; summing somebody's whole corpus would cost more than reading it.
+        # Only the index gets a checksum: hashing the existing tokens would cost more than reading them.
         parts.append({"prefix": prefix, "checksums": {".idx": checksum(folder / f"{prefix}.idx")}})
         sources.append({"name": stream.name, "num_samples": count})
     return {"num_samples": sum(part["num_samples"] for part in sources), "sources": sources, "parts": parts}

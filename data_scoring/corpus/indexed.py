@@ -1,8 +1,8 @@
-"""Megatron-Core's indexed dataset format: tokens in a `.bin` file, where each sequence lies in an `.idx` file.
+"""Megatron-Core's indexed dataset format: tokens in a `.bin` file, the position of each sequence in an `.idx` file.
 
 The `.idx` layout is: magic, version, dtype code, sequence count, document count, then int32 lengths, int64 byte
-pointers and int64 document boundaries (megatron/core/datasets/indexed_dataset.py). Sequences may lie anywhere in the
-`.bin`, so an index of our own over somebody's existing `.bin` is a shard of it without a token copied.
+pointers and int64 document boundaries (megatron/core/datasets/indexed_dataset.py). Sequences may be anywhere in the
+`.bin`, so a new index over an existing `.bin` makes a shard without copying tokens.
 """
 
 import os
@@ -29,7 +29,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def write_index(
     path: Path, dtype: np.dtype, count: int, chunks: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]
 ) -> None:
-    """Write an `.idx` file of `count` one-sequence documents in memory independent of `count`.
+    """Write an `.idx` file of `count` one-sequence documents; memory does not depend on `count`.
 
     `chunks` yields (lengths in tokens, byte pointers into the `.bin`), both int64, in sequence order.
     """
@@ -42,7 +42,7 @@ def write_index(
             os.pwrite(file.fileno(), lengths.astype("<i4").tobytes(), _HEADER.size + 4 * done)
             os.pwrite(file.fileno(), pointers.astype("<i8").tobytes(), pointers_at + 8 * done)
             done += len(lengths)
-        assert done == count, f"{path}: {done} sequences written, {count} announced"
+        assert done == count, f"{path}: {done} sequences written, {count} expected"
         for start in range(0, count + 1, _CHUNK):
             documents = np.arange(start, min(start + _CHUNK, count + 1), dtype="<i8")
             os.pwrite(file.fileno(), documents.tobytes(), documents_at + 8 * start)
@@ -69,7 +69,7 @@ class IndexedTokens:
 def open_indexed(prefix: Path) -> IndexedTokens:
     """Return the indexed tokens of `prefix`.bin and `prefix`.idx.
 
-    Raises ValueError, naming the file and the remedy, where either is missing, truncated or of another format.
+    Raises ValueError, naming the file and the remedy, if either is missing, truncated or of another format.
     """
     index_path, tokens_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index_path, tokens_path):
@@ -85,7 +85,7 @@ def open_indexed(prefix: Path) -> IndexedTokens:
     needed = _HEADER.size + 12 * count + 8 * num_documents
     if index_path.stat().st_size < needed:
         raise ValueError(
-            f"{index_path}: corrupt: {index_path.stat().st_size} bytes where {count} sequences need {needed}; "
+            f"{index_path}: corrupt: it has {index_path.stat().st_size} bytes, but {count} sequences need {needed}; "
             "restore it or delete the corpus folder and prepare again"
         )
     lengths = _map(index_path, np.dtype("<i4"), _HEADER.size, count)
@@ -96,7 +96,7 @@ def open_indexed(prefix: Path) -> IndexedTokens:
         ends = pointers[start : start + _CHUNK] + lengths[start : start + _CHUNK].astype(np.int64) * dtype.itemsize
         if ends.max() > tokens_path.stat().st_size:
             raise ValueError(
-                f"{tokens_path}: corrupt: {tokens_path.stat().st_size} bytes where its index points to byte "
+                f"{tokens_path}: corrupt: it has {tokens_path.stat().st_size} bytes, but its index points to byte "
                 f"{ends.max()}; restore it or delete the corpus folder and prepare again"
             )
     return IndexedTokens(Path(prefix), lengths, pointers, tokens)

@@ -1,4 +1,4 @@
-"""Token streams to shards: duplicates dropped, validation set aside, samples packed and dealt out at random."""
+"""Packing token streams into shards: drop duplicates, hold out validation documents, assign samples at random."""
 
 import os
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _CHUNK_SAMPLES = 1 << 16
 
 @dataclass
 class SourceRoles:
-    """What became of a source's documents: how many of each role, and how many tokens."""
+    """The roles of a source's documents: numbers of documents and tokens by role."""
 
     source: StagedSource
     roles_path: Path
@@ -34,7 +34,7 @@ class SourceRoles:
 
 @dataclass(frozen=True)
 class Stream:
-    """A source's training (or validation) tokens, end to end, and the samples cut from them."""
+    """A source's concatenated training (or validation) tokens, and the samples cut from them."""
 
     name: str
     num_tokens: int
@@ -42,21 +42,21 @@ class Stream:
 
     @property
     def num_samples(self) -> int:
-        """Return the number of samples: full ones, and the rest where it predicts at least one token."""
+        """Return the number of samples: all full ones, plus the rest if it predicts at least one token."""
         full, rest = divmod(self.num_tokens, self.sample_length)
         return full + (rest >= 2)
 
     def lengths(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the lengths in tokens of the samples `index`: all full but perhaps the last."""
+        """Return the lengths in tokens of the samples `index`; only the last one may be shorter."""
         return np.minimum(self.sample_length, self.num_tokens - index * self.sample_length)
 
 
 def assign_roles(sources: list[StagedSource], validation_fraction: float, seed: int) -> list[SourceRoles]:
-    """Return each source's documents sorted into training, validation and duplicates, the roles written to disk.
+    """Assign each document to training, validation or duplicates; write the roles to disk and return their counts.
 
-    The first of equal documents is kept. A document's own digest decides whether it is held out, so the choice does
-    not depend on order. Peak memory: 8 bytes a document, and 9 for each distinct text that occurs more than once.
-    Raises ValueError where fewer than two distinct documents remain.
+    The first of equal documents is kept. Whether a document is held out depends only on its digest, not on its
+    position. Peak memory: 8 bytes per document, plus 9 for each distinct text that occurs more than once.
+    Raises ValueError if fewer than two distinct documents remain.
     """
     repeated = _repeated_digests(sources)
     seen = np.zeros(len(repeated), bool)
@@ -84,7 +84,7 @@ def assign_roles(sources: list[StagedSource], validation_fraction: float, seed: 
         results.append(result)
     if sum(result.documents[_TRAIN] + result.documents[_VALIDATION] for result in results) < 2:
         raise ValueError(
-            "corpus.sources: fewer than two distinct documents, but one has to be held out for validation; "
+            "corpus.sources: fewer than two distinct documents, but one must be held out for validation; "
             "add text, or for format text set document to paragraph or line"
         )
     if not any(result.documents[_VALIDATION] for result in results):
@@ -100,7 +100,7 @@ def _repeated_digests(sources: list[StagedSource]) -> NDArray[np.uint64]:
             digests[filled : filled + len(rows)] = rows["digest"]
             filled += len(rows)
     digests.sort()
-    # The repeated ones are gathered at the front of the same array: it is all the memory this takes.
+    # The repeated digests are collected at the front of the same array, to need no second one.
     count = 0
     for start in range(0, len(digests), _CHUNK_DIGESTS):
         block = digests[start : start + _CHUNK_DIGESTS + 1].copy()
@@ -113,7 +113,7 @@ def _repeated_digests(sources: list[StagedSource]) -> NDArray[np.uint64]:
 
 
 def _repeats(digests: NDArray[np.uint64], repeated: NDArray[np.uint64], seen: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return which of `digests` have come before, noting in `seen` those that come now."""
+    """Return which of `digests` occurred before, and mark in `seen` those that occur now."""
     if len(repeated) == 0:
         return np.empty(0, np.int64)
     place = np.minimum(np.searchsorted(repeated, digests), len(repeated) - 1)
@@ -140,7 +140,7 @@ def read_stream(result: SourceRoles, role: int, dtype: np.dtype) -> Iterator[NDA
         for chunk in result.source.documents():
             roles = np.frombuffer(roles_file.read(len(chunk)), np.uint8)
             ends = np.cumsum(chunk["num_tokens"], dtype=np.int64)
-            # Whole documents of about _CHUNK_TOKENS tokens at a time.
+            # Whole documents, about _CHUNK_TOKENS tokens at a time.
             cuts = np.unique(np.searchsorted(ends, np.arange(_CHUNK_TOKENS, ends[-1], _CHUNK_TOKENS), side="right"))
             for part in np.split(np.arange(len(chunk)), cuts):
                 lengths = chunk["num_tokens"][part]
@@ -149,7 +149,7 @@ def read_stream(result: SourceRoles, role: int, dtype: np.dtype) -> Iterator[NDA
 
 
 def pack_validation(results: list[SourceRoles], streams: list[Stream], dtype: np.dtype, folder: Path) -> dict[str, Any]:
-    """Return the manifest entry of the validation set, its samples written source by source."""
+    """Write the validation samples source by source; return the validation set's manifest entry."""
     with writing(folder / "validation.bin") as temporary, temporary.open("wb") as file:
         for result in results:
             for block in read_stream(result, _VALIDATION, dtype):
@@ -181,7 +181,7 @@ def pack_shards(
     folder: Path,
     progress: Progress,
 ) -> "ShardAssignment":
-    """Return where every training sample went, the shards' `.bin` files written at random places, in one pass."""
+    """Write the training samples to random places in the shards' `.bin` files, in one pass; return the assignment."""
     assignment = ShardAssignment(streams, num_shards, seed)
     sample_length = streams[0].sample_length
     total = assignment.permutation.size
@@ -220,7 +220,7 @@ def _cut(
 
 
 class ShardAssignment:
-    """The random, memoryless assignment of samples (numbered through all streams) to places in shards."""
+    """The random assignment of samples (numbered across all streams) to places in shards, computed, not stored."""
 
     def __init__(self, streams: list[Stream], num_shards: int, seed: int, num_held_out: int = 0) -> None:
         self.streams = streams
@@ -250,7 +250,7 @@ class ShardAssignment:
             yield self.describe(self.num_held_out + places * self.num_shards + shard)
 
     def held_out(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield the same for the samples that are held out of all shards."""
+        """Yield the same for the held-out samples."""
         for start in range(0, self.num_held_out, _CHUNK_SAMPLES):
             yield self.describe(np.arange(start, min(start + _CHUNK_SAMPLES, self.num_held_out), dtype=np.int64))
 
@@ -266,7 +266,7 @@ class ShardAssignment:
 
 
 def index_shards(assignment: ShardAssignment, dtype: np.dtype, folder: Path) -> list[dict[str, Any]]:
-    """Return the shards' manifest entries, their `.idx` files written."""
+    """Write the shards' `.idx` files; return the shards' manifest entries."""
     stride = assignment.streams[0].sample_length * dtype.itemsize
     entries = []
     for shard in range(assignment.num_shards):

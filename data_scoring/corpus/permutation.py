@@ -1,4 +1,4 @@
-"""A seeded random permutation of 0..n-1 that needs no memory: a Feistel network with cycle walking."""
+"""A seeded random permutation of 0..n-1 in constant memory: a Feistel network with cycle walking."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,16 +24,16 @@ class Permutation:
         self._keys = mix_bits(np.arange(_ROUNDS, dtype=np.uint64) ^ (np.uint64(seed) << np.uint64(8)))
 
     def forward(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the places, int64, to which `index` goes."""
+        """Return the places, int64, that the indices `index` map to."""
         return self._walk(index, reverse=False)
 
     def inverse(self, place: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the indices, int64, that go to `place`."""
+        """Return the indices, int64, that map to `place`."""
         return self._walk(place, reverse=True)
 
     def _walk(self, values: NDArray[np.int64], reverse: bool) -> NDArray[np.int64]:
-        # The network permutes a power of four of at most four times the size; stepping on until the value falls
-        # inside 0..size-1 restricts it to a bijection of that range.
+        # The network permutes a range whose length is a power of four, at most four times the size. Repeating it until
+        # the value is inside 0..size-1 restricts it to a bijection of that range.
         result = self._network(np.asarray(values).astype(np.uint64), reverse)
         while (outside := result >= np.uint64(self.size)).any():
             result[outside] = self._network(result[outside], reverse)

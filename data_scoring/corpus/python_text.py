@@ -1,4 +1,4 @@
-"""The text every Python installation carries: its documentation topics, its docstrings and its source."""
+"""Text from the Python installation: documentation topics, docstrings and source of the standard library."""
 
 import ast
 import sysconfig
@@ -7,15 +7,15 @@ from pathlib import Path
 
 KINDS = ("topics", "docstrings", "source")
 
-# Generated tables and tests read like noise beside prose and code; site-packages is not the standard library.
+# Generated tables and tests are noise compared with prose and code; site-packages is not the standard library.
 _SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "pydoc_data", "encodings"}
 
 
 def read_python_text(kind: str) -> Iterator[str]:
     """Yield documents of one of `KINDS`, in the same order on every machine with the same Python.
 
-    topics: a language-reference topic each; docstrings: those of one module, joined; source: one module without its
-    docstrings, so that no text is in two sources.
+    A document is, for topics, one topic of the language reference; for docstrings, those of one module, joined; for
+    source, one module without its docstrings, so that no text is in two sources.
     """
     if kind == "topics":
         from pydoc_data.topics import topics

@@ -1,6 +1,6 @@
-"""The corpus in its reading order: the tokens of each source as its documents were written, found in the shards.
+"""The corpus in reading order: the tokens of each source in document order, read from the shards.
 
-Shards hold samples at random places, which the corpus' seed decides, so that the order is known without a list.
+Samples are at random places in the shards. The places follow from the corpus's seed, so the order needs no list.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ _CHUNK_TOKENS = 1 << 20
 
 
 class ReadingOrder:
-    """The training text of a corpus that was prepared with `seed`, source by source, in samples as they follow.
+    """The training text of a corpus that was prepared with `seed`, by source, in reading order.
 
-    A source's samples are numbered as they follow each other in its text.
+    A source's samples are numbered in reading order.
     """
 
     def __init__(self, corpus: Corpus, seed: int) -> None:
@@ -28,24 +28,24 @@ class ReadingOrder:
             Stream(source["name"], source["train_tokens"], self.sample_length) for source in corpus.manifest["sources"]
         ]
         num_samples = sum(stream.num_samples for stream in streams)
-        # Of a corpus that is used in place, samples are held out, of others whole documents.
+        # A corpus used in place holds out samples; others hold out whole documents.
         num_held_out = num_samples - sum(corpus.num_samples(shard) for shard in range(corpus.num_shards))
         self.is_in_place = num_held_out > 0
         self._assignment = ShardAssignment(streams, corpus.num_shards, seed, num_held_out)
 
     @property
     def num_tokens(self) -> int:
-        """Return the tokens of all sources, those that are held out of a corpus used in place among them."""
+        """Return the number of tokens of all sources, including the held-out ones of a corpus used in place."""
         return sum(stream.num_tokens for stream in self._assignment.streams)
 
     def num_source_tokens(self, source: int) -> int:
-        """Return the tokens of the source of the number `source`."""
+        """Return the number of tokens of source number `source`."""
         return self._assignment.streams[source].num_tokens
 
     def blocks(self, source: int) -> Iterator[NDArray[np.integer]]:
-        """Yield the tokens of the source of the number `source`, in order, in blocks of bounded size.
+        """Yield the tokens of source number `source`, in order, in blocks of bounded size.
 
-        Raises ValueError where a token lies outside the vocabulary.
+        Raises ValueError if a token is outside the vocabulary.
         """
         if self.is_in_place:
             yield from self._blocks_in_place(source)
@@ -58,25 +58,25 @@ class ReadingOrder:
             yield batch.tokens.reshape(-1)[: int((batch.num_tokens + 1).sum())]
 
     def _blocks_in_place(self, source: int) -> Iterator[NDArray[np.integer]]:
-        # Every part of a source is an index over the whole of its tokens.
+        # Every part of a source is an index over all its tokens.
         part = self.corpus.parts(0)[source]
         for start in range(0, self._assignment.streams[source].num_tokens, _CHUNK_TOKENS):
             tokens = part.tokens[start : min(start + _CHUNK_TOKENS, self._assignment.streams[source].num_tokens)]
             if tokens.max() >= self.corpus.vocab_size or tokens.min() < 0:
                 raise ValueError(
-                    f"{part.prefix}.bin: holds a token outside the vocabulary of {self.corpus.vocab_size}; give the "
-                    "tokenizer that tokenised it"
+                    f"{part.prefix}.bin: has a token outside the vocabulary of {self.corpus.vocab_size}; give the "
+                    "tokenizer that it was tokenised with"
                 )
             yield tokens
 
     def locate(self, source: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shards, and the numbers there, [n] int64 each, of a source's samples; -1 for those held out."""
+        """Return the shard of each of a source's samples and its number there, [n] int64 each; -1 for held-out ones."""
         shards, places = self._place(source, samples)
         is_held_out = places < 0
         shards[is_held_out] = -1
         if not self.is_in_place:
             return shards, places
-        # Here a shard's samples are numbered part by part, in the order of their places.
+        # In a corpus used in place, a shard's samples are numbered part by part, in the order of their places.
         numbers = np.full(len(samples), -1, np.int64)
         for shard in np.unique(shards[~is_held_out]).tolist():
             mine = np.flatnonzero(shards == shard)

@@ -1,4 +1,4 @@
-"""How often a corpus uses each token: counted source by source, in a stream, and gone on with after a kill."""
+"""Token counts of a corpus: streamed, per source, and resumed after a kill."""
 
 import sys
 import time
@@ -23,16 +23,16 @@ from data_scoring.corpus.sources import Rejects, batch_documents, read_documents
 from data_scoring.corpus.tokenise import split_document
 from data_scoring.tokenizer.tokenizer import Tokenizer, sample_texts
 
-# The most that a kill costs.
+# The most work that a kill loses.
 _SAVE_SECONDS = 20.0
 _SAMPLES_AT_ONCE = 1024
-# Of the counts that are kept; others are made again.
+# Version of the saved counts; counts of another version are computed again.
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """One source: how often each token occurs in it, [vocab_size] int64, ends of documents left out."""
+    """How often each token occurs in one source, [vocab_size] int64; end-of-document tokens are not counted."""
 
     name: str
     counts: NDArray[np.int64]
@@ -40,7 +40,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class SourceLength:
-    """How many tokens two tokenizers make of the same text of one source; is_sample: it is not all of its text."""
+    """The number of tokens of one source's text under two tokenizers; is_sample: only a sample was measured."""
 
     name: str
     num_bytes: int
@@ -50,7 +50,7 @@ class SourceLength:
 
 
 def encode(texts: list[str], tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Return the tokens of all `texts`, one after the other, [num_tokens] int64."""
+    """Return the concatenated tokens of all `texts`, [num_tokens] int64."""
     encoded = tokenizer.encode_batch([piece for text in texts for piece in split_document(text)])
     return np.concatenate([np.asarray(ids, np.int64) for ids in encoded]) if encoded else np.empty(0, np.int64)
 
@@ -58,12 +58,12 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> NDArray[np.int64]:
 def count_source(
     source: SourceConfig, tokenizer: Tokenizer, checksum: str, folder: Path, skip_bad: bool, progress: Progress
 ) -> SourceCounts:
-    """Return the counts of `source`, from where an earlier call that was ended left off in `folder`.
+    """Return the token counts of `source`; resumes from what an interrupted call left in `folder`.
 
-    `checksum` identifies the tokenizer. Raises ValueError where the source cannot be read.
+    `checksum` identifies the tokenizer. Raises ValueError if the source cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The text that Python carries is another with every version.
+    # Format python reads the text of the installation, which changes with every Python version.
     identity = fingerprint(source.model_dump(), stamp_files(source), skip_bad, checksum, sys.version, _FORMAT)
     path = folder / f"{source.name}-{identity}.npz"
     counts, done, is_complete = _read_part(path, identity, (tokenizer.vocab_size,))
@@ -90,7 +90,7 @@ def _read_part(path: Path, identity: str, shape: tuple[int, ...]) -> tuple[NDArr
             if str(part["identity"]) == identity:
                 return part["counts"], int(part["documents"]), bool(part["is_complete"])
     except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
-        pass  # Not there, or of no use: counted anew.
+        pass  # Missing or unreadable: count from the start.
     return np.zeros(shape, np.int64), 0, False
 
 
@@ -100,9 +100,9 @@ def _write_part(path: Path, identity: str, counts: NDArray[np.int64], documents:
 
 
 def count_corpus(corpus: Corpus, end_of_document: int, folder: Path, progress: Progress) -> list[SourceCounts]:
-    """Return the counts of a prepared corpus' sources, of its shards as they lie; the validation set is left out.
+    """Return the token counts of each source of a prepared corpus, without the validation set.
 
-    Goes on where an earlier call that was ended left off in `folder`.
+    Resumes from what an interrupted call left in `folder`.
     """
     names = sorted(source["name"] for source in corpus.manifest["sources"])
     identity = fingerprint(corpus.fingerprint, _FORMAT)
@@ -130,8 +130,8 @@ def count_corpus(corpus: Corpus, end_of_document: int, folder: Path, progress: P
 
 
 def texts_of(corpus: Corpus, source: str, tokenizer: Tokenizer, num_bytes: int, seed: int) -> Iterator[str]:
-    """Yield samples of a prepared corpus' source, drawn at random, as text, until there are over `num_bytes` of it."""
-    # A token is a byte at least, or next to it.
+    """Yield random samples of a source of a prepared corpus, decoded, until they exceed `num_bytes`."""
+    # A token is rarely shorter than a byte; the factor of 4 leaves a margin.
     query = f"""select shard, sample from {literal(str(corpus.samples_path))} where source = {literal(source)}
         order by hash(shard, sample, {seed}) limit {1 + 4 * num_bytes // corpus.seq_length}"""
     with duckdb.connect() as connection:
@@ -150,9 +150,9 @@ def texts_of(corpus: Corpus, source: str, tokenizer: Tokenizer, num_bytes: int, 
 def measure_length(
     name: str, texts: Iterator[str], tokenizers: tuple[Tokenizer, Tokenizer], num_bytes: int, seed: int
 ) -> SourceLength:
-    """Return what the two `tokenizers`, the old and the new one, make of a random sample of about `num_bytes` of text.
+    """Return the lengths of a random sample of about `num_bytes` of text under two `tokenizers`, the old and the new.
 
-    Raises ValueError where the new one does not bring a text back as the old one does.
+    Raises ValueError if the new one does not decode a text to the same string as the old one.
     """
     seen = measured = 0
     lengths = [0, 0]
@@ -172,7 +172,7 @@ def measure_length(
             lengths[1] += len(new)
             if tokenizers[0].decode(old) != tokenizers[1].decode(new):
                 raise ValueError(
-                    f"{name}: the smaller tokenizer does not bring this text back as the whole one does: "
-                    f"{pieces[place][:80]!r}; please report it with the tokenizer, and take another size"
+                    f"{name}: the smaller tokenizer does not decode this text as the original one does: "
+                    f"{pieces[place][:80]!r}; please report this with the tokenizer, and use another size"
                 )
     return SourceLength(name, measured, lengths[0], lengths[1], is_sample=measured < seen)

@@ -1,1 +1,1 @@
-"""Loss files: written, identified by origin, calibrated. It knows no policy."""
+"""Loss files: scoring, origins and calibration. It knows no policy."""

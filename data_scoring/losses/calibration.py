@@ -1,4 +1,4 @@
-"""Calibration: a few random samples scored in full and by each prefix, to see what cheaper scoring would miss."""
+"""Calibration: random samples scored in full and by each prefix, to measure what cheaper scoring loses."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def calibration_path(round_folder: Path) -> Path:
 
 
 def candidate_prefixes(seq_length: int) -> tuple[int, ...]:
-    """Return the prefixes, in tokens, that are tried: an eighth, a quarter and half of `seq_length`."""
+    """Return the candidate prefixes, in tokens: an eighth, a quarter and half of `seq_length`."""
     return tuple(seq_length // divisor for divisor in (8, 4, 2))
 
 
@@ -28,11 +28,10 @@ def draw_calibration_set(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the shards and samples, [n] int64 each, of a random set of `count` samples, or of all if there are fewer.
 
-    `num_samples` gives each shard's size, in proportion to which it is drawn from. The set depends on the arguments
-    alone.
+    Each shard contributes in proportion to its size in `num_samples`. The set depends only on the arguments.
     """
     ends = np.cumsum([0, *num_samples])
-    # Rounding the running total, not each shard's part, makes the parts add up to `count`.
+    # Rounding the cumulative sum, not each quota, makes the quotas add up to `count`.
     quotas = np.diff(np.round(ends * (min(count, ends[-1]) / ends[-1])).astype(np.int64))
     generator = np.random.default_rng([seed, round_number])
     samples = [
@@ -57,10 +56,11 @@ def calibrate(
     origin: Origin,
     progress: Progress,
 ) -> None:
-    """Score the samples `drawn`; every process calls this, with a `scorer` of the candidate prefixes and of everything.
+    """Score the samples `drawn` and write their losses; every process calls this.
 
-    Writes shard, sample, num_tokens, `loss`, of the whole sample, and for each prefix P the loss `prefix:P`, all from
-    one forward. Raises ValueError where a loss is not finite.
+    `scorer` scores the candidate prefixes and the whole sample in one forward pass. The columns are shard, sample,
+    num_tokens, for each prefix P the loss `prefix:P`, and `loss`, that of the whole sample. Raises ValueError if a loss
+    is not finite.
     """
     shards, samples = drawn
     lengths = np.empty(len(samples), np.int32)

@@ -1,4 +1,4 @@
-"""Where losses come from: every losses file says so, and losses of different origins are not mixed."""
+"""The origin of losses, stored in every losses file, so that losses of different origins are never mixed."""
 
 import json
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ ORIGIN_KEY = b"reprise.origin"
 
 @dataclass(frozen=True)
 class Origin:
-    """What losses depend on: the model's weights, the tokens, the arithmetic, and how much of a sample was looked at.
+    """What losses depend on: the model's weights, the tokens, the precision, and how much of each sample was scored.
 
-    `checkpoint` is the fingerprint of the training that ended with the weights, and the checkpoint's name; `tokenizer`
-    the checksum of its file; `corpus` the corpus' fingerprint; `precision` float32 or bfloat16; `budget` full, seen or
+    `checkpoint` is the fingerprint of the training that produced the weights, with the checkpoint's name; `tokenizer`
+    the checksum of its file; `corpus` the corpus's fingerprint; `precision` float32 or bfloat16; `budget` full, seen or
     prefix:P.
     """
 
@@ -28,13 +28,13 @@ class Origin:
 
 
 def with_origin(table: pa.Table, origin: Origin) -> pa.Table:
-    """Return `table` with `origin` in its metadata, which a Parquet file of it then carries."""
+    """Return `table` with `origin` in its metadata, which Parquet files preserve."""
     metadata = {**(table.schema.metadata or {}), ORIGIN_KEY: json.dumps(asdict(origin)).encode()}
     return table.replace_schema_metadata(metadata)
 
 
 def read_origin(path: Path) -> Origin:
-    """Return the origin of the losses in `path`. Raises ValueError where the file is missing or carries none."""
+    """Return the origin of the losses in `path`. Raises ValueError if the file is missing or carries none."""
     if not path.exists():
         raise ValueError(f"{path}: no such file; score the round first with `reprise score`")
     try:
@@ -42,15 +42,15 @@ def read_origin(path: Path) -> Origin:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: cannot be read ({error}); delete it and score the round again") from None
     if ORIGIN_KEY not in metadata:
-        raise ValueError(f"{path}: does not say which model its losses are of; delete it and score the round again")
+        raise ValueError(f"{path}: has no record of the origin of its losses; delete it and score the round again")
     return Origin(**json.loads(metadata[ORIGIN_KEY]))
 
 
 def check_origins(paths: Iterable[Path], corpus_fingerprint: str) -> Origin:
-    """Return the one origin of the losses in the files `paths`, of which there is at least one.
+    """Return the common origin of the losses in the files `paths`, at least one.
 
-    Raises ValueError, naming the files, the field and its values, where they are of different origins or of another
-    corpus than the one with `corpus_fingerprint`.
+    Raises ValueError, naming the files, the field and its values, if they have different origins or are not of the
+    corpus with `corpus_fingerprint`.
     """
     first, *others = paths
     origin = read_origin(first)
@@ -65,7 +65,7 @@ def check_origins(paths: Iterable[Path], corpus_fingerprint: str) -> Origin:
             expected, found = getattr(origin, field.name), getattr(other, field.name)
             if found != expected:
                 raise ValueError(
-                    f"{path}: its losses are not comparable with those in {first}: {field.name} is {found!r} in the "
-                    f"one and {expected!r} in the other; delete the file that does not belong there and score again"
+                    f"{path}: its losses are not comparable with those in {first}: {field.name} is {found!r} here "
+                    f"and {expected!r} there; delete the file that does not belong to the round and score again"
                 )
     return origin

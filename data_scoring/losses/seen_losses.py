@@ -1,4 +1,4 @@
-"""Seen losses as scores: what a sample's loss was the last time it was trained on, at no forward pass."""
+"""Seen losses as scores: each sample's loss when it was last trained on, without a forward pass."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +15,11 @@ from data_scoring.losses.shard_scoring import losses_path, write_losses
 
 
 def last_seen(rounds_folder: Path, round_number: int, where: str) -> str:
-    """Return the SQL relation (shard, sample, loss) of the last losses of samples trained on up to a round.
+    """Return the SQL relation (shard, sample, loss) of the last seen losses up to a round.
 
-    `where` is the condition on shard and sample by which they are chosen, before anything is held in memory.
+    `where` is a condition on shard and sample; it is applied before anything is held in memory.
     """
-    # The empty part is there for the types, should nothing have been recorded.
+    # The empty relation defines the column types if nothing was recorded.
     parts = ["select 0 as round, 0 as step, 0 as shard, 0 as sample, 0::float as loss where false"]
     for number in range(1, round_number + 1):
         files = rounds_folder / str(number) / "seen" / "step=*.parquet"
@@ -38,10 +38,10 @@ def write_seen_losses(
     origin: Origin,
     on_shard: Callable[[int], None],
 ) -> None:
-    """Write each shard's losses, every sample's being its last seen one, up to `round_number`.
+    """Write each shard's losses: for each sample, its last seen loss up to `round_number`.
 
-    Shards with this `fingerprint` are skipped; `on_shard` is told how many are done. Raises ValueError where a sample
-    was never trained on. A shard at a time, so that memory is that of one shard.
+    Shards with this `fingerprint` are skipped; `on_shard` receives the number of shards done. One shard at a time is
+    held in memory. Raises ValueError if a sample was never trained on.
     """
     remove_leftovers(round_folder / "losses")
     for shard in range(corpus.num_shards):
@@ -53,8 +53,8 @@ def write_seen_losses(
                 missing = np.setdiff1d(np.arange(count), samples)
                 raise ValueError(
                     f"score.budget: seen: {len(missing)} of the {count} samples of shard {shard} were never trained on "
-                    f"(the first is sample {missing[0]}), so that they have no seen loss; take prefix:P, full or auto "
-                    "in a run of another name"
+                    f"(the first is sample {missing[0]}), so they have no seen loss; use prefix:P, full or auto in a "
+                    "run with another name"
                 )
             write_losses(path, corpus, shard, corpus.lengths(shard), losses, fingerprint, origin)
         on_shard(shard + 1)

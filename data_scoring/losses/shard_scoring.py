@@ -1,8 +1,7 @@
-"""Scoring: every sample of every shard gets its loss, one Parquet file a shard, committed as it is done.
+"""Scoring: the loss of every sample, one Parquet file per shard, committed as each shard is done.
 
-Samples are scored longest first, so that those scored together are about equally long and little is padding. While a
-block of them is scored the next one is read. Every process goes through the same blocks; only one, the writer, keeps
-what comes out and looks at what is there already.
+Samples are scored longest first, so that a block has samples of about equal length and little padding. The next block
+is read while one is scored. Every process goes through the same blocks; only one, the writer, reads and writes files.
 """
 
 import time
@@ -35,7 +34,7 @@ _LOSSES = pa.schema(
 
 @dataclass(frozen=True)
 class Block:
-    """Samples that are scored together: shards and samples, [n] int64 each, cut and padded to `seq_length` tokens."""
+    """Samples scored together: shards and samples, [n] int64 each, truncated or padded to `seq_length` tokens."""
 
     shards: NDArray[np.int64]
     samples: NDArray[np.int64]
@@ -43,19 +42,19 @@ class Block:
 
 
 class Scorer(Protocol):
-    """What scores blocks: each process has one, and all processes use theirs on the same blocks in the same order."""
+    """Scores blocks. Each process has one; all processes score the same blocks in the same order."""
 
     block_size: int
     is_writer: bool
 
     def read(self, block: Block) -> Any:
-        """Return what this process takes of a block's tokens; called ahead of `score`, from another thread."""
+        """Return this process's share of a block's tokens; called ahead of `score`, from another thread."""
 
     def score(self, block: Block, share: Any) -> NDArray[np.float32] | None:
-        """Return the block's losses, [n, number of prefixes] float32, on the writer, given what `read` returned."""
+        """Return the block's losses, [n, number of prefixes] float32, on the writer, else None; `read` gave `share`."""
 
     def agree(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return, on all processes, the `numbers` that the writer has, [n] int64; those of others count nothing."""
+        """Return the writer's `numbers`, [n] int64, on all processes; those of the others are ignored."""
 
 
 def losses_path(round_folder: Path, shard: int) -> Path:
@@ -74,7 +73,7 @@ def write_losses(
 ) -> None:
     """Write a shard's losses, [num_samples], each the mean over `num_tokens` tokens, to `path`.
 
-    They carry their samples' sources, so that selecting by source takes no join.
+    The file contains each sample's source, so that selection by source needs no join.
     """
     known = pq.read_table(corpus.samples_path, columns=["source"], filters=[("shard", "=", shard)])
     source = known["source"].combine_chunks().cast(_LOSSES.field("source").type)
@@ -83,17 +82,17 @@ def write_losses(
 
 
 def check_finite(path: Path, shards: NDArray[np.int64], samples: NDArray[np.int64], losses: NDArray) -> None:
-    """Raise ValueError, naming `path` and a sample, where losses, [n] or [n, prefixes], are not finite."""
+    """Raise ValueError, naming `path` and a sample, if losses, [n] or [n, prefixes], are not finite."""
     bad = np.flatnonzero(~np.isfinite(losses).reshape(len(samples), -1).all(axis=1))
     if len(bad):
         raise ValueError(
             f"{path}: sample {samples[bad[0]]} of shard {shards[bad[0]]} has the loss {losses[bad[0]]} ({len(bad)} in "
-            "all are not finite); the model has diverged: lower train.lr in a run of another name"
+            "all are not finite); the model has diverged: lower train.lr in a run with another name"
         )
 
 
 def longest_first(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Return the order of samples, [n] int64, by their `lengths`, the longest first; those of one length stay as is."""
+    """Return the indices, [n] int64, that sort samples by `lengths`, the longest first; the sort is stable."""
     return np.argsort(-lengths.astype(np.int64), kind="stable")
 
 
@@ -104,7 +103,7 @@ def cut_blocks(
     block_size: int,
     longest: int,
 ) -> Iterator[Block]:
-    """Yield samples, which come longest first, in blocks as wide as the longest in them, though at most `longest`."""
+    """Yield samples, given longest first, in blocks as wide as their longest sample, but at most `longest` tokens."""
     for start in range(0, len(samples), block_size):
         place = slice(start, start + block_size)
         yield Block(shards[place], samples[place], min(int(lengths[start]), longest))
@@ -119,9 +118,9 @@ def score_blocks(scorer: Scorer, blocks: Iterable[Block]) -> Iterator[tuple[Bloc
 def score_samples(
     corpus: Corpus, scorer: Scorer, shards: NDArray[np.int64], samples: NDArray[np.int64], lengths: NDArray[np.integer]
 ) -> NDArray[np.float32] | None:
-    """Return the losses of some samples, [n, number of prefixes] float32, in their own order, on the writer, else None.
+    """Return the samples' losses, [n, number of prefixes] float32, in the given order, on the writer, else None.
 
-    `lengths` are the numbers of tokens that they predict, [n].
+    `lengths` are the samples' numbers of predicted tokens, [n].
     """
     order = longest_first(lengths)
     blocks = cut_blocks(shards[order], samples[order], lengths[order], scorer.block_size, corpus.seq_length)
@@ -135,12 +134,12 @@ def score_samples(
 
 
 class LossFiles:
-    """The losses of a round's shards on disk, as the writer keeps them.
+    """The losses of a round's shards on disk; only the writer uses it.
 
-    A shard's losses are one file, in the order of its samples, once all are there. Until then they are in parts, one
-    every `commit_seconds`: each holds what was scored since the one before, and is named after how many samples that
-    was behind, in the order of `longest_first`. That order depends on the corpus alone, so that another layout or
-    micro-batch size can go on from there.
+    The losses of a complete shard are one file, in the order of its samples. Until then they are in parts, one every
+    `commit_seconds`. A part holds the losses since the previous one, and its name has the number of samples before it
+    in the order of `longest_first`. That order depends only on the corpus, so that a run can resume with another layout
+    or micro-batch size.
     """
 
     def __init__(
@@ -158,13 +157,13 @@ class LossFiles:
         self._fingerprint, self._origin = fingerprint, origin
         self._commit_seconds, self._committed = commit_seconds, time.monotonic()
         self._done = np.zeros(corpus.num_shards, np.int64)
-        # What was scored since the last commit, all of one shard: samples and losses.
+        # Samples and losses scored since the last commit, all of one shard.
         self._waiting: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
 
     def starts(self) -> NDArray[np.int64]:
-        """Return how many samples of each shard, the first in the order, have their losses, [num_shards] int64.
+        """Return how many samples of each shard, in scoring order, already have losses, [num_shards] int64.
 
-        Deletes what is of no use, and completes the shards that lack nothing but being put together.
+        Deletes unusable files, and merges the parts of shards whose samples are all scored.
         """
         (self._round_folder / "losses").mkdir(parents=True, exist_ok=True)
         for folder in (self._round_folder / "losses", self._parts):
@@ -199,7 +198,7 @@ class LossFiles:
         return self._parts / f"shard={shard:04d}-start={start:012d}.parquet"
 
     def append(self, block: Block, losses: NDArray[np.float32]) -> None:
-        """Take the losses, [n], of a shard's next samples. Raises ValueError where one is not finite."""
+        """Add the losses, [n], of a shard's next samples. Raises ValueError if one is not finite."""
         shard = int(block.shards[0])
         check_finite(losses_path(self._round_folder, shard), block.shards, block.samples, losses)
         self._waiting.append((block.samples, losses))
@@ -246,12 +245,12 @@ class LossFiles:
 
 
 def score_shards(corpus: Corpus, scorer: Scorer, files: LossFiles, progress: Progress) -> None:
-    """Score the samples of all shards that `files` does not hold yet; every process calls this.
+    """Score the samples of all shards that `files` does not contain yet; every process calls this.
 
     Raises ValueError for a corrupt shard or a loss that is not finite.
     """
-    # The writer alone looks at the files, and tells the others: were each to look for itself, one that is late, or on
-    # a host that learns late of a file, would see what the writer has made since, and score other blocks than the rest.
+    # Only the writer reads the files and shares the result. A process that is late, or whose host sees new files late,
+    # would otherwise see a different state and score different blocks from the rest.
     starts = scorer.agree(files.starts() if scorer.is_writer else np.zeros(corpus.num_shards, np.int64))
     done, total = int(starts.sum()), sum(corpus.num_samples(shard) for shard in range(corpus.num_shards))
     for block, losses in score_blocks(scorer, _unscored(corpus, scorer, starts, files.longest)):

@@ -1,1 +1,1 @@
-"""Tokenizers and their vocabularies, whatever the library."""
+"""Tokenizers of Hugging Face and SentencePiece, and their vocabularies."""

@@ -1,7 +1,7 @@
-"""A tokenizer as the files that transformers' AutoTokenizer opens, giving the ids that it gives here.
+"""Export of a tokenizer as files that transformers' AutoTokenizer opens and that give the same ids.
 
-A `tokenizer.json` goes as it is, but for what would add tokens to a text. A SentencePiece model becomes one where that
-gives the same ids for every text, and stays a `.model` where it does not.
+A `tokenizer.json` is copied without the post-processor that would add tokens to a text. A SentencePiece model is
+converted to `tokenizer.json` if that gives the same ids for every text, and stays a `.model` otherwise.
 """
 
 import json
@@ -20,24 +20,24 @@ from data_scoring.tokenizer.tokenizer import name_token, open_tokenizer, read_to
 
 _Piece = sentencepiece_model.ModelProto.SentencePiece
 _SPACE = "▁"
-# What a word is to Qwen2.
+# The pattern by which Qwen2 splits text into words.
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def export_tokenizer(path: Path, end_of_document: str | None, max_length: int | None, folder: Path) -> int:
-    """Write what AutoTokenizer opens of the tokenizer in `path` to `folder`; return the id that ends documents.
+    """Write the tokenizer in `path` to `folder` for AutoTokenizer; return the id of the end-of-document token.
 
-    That is its end-of-sequence token, and the one that begins sequences where somebody asks for that; none is added to
-    a text. max_length: the longest sequence, in tokens, that the model was trained for.
+    That token becomes both eos_token and bos_token; encoding adds neither. max_length: the longest sequence, in tokens,
+    that the model was trained for.
     """
     end = open_tokenizer(path, end_of_document).end_of_document
     name = name_token(path, end)
     token = {"eos_token": name, "bos_token": name}
     if path.suffix == ".json":
         content = json.loads(read_tokenizer(path))
-        # Others than the byte-level one, which moves offsets alone, add tokens.
+        # The byte-level post-processor only changes offsets; the others add tokens.
         if (content.get("post_processor") or {}).get("type") != "ByteLevel":
             content["post_processor"] = None
         _write(folder, content, token, max_length)
@@ -53,10 +53,10 @@ def export_tokenizer(path: Path, end_of_document: str | None, max_length: int | 
 
 
 def misreading_families(path: Path) -> tuple[str, ...]:
-    """Return the families of models whose tokenizer transformers makes something else of than `path` says.
+    """Return the model families for which transformers would not use the tokenizer in `path` as its file says.
 
-    A Qwen2's divides text into words as Qwen does, whatever its file says, and no SentencePiece model is left as it is
-    for it, nor for a Mistral.
+    For Qwen2 it always splits text into words by Qwen's pattern, and for Qwen2 and Mistral it always converts a
+    SentencePiece model.
     """
     if path.suffix != ".json":
         return ("qwen2",) if converts_exactly(_read(path)) else ("qwen2", "mistral")
@@ -67,10 +67,10 @@ def misreading_families(path: Path) -> tuple[str, ...]:
 
 
 def converts_exactly(proto: Any) -> bool:
-    """Return whether a SentencePiece model gives every text the ids that what `convert` makes of it gives.
+    """Return whether a SentencePiece model and the result of `convert` give the same ids for every text.
 
-    It does if it is a BPE that falls back to bytes, takes text as it is, and has no two merges of one score that a
-    text could offer at once, overlapping: SentencePiece takes the left one, and tokenizers the first in its list.
+    They do if the model is BPE with byte fallback, does not normalise text, and has no two merges with equal scores
+    that can overlap in a text: SentencePiece takes the left one, tokenizers the first in its list.
     """
     spec, normalizer = proto.trainer_spec, proto.normalizer_spec
     pieces = {entry.piece for entry in proto.pieces}
@@ -85,7 +85,7 @@ def converts_exactly(proto: Any) -> bool:
         and not normalizer.remove_extra_whitespaces
         and normalizer.escape_whitespaces
         and _Piece.UNUSED not in kinds
-        # Text around a symbol would get a space each before it.
+        # With a symbol inside, each piece of text around it would get its own space prefix.
         and not (symbols and (normalizer.add_dummy_prefix or any(_SPACE in symbol for symbol in symbols)))
         and not _has_ambiguous_ties(proto)
     )
@@ -113,15 +113,15 @@ def _has_ambiguous_ties(proto: Any) -> bool:
 
 
 def _are_runs(group: list[str]) -> bool:
-    """Return whether pieces are one character two, three, … times: Llama's spaces, to which any number adds up.
+    """Return whether the pieces are one character repeated two, three, … times without gaps, as Llama's spaces are.
 
-    From left to right is the longest first there, which `convert` makes it.
+    For these, merging from left to right equals merging the longest first, which is the order `convert` uses.
     """
     return len({*"".join(group)}) == 1 and sorted(map(len, group)) == list(range(2, len(group) + 2))
 
 
 def convert(proto: Any) -> tokenizers.Tokenizer:
-    """Return a SentencePiece model, of which `converts_exactly` is true, as one of the tokenizers library."""
+    """Return a SentencePiece model, for which `converts_exactly` is true, as a tokenizer of the tokenizers library."""
     ids = {entry.piece: token for token, entry in enumerate(proto.pieces)}
     scores = {entry.piece: entry.score for entry in proto.pieces if entry.type == _Piece.NORMAL}
     merges = sorted(
@@ -174,7 +174,7 @@ def _write_config(folder: Path, config: dict[str, Any], max_length: int | None) 
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        # A special token spelled out in a text is text, as it was in training.
+        # A special token that appears in a text is encoded as text, as in training.
         "split_special_tokens": True,
     }
     length = {} if max_length is None else {"model_max_length": max_length}

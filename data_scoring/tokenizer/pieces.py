@@ -1,18 +1,18 @@
-"""A tokenizer's vocabulary, taken apart: what has to stay, what a token needs, and the tokenizer without the rest."""
+"""A tokenizer's vocabulary for pruning: required tokens, the tokens that a token needs, and saving a subset."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-# Called with the two sides of a merge; the lower, the earlier it is made; None where there is no such merge.
+# Maps the two sides of a merge to its priority; lower is merged earlier; None if there is no such merge.
 Priority = Callable[[str, str], float | None]
 
 
 class Vocabulary(Protocol):
-    """What compacting has to know of a tokenizer, whatever its kind.
+    """A vocabulary as vocabulary pruning sees it, for any kind of tokenizer.
 
-    pieces: each id's piece, None for ids that no token has. required: the ids that stay, each with the reason.
-    needs: for each id, those that have to stay if it does, so that encoding still arrives at it.
+    pieces: the piece of each id, None for unused ids. required: the ids that must stay, each with the reason. needs:
+    for each id, the ids that must stay with it so that encoding can still produce it.
     """
 
     pieces: list[str | None]
@@ -20,18 +20,18 @@ class Vocabulary(Protocol):
     needs: list[tuple[int, ...]]
 
     def parts(self, token: int, rank: Sequence[int]) -> Sequence[int]:
-        """Return the tokens that `token` falls into where it and all of a higher `rank` are gone."""
+        """Return the tokens that replace `token` once it and all tokens of a higher `rank` are removed."""
         ...
 
     def save(self, kept: Sequence[int], path: Path) -> None:
-        """Write to `path` the tokenizer that has the tokens `kept`, ascending, alone, numbered in this order."""
+        """Write to `path` the tokenizer that has only the tokens `kept`, ascending, renumbered in this order."""
         ...
 
 
 def merge(symbols: list[str], priority: Priority) -> tuple[list[str], tuple[str, str] | None]:
-    """Return what byte-pair encoding makes of `symbols`, and the pair that it merged last.
+    """Return the byte-pair encoding of `symbols`, and the pair that was merged last.
 
-    At each step the pair of the lowest priority is merged, of equal ones the leftmost.
+    Each step merges the pair with the lowest priority value, the leftmost of equal ones.
     """
     symbols, last = list(symbols), None
     while len(symbols) > 1:
@@ -49,16 +49,16 @@ def merge(symbols: list[str], priority: Priority) -> tuple[list[str], tuple[str,
 
 
 def parts_of(piece: str, symbols: list[str], priority: Priority) -> list[str]:
-    """Return what `piece` is made of: the two that its last merge joins, or, where no merge leads to it, what is left.
+    """Return the parts of `piece`: the two sides of its last merge, or the symbols that remain if no merge yields it.
 
-    Both sides of the last merge are themselves arrived at by the same merges, so a vocabulary that holds, with each
-    piece, its parts still arrives at each: of the merges it has left, those that lead there are the first as before.
+    The same merges also produce both sides of the last merge. So a vocabulary that contains the parts of each of its
+    pieces still produces all of them: the remaining merges keep their relative order.
     """
     merged, last = merge(symbols, priority)
     return list(last) if merged == [piece] and last is not None else merged if merged != [piece] else []
 
 
-# What stands for text that no other piece is made for, where a tokenizer falls back to bytes.
+# The pieces of tokenizers with byte fallback, for text that no other piece covers.
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 

@@ -1,4 +1,4 @@
-"""Which tokens a smaller vocabulary keeps, what each size is worth, and which size to take."""
+"""Vocabulary pruning: which tokens to keep, coverage and cost at each size, and which size to choose."""
 
 from dataclasses import dataclass
 
@@ -11,28 +11,28 @@ from data_scoring.tokenizer.pieces import Vocabulary
 
 @dataclass(frozen=True)
 class Choice:
-    """The tokens of a vocabulary in the order in which they were taken up, and why each was."""
+    """The kept tokens in the order of selection, and the reason for each."""
 
     tokens: list[int]
     reasons: dict[int, str]
 
     @property
     def kept(self) -> list[int]:
-        """Return the tokens in their old order, in which they are numbered anew."""
+        """Return the kept tokens in the order of their old ids, which is the order of their new ids."""
         return sorted(self.tokens)
 
 
 def choose_tokens(vocabulary: Vocabulary, counts: NDArray[np.int64], size: int) -> Choice:
     """Return the `size` tokens to keep: the required ones, then the most frequent, each after those that it needs.
 
-    A token that does not fit any more with what it needs is left out, and the next ones that do are taken instead,
-    so that there are exactly `size`. `counts`, [num_tokens], is how often each occurs. Raises ValueError where the
-    required ones alone are more, or where there are not that many.
+    A token that no longer fits together with those it needs is skipped in favour of the next ones that fit, so there
+    are exactly `size`. `counts`, [num_tokens], is how often each token occurs. Raises ValueError if `size` is less than
+    the number of required tokens or more than the number of tokens.
     """
     reasons = dict(vocabulary.required)
     if size < len(reasons):
         raise ValueError(
-            f"vocabulary size {size} is too small: {len(reasons)} tokens have to stay ({_kinds(vocabulary)}); "
+            f"vocabulary size {size} is too small: {len(reasons)} tokens are required ({_kinds(vocabulary)}); "
             f"give {len(reasons)} or more"
         )
     num_tokens = sum(piece is not None for piece in vocabulary.pieces)
@@ -52,7 +52,7 @@ def choose_tokens(vocabulary: Vocabulary, counts: NDArray[np.int64], size: int) 
 
 
 def _missing(vocabulary: Vocabulary, token: int, taken: dict[int, str]) -> list[int]:
-    """Return `token`, after what it needs that is not taken yet."""
+    """Return `token`, preceded by the tokens it needs that are not taken yet."""
     step: list[int] = []
     stack = [(token, False)]
     while stack:
@@ -72,10 +72,10 @@ def _kinds(vocabulary: Vocabulary) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """What vocabularies of growing size are worth, [num_sizes] each.
+    """Coverage and text length at each vocabulary size, [num_sizes] each.
 
-    sizes: tokens kept; coverage: share of the corpus, in tokens of the whole tokenizer, that are kept; lengths: tokens
-    that the corpus has then, estimated, as a multiple of what it has with the whole tokenizer.
+    sizes: number of kept tokens; coverage: share of the corpus's tokens, under the whole tokenizer, that are kept;
+    lengths: estimated number of tokens of the corpus, relative to that under the whole tokenizer.
     """
 
     sizes: NDArray[np.int64]
@@ -84,10 +84,10 @@ class Curve:
 
 
 def measure_curve(vocabulary: Vocabulary, counts: NDArray[np.int64]) -> Curve:
-    """Return what every size is worth, from that of the required tokens on.
+    """Return the coverage and length of every size from the number of required tokens upward.
 
-    A dropped token is taken to fall into the two that its last merge joins (unigram: into the best pieces that are
-    left), and these on, once they are dropped in turn. Merges that dropping others makes room for are not seen.
+    A dropped token is assumed to split into the two sides of its last merge (unigram: into the best remaining pieces),
+    which split in turn when they are dropped. New merges that become possible are not considered.
     """
     num_tokens = sum(piece is not None for piece in vocabulary.pieces)
     order = choose_tokens(vocabulary, counts, num_tokens).tokens
@@ -112,22 +112,23 @@ def measure_curve(vocabulary: Vocabulary, counts: NDArray[np.int64]) -> Curve:
 
 
 def size_for_coverage(curve: Curve, coverage: float) -> int:
-    """Return the smallest size that covers as much, in steps of `VOCABULARY_MULTIPLE`.
+    """Return the smallest size whose coverage is at least `coverage`, in steps of `VOCABULARY_MULTIPLE`.
 
-    Raises ValueError where `coverage` is no share.
+    Raises ValueError unless `coverage` is above 0 and at most 1.
     """
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage: {coverage} is not above 0 and at most 1; give a share such as 0.9786")
-    # What was summed up in floating point may miss 1 by a rounding.
+    # Floating-point summation may miss 1 by a rounding error.
     enough = int(np.argmax(curve.coverage >= coverage - 1e-12))
-    # What embedding and head are padded to costs nothing more.
+    # Embedding and head are padded to this multiple anyway, so the extra tokens cost nothing.
     return min(padded_vocab_size(int(curve.sizes[enough])), int(curve.sizes[-1]))
 
 
 def cheapest_size(curve: Curve, num_parameters: NDArray[np.float64]) -> int:
-    """Return the size at which a byte of text passes through the fewest parameters, in steps of `VOCABULARY_MULTIPLE`.
+    """Return the size with the least training cost per byte of text, in steps of `VOCABULARY_MULTIPLE`.
 
-    `num_parameters`, [num_sizes], is the model's at each size. What training costs per byte is that times a constant.
+    `num_parameters`, [num_sizes], is that of the model at each size. The cost per byte is proportional to tokens per
+    byte times parameters.
     """
     costs = curve.lengths * num_parameters
     steps = np.flatnonzero((curve.sizes % VOCABULARY_MULTIPLE == 0) | (curve.sizes == curve.sizes[-1]))

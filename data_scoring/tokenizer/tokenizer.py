@@ -1,6 +1,6 @@
 """Tokenizers: Hugging Face `tokenizer.json` and SentencePiece `.model`, given or trained on the corpus.
 
-GPT-2's pair, a JSON vocabulary with its merges in a second file beside it, is read as the `tokenizer.json` it makes.
+GPT-2's pair of files, a JSON vocabulary and its merges beside it, is converted to a `tokenizer.json` when read.
 """
 
 import heapq
@@ -44,10 +44,10 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json` of the `tokenizers` library."""
 
     def __init__(self, path: Path, end_of_document: str | None) -> None:
-        # Set before the library's first use of threads: datasets' worker processes make it fall back to one core.
+        # Set before the library first uses threads: otherwise datasets' worker processes reduce it to one core.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self._tokenizer = _load_json(path)
-        # A special token spelled out in the corpus is text like any other, not an instruction.
+        # Special tokens that appear in the corpus are encoded as text.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -113,7 +113,7 @@ def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def name_token(path: Path, token: int) -> str | None:
-    """Return what the token of the id `token` is called in the tokenizer in `path`, or None where it has none."""
+    """Return the string of the token with id `token` in the tokenizer in `path`, or None if there is none."""
     if path.suffix == ".json":
         return _load_json(path).id_to_token(token)
     processor = _load_sentencepiece(path)
@@ -121,9 +121,9 @@ def name_token(path: Path, token: int) -> str | None:
 
 
 def read_tokenizer(path: Path) -> bytes:
-    """Return the content of a tokenizer file; of GPT-2's pair, whose vocabulary `path` is, the `tokenizer.json`.
+    """Return the content of a tokenizer file; for the vocabulary of GPT-2's pair, the resulting `tokenizer.json`.
 
-    Raises ValueError where `path` is a bare vocabulary and its merges are not beside it.
+    Raises ValueError if `path` is a vocabulary without its merges beside it.
     """
     content = path.read_bytes()
     if path.suffix != ".json":
@@ -131,15 +131,15 @@ def read_tokenizer(path: Path) -> bytes:
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
-        return content  # For the library to say what is wrong with it.
+        return content  # The library reports the error.
     if not isinstance(values, dict) or not values or not all(isinstance(value, int) for value in values.values()):
         return content
     prefix = path.stem.removesuffix("encoder").removesuffix("vocab")
     merges = [file for pattern in ("*.bpe", "*merges.txt") for file in path.parent.glob(f"{prefix}{pattern}")]
     if len(merges) != 1:
         raise ValueError(
-            f"{path}: a vocabulary alone, and beside it {len(merges)} files such as {prefix}vocab.bpe or "
-            f"{prefix}merges.txt; put the one that holds its merges there"
+            f"{path}: a vocabulary without merges: {len(merges)} files such as {prefix}vocab.bpe or "
+            f"{prefix}merges.txt are beside it; put exactly one there"
         )
     return _join_pair(path, merges[0]).to_str(pretty=True).encode()
 
@@ -148,9 +148,7 @@ def _join_pair(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     try:
         model = tokenizers.models.BPE(*tokenizers.models.BPE.read_file(str(vocabulary), str(merges)))
     except Exception as error:  # noqa: BLE001 (what the library raises)
-        raise ValueError(
-            f"{merges}: not the merges of {vocabulary} ({error}); give a pair that belongs together"
-        ) from None
+        raise ValueError(f"{merges}: not the merges of {vocabulary} ({error}); give a matching pair") from None
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -168,14 +166,14 @@ def _find_end(path: Path, token_to_id: object, wanted: str | None) -> int:
     if wanted is not None:
         raise ValueError(f"tokenizer.end_of_document: {wanted!r} is not a token of {path}; name one that is")
     raise ValueError(
-        f"{path}: none of {', '.join(_USUAL_ENDS)} is in it; name its end token in tokenizer.end_of_document"
+        f"{path}: has none of the tokens {', '.join(_USUAL_ENDS)}; name its end token in tokenizer.end_of_document"
     )
 
 
 def open_tokenizer(path: Path, end_of_document: str | None) -> Tokenizer:
-    """Return the tokenizer in `path`, whose ending, `.json` or `.model`, tells its kind.
+    """Return the tokenizer in `path`; its suffix, `.json` or `.model`, determines the kind.
 
-    Raises ValueError where the file is missing, unreadable or has no such end-of-document token.
+    Raises ValueError if the file is missing, unreadable or has no such end-of-document token.
     """
     if not path.is_file():
         raise ValueError(f"tokenizer.path: {path}: no such file; give a tokenizer.json or a SentencePiece .model")
@@ -184,12 +182,12 @@ def open_tokenizer(path: Path, end_of_document: str | None) -> Tokenizer:
         ".model": SentencePieceTokenizer,
     }
     if path.suffix not in kinds:
-        raise ValueError(f"tokenizer.path: {path}: ends in neither .json nor .model; give one of these")
+        raise ValueError(f"tokenizer.path: {path}: ends in neither .json nor .model; give such a file")
     return kinds[path.suffix](path, end_of_document)
 
 
 def install_tokenizer(config: TokenizerConfig, texts: Iterable[str], seed: int, folder: Path) -> Path:
-    """Return the path of the tokenizer file put into `folder`: a copy of the given one, or one trained on `texts`."""
+    """Return the path of the tokenizer written to `folder`: a copy of the given one, or one trained on `texts`."""
     if config.path is not None:
         target = folder / f"tokenizer{Path(config.path).suffix}"
         with writing(target) as temporary:
@@ -203,7 +201,7 @@ def install_tokenizer(config: TokenizerConfig, texts: Iterable[str], seed: int, 
 
 
 def sample_texts(texts: Iterable[str], num_bytes: int, seed: int) -> Iterator[str]:
-    """Return a uniform random sample of `texts` of about `num_bytes`, holding no more than that in memory."""
+    """Return a uniform random sample of `texts` of about `num_bytes`, using no more memory than that."""
     generator = random.Random(seed)  # noqa: S311
     heap: list[tuple[float, int, str]] = []
     total = 0

@@ -1,4 +1,4 @@
-"""Opening the vocabulary of a tokenizer, whatever library made it."""
+"""Opening the vocabulary of a tokenizer of either library."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from data_scoring.tokenizer.pieces import Vocabulary
 
 
 def open_vocabulary(path: Path) -> Vocabulary:
-    """Return the vocabulary of the tokenizer in `path`. Raises ValueError where it is of a kind that cannot be cut."""
+    """Return the vocabulary of the tokenizer in `path`. Raises ValueError if it cannot be pruned."""
     from data_scoring.tokenizer.vocabulary_bpe import HuggingFaceVocabulary
     from data_scoring.tokenizer.vocabulary_sentencepiece import SentencePieceVocabulary
 

@@ -22,9 +22,9 @@ class HuggingFaceVocabulary:
         self._json: dict[str, Any] = json.loads(content)
         self._model = self._json["model"]
         read = tokenizers.Tokenizer.from_buffer(content)
-        # Old files do not name the kind, which the library then finds out.
+        # Old files do not name the kind of model; the library infers it.
         self._check(path, type(read.model).__name__)
-        # The library's numbering, not the file's: added tokens that the model lacks are numbered as they are read.
+        # The library's ids, not the file's: it numbers added tokens that the model lacks as it reads them.
         self._ids: dict[str, int] = read.get_vocab(with_added_tokens=True)
         self.pieces: list[str | None] = [None] * (max(self._ids.values()) + 1)
         for piece, token in self._ids.items():
@@ -37,12 +37,12 @@ class HuggingFaceVocabulary:
     def _check(self, path: Path, kind: str) -> None:
         kind = self._model.get("type", kind)
         if kind != "BPE":
-            raise ValueError(f"{path}: its model is {kind}; give one of BPE, or a SentencePiece .model")
+            raise ValueError(f"{path}: its model is {kind}; give a BPE tokenizer or a SentencePiece .model")
         for field in _UNSUPPORTED:
             if self._model.get(field):
                 raise ValueError(
-                    f"{path}: its model has {field} {self._model[field]!r}, with which it cannot be cut down; "
-                    "give one without"
+                    f"{path}: its model has {field} {self._model[field]!r}, which pruning does not support; "
+                    "give a tokenizer without it"
                 )
 
     def _find_required(self) -> dict[int, str]:
@@ -57,7 +57,7 @@ class HuggingFaceVocabulary:
         if self._model.get("byte_fallback") and all(piece in in_model for piece in BYTES):
             for piece in BYTES:
                 required.setdefault(ids[piece], "byte")
-            # Decoders turn it into a space before they look at bytes.
+            # Decoders replace it by a space before they decode bytes.
             if "▁" in in_model:
                 required.setdefault(ids["▁"], "space")
         else:
@@ -69,7 +69,7 @@ class HuggingFaceVocabulary:
         return required
 
     def _require_paths(self) -> None:
-        """Require what tokens that templates name are merged from: they may be plain text as well."""
+        """Require the parts of tokens that templates name: these tokens may also occur as plain text."""
         stack = [token for token, reason in self.required.items() if reason == _TEMPLATE]
         while stack:
             for part in self._find_parts(stack.pop()):
@@ -89,13 +89,13 @@ class HuggingFaceVocabulary:
         return tuple(self._ids[part] for part in parts if part in self._ids)
 
     def parts(self, token: int, rank: Sequence[int]) -> Sequence[int]:
-        """Return the two that its last merge joins, or the bytes of a character."""
+        """Return the two sides of the token's last merge, or the bytes of a character."""
         return self.needs[token]
 
     def save(self, kept: Sequence[int], path: Path) -> None:
-        """Write the `tokenizer.json` of the tokens `kept`.
+        """Write a `tokenizer.json` with only the tokens `kept`.
 
-        Raises ValueError where the library would number them otherwise.
+        Raises ValueError if the library would give them other ids.
         """
         new = {piece: number for number, piece in enumerate(self.pieces[token] for token in kept)}
         model = self._model
@@ -114,8 +114,8 @@ class HuggingFaceVocabulary:
         path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
         if tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True) != new:
             raise ValueError(
-                "the tokenizer's added tokens lie between those of its model, where they cannot be put again; "
-                "number them behind the others, or put them into the model's vocabulary"
+                "the tokenizer's added tokens have ids between those of its model, which cannot be kept; "
+                "give them ids after the model's, or add them to the model's vocabulary"
             )
 
 
@@ -125,7 +125,7 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 
 
 def _named(value: Any) -> set[str]:
-    """Return the tokens that a post-processor or a padding names."""
+    """Return the tokens that a post-processor or padding section names."""
     if not isinstance(value, dict):
         return set()
     names = {value[field][0] for field in ("sep", "cls") if isinstance(value.get(field), list)}
@@ -139,7 +139,7 @@ def _named(value: Any) -> set[str]:
 
 
 def _renumber(value: Any, new: dict[str | None, int]) -> Any:
-    """Return a post-processor or a padding with the ids of the tokens that it names as they are in `new`."""
+    """Return a post-processor or padding section with the ids of its tokens replaced by those in `new`."""
     if not isinstance(value, dict):
         return value
     renumbered = dict(value)
@@ -152,7 +152,7 @@ def _renumber(value: Any, new: dict[str | None, int]) -> Any:
             for name, token in value["special_tokens"].items()
         }
     if "pad_token" in value:
-        # A padding token that the vocabulary does not have was never looked up.
+        # A padding token outside the vocabulary has no new id.
         renumbered["pad_id"] = new.get(value["pad_token"], value["pad_id"])
     if isinstance(value.get("processors"), list):
         renumbered["processors"] = [_renumber(processor, new) for processor in value["processors"]]

@@ -15,7 +15,7 @@ _REQUIRED = {
     _Piece.UNKNOWN: "unknown", _Piece.CONTROL: "control", _Piece.USER_DEFINED: "user-defined", _Piece.BYTE: "byte"
 }  # fmt: skip
 _SPACE = "▁"
-# What SentencePiece takes off the worst score for a character that it does not know.
+# SentencePiece scores an unknown character with the lowest score of the vocabulary minus this.
 _UNKNOWN_PENALTY = 10.0
 
 
@@ -31,7 +31,7 @@ class SentencePieceVocabulary:
         spec = self._proto.trainer_spec
         if spec.model_type not in (_UNIGRAM, _BPE):
             kind = sentencepiece_model.TrainerSpec.ModelType.Name(spec.model_type)
-            raise ValueError(f"{path}: its model is {kind}; give one of BPE or unigram")
+            raise ValueError(f"{path}: its model is {kind}; give a BPE or unigram model")
         self.pieces: list[str | None] = [entry.piece for entry in self._proto.pieces]
         self._ids = {entry.piece: token for token, entry in enumerate(self._proto.pieces)}
         self._scores = {
@@ -54,7 +54,7 @@ class SentencePieceVocabulary:
             token: _REQUIRED[entry.type] for token, entry in enumerate(self._proto.pieces) if entry.type in _REQUIRED
         }
         if self._proto.trainer_spec.byte_fallback and all(piece in self._ids for piece in BYTES):
-            # As bytes it would come back as itself, not as a space.
+            # Encoded as bytes, it would be decoded as itself, not as a space.
             if _SPACE in self._ids:
                 required.setdefault(self._ids[_SPACE], "space")
             return required
@@ -66,44 +66,44 @@ class SentencePieceVocabulary:
         return required
 
     def _find_parts(self, token: int) -> tuple[int, ...]:
-        """Return what BPE joins last on its way to a token; SentencePiece joins any two that make a piece."""
+        """Return the two sides of a token's last merge; SentencePiece merges any two symbols that form a piece."""
         piece = self._proto.pieces[token].piece
         if token in self.required:
             return ()
         symbols = self._symbol.findall(piece)
         parts = byte_pieces(piece) if len(piece) == 1 else parts_of(piece, symbols, self._priority)
-        # Characters that are no pieces are bytes, which stay anyway.
+        # Characters without a piece are encoded as bytes, which are required anyway.
         return tuple(self._ids[part] for part in parts if part in self._ids)
 
     def _priority(self, left: str, right: str) -> float | None:
-        # User-defined pieces stand as they are.
+        # User-defined pieces are never merged.
         if left in self._fixed or right in self._fixed:
             return None
         score = self._scores.get(left + right)
         return None if score is None else -score
 
     def parts(self, token: int, rank: Sequence[int]) -> Sequence[int]:
-        """Return what the last merge joins or, for unigram, the best way to make it of pieces of a lower rank."""
+        """Return the two sides of the last merge or, for unigram, the best segmentation into pieces of lower rank."""
         return self.needs[token] if self._is_bpe else self._divide(token, rank)
 
     def _divide(self, token: int, rank: Sequence[int]) -> list[int]:
         piece = self._proto.pieces[token].piece
         best: list[tuple[float, list[int]]] = [(0.0, [])]
         for end in range(1, len(piece) + 1):
-            ways = []
+            segmentations = []
             for start in range(max(0, end - self._longest), end):
                 part = piece[start:end]
                 score, tokens = best[start]
                 if part in self._scores and rank[self._ids[part]] < rank[token]:
-                    ways.append((score + self._scores[part], [*tokens, self._ids[part]]))
+                    segmentations.append((score + self._scores[part], [*tokens, self._ids[part]]))
                 elif len(part) == 1:
                     as_bytes = [self._ids[byte] for byte in byte_pieces(part) if byte in self._ids]
-                    ways.append((score + self._worst - _UNKNOWN_PENALTY, [*tokens, *as_bytes]))
-            best.append(max(ways))
+                    segmentations.append((score + self._worst - _UNKNOWN_PENALTY, [*tokens, *as_bytes]))
+            best.append(max(segmentations))
         return best[-1][1]
 
     def save(self, kept: Sequence[int], path: Path) -> None:
-        """Write the `.model` of the tokens `kept`."""
+        """Write a `.model` with only the tokens `kept`."""
         cut = sentencepiece_model.ModelProto()
         cut.CopyFrom(self._proto)
         del cut.pieces[:]

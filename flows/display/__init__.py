@@ -1,1 +1,1 @@
-"""How results are shown: HTML, Markdown, figures, terminal progress. It knows no run."""
+"""Display of results: HTML, Markdown, figures, terminal progress. It knows no run."""

@@ -1,4 +1,4 @@
-"""Figures of one style, drawn to PNG."""
+"""Figures in one style, rendered to PNG."""
 
 import io
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import duckdb
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-# Draws from the ledger; None where the ledger has nothing to draw.
+# Draws a figure from the ledger; None if the ledger has no data for it.
 Plot = Callable[[duckdb.DuckDBPyConnection], Figure | None]
 
 _STYLE: Any = {
@@ -23,12 +23,12 @@ _STYLE: Any = {
 
 
 def render(plot: Plot, ledger: duckdb.DuckDBPyConnection) -> bytes | None:
-    """Return the PNG that `plot` draws from the ledger, or None where there is nothing to draw."""
+    """Return the PNG that `plot` draws from the ledger, or None if there is no data for it."""
     return _render(lambda: plot(ledger))
 
 
 def render_figure(draw: Callable[[], Figure]) -> bytes:
-    """Return the PNG of the figure that `draw` makes, in the style of all."""
+    """Return the PNG of the figure that `draw` returns, in the common style."""
     png = _render(draw)
     assert png is not None
     return png

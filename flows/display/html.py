@@ -3,7 +3,7 @@
 import base64
 import html
 
-# Characters from which on a table's cell is set as running text.
+# Cells with more characters than this are set as running text.
 _LONG_TEXT = 40
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -20,7 +20,7 @@ figure { margin: 1rem 0; } figcaption { color: gray; font-size: 14px; }
 
 
 def html_page(title: str, body: str) -> str:
-    """Return a whole page, which needs nothing beside it, around the HTML `body`."""
+    """Return a self-contained page with the HTML `body`."""
     name = html.escape(title)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Reprise: {name}</title>'
@@ -29,7 +29,7 @@ def html_page(title: str, body: str) -> str:
 
 
 def html_figure(png: bytes, caption: str) -> str:
-    """Return a picture with its caption as HTML that holds the picture itself."""
+    """Return the HTML of a figure with its caption; the picture is embedded."""
     data = base64.b64encode(png).decode()
     escaped = html.escape(caption)
     return (
@@ -38,8 +38,8 @@ def html_figure(png: bytes, caption: str) -> str:
 
 
 def html_table(columns: list[str], rows: list[tuple[object, ...]]) -> str:
-    """Return `rows` under their `columns` as HTML."""
-    # Long names, which sources have, may break at their underscores.
+    """Return an HTML table of `rows` with the header `columns`."""
+    # Long names, such as those of sources, may break at underscores.
     head = "".join(f"<th>{html.escape(column).replace('_', '_<wbr>')}" for column in columns)
     body = "".join("<tr>" + "".join(map(_cell, row)) for row in rows)
     return f"<table><tr>{head}{body}</table>"

@@ -2,7 +2,7 @@
 
 
 def markdown_table(head: list[str], cells: list[list[str]]) -> str:
-    """Return a Markdown table that reads well as plain text too, the first column to the left, others to the right."""
+    """Return a Markdown table aligned as plain text, the first column to the left, the others to the right."""
     first, *others = (max(len(row[place]) for row in [head, *cells]) for place in range(len(head)))
 
     def line(row: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""A page of findings, tables and pictures, written as HTML that needs nothing beside it, as Markdown, and as text."""
+"""A result page with notes, tables and pictures, written as self-contained HTML, as Markdown, and as text."""
 
 import html
 import re
@@ -12,7 +12,7 @@ from flows.display.markdown import markdown_table
 
 @dataclass(frozen=True)
 class Page:
-    """A page that is written: where its HTML is, and the same in plain text."""
+    """A written page: the path of its HTML, and the same content as plain text."""
 
     page: Path
     text: str
@@ -20,7 +20,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: what to know, a table's cells as text (**bold** where they stand out), and code to copy."""
+    """A section of a page: notes, a table's cells as text (**bold** for emphasis), and code to copy."""
 
     title: str
     notes: list[str]
@@ -31,7 +31,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot as PNG, the name of its file, and what it shows."""
+    """A plot as PNG, with the name of its file and its caption."""
 
     name: str
     png: bytes
@@ -39,12 +39,12 @@ class Picture:
 
 
 def span(least: int, most: int) -> str:
-    """Return a range of counts in words, or the one count that it is."""
+    """Return a range of counts as text, or the single count if both are equal."""
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def write_page(path: Path, title: str, lead: list[str], sections: list[Section], pictures: list[Picture]) -> Page:
-    """Write the page `path`, its Markdown and its pictures, named after it, and return it."""
+    """Write the page `path`, with Markdown and pictures named after it, and return it."""
     for picture in pictures:
         with writing(path.with_name(f"{path.stem}-{picture.name}.png")) as temporary:
             temporary.write_bytes(picture.png)

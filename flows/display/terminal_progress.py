@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar where there is one, else a line now and then."""
+"""Progress on standard error: a bar on a terminal, otherwise a line every few seconds."""
 
 import sys
 import time
@@ -22,23 +22,23 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class _RateColumn(ProgressColumn):
-    """Shows how many units are done a second."""
+    """Shows the number of units done per second."""
 
     def render(self, task: Task) -> Text:
-        """Return the rate, empty where it is not known yet."""
+        """Return the rate, empty while it is unknown."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.1f}/s" if speed else "")
 
 
 class Pace:
-    """How fast one piece of work after the other goes, told in words."""
+    """The pace of successive pieces of work, as text."""
 
     def __init__(self) -> None:
         self.work = ""
         self._started, self._first = 0.0, 0
 
     def note(self, what: str, done: int) -> bool:
-        """Take in that `done` units of `what` are done; return whether that is another piece of work than before."""
+        """Record that `done` units of `what` are done; return whether this is a new piece of work."""
         # Details may follow the work's name after a dot.
         work = what.split(" · ", maxsplit=1)[0]
         is_new = work != self.work
@@ -47,7 +47,7 @@ class Pace:
         return is_new
 
     def line(self, what: str, done: int, total: int | None) -> str:
-        """Return how far `what` is, how fast it goes and how many seconds are left."""
+        """Return the progress of `what`, its rate and the seconds left, as one line."""
         if total is None:
             return f"{what}: {done:,}" if done else what
         fresh, seconds = done - self._first, time.monotonic() - self._started
@@ -57,7 +57,7 @@ class Pace:
 
 
 class TerminalProgress:
-    """Shows the progress of one piece of work after the other on standard error; a context manager, and callable."""
+    """Shows the progress of successive pieces of work on standard error; a context manager and a progress callback."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr)
@@ -106,7 +106,7 @@ class TerminalProgress:
             print(self._pace.line(what, done, total), file=sys.stderr, flush=True)
 
     def _end_bar(self) -> None:
-        """Stop the clock of the work before, which may not have known how much of it there was."""
+        """Stop the clock of the previous piece of work, whose total may be unknown."""
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, total=self._bars.tasks[self._task].completed)
             self._bars.stop_task(self._task)

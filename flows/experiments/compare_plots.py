@@ -1,4 +1,4 @@
-"""A comparison's plots, each from its results' views."""
+"""The plots of a comparison, each from the views of its results."""
 
 import math
 
@@ -15,7 +15,7 @@ _SCORED = "#bbbbbb"
 
 
 def validation_losses(results: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Draw each source's validation loss by arm: the seeds as dots, their mean as a line across."""
+    """Draw each source's validation loss by arm: a dot per seed, and the mean as a bar."""
     rows = results.sql(
         f"select source, arm, loss from losses where arm <> '{BASE}' order by place desc, source, arm"
     ).fetchall()
@@ -45,14 +45,14 @@ def _draw_losses(axes: Axes, rows: list[tuple[str, float]]) -> None:
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=4)
-    # Offsets, as in +4.07, are hard to read; and one seed's dots would sit on the frame.
+    # Axis offsets such as +4.07 are hard to read, and without margins the dots of one seed lie on the frame.
     axes.ticklabel_format(axis="x", useOffset=False)
     axes.margins(x=0.1)
     axes.grid(axis="y", visible=False)
 
 
 def paired_differences(results: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Draw each source's difference to the reference: mean and standard error, and the seeds as dots."""
+    """Draw each source's difference to the reference: mean and standard error, and a dot per seed."""
     means = results.sql(
         "select source, arm, mean, coalesce(error, 0) from differences order by place desc, source, arm"
     ).fetchall()
@@ -76,21 +76,21 @@ def paired_differences(results: duckdb.DuckDBPyConnection) -> Figure | None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(sources)), sources)
     axes.set_ylim(len(sources) - 0.5, -0.5)
-    axes.set_xlabel(f"validation loss less that of arm {reference}, same seed (nats per token); to the left is better")
+    axes.set_xlabel(f"validation loss minus that of arm {reference}, same seed (nats per token); lower is better")
     axes.grid(axis="y", visible=False)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def costs(results: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Draw what each arm cost, in training-token equivalents: training and scoring, means over seeds."""
+    """Draw the cost of each arm, in training-token equivalents: training and scoring, means over seeds."""
     rows = results.sql(
         "select arm, avg(trained_tokens) / 1e6, avg(scoring_cost) / 1e6 from costs group by arm order by arm"
     ).fetchall()
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.35 * len(rows)))
     arms, trained, scored = zip(*rows, strict=True)
     axes.barh(arms, trained, color=_COLORS[0], label="trained after round 1")
-    axes.barh(arms, scored, left=trained, color=_SCORED, label="scoring, as much as training on")
+    axes.barh(arms, scored, left=trained, color=_SCORED, label="scoring, in training tokens")
     axes.invert_yaxis()
     axes.set_xlabel("cost after round 1 (millions of training-token equivalents)")
     axes.grid(axis="y", visible=False)
@@ -99,7 +99,7 @@ def costs(results: duckdb.DuckDBPyConnection) -> Figure | None:
 
 
 def training_curves(results: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Draw each arm's training loss, smoothed, against the tokens trained on: the mean over seeds, and their range."""
+    """Draw each arm's smoothed training loss against the tokens trained on: mean over seeds, and range."""
     [(window,)] = results.sql("select greatest(1, max(step) // 30) from curves").fetchall()
     rows = results.sql(
         f"""select arm, avg(num_tokens) / 1e6, avg(smooth), min(smooth), max(smooth) from (
@@ -120,12 +120,12 @@ def training_curves(results: duckdb.DuckDBPyConnection) -> Figure | None:
 
 
 PLOTS: dict[str, tuple[Plot, str]] = {
-    "losses": (validation_losses, "Validation loss at the end: a dot a seed, the mean as a bar. Scales differ."),
+    "losses": (validation_losses, "Final validation loss: a dot per seed, the mean as a bar. Scales differ."),
     "differences": (
         paired_differences,
-        "Differences paired by seed: a dot a seed, and the mean with its standard error.",
+        "Differences paired by seed: a dot per seed, and the mean with its standard error.",
     ),
-    "costs": (costs, "Cost of what comes after round 1, which all arms share."),
+    "costs": (costs, "Cost after round 1, which all arms share."),
     "curves": (
         training_curves,
         "Training loss, a moving average over a thirtieth of the steps: means over seeds, and their range.",

@@ -1,4 +1,4 @@
-"""What a comparison found: tables, as text, Markdown and HTML, and plots, from its Parquet file alone."""
+"""The report of a comparison: tables, as text, Markdown and HTML, and plots, from its Parquet files alone."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from flows.experiments.compare_results import BASE, open_results, scores_path
 from flows.inheritance.teacher import find_teacher
 from flows.run.config import RunConfig
 
-# Options whose arms train a first round of their own.
+# Options whose arms train their own first round.
 _BEGINNINGS = ("--inits", "--methods")
 
 
@@ -27,8 +27,8 @@ def write_comparison(
 ) -> Page:
     """Write the page, the Markdown and the pictures of the comparison in the Parquet file `results` beside it.
 
-    `option` is what the `arms` differ in; `tokens` is how many each trained on at most, where that was the same;
-    `layers` are those of a larger model that arms inherit.
+    `option` is the option by which the `arms` differ; `tokens` is their common limit on trained tokens, if any;
+    `layers` are the layers of a larger model that arms inherit.
     """
     with open_results(results, arms) as connection:
         lead = _lead(connection, option, config, tokens)
@@ -36,7 +36,7 @@ def write_comparison(
             lead.insert(1, _inherited(config, layers))
         parts, plots = [_losses, _differences, _spread, _costs], dict(PLOTS)
         if option in _BEGINNINGS:
-            # There is nothing after round 1 that could cost anything.
+            # These arms end after round 1, so there is no later cost.
             parts.remove(_costs)
             del plots["costs"]
         else:
@@ -45,7 +45,7 @@ def write_comparison(
             parts.insert(1, _scores)
         made = [make(connection) for make in parts]
         drawn = [(name, render(plot, connection), caption) for name, (plot, caption) in plots.items()]
-    # One seed has no spread, and one arm nothing to differ from.
+    # A single seed has no spread, and a single arm no difference.
     sections = [section for section in made if section.cells]
     pictures = [Picture(name, png, caption) for name, png, caption in drawn if png is not None]
     title = f"{config.run_name}: {option.removeprefix('--').replace('-', ' ')} compared"
@@ -59,38 +59,38 @@ def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, to
     refine = config.refine
     differ = {
         "--policies": f"Arms differ in refine.policy. Each trains round 2 on at most {tokens or 0:,} predicted tokens, "
-        "which all of them reach; the mix is cut in its random order.",
-        "--sampling-rates": f"Arms differ in refine.sampling_rate, under policy {refine.policy}: 0 is no second round, "
-        "1 is everything once more. They do not train on equally many tokens; their cost is below.",
+        "and all reach this limit; the mix is cut in its random order.",
+        "--sampling-rates": f"Arms differ in refine.sampling_rate, under policy {refine.policy}: 0 means no second "
+        "round, 1 means all samples again. The arms train on different numbers of tokens; their cost is below.",
         "--rounds": f"Arms differ in the number of rounds, under policy {refine.policy} at sampling rate "
-        f"{refine.sampling_rate:g}. They do not train on equally many tokens; their cost is below.",
-        "--inits": "Arms differ in model.init, how weights are drawn. Each trains one round from them, on the same "
+        f"{refine.sampling_rate:g}. The arms train on different numbers of tokens; their cost is below.",
+        "--inits": "Arms differ in model.init, the initialisation of weights. Each trains one round on the same "
         "samples in the same order.",
-        "--methods": "Arms differ in model.inherit.method, which neurons of the larger model they start with; base "
-        "starts at random. Each trains one round, on the same samples in the same order.",
+        "--methods": "Arms differ in model.inherit.method, which chooses the neurons of the larger model to start "
+        "from; base starts from random weights. Each trains one round on the same samples in the same order.",
     }
     shared = (
-        f"In each seed all arms go on from the same round 1, trained once on {span(least, most)} predicted tokens."
+        f"In each seed all arms continue from the same round 1, trained once on {span(least, most)} predicted tokens."
         if option not in _BEGINNINGS
         else f"In each seed all arms train on {span(least, most)} predicted tokens."
     )
     lines = [
         differ[option],
         f"{'Seed' if num_seeds == 1 else 'Seeds'} {span(first, last)}. {shared}",
-        "A seed decides which documents are held out, too: the spread over seeds has the differences between "
-        "validation sets in it. Differences paired by seed have not.",
+        "The seed also decides which documents are held out, so the spread over seeds includes differences between "
+        "validation sets. Differences paired by seed do not.",
     ]
     arms = {name for (name,) in results.sql("select distinct arm from results").fetchall()}
     if option == "--policies" and {"all", "random"} <= arms:
         lines.append(
-            "Cut at the same tokens, all is a random subset as random is, by construction: how far these two are apart "
-            "is the noise between equals, and a difference no larger than theirs says nothing."
+            "Cut at the same number of tokens, all is a random subset just as random is, so the difference between "
+            "these two arms is noise. A difference no larger than this is not evidence."
         )
     return lines
 
 
 def _inherited(config: RunConfig, layers: list[int]) -> str:
-    """Return what the models are and what they are cut from, in two sentences."""
+    """Return two sentences on the models and the larger model that they inherit from."""
     model = config.model
     assert model.inherit is not None
     teacher = find_teacher(model.inherit)
@@ -98,7 +98,7 @@ def _inherited(config: RunConfig, layers: list[int]) -> str:
         f"{each.num_layers} layers of width {each.hidden_size}, {each.num_attention_heads} heads, FFN {each.ffn_size}"
         for each in (model, teacher.config)
     ]
-    how = "those whose absence costs most" if model.inherit.layers == "auto" else "as configured"
+    how = "those whose removal costs most" if model.inherit.layers == "auto" else "as configured"
     return (
         f"They have {sizes[0]}; the larger model ({teacher.checkpoint}) has {sizes[1]}. They inherit its layers "
         f"{', '.join(map(str, layers))}, counted from 0, {how}."
@@ -106,7 +106,7 @@ def _inherited(config: RunConfig, layers: list[int]) -> str:
 
 
 def _losses(results: duckdb.DuckDBPyConnection) -> Section:
-    # Where an arm ends with round 1, it is that row.
+    # An arm that ends after round 1 has the same losses, so the row for round 1 is left out.
     rows = results.sql(
         f"""select arm, source, mean from spread
         where arm <> '{BASE}' or not exists (from costs where num_steps = 0) order by arm, place desc, source"""
@@ -137,7 +137,7 @@ def _scores(results: duckdb.DuckDBPyConnection) -> Section:
     means = "Percent, means over seeds, with their standard errors over seeds;"
     notes = [
         f"{means if num_seeds > 1 else 'Percent, with standard errors over items;'} the highest of a column is bold. "
-        "The average is of the tasks that are shown.",
+        "The average is over the tasks shown.",
         describe_items(counts),
     ]
     cells = table_cells(rows, columns)
@@ -164,11 +164,11 @@ def _differences(results: duckdb.DuckDBPyConnection) -> Section:
     cells = [[source, *(shown[source, arm] for arm in arms)] for source in dict.fromkeys(row[0] for row in rows)]
     num_seeds = rows[0][5] if rows else 0
     notes = [
-        "Nats per token, below 0 where the arm is better: the mean over seeds, its standard error, and in how many "
-        "seeds the arm is the lower one.",
+        "Nats per token, below 0 if the arm is better: the mean over seeds, its standard error, and the number of "
+        "seeds in which the arm has the lower loss.",
         "One seed shows no spread: any of this may be noise."
         if num_seeds == 1
-        else f"{num_seeds} seeds make for a rough standard error: look at whether the seeds agree in sign.",
+        else f"With {num_seeds} seeds the standard error is rough: check whether the seeds agree in sign.",
     ]
     return Section(f"Difference to arm {reference}, paired by seed", notes, ["source", *arms], cells)
 
@@ -190,9 +190,9 @@ def _costs(results: duckdb.DuckDBPyConnection) -> Section:
     ]  # fmt: skip
     notes = [
         "Predicted tokens after round 1, which all arms share. A scored token counts as a third of a trained one: a "
-        "forward pass is a third of a forward and a backward pass. Losses that training left cost nothing.",
-        "Scoring counts where the policy asks for losses. Keeping everything, or drawing at random, needs none: it "
-        "counts 0 there, though the base was scored for the others.",
+        "forward pass is a third of a forward and a backward pass. Losses recorded in training cost nothing.",
+        "Scoring counts only for policies that use losses. Keeping everything, or drawing at random, uses none, so it "
+        "counts 0 there, although the base was scored for the other arms.",
     ]
     head = ["arm", "steps", "tokens trained", "scoring (training tokens)", "cost (training tokens)", "of round 1's"]
     return Section("Cost", notes, head, cells)

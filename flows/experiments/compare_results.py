@@ -1,4 +1,4 @@
-"""The results of a comparison: the columns of its Parquet file, and the views that its tables and plots ask."""
+"""The results of a comparison: the columns of its Parquet file, and the views for its tables and plots."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from data_scoring.base.sql import literal
 from flows.evaluation.results import SCORE
 
 BASE = "after round 1"
-# Arms that others are measured against: what one would do without the thing that is compared.
+# Baseline arms: the reference for differences, if one of them is present.
 _PLAIN = ("random", "gpt2", "base")
 # Names that no source can have.
 ALL_TOKENS, MEAN_OF_SOURCES = "all tokens", "mean of sources"
 
-# A row for each seed, arm and source; losses and num_tokens are of the validation set, the rest is of the whole arm.
+# One row per seed, arm and source; loss and num_tokens are of the validation set, the other values of the whole arm.
 RESULTS = pa.schema(
     [
         ("seed", pa.int64()),
@@ -31,7 +31,7 @@ RESULTS = pa.schema(
     ]
 )
 
-# A row for each step of an arm's first round, where arms begin with one of their own.
+# One row per step of an arm's first round, if arms train their own.
 CURVES = pa.schema(
     [
         ("seed", pa.int64()),
@@ -42,7 +42,7 @@ CURVES = pa.schema(
     ]
 )
 
-# A row for each seed, arm and evaluation task, where the configuration names some.
+# One row per seed, arm and evaluation task, if the configuration names tasks.
 SCORES = pa.schema([("seed", pa.int64()), ("arm", pa.string()), *SCORE])
 
 _VIEWS = f"""
@@ -75,7 +75,7 @@ def curves_path(results: Path) -> Path:
 
 
 def scores_path(results: Path) -> Path:
-    """Return the path of what arms score in tasks, of the comparison whose results are in `results`."""
+    """Return the path of the scores in tasks of the comparison whose results are in `results`."""
     return results.with_name(f"{results.stem}-scores.parquet")
 
 
@@ -83,10 +83,9 @@ def scores_path(results: Path) -> Path:
 def open_results(path: Path, arms: list[str]) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield a connection with the views of the results in the Parquet file `path`; `arms` sort in the given order.
 
-    The views: losses (by seed, arm and source, the last two of which are over all sources), spread (over seeds),
-    paired and differences (to the arm in `reference`: random, gpt2 or base where there is one, else the first), costs
-    (tokens; scoring in training-token equivalents) and, where arms begin with a round of their own, curves; where tasks
-    are named, scores.
+    The views: losses (by seed, arm and source, plus the token mean and the mean of sources), spread (over seeds),
+    paired and differences (to the arm in `reference`: random, gpt2 or base if present, else the first), costs (tokens;
+    scoring in training-token equivalents), curves if arms train their own first round, and scores if tasks are named.
     """
     with duckdb.connect() as connection:
         names = ", ".join(literal(name) for name in [BASE, *arms])

@@ -1,6 +1,6 @@
-"""The grid of batch sizes and learning rates: one round at equal tokens in every cell, the rate following the batch.
+"""A grid of batch sizes and learning rates: every cell trains one round on the same number of tokens.
 
-In a cell the learning rate is (batch / base_tokens)^r x base_lr (arXiv 2402.02791, section 5).
+The learning rate of a cell is (batch / base_tokens)^r x base_lr (arXiv 2402.02791, section 5).
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from trainer.config import ScaledLr
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried: batch sizes in tokens, increment rates, seeds, and the tokens of each trial (None: all)."""
+    """The cells of a grid: batch sizes in tokens, increment rates, seeds, and the tokens of each trial (None: all)."""
 
     batches: tuple[int, ...]
     rates: tuple[float, ...]
@@ -41,7 +41,7 @@ class Grid:
 
 
 def base_rule(config: RunConfig) -> ScaledLr:
-    """Return the rule that the grid varies: the configuration's own, else its learning rate at its own batch."""
+    """Return the rule that the grid varies: the configuration's own, or its learning rate at its batch size."""
     train = config.train
     if isinstance(train.lr, ScaledLr):
         return train.lr
@@ -50,15 +50,15 @@ def base_rule(config: RunConfig) -> ScaledLr:
 
 
 def train_grid(config: RunConfig, grid: Grid, progress: Progress) -> Page:
-    """Train every cell of `grid` for each seed from `config.seed` on, and return what they ended with.
+    """Train every cell of `grid` for each seed from `config.seed` upward, and return the page of results.
 
-    What is complete is not done again. A cell that fails, as one that diverges does, is on record as failed and ends
-    none of the others. Raises ValueError, a line for each, where batches are not what the layout can do.
+    Complete trials are not repeated. A trial that fails, for example by diverging, is recorded as failed, and the
+    others continue. Raises ValueError, one line per mistake, if the layout does not support a batch size.
     """
     config = with_tokens(config, grid.tokens)
     folder = config.folder.absolute().with_name(f"{config.run_name}-grid")
     seeds = range(config.seed, config.seed + grid.num_seeds)
-    # What a cell lacks is best known before others have trained.
+    # Mistakes in any cell are reported before the first one trains.
     cells = _cells(config, grid, folder)
     with locked(folder):
         corpora = {seed: prepare_corpus(config, folder, f"corpus-seed-{seed}", seed, progress) for seed in seeds}
@@ -78,12 +78,12 @@ def train_grid(config: RunConfig, grid: Grid, progress: Progress) -> Page:
 
 
 def _cells(config: RunConfig, grid: Grid, folder: Path) -> dict[tuple[int, float], Trial]:
-    """Return the trial of each batch size and increment rate. Raises ValueError with a line for each that cannot be."""
+    """Return the trial of each batch size and increment rate. Raises ValueError, one line per impossible cell."""
     rule = base_rule(config)
     cells, mistakes = {}, []
     for batch in grid.batches:
         for rate in grid.rates:
-            # At the rule's own batch the rate changes nothing: one trial stands for all.
+            # At the rule's own batch size the increment rate has no effect, so all cells share one trial.
             lr = rule.model_copy(update={"increment_rate": grid.rates[0] if batch == rule.base_tokens else rate})
             train = {"global_batch_tokens": batch, "lr": lr.model_dump(), "min_lr": None}
             trial = Trial(f"batch-{batch}-rate-{lr.increment_rate:g}", {"train": train})

@@ -1,4 +1,4 @@
-"""What a grid of batch sizes and learning rates found: a table and a heat map of validation loss."""
+"""The report of a grid of batch sizes and learning rates: a table and a heat map of validation loss."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,15 @@ from flows.display.result_page import Page, Picture, Section, span, write_page
 from flows.run.config import RunConfig
 from trainer.config import ScaledLr
 
-# With fewer steps than this a trial has hardly warmed up, and its loss says little about its rate.
+# With fewer steps than this a trial has hardly warmed up, and its loss says little about its learning rate.
 _FEW_STEPS = 20
-# A row (flows.experiments.trials.TRIAL) a seed, of each batch size in tokens and increment rate.
+# One row (flows.experiments.trials.TRIAL) per seed, for each batch size in tokens and increment rate.
 Rows = dict[tuple[int, float], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One batch size and increment rate: the losses of the seeds that did not fail, peak rate and steps."""
+    """One batch size and increment rate: peak learning rate, steps, and losses by seed (empty if any seed failed)."""
 
     batch: int
     rate: float
@@ -34,19 +34,19 @@ class Cell:
 
     @property
     def loss(self) -> float:
-        """Return the mean loss over seeds; of a cell that failed in any, infinity."""
+        """Return the mean loss over seeds, or infinity if any seed failed."""
         return fmean(self.losses) if self.losses else float("inf")
 
 
 def write_grid_report(path: Path, config: RunConfig, rule: ScaledLr, rows: Rows) -> Page:
-    """Write the page `path`, its Markdown and its heat map, over the results in `rows`."""
+    """Write the page `path`, its Markdown and its heat map, from the results in `rows`."""
     cells = [_cell(batch, rate, seeds) for (batch, rate), seeds in rows.items()]
     trained = [cell for cell in cells if cell.losses]
     best = min(trained, key=lambda cell: cell.loss, default=None)
     with duckdb.connect() as nothing:
         png = render(lambda _: heat_map(cells, best) if trained else None, nothing)
     sections = [_table(cells, best), _failures(rows)]
-    pictures = [] if png is None else [Picture("losses", png, "Validation loss, steps and peak rate; the best framed.")]
+    pictures = [] if png is None else [Picture("losses", png, "Validation loss, steps and peak rate; best framed.")]
     return write_page(
         path,
         f"{config.run_name}: batch size and learning rate",
@@ -58,7 +58,7 @@ def write_grid_report(path: Path, config: RunConfig, rule: ScaledLr, rows: Rows)
 
 def _cell(batch: int, rate: float, seeds: list[dict[str, Any]]) -> Cell:
     trained = [row for row in seeds if row["state"] == "trained"]
-    # One seed that diverges says that the rate is too high, whatever the others do.
+    # If one seed diverges, the rate is too high, whatever the other seeds do.
     losses = [row["loss"] for row in trained] if len(trained) == len(seeds) else []
     return Cell(batch, rate, seeds[0]["lr"], max((row["num_steps"] for row in trained), default=0), losses)
 
@@ -69,9 +69,9 @@ def _lead(rule: ScaledLr, config: RunConfig, rows: Rows, cells: list[Cell], best
     origin = "train.lr" if isinstance(config.train.lr, ScaledLr) else "the configuration's own train.lr and batch"
     count = span(min(tokens), max(tokens)) if tokens else "no"
     lines = [
-        f"Peak learning rate (batch / {rule.base_tokens:,})^r × {rule.base_lr:g}, after {origin}; it falls to a tenth "
-        f"of that. Each cell trains one round on {count} predicted tokens, the same samples in the same order; "
-        f"{num_seeds} {'seed' if num_seeds == 1 else 'seeds'} from {config.seed} on.",
+        f"Peak learning rate (batch / {rule.base_tokens:,})^r × {rule.base_lr:g}, from {origin}; it decays to a tenth "
+        f"of the peak. Each cell trains one round on {count} predicted tokens, the same samples in the same order; "
+        f"{num_seeds} {'seed' if num_seeds == 1 else 'seeds'}, starting at {config.seed}.",
     ]
     if best is not None:
         lines.append(
@@ -81,8 +81,8 @@ def _lead(rule: ScaledLr, config: RunConfig, rows: Rows, cells: list[Cell], best
     few = sorted({cell.batch for cell in cells if cell.losses and cell.num_steps < _FEW_STEPS})
     if few:
         lines.append(
-            f"Batches of {', '.join(f'{batch:,}' for batch in few)} tokens make fewer than {_FEW_STEPS} steps: what "
-            "they show is too little training, not their rate. Give more --tokens, or smaller batches."
+            f"Batches of {', '.join(f'{batch:,}' for batch in few)} tokens make fewer than {_FEW_STEPS} steps: their "
+            "losses show too little training, not their learning rate. Give more --tokens, or smaller batches."
         )
     return lines
 
@@ -117,11 +117,11 @@ def _failures(rows: Rows) -> Section | None:
     if not failed:
         return None
     cells = [[trial, str(reason)] for trial, reason in failed.items()]
-    return Section("Failures", ["The same command tries them again."], ["trial", "why"], cells)
+    return Section("Failures", ["Run the same command to try them again."], ["trial", "reason"], cells)
 
 
 def heat_map(cells: list[Cell], best: Cell | None) -> Figure:
-    """Draw the loss of each cell, batches from the bottom up, increment rates to the right; failed ones stay blank."""
+    """Draw the loss of each cell, batches upward, increment rates to the right; failed cells stay blank."""
     batches, rates = (sorted({getattr(cell, name) for cell in cells}) for name in ("batch", "rate"))
     losses = np.full((len(batches), len(rates)), np.nan)
     figure, axes = plt.subplots(figsize=(max(8.0, 2.2 + 1.7 * len(rates)), 1.4 + 0.7 * len(batches)))

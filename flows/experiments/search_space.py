@@ -1,7 +1,7 @@
-"""The space that an architecture search draws from: depth and FFN expansion, at one number of parameters.
+"""The search space of an architecture search: depth and FFN expansion at a fixed number of parameters.
 
-Width follows from the other two: it is what spends the budget, in whole heads, and the feed-forward width takes up what
-whole heads leave over.
+The width follows from these: it is the multiple of the head size that meets the budget, and the feed-forward width is
+adjusted to use up the remainder.
 """
 
 import math
@@ -17,20 +17,20 @@ from data_scoring.config import Config
 from trainer.config import ModelConfig, ParallelConfig
 
 _MOST_HEADS, _LEAST_WIDTH, _MOST_WIDTH = 1024, 8, 65_536
-# Feed-forward widths are multiples of this on every rank: what matrix units like.
+# Feed-forward widths are multiples of this on every rank, which suits matrix units.
 _FFN_STEP = 8
-# Points looked at for each trial before the ranges count as exhausted.
+# Points tried per trial before the ranges count as exhausted.
 _POINTS_A_TRIAL = 200
 
 
 class SearchConfig(Config):
-    """What an architecture search tries: models of about `parameters` weights that differ in shape."""
+    """An architecture search: models of about `parameters` parameters that differ in shape."""
 
     parameters: int = Field(
         default=1_000_000_000, ge=1, description="Parameters of every model, embedding and head included."
     )
     tolerance: float = Field(
-        default=0.03, gt=0, le=0.5, description="Share of `parameters` that a model's may be more or less."
+        default=0.03, gt=0, le=0.5, description="Largest deviation from `parameters`, as a share of it."
     )
     # More of them are the same ones, and some more.
     trials: Annotated[int, FREE] = Field(
@@ -40,8 +40,8 @@ class SearchConfig(Config):
     max_depth: int = Field(default=40, ge=1, le=1024, description="Most layers (paper: 40).")
     min_expansion: float = Field(default=1.0, gt=0, le=64, description="Least ratio of FFN to width (paper: 1).")
     max_expansion: float = Field(default=4.0, gt=0, le=64, description="Greatest ratio of FFN to width (paper: 4).")
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of what is drawn.")
-    jobs: Annotated[int, FREE] = Field(default=1, ge=1, le=1024, description="Trials that train at once.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the draw.")
+    jobs: Annotated[int, FREE] = Field(default=1, ge=1, le=1024, description="Trials that train at the same time.")
     generation: Annotated[bool, FREE] = Field(default=True, description="Whether generation speed is measured.")
 
     @model_validator(mode="after")
@@ -56,12 +56,11 @@ class SearchConfig(Config):
 def draw_models(
     search: SearchConfig, base: ModelConfig, parallel: ParallelConfig, vocab_size: int
 ) -> list[ModelConfig]:
-    """Return `search.trials` distinct models; what is not searched, such as the size of heads, is as in `base`.
+    """Return `search.trials` distinct models; settings that are not searched, such as the head size, come from `base`.
 
-    Points come from a scrambled Halton sequence, which is spread evenly over depth and expansion however many are
-    taken: more trials of the same seed are the same ones, and some more. A point at which no model is within
-    `search.tolerance` of the budget and inside the ranges is passed over. Raises ValueError where the budget or the
-    ranges cannot be met.
+    Points come from a scrambled Halton sequence, which covers depth and expansion evenly for any number of points. More
+    trials with the same seed extend the same list. Points without a model inside the ranges and within
+    `search.tolerance` of the budget are skipped. Raises ValueError if the budget or the ranges cannot be met.
     """
     fitter = _Fitter(search, base, parallel, vocab_size)
     depths = [depth for depth in range(search.min_depth, search.max_depth + 1) if depth % parallel.pipeline == 0]
@@ -95,13 +94,13 @@ def _points(search: SearchConfig) -> Iterator[tuple[float, float]]:
 
 
 class _Fitter:
-    """Finds the width and the feed-forward width that spend the budget at a depth."""
+    """Finds the width and the feed-forward width that meet the budget at a given depth."""
 
     def __init__(self, search: SearchConfig, base: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> None:
         self._search, self._base, self._vocab_size = search, base, vocab_size
         self.head_size = base.channels
         self._heads_a_group = base.num_attention_heads // base.num_groups
-        # Heads come in whole groups, groups in equal parts for the ranks, and a shortcut's reduction divides the width.
+        # Heads form whole groups, the ranks share the groups equally, and the shortcut's reduction divides the width.
         heads_step = self._heads_a_group * parallel.tensor
         reduction = base.shortcut_reduction or 1
         self._heads_step = heads_step * (reduction // math.gcd(reduction, heads_step * self.head_size))
@@ -109,7 +108,7 @@ class _Fitter:
         self._least_step = math.ceil(_LEAST_WIDTH / self._width(1))
 
     def check_budget(self, depth: int) -> None:
-        """Raise ValueError where the smallest model of the ranges, which has this depth, has too many parameters."""
+        """Raise ValueError if the smallest model in the ranges, which has this depth, has too many parameters."""
         least = self._model(depth, self._least_step, self._ffn_sizes(self._width(self._least_step)).start)
         count, budget = least.num_parameters(self._vocab_size), self._search.parameters
         if count > budget * (1 + self._search.tolerance):
@@ -139,7 +138,7 @@ class _Fitter:
         )
 
     def _spend(self, depth: int, step: int) -> ModelConfig | None:
-        """Return the model of this depth and width whose feed-forward width meets the budget, if one in range does."""
+        """Return the model of this depth and width that meets the budget, or None if no FFN width in range does."""
         sizes = self._ffn_sizes(self._width(step))
         if not sizes:
             return None
@@ -154,7 +153,7 @@ class _Fitter:
         return step * self._heads_step * self.head_size
 
     def _ffn_sizes(self, width: int) -> range:
-        """Return the feed-forward widths that a width may have."""
+        """Return the allowed feed-forward widths for a width."""
         least = math.ceil(self._search.min_expansion * width / self._ffn_step)
         most = math.floor(self._search.max_expansion * width / self._ffn_step)
         return range(self._ffn_step * max(1, least), self._ffn_step * most + 1, self._ffn_step)

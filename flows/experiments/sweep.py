@@ -1,4 +1,4 @@
-"""The architecture search: which models it tries, how each is trained and measured. Plain functions over its folder."""
+"""The architecture search: its trials, and how each is trained and measured. Plain functions on its folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +30,9 @@ def sweep_folder(config: RunConfig) -> Path:
 
 
 def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
-    """Return the run that has the corpus, all checked that can be before hours of work.
+    """Check the search before hours of work, and return the run with its corpus.
 
-    Raises ValueError where the budget cannot be met, or where the folder is another search's.
+    Raises ValueError if the budget cannot be met, or if the folder belongs to another search.
     """
     folder = sweep_folder(config)
     if config.model.start_from is not None:
@@ -58,7 +58,7 @@ def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
 def plan(config: RunConfig, search: SearchConfig, vocab_size: int) -> list[RunConfig]:
     """Return the configuration of each trial's run, for a tokenizer of `vocab_size` entries.
 
-    Raises ValueError where there are not as many as asked for.
+    Raises ValueError if there are fewer models than requested.
     """
     models = draw_models(search, config.model, config.parallel, config.model.vocab_size or vocab_size)
     folder = sweep_folder(config)
@@ -77,10 +77,10 @@ def plan(config: RunConfig, search: SearchConfig, vocab_size: int) -> list[RunCo
 
 
 def measure(config: RunConfig, progress: Progress) -> bool:
-    """Add a trained trial's generation speed to its row; return whether that changed anything.
+    """Add a trained trial's generation speed to its row; return whether the row changed.
 
-    A speed on another device or layout is measured again. Raises one of TRIAL_ERRORS, which is then on record in the
-    row too, where it cannot be measured.
+    The speed is measured again on another device or layout. If it cannot be measured, raises one of TRIAL_ERRORS and
+    records it in the row.
     """
     row = read_result(config)
     if row["state"] != "trained":
@@ -94,9 +94,9 @@ def measure(config: RunConfig, progress: Progress) -> bool:
 
 
 def score(config: RunConfig, progress: Progress) -> bool:
-    """Add what a trained trial scores in the tasks of `eval.tasks` to its row; return whether that changed anything.
+    """Add a trained trial's scores in the tasks of `eval.tasks` to its row; return whether the row changed.
 
-    Raises one of TRIAL_ERRORS, which is then on record in the row too, where ranks fail.
+    If ranks fail, raises one of TRIAL_ERRORS and records it in the row.
     """
     row = read_result(config)
     if row["state"] != "trained" or not config.eval.asked:
@@ -115,7 +115,7 @@ def score(config: RunConfig, progress: Progress) -> bool:
 
 @contextmanager
 def _on_record(config: RunConfig) -> Iterator[None]:
-    """Put one of TRIAL_ERRORS that comes out of this on record in a trial's row."""
+    """Record any of TRIAL_ERRORS raised in this context in the trial's row."""
     try:
         yield
     except TRIAL_ERRORS as error:

@@ -1,4 +1,4 @@
-"""An architecture search's plots, each from the views over its trials."""
+"""The plots of an architecture search, each from the views over its trials."""
 
 import duckdb
 import matplotlib.pyplot as plt
@@ -21,7 +21,7 @@ _AXIS = {
 
 
 def factors(views: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Draw every trial's quality, and what else was measured, against each factor (the paper's figure)."""
+    """Draw every trial's quality, and its other outcomes, against each factor (the paper's figure)."""
     rows = views.sql("select factor, outcome, value, result from points").fetchall()
     outcomes = [outcome for outcome in OUTCOMES if any(row[1] == outcome for row in rows)]
     if not outcomes:
@@ -46,7 +46,7 @@ def factors(views: duckdb.DuckDBPyConnection) -> Figure | None:
 
 
 def front(views: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Draw quality against generation speed, with the trials that no other beats in both."""
+    """Draw quality against generation speed, with the Pareto front."""
     best = views.sql("select generation_speed, loss, num_layers, hidden_size, expansion from pareto").fetchall()
     if not best:
         return None
@@ -56,7 +56,7 @@ def front(views: duckdb.DuckDBPyConnection) -> Figure | None:
     ).fetchall()
     figure, axes = plt.subplots(figsize=(9, 4.5))
     if others:
-        axes.plot(*zip(*others, strict=True), "o", color=_OTHERS, label="beaten by another trial in both")
+        axes.plot(*zip(*others, strict=True), "o", color=_OTHERS, label="dominated by another trial")
     speeds, losses = [row[0] for row in best], [row[1] for row in best]
     axes.plot(speeds, losses, "o-", color=_FRONT, drawstyle="steps-post", label="Pareto front")
     for row in best:
@@ -64,8 +64,8 @@ def front(views: duckdb.DuckDBPyConnection) -> Figure | None:
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.12)
     axes.ticklabel_format(axis="y", useOffset=False)
-    axes.set_xlabel("generation speed (tokens/s); to the right is better")
-    axes.set_ylabel("validation loss (nats per token); up is better")
+    axes.set_xlabel("generation speed (tokens/s); higher is better")
+    axes.set_ylabel("validation loss (nats per token); lower is better, axis inverted")
     axes.legend()
     return figure
 
@@ -76,9 +76,9 @@ def _name(axes: Axes, speed: float, loss: float, depth: int, width: int, expansi
 
 
 PLOTS: dict[str, tuple[Plot, str]] = {
-    "factors": (factors, "What each trial is worth against the three factors, a dot a trial."),
+    "factors": (factors, "Outcomes of each trial against the three factors, a dot per trial."),
     "front": (
         front,
-        "Quality against speed, and the front: depth × width, expansion. No other trial beats it in both.",
+        "Quality against speed, and the Pareto front with depth × width and expansion. No trial dominates those on it.",
     ),
 }

@@ -1,4 +1,4 @@
-"""What an architecture search found: correlations, the front of quality and speed, and what to take."""
+"""The report of an architecture search: correlations, the Pareto front of quality and speed, a recommendation."""
 
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,16 @@ from flows.experiments.sweep_plots import PLOTS
 from flows.experiments.sweep_results import OUTCOMES, open_views, read_trials
 from flows.run.config import RunConfig
 
-# Trials whose loss is above the least by less than this share count as equally good.
+# Trials whose loss exceeds the lowest by at most this share count as equally good.
 _CLOSE = 0.005
-# With fewer trials than this a rank correlation says next to nothing.
+# With fewer trials than this a rank correlation has little meaning.
 _FEW = 10
-# Of depth with the mean score on tasks.
+# The paper's correlation of depth with the mean score on tasks.
 _PAPER = "+0.528"
 
 
 def write_sweep_report(folder: Path, config: RunConfig) -> Page:
-    """Write `sweep.html`, its Markdown and its pictures over what the search in `folder` has so far."""
+    """Write `sweep.html`, its Markdown and its pictures from the results so far of the search in `folder`."""
     with open_views(folder) as views:
         lead = _lead(views, folder)
         made = [make(views) for make in (_recommendation, _correlations, _front, _scores, _sources, _failures)]
@@ -46,21 +46,21 @@ def _lead(views: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
         return [f"No trial has been trained; {failed} failed."]
     search: dict[str, Any] = read_json(folder / "sweep.json")
     return [
-        f"{trained} models of {fewest:,} to {most:,} parameters (asked for: {search['parameters']:,}), embedding and "
+        f"{trained} models of {fewest:,} to {most:,} parameters (requested: {search['parameters']:,}), embedding and "
         f"head included, each trained once on {span(least_tokens, most_tokens)} predicted tokens of the same "
         f"corpus; {failed} failed.",
-        f"Depth was drawn from {search['min_depth']} to {search['max_depth']}, expansion (FFN width by width) from "
+        f"Depth was drawn from {search['min_depth']} to {search['max_depth']}, expansion (FFN width / width) from "
         f"{search['min_expansion']:g} to {search['max_expansion']:g}; width follows from the budget, so the three are "
-        "not independent: what one of them does cannot be told apart from what the others do.",
-        "Quality is the validation loss over all tokens, turned so that more is better. Every model had one seed and "
-        "one learning rate: what sets trials apart is in part chance, in part which of them the learning rate suits.",
+        "not independent, and their effects cannot be separated.",
+        "Quality is the negative validation loss over all tokens. All models have the same learning rate and one seed: "
+        "differences between trials are partly chance, and partly due to which models the learning rate suits.",
     ]
 
 
 def correlations(views: duckdb.DuckDBPyConnection) -> list[tuple[str, str, float, float, int]]:
-    """Return factor, outcome, Spearman's correlation, its two-sided p-value and the number of trials, of each pair.
+    """Return factor, outcome, Spearman's correlation, its two-sided p-value and the number of trials for each pair.
 
-    Pairs with fewer than three trials, or in which nothing varies, have no correlation and are left out.
+    Pairs with fewer than three trials, or with a constant value, have no correlation and are left out.
     """
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for factor, outcome, value, result in views.sql("select factor, outcome, value, result from points").fetchall():
@@ -75,9 +75,9 @@ def correlations(views: duckdb.DuckDBPyConnection) -> list[tuple[str, str, float
 
 
 def _p_value(values: NDArray[np.float64], results: NDArray[np.float64]) -> float:
-    """Return how likely a rank correlation at least as strong is by chance, by permutations: trials are few.
+    """Return the two-sided p-value of the rank correlation by a permutation test, because trials are few.
 
-    (spearmanr's own approximation gives 0 for three trials in a row, whose six orders make it a third.)
+    (For three trials in order, spearmanr's approximation gives 0; the six permutations give a third.)
     """
     ranks = rankdata(values) - (len(values) + 1) / 2
 
@@ -107,12 +107,12 @@ def _correlations(views: duckdb.DuckDBPyConnection) -> Section | None:
         for factor, outcome, rho, p, count in rows
     ]
     notes = [
-        "Spearman's rank correlation, with its two-sided p-value by permutations. The paper's figure (arXiv "
-        "2402.02791) is quoted: depth with its mean score on evaluation tasks, over 30 models of 1 B parameters"
+        "Spearman's rank correlation, with its two-sided p-value by a permutation test. The paper (arXiv 2402.02791) "
+        "correlates depth with the mean score on evaluation tasks, over 30 models of 1 B parameters"
         + ("." if is_scored else ", which is not a loss."),
     ]
     if rows[0][4] < _FEW:
-        notes.append(f"{rows[0][4]} trials are few: look at the p-values before believing any of it.")
+        notes.append(f"{rows[0][4]} trials are few: check the p-values before drawing conclusions.")
     return Section("Which factor matters", notes, ["", "Spearman", "p", "trials", "paper (quoted)"], cells)
 
 
@@ -126,13 +126,13 @@ def _front(views: duckdb.DuckDBPyConnection) -> Section | None:
         [f"{depth} × {width}", str(ffn), f"{expansion:.2f}", f"{count:,}", f"{loss:.4f}", f"{speed:,.1f}"]
         for depth, width, ffn, expansion, count, loss, speed in rows
     ]
-    notes = ["No other trial has both a lower loss and a higher speed. Speed: new tokens a second, prefix 2, batch 20."]
+    notes = ["No other trial has both a lower loss and a higher speed. Speed: new tokens/s, prefix 2, batch 20."]
     head = ["depth × width", "FFN", "expansion", "parameters", "loss", "tokens/s"]
-    return Section("The front of quality and speed", notes, head, cells)
+    return Section("Pareto front of quality and speed", notes, head, cells)
 
 
 def _recommendation(views: duckdb.DuckDBPyConnection) -> Section | None:
-    """Return what to take: the fastest of those about as good as the best; without speeds, the best."""
+    """Return the recommendation: the fastest of the trials close to the best loss; without speeds, the best."""
     rows = views.sql(
         """select num_layers, hidden_size, ffn_hidden_size, num_attention_heads, loss, generation_speed,
             num_query_groups
@@ -150,7 +150,7 @@ def _recommendation(views: duckdb.DuckDBPyConnection) -> Section | None:
     if chosen == best:
         reason = f"it has the lowest validation loss, {best[4]:.4f}{speed}"
         if len(close) > 1:
-            reason += f"; of the {len(close)} trials within {_CLOSE:.1%} of that it is the fastest too"
+            reason += f"; of the {len(close)} trials within {_CLOSE:.1%} of that it is also the fastest"
     else:
         reason = (
             f"its validation loss, {chosen[4]:.4f}, is within {_CLOSE:.1%} of the lowest ({best[4]:.4f}, {best[0]} "
@@ -158,7 +158,7 @@ def _recommendation(views: duckdb.DuckDBPyConnection) -> Section | None:
             f"{chosen[5]:,.1f} tokens/s, "
             + (f"against {best[5]:,.1f}" if best[5] is not None else "where that was measured")
         )
-    notes = [f"Take {shape}: {reason}.", "For the model section of a configuration, whose other fields stay:"]
+    notes = [f"Take {shape}: {reason}.", "For the model section of a configuration; keep its other fields:"]
     return Section("Recommendation", notes, code=yaml.safe_dump({"model": model}, sort_keys=False))
 
 
@@ -173,8 +173,8 @@ def _scores(views: duckdb.DuckDBPyConnection) -> Section | None:
     rows = score_rows([entry[:5] for entry in found])
     columns = columns_of(rows)
     notes = [
-        "Percent, with standard errors over items; the highest of a column is bold. The average is of the tasks that "
-        "are shown.",
+        "Percent, with standard errors over items; the highest of a column is bold. The average is over the tasks "
+        "shown.",
         describe_items((entry[1], *entry[-2:]) for entry in found),
     ]
     head = ["depth×width×FFN", *(column.title for column in columns)]
@@ -194,7 +194,7 @@ def _trials(folder: Path) -> Section | None:
     cells = [
         ["" if row[name] is None else format(row[name], decimals.get(name, ",.0f")) for name in columns] for row in rows
     ]
-    notes = ["The best first. Losses in nats per token; seconds are those of the training steps."]
+    notes = ["The best first. Losses in nats per token; seconds of the training steps."]
     return Section("Trials", notes, columns, cells) if rows else None
 
 
@@ -220,5 +220,5 @@ def _failures(views: duckdb.DuckDBPyConnection) -> Section | None:
     rows = views.sql("select trial, reason from trials where state = 'failed' or reason is not null").fetchall()
     if not rows:
         return None
-    notes = ["The same command tries them again."]
-    return Section("Failures", notes, ["trial", "why"], [list(row) for row in rows])
+    notes = ["Run the same command to try them again."]
+    return Section("Failures", notes, ["trial", "reason"], [list(row) for row in rows])

@@ -1,4 +1,4 @@
-"""The results of an architecture search: `sweep.duckdb`, which holds nothing but views over its trials' rows."""
+"""The results of an architecture search: `sweep.duckdb`, a database of views over the rows of its trials."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ from flows.experiments.trials import TRIAL
 FACTORS = ("depth", "width", "expansion")
 OUTCOMES = ("quality", "task score", "generation speed")
 
-# What a view is, and its SQL.
+# Views by name: (comment, SQL).
 _VIEWS = {
     "trials": (
-        "One row a trial: its shape, its losses (nats per token), its speeds (tokens per second). Quality is the loss "
-        "over all validation tokens, turned so that more is better; task_score is the mean over tasks, percent.",
+        "One row per trial: its shape, its losses (nats per token), its speeds (tokens per second). Quality is the "
+        "negative loss over all validation tokens; task_score is the mean over tasks, percent.",
         """select *, -loss as quality, 100 * list_avg([part.score for part in scores]) as task_score
         from read_parquet({files}, union_by_name = true)""",
     ),
     "points": (
-        "One row a trained trial, factor and outcome, where that was measured.",
+        "One row per trained trial, factor and measured outcome.",
         """select trial, factor, value, outcome, result from (
             select trial, num_layers::double as depth, hidden_size::double as width, expansion, quality,
                 task_score as "task score", generation_speed as "generation speed"
@@ -31,7 +31,7 @@ _VIEWS = {
         unpivot (result for outcome in (quality, "task score", "generation speed"))""",
     ),
     "correlations": (
-        "Spearman's rank correlation of each factor with each outcome over the trained trials, three at least.",
+        "Spearman's rank correlation of each factor with each outcome over at least three trained trials.",
         """select factor, outcome, count(*) as num_trials,
             case when isfinite(corr(value_rank, result_rank)) then corr(value_rank, result_rank) end as correlation
         from (
@@ -45,7 +45,7 @@ _VIEWS = {
         order by outcome = 'generation speed', outcome, abs(correlation) desc""",
     ),
     "pareto": (
-        "The trials that no other beats in both quality and generation speed, the fastest first.",
+        "The trials on the Pareto front of quality and generation speed, the fastest first.",
         """select * from trials as mine where state = 'trained' and generation_speed is not null and not exists (
             from trials as other where other.quality >= mine.quality and other.generation_speed >= mine.generation_speed
                 and (other.quality > mine.quality or other.generation_speed > mine.generation_speed)
@@ -55,9 +55,9 @@ _VIEWS = {
 
 
 def write_views(folder: Path) -> Path:
-    """Write `sweep.duckdb`, its views over the rows that trials in `folder` have and will have, and return its path."""
+    """Write `sweep.duckdb` and return its path; its views also cover rows that trials in `folder` write later."""
     path = folder / "sweep.duckdb"
-    # So that there is something to look at before the first trial is done.
+    # An empty table, so that the views work before the first trial is done.
     write_parquet(folder / "none" / "trial.parquet", TRIAL.empty_table(), "")
     with writing(path) as temporary, writing_errors(path), duckdb.connect(str(temporary)) as connection:
         _create_views(connection, folder)
@@ -73,7 +73,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
 def open_views(folder: Path) -> duckdb.DuckDBPyConnection:
     """Return a connection to the views of the search in `folder`.
 
-    They are made anew, in memory: whoever looks at `sweep.duckdb` meanwhile may hold a lock on it.
+    They are created in memory, because a reader of `sweep.duckdb` may hold a lock on it.
     """
     connection = duckdb.connect()
     _create_views(connection, folder)
@@ -81,7 +81,7 @@ def open_views(folder: Path) -> duckdb.DuckDBPyConnection:
 
 
 def read_trials(folder: Path) -> list[dict[str, object]]:
-    """Return a row for each trial so far, the best first, for people to look at."""
+    """Return one row per trial so far, the best first, rounded for display."""
     with open_views(folder) as views:
         rows: pa.Table = views.sql(
             """select trial, state, num_layers as depth, hidden_size as width, ffn_hidden_size as ffn,

@@ -1,1 +1,1 @@
-"""Parameter inheritance: find the teacher, measure its layers, choose, and cut the smaller model."""
+"""Parameter inheritance: find the teacher, measure and choose its layers, and cut the smaller model."""

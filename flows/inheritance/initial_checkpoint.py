@@ -1,7 +1,7 @@
-"""Inheritance: round 1 starts from layers and neurons of a larger model (the paper, section 4).
+"""The initial checkpoint of round 1, from layers and neurons of a larger model (the paper, section 4).
 
-Everything lies in rounds/1/inherit: what was measured (skips.parquet, masks.json), what stays (part.json and, for the
-ledger, lineage.parquet), and the checkpoint itself.
+All files are in rounds/1/inherit: the measurements (skips.parquet, masks.json), the pruning plan (part.json and, for
+the ledger, lineage.parquet), and the checkpoint itself.
 """
 
 import shutil
@@ -28,7 +28,7 @@ from trainer.neuron_scores import choose
 from trainer.pruning import PruningPlan, cut_depth, is_as_wide, slice_checkpoint
 from trainer.weights import Weights
 
-# A row a layer: which of the teacher's it was, and which of its structures stay, by their numbers there.
+# One row per layer: the teacher's layer, and the structures kept of it, by their index in the teacher.
 LINEAGE = pa.schema(
     [
         ("layer", pa.int32()),
@@ -45,25 +45,25 @@ LINEAGE = pa.schema(
 
 
 def inheritance_folder(run: Run) -> Path:
-    """Return the folder of what round 1 inherits."""
+    """Return the folder of round 1's inheritance."""
     return run.round_folder(1) / "inherit"
 
 
 def inherited_checkpoint(run: Run) -> Path:
-    """Return the checkpoint that round 1 starts from. Raises ValueError where it is gone."""
+    """Return the checkpoint that round 1 starts from. Raises ValueError if it is gone."""
     checkpoints = list_checkpoints(inheritance_folder(run) / "checkpoint")
     if not checkpoints:
         raise ValueError(
-            f"{inheritance_folder(run)}: what the model inherited is gone; restore it, or delete "
+            f"{inheritance_folder(run)}: the inherited checkpoint is missing; restore it, or delete "
             f"{run.round_folder(1) / 'inherit.json'} to make it again"
         )
     return checkpoints[-1]
 
 
 def is_current(run: Run) -> bool:
-    """Return whether what round 1 starts from was cut from the larger model that is there now.
+    """Return whether the initial checkpoint was cut from the larger model that exists now.
 
-    One that is gone cannot be cut again.
+    It also counts as current if the larger model is gone, because it cannot be cut again.
     """
     assert run.config.model.inherit is not None
     try:
@@ -74,10 +74,10 @@ def is_current(run: Run) -> bool:
 
 
 def make_start(run: Run, identity: str, progress: Progress) -> None:
-    """Leave in the round's folder the checkpoint that round 1 starts from, and where each of its parts is from.
+    """Write the initial checkpoint of round 1, and its lineage, to the round's folder.
 
-    identity: the fingerprint of the stage, which the masks that are learned for it carry. Raises ValueError for what
-    cannot be inherited. The larger model's weights are read, never changed.
+    identity: the fingerprint of the stage, which is stored with learned masks. Raises ValueError if the model cannot
+    inherit. The larger model's weights are only read.
     """
     model = run.config.model
     assert model.inherit is not None
@@ -102,7 +102,7 @@ def make_start(run: Run, identity: str, progress: Progress) -> None:
 
 
 def layers_of(run: Run, progress: Progress) -> list[int]:
-    """Return the layers that a run inherits, measured over its corpus where the configuration names none."""
+    """Return the layers that a run inherits, measured on its corpus if the configuration names none."""
     assert run.config.model.inherit is not None
     teacher, folder = find_teacher(run.config.model.inherit), inheritance_folder(run)
     with _working(folder) as work:
@@ -112,7 +112,7 @@ def layers_of(run: Run, progress: Progress) -> list[int]:
 
 @contextmanager
 def _working(folder: Path) -> Iterator[Path]:
-    """Yield a folder for what is needed on the way alone."""
+    """Yield a folder for intermediate files, deleted afterwards."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -126,9 +126,9 @@ def _needs_measuring(model: ModelConfig, teacher: StoredModel) -> bool:
 
 
 def _choose_layers(run: Run, teacher: StoredModel, folder: Path, progress: Progress) -> Sequence[int]:
-    """Return the layers of `teacher` that stay: those that the configuration names, or those whose absence costs most.
+    """Return the layers of `teacher` to keep: those that the configuration names, or those whose removal costs most.
 
-    What was measured for that is left in `folder`.
+    The measurements for that are left in `folder`.
     """
     model = run.config.model
     assert model.inherit is not None
@@ -141,10 +141,10 @@ def _choose_layers(run: Run, teacher: StoredModel, folder: Path, progress: Progr
 
 def _with_tokens(run: Run, teacher: StoredModel, work: Path) -> StoredModel:
     """Return the larger model with the run's vocabulary."""
-    # Not its copy in the corpus: a tokenizer that was cut from another has its table beside it.
+    # Uses the original tokenizer file, not its copy in the corpus: a pruned tokenizer needs the table beside it.
     kept = check_vocabulary(run.config, teacher)
     if kept is None and "vocab_size" not in read_checkpoint_record(teacher.checkpoint):
-        # Checkpoints of earlier versions do not say how many of their rows are tokens.
+        # Checkpoints of earlier versions do not record how many of their rows are tokens.
         kept = list(range(teacher.vocab_size))
     if kept is None:
         return teacher
@@ -152,7 +152,7 @@ def _with_tokens(run: Run, teacher: StoredModel, work: Path) -> StoredModel:
 
 
 def _cut(teacher: StoredModel, layers: Sequence[int], folder: Path, tokens: Sequence[int] | None = None) -> StoredModel:
-    """Return the larger model with some of its layers and tokens alone."""
+    """Return the larger model reduced to some of its layers and tokens."""
     target = folder / "step-00000000"
     whole = teacher.config.model_copy(update={"vocab_size": None, "preset": None})
     config = cut_depth(teacher.checkpoint, whole, layers, target, tokens)
@@ -163,11 +163,11 @@ def _cut(teacher: StoredModel, layers: Sequence[int], folder: Path, tokens: Sequ
 def _choose_neurons(
     run: Run, teacher: StoredModel, folder: Path, stage_identity: str, progress: Progress
 ) -> PruningPlan:
-    """Return which neurons of `teacher`, all of whose layers stay, the run's model has."""
+    """Return which neurons of `teacher` the run's model keeps; all layers of `teacher` are kept."""
     model = run.config.model
     assert model.inherit is not None
     inherit = model.inherit
-    # Where all of them stay, no method has anything to choose.
+    # If all neurons are kept, there is nothing to choose by any method.
     if inherit.method in ("l1", "l2") or is_as_wide(teacher.config, model):
         return choose(Weights(teacher.checkpoint), teacher.config, model, 1 if inherit.method == "l1" else 2)
     identity = fingerprint("neurons", stage_identity, teacher.identity)
@@ -201,7 +201,7 @@ def _choose_neurons(
 
 
 def _write_lineage(folder: Path, teacher: StoredModel, inherit: InheritConfig, part: PruningPlan) -> None:
-    """Write which of the teacher's structures the model is made of."""
+    """Write which structures of the teacher the model consists of."""
     common = {
         "teacher": str(teacher.place),
         "checkpoint": str(teacher.checkpoint),

@@ -1,4 +1,4 @@
-"""Which layers of a model stay: what skipping each block of them costs, and the set whose absence costs least."""
+"""Layer importance: measuring the layer ablation, and choosing the set of layers whose removal costs least."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ from trainer.config import check_layout
 from trainer.devices import resolve_precision
 from trainer.jobs import AblationJob
 
-# Sums of increases are compared in whole billionths of a nat, so that ties are ties whatever the order of adding.
+# Sums of increases are compared in integer billionths of a nat, so that ties do not depend on the order of addition.
 _UNITS_PER_NAT = 10**9
 
 
 def measure_importance(run: Run, teacher: StoredModel, folder: Path, num_samples: int, progress: Progress) -> Path:
-    """Return skips.parquet in `folder`: what skipping each block of one, two and three layers of the teacher costs.
+    """Return skips.parquet in `folder`: the increase of the loss without each block of one to three teacher layers.
 
-    Measured in the layout of `run` on `num_samples` random samples of its corpus, or on all where there are fewer,
-    unless it is there already. A row a block, the first of length 0 for the whole model: start (layers count from 0),
-    length, loss (nats per token), increase, stderr. Raises ValueError where the vocabulary is another, or the layout
-    does not divide the teacher.
+    Measured in the layout of `run` on `num_samples` random samples of its corpus (all, if there are fewer), unless the
+    file is current. One row per block, the first of length 0 for the whole model: start (layers count from 0), length,
+    loss (nats per token), increase, stderr. Raises ValueError if the vocabularies differ, or the layout does not divide
+    the teacher.
     """
     config, corpus, checkpoint = run.config, run.corpus(), teacher.checkpoint
     vocab_size = read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size)
     if vocab_size != corpus.vocab_size:
         raise ValueError(
-            f"{checkpoint}: was trained with a tokenizer of {vocab_size} entries, and that of {corpus.folder} has "
+            f"{checkpoint}: was trained with a tokenizer of {vocab_size} entries, but that of {corpus.folder} has "
             f"{corpus.vocab_size}; give the teacher's tokenizer as tokenizer.path"
         )
     check_layout(teacher.config, config.resolved_train, config.parallel, corpus.seq_length)
@@ -56,24 +56,24 @@ def measure_importance(run: Run, teacher: StoredModel, folder: Path, num_samples
 
 @dataclass(frozen=True)
 class LayerAblation:
-    """What skipping costs, as measured: by first layer and number of layers, a row of skips.parquet."""
+    """A measured layer ablation: the row of skips.parquet of each block, by first layer and number of layers."""
 
     rows: dict[tuple[int, int], dict[str, Any]]
 
     @property
     def num_layers(self) -> int:
-        """Return the layers of the model."""
+        """Return the number of layers of the model."""
         return sum(length == 1 for _, length in self.rows)
 
     @property
     def longest(self) -> int:
-        """Return the layers of the longest block."""
+        """Return the number of layers of the longest block."""
         return max(length for _, length in self.rows)
 
     def added(self, layer: int, before: int) -> int:
-        """Return what skipping `layer` adds where the `before` layers just before it are skipped as well, in units.
+        """Return the increase, in units, of also skipping `layer` when the `before` layers just before it are skipped.
 
-        Those further away than blocks were measured are left out of account.
+        Layers farther away than the longest measured block are ignored.
         """
         before = min(before, self.longest - 1)
         return self._increase(layer - before, before + 1) - self._increase(layer - before, before)
@@ -84,15 +84,15 @@ class LayerAblation:
 
 
 def read_ablation(path: Path) -> LayerAblation:
-    """Return what a skips.parquet holds."""
+    """Return the layer ablation in a skips.parquet."""
     return LayerAblation({(row["start"], row["length"]): row for row in pq.read_table(path).to_pylist()})
 
 
 def predict_increase(skips: Path, layers: Sequence[int]) -> float:
-    """Return the increase of the loss, nats per token, to be expected if but the `layers`, counted from 0, stay.
+    """Return the predicted increase of the loss, nats per token, if only the `layers`, counted from 0, are kept.
 
-    Runs of skipped layers add up. A run costs what was measured of it; of a longer one than any that was measured,
-    every layer adds what it does to the longest measured block that ends with it.
+    It is the sum over runs of skipped layers. A run costs its measured increase; in a run longer than any measured
+    block, each further layer costs what it adds to the longest measured block that ends with it.
     """
     measured = read_ablation(skips)
     total = before = 0
@@ -106,10 +106,10 @@ def predict_increase(skips: Path, layers: Sequence[int]) -> float:
 
 
 def keep_layers(skips: Path, num_layers: int) -> tuple[int, ...]:
-    """Return the layers, counted from 0, that stay in a model of `num_layers`: those that `predict_increase` favours.
+    """Return the `num_layers` layers to keep, counted from 0: those with the least `predict_increase`.
 
-    First and last stay, unless only one does. Of sets that cost the same, to a billionth of a nat, the one that drops
-    the earlier layers. Raises ValueError where the larger model has not as many layers.
+    The first and the last layer are kept, unless only one layer is. Of sets with equal cost, to a billionth of a nat,
+    the one that drops earlier layers is chosen. Raises ValueError if the larger model has fewer layers.
     """
     measured = read_ablation(skips)
     depth = measured.num_layers
@@ -121,10 +121,10 @@ def keep_layers(skips: Path, num_layers: int) -> tuple[int, ...]:
 
 
 def _cheapest_drop(measured: LayerAblation, layers: range, count: int) -> tuple[int, ...]:
-    """Return the `count` of the `layers` whose absence costs least.
+    """Return the `count` of the `layers` whose removal costs least.
 
-    A dynamic programme: for each number of layers dropped so far, and of those just before the next one as far as they
-    count, the least cost and the layers dropped for it.
+    Dynamic programming. The state is the number of layers dropped so far, and the number dropped just before the next
+    layer, up to the longest measured block. `best` has the least cost of each state and the layers dropped for it.
     """
     best: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {(0, 0): (0, ())}
     for layer in layers:

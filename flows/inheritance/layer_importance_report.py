@@ -1,4 +1,4 @@
-"""What skipping layers costs, as a page: a plot and a table of every block, and the layers that stay."""
+"""The page on layer importance: a plot and a table of the layer ablation, and the layers to keep."""
 
 from pathlib import Path
 from typing import Any
@@ -15,33 +15,33 @@ from flows.evaluation.results import describe_items
 from flows.inheritance.layer_importance import LayerAblation, keep_layers, predict_increase, read_ablation
 
 _COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
-# Of increases further apart than this, the small ones can be told apart on a logarithmic axis alone.
+# If increases differ by a larger factor than this, the axis is logarithmic, so that small ones remain distinguishable.
 _LARGE_RATIO = 20
 
 
 def write_importance_report(
     path: Path, name: str, skips: Path, depths: list[int], measured_on: str, scores: Path | None = None
 ) -> Page:
-    """Write the page `path`, its Markdown and its plots, over what `skips` holds of the model `name`.
+    """Write the page `path`, its Markdown and its plots, on the layer ablation `skips` of the model `name`.
 
-    Says which layers stay for each target depth in `depths`; `measured_on` says what losses were measured on. With
-    `scores` it says, too, what the model scores in evaluation tasks without each block.
+    It lists the layers to keep for each target depth in `depths`; `measured_on` describes the text of the losses. With
+    `scores` it also has the model's scores in evaluation tasks without each block.
     """
     measured = read_ablation(skips)
     loss = measured.rows[0, 0]["loss"]
     lead = [
-        f"The loss of all {measured.num_layers} layers is {loss:.4f} nats per token, over {measured_on}. Layers are "
+        f"The loss with all {measured.num_layers} layers is {loss:.4f} nats per token, over {measured_on}. Layers are "
         "counted from 0.",
     ]
     png = render_figure(lambda: importance(measured))
-    caption = "Increase of the loss where layers are skipped, by the first of them, with its standard error."
+    caption = "Increase of the loss when layers are skipped, by the first of them, with its standard error."
     sections, pictures = [_choices(skips, depths), _blocks(measured)], [Picture("increase", png, caption)]
     if scores is not None:
         rows = pq.read_table(scores).to_pylist()
         sections.append(_scores(rows))
         png = render_figure(lambda: _draw_scores(rows))
-        pictures.append(Picture("scores", png, "Scores without layers, by the first of them; dashed: with all."))
-    return write_page(path, f"{name}: which layers stay", lead, sections, pictures)
+        pictures.append(Picture("scores", png, "Scores without a block, by its first layer; dashed: with all layers."))
+    return write_page(path, f"{name}: layer importance", lead, sections, pictures)
 
 
 def _scores(rows: list[dict[str, Any]]) -> Section:
@@ -68,7 +68,7 @@ def _score(row: dict[str, Any]) -> str:
 
 
 def _draw_scores(rows: list[dict[str, Any]]) -> Figure:
-    """Draw the average of all tasks against the first skipped layer, a line for each number of layers."""
+    """Draw the average score over tasks against the first skipped layer, one line per number of layers."""
     means: dict[int, dict[int, list[float]]] = {}
     for row in rows:
         means.setdefault(row["length"], {}).setdefault(row["start"], []).append(100 * row["score"])
@@ -95,12 +95,12 @@ def _choices(skips: Path, depths: list[int]) -> Section:
         increase = f"{predict_increase(skips, kept):+.4f}"
         cells.append([str(depth), f"**{list(kept)}**", str(dropped), increase])
     notes = [
-        "Those stay whose absence would cost most, the first and the last among them unless one alone stays. The "
-        "increase to be expected, in nats per token and before any training, is the sum over the runs of layers that "
-        f"are dropped. Of a run of more than {read_ablation(skips).longest} layers, each adds what it does to the "
-        "longest block that ends with it.",
+        "The layers whose removal would cost most are kept, always with the first and the last unless only one is "
+        "kept. The predicted increase, in nats per token and before any training, is the sum over the runs of dropped "
+        f"layers. In a run of more than {read_ablation(skips).longest} layers, each further layer costs what it adds "
+        "to the longest block that ends with it.",
     ]
-    return Section("Which layers stay", notes, ["layers", "stay", "dropped", "increase of the loss"], cells)
+    return Section("Layers to keep", notes, ["layers", "kept", "dropped", "increase of the loss"], cells)
 
 
 def _blocks(measured: LayerAblation) -> Section:
@@ -109,7 +109,7 @@ def _blocks(measured: LayerAblation) -> Section:
         [str(start), *(_increase(measured, start, length) for length in lengths)]
         for start in range(measured.num_layers)
     ]
-    notes = ["Increase of the loss, nats per token, ± its standard error over samples; the least of a column is bold."]
+    notes = ["Increase of the loss, nats per token, ± standard error over samples; the lowest of each column is bold."]
     return Section("Every block", notes, ["first skipped", *map(_count, lengths)], cells)
 
 
@@ -123,7 +123,7 @@ def _increase(measured: LayerAblation, start: int, length: int) -> str:
 
 
 def _column(measured: LayerAblation, length: int) -> dict[int, float]:
-    """Return the increases of the blocks of `length` layers, by the first of them."""
+    """Return the increases of the blocks of `length` layers, by first layer."""
     return {start: row["increase"] for (start, other), row in measured.rows.items() if other == length}
 
 
@@ -132,7 +132,7 @@ def _count(length: int) -> str:
 
 
 def importance(measured: LayerAblation) -> Figure:
-    """Draw the increase of the loss against the first skipped layer, a line for each number of layers."""
+    """Draw the increase of the loss against the first skipped layer, one line per number of layers."""
     figure, axes = plt.subplots(figsize=(9, 4.2))
     increases = [row["increase"] for (_, length), row in measured.rows.items() if length]
     for length in range(1, measured.longest + 1):

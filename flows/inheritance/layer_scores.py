@@ -1,4 +1,4 @@
-"""What skipping each block of a model's layers does to what it scores in evaluation tasks."""
+"""Layer ablation measured by evaluation: a model's scores in tasks without each block of layers."""
 
 from pathlib import Path
 
@@ -20,15 +20,15 @@ from trainer.jobs import EvaluateJob
 from trainer.requests import has_answers, identify_answers, read_answers, requests_path
 
 _LONGEST = 3
-# A row a block and task; the block of length 0 is the whole model.
+# One row per block and task; the block of length 0 is the whole model.
 _SCORES = pa.schema([("start", pa.int32()), ("length", pa.int32()), *SCORE])
 
 
 def measure_scores(run: Run, teacher: StoredModel, folder: Path, config: EvalConfig, progress: Progress) -> Path:
-    """Return scores.parquet in `folder`: what the teacher scores in the tasks of `config` without each block of layers.
+    """Return scores.parquet in `folder`: the teacher's scores in the tasks of `config` without each block of layers.
 
-    Blocks are of one, two and three layers, and of none: all are asked in one launch, in the layout of `run`, a block
-    after the other. What was answered before is not asked again. Raises ValueError where a task cannot be read.
+    Blocks have zero to three layers. One launch evaluates them one after the other, in the layout of `run`. Existing
+    answers are used again. Raises ValueError if a task cannot be read.
     """
     read = read_questions(run, config.tasks, config, progress)
     questions = [question for question in read if question.asked.requests]

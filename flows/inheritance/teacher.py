@@ -1,4 +1,4 @@
-"""The larger model that a model inherits from: found, and checked against the configuration before anything is made."""
+"""The larger model that a model inherits from: finding it, and checking it against the configuration."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from trainer.pruning import check_student
 
 
 def find_teacher(inherit: InheritConfig) -> StoredModel:
-    """Return the larger model that `inherit` names. Raises ValueError where there is none, or it still trains."""
+    """Return the larger model that `inherit` names. Raises ValueError if there is none, or its round has not ended."""
     place = Path(inherit.teacher)
     if inherit.round is not None and (place / MODEL).is_file():
-        raise ValueError(f"model.inherit.round: goes with a run's folder, which {place} is not; leave it out")
+        raise ValueError(f"model.inherit.round: applies to run folders only, and {place} is none; leave it out")
     try:
         teacher = find_model(place, inherit.round)
     except ValueError as error:
@@ -28,14 +28,14 @@ def find_teacher(inherit: InheritConfig) -> StoredModel:
     step, last = record.get("step"), record.get("num_steps")
     if last is not None and step != last:
         raise ValueError(
-            f"model.inherit.from: {teacher.checkpoint} is of step {step} of {last}; let its round end, or name one "
-            "that has (model.inherit.round)"
+            f"model.inherit.from: {teacher.checkpoint} is of step {step} of {last}; finish its round, or name a "
+            "finished one (model.inherit.round)"
         )
     return teacher
 
 
 def check_inheritance(config: RunConfig) -> None:
-    """Raise ValueError where the model cannot start from the larger one that it names, if it names one."""
+    """Raise ValueError if the configuration names a larger model from which its model cannot start."""
     model = config.model
     if model.inherit is None or not model.inherits:
         return
@@ -45,12 +45,12 @@ def check_inheritance(config: RunConfig) -> None:
     if model.inherit.layers != "auto" and max(model.inherit.layers) >= depth:
         raise ValueError(
             f"model.inherit.layers: {max(model.inherit.layers)} is no layer of the larger model, which has 0 to "
-            f"{depth - 1}; name some of these"
+            f"{depth - 1}; choose from these"
         )
     if config.tokenizer.path is None:
         raise ValueError(
-            "tokenizer.path: a model that inherits reads with the tokenizer of the larger one, or with one cut from "
-            f"it; give {teacher.tokenizer}"
+            "tokenizer.path: a model that inherits needs the tokenizer of the larger model, or one pruned from it; "
+            f"give {teacher.tokenizer}"
         )
     check_vocabulary(config, teacher)
     if model.inherit.layers == "auto" and model.num_layers < depth:
@@ -60,34 +60,34 @@ def check_inheritance(config: RunConfig) -> None:
     try:
         found = read_shapes(teacher.checkpoint)
     except ValueError as error:
-        raise ValueError(f"model.inherit.from: {str(error).partition(';')[0]}; restore it, or take another") from None
+        raise ValueError(f"model.inherit.from: {str(error).partition(';')[0]}; restore it, or use another") from None
     rows = padded_vocab_size(teacher.config.vocab_size or teacher.vocab_size)
     different = find_difference(found, shapes_of(teacher.config, rows))
     if different is not None:
         name, shape, wanted = different
         raise ValueError(
-            f"model.inherit.from: {teacher.checkpoint}: {name} is {shape} there, but {wanted} according to its "
-            "description; import it again, or take another"
+            f"model.inherit.from: in {teacher.checkpoint}, {name} has the shape {shape}, but its configuration needs "
+            f"{wanted}; import it again, or use another"
         )
 
 
 def check_vocabulary(config: RunConfig, teacher: StoredModel) -> list[int] | None:
-    """Return what `kept_tokens` does. Raises ValueError where vocabularies or ends of documents do not go together."""
+    """Return the result of `kept_tokens`. Raises ValueError if vocabularies or end-of-document tokens do not match."""
     kept = kept_tokens(Path(str(config.tokenizer.path)), teacher)
     check_end(config, teacher, kept)
     num_tokens, wanted = teacher.vocab_size if kept is None else len(kept), config.model.vocab_size
     if wanted not in (None, num_tokens):
         raise ValueError(
-            f"model.vocab_size: {wanted} is not the {num_tokens} entries of the tokenizer, for which the larger model "
-            "has rows that were trained; leave it out"
+            f"model.vocab_size: {wanted} differs from the {num_tokens} entries of the tokenizer, the only trained rows "
+            "of the larger model; leave it out"
         )
     return kept
 
 
 def check_end(config: RunConfig, teacher: StoredModel, kept: list[int] | None) -> None:
-    """Raise ValueError where nobody says what ends documents, and it is not what ends them for the larger model.
+    """Raise ValueError if the default end-of-document token is not that of the larger model.
 
-    kept: its tokens in the order of the configuration's tokenizer; None: all of them.
+    kept: the larger model's tokens in the order of the configuration's tokenizer; None: all of them.
     """
     if config.tokenizer.end_of_document is not None:
         return
@@ -102,9 +102,9 @@ def check_end(config: RunConfig, teacher: StoredModel, kept: list[int] | None) -
 
 
 def kept_tokens(tokenizer: Path, teacher: StoredModel) -> list[int] | None:
-    """Return the teacher's tokens in the order of `tokenizer`, which was cut from the teacher's; None: all as they are.
+    """Return the teacher's tokens in the order of `tokenizer`, pruned from the teacher's; None if both are the same.
 
-    Raises ValueError where it is another tokenizer.
+    Raises ValueError if it is an unrelated tokenizer.
     """
     if not tokenizer.is_file():
         raise ValueError(f"tokenizer.path: {tokenizer}: no such file; give {teacher.tokenizer}")
@@ -119,7 +119,7 @@ def kept_tokens(tokenizer: Path, teacher: StoredModel) -> list[int] | None:
             return [token for _, token in sorted(kept)]
     raise ValueError(
         f"tokenizer.path: {tokenizer} is neither the tokenizer of model.inherit.from ({teacher.tokenizer}) nor one "
-        "that `reprise tokenizer compact` has cut from it; give one of these"
+        "that `reprise tokenizer compact` pruned from it; give one of these"
     )
 
 
@@ -127,4 +127,4 @@ def _check_ranks(config: RunConfig, shared: ModelConfig) -> None:
     try:
         check_layout(shared, config.resolved_train, config.parallel, config.corpus.seq_length)
     except ValueError as error:
-        raise ValueError(f"model.inherit.from: ranks share the larger model as well, and of it {error}") from None
+        raise ValueError(f"model.inherit.from: the layout must also divide the larger model: {error}") from None

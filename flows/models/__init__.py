@@ -1,1 +1,1 @@
-"""Models and tokenizers that are imported, exported or pruned. It launches no ranks."""
+"""Import, export and vocabulary pruning of models and tokenizers. It launches no ranks."""

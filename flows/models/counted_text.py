@@ -1,4 +1,4 @@
-"""The text that tokens are counted in: a run's, prepared or not, a configuration's, or files."""
+"""The text in which tokens are counted: that of a run (prepared or not), of a configuration, or of files."""
 
 import hashlib
 import re
@@ -17,15 +17,15 @@ from flows.run.folder import read_run
 from flows.run.locks import locked
 from trainer.config import ModelConfig
 
-# Files that are one source each; more of them are one source all together.
+# Up to this many files are one source each; more are one source together.
 _MOST_SOURCES = 64
 
 
 @dataclass(frozen=True)
 class CountedText:
-    """Text by source: as `sources` say or, where it is tokenised already, as it lies in `corpus`.
+    """Text by source: read from `sources` or, if it is already tokenised, from `corpus`.
 
-    model: the model that the text's configuration names, None where there is no configuration.
+    model: the model of the text's configuration, None if there is none.
     """
 
     tokenizer_path: Path
@@ -36,7 +36,7 @@ class CountedText:
     model: ModelConfig | None = None
 
     def count(self, folder: Path, progress: Progress) -> list[SourceCounts]:
-        """Return the counts of each source; what was counted so far is kept in `folder`."""
+        """Return the token counts of each source; partial counts are kept in `folder`."""
         if self.corpus is not None:
             with locked(folder):
                 return count_corpus(self.corpus, self.tokenizer.end_of_document, folder, progress)
@@ -48,9 +48,9 @@ class CountedText:
             ]
 
     def texts(self, name: str, rejects: Path, num_bytes: int, seed: int) -> Iterator[str]:
-        """Yield texts of a source: all of its documents or, where they are tokenised, a random sample of their parts.
+        """Yield texts of a source: all its documents or, if it is already tokenised, a random sample of its samples.
 
-        What cannot be read is listed in `rejects`, where it is to be skipped.
+        Skipped records are listed in `rejects`.
         """
         if self.corpus is not None:
             return texts_of(self.corpus, name, self.tokenizer, num_bytes, seed)
@@ -59,7 +59,7 @@ class CountedText:
 
 
 def end_of_document(target: Path) -> str | None:
-    """Return the token that ends documents by what configures `target`; None where nothing says so."""
+    """Return the end-of-document token that the configuration of `target` sets; None if it sets none."""
     config = _config_of(target)
     return None if config is None else config.tokenizer.end_of_document
 
@@ -73,7 +73,7 @@ def _config_of(target: Path) -> RunConfig | None:
 def open_text(target: Path, tokenizer_path: Path, tokenizer: Tokenizer) -> CountedText:
     """Return the text of `target`: a run folder, a configuration, or a file, folder or glob of text.
 
-    Raises ValueError where it cannot be read, or was tokenised with another tokenizer.
+    Raises ValueError if it cannot be read, or was tokenised with another tokenizer.
     """
     config = _config_of(target)
     if config is None:
@@ -90,7 +90,7 @@ def _open_sources(config: RunConfig, tokenizer_path: Path, tokenizer: Tokenizer)
         check_source(source)
         if resolve_format(source) == "megatron":
             raise ValueError(
-                f"corpus.sources.{source.name}: is tokenised already; run `reprise prepare` and give the run folder"
+                f"corpus.sources.{source.name}: is already tokenised; run `reprise prepare` and give the run folder"
             )
     skip_bad = config.corpus.on_bad_record == "skip"
     return CountedText(tokenizer_path, tokenizer, config.corpus.sources, skip_bad, model=config.model)
@@ -99,8 +99,8 @@ def _open_sources(config: RunConfig, tokenizer_path: Path, tokenizer: Tokenizer)
 def _check_tokenizer(corpus: Corpus, path: Path) -> None:
     if read_tokenizer(corpus.tokenizer_path) != read_tokenizer(path):
         raise ValueError(
-            f"{corpus.folder}: tokenised with another tokenizer ({corpus.tokenizer_path}) than {path}; give that one, "
-            "or the run's configuration, whose text is then tokenised with this one"
+            f"{corpus.folder}: was tokenised with {corpus.tokenizer_path}, not with {path}; give that tokenizer, or "
+            "the run's configuration to tokenise its text with this one"
         )
 
 
@@ -108,9 +108,9 @@ def _sources(path: str) -> tuple[SourceConfig, ...]:
     whole = SourceConfig(name="text", path=path)
     kind = resolve_format(whole)
     if kind == "megatron":
-        raise ValueError(f"{path}: is tokenised already; run `reprise prepare` over it and give the run folder")
+        raise ValueError(f"{path}: is already tokenised; run `reprise prepare` on it and give the run folder")
     files = matching_files(whole)
-    # A text file is a document; of files with documents in them, each is a source.
+    # A text file is one document, so several files are one source. In other formats each file is a source of documents.
     if len(files) > (1 if kind == "text" else _MOST_SOURCES):
         return (whole,)
     names = [re.sub(r"[^A-Za-z0-9_.-]|^[^A-Za-z0-9]", "_", Path(file).stem).lstrip("_.-") or "text" for file in files]

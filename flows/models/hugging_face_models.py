@@ -1,4 +1,4 @@
-"""Models of Hugging Face as model folders that Reprise starts from, and Reprise's models as theirs."""
+"""Import of Hugging Face models as model folders that Reprise starts from, and export of Reprise's models."""
 
 import importlib.metadata
 import importlib.resources
@@ -30,24 +30,24 @@ _BESIDE = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported: the model, and what there is to say about it, in sentences."""
+    """The imported model, and notes for the user in sentences."""
 
     model: ModelConfig
     notes: list[str]
 
 
 def import_model(source: Path, output: Path, end_of_document: str | None = None) -> Imported:
-    """Make the model folder `output` of the Hugging Face folder `source`, and return what it holds.
+    """Convert the Hugging Face folder `source` to the model folder `output`, and return what was imported.
 
-    end_of_document: the token that ends documents; None: the one that `source` calls its end of sequence. Raises
-    ValueError, leaving nothing behind, where the model is none that we can have, or what is there is not whole.
+    end_of_document: the token that ends documents; None: the end-of-sequence token of `source`. Raises ValueError,
+    leaving nothing behind, if the model is not supported or its files are incomplete.
     """
     model, notes = read_description(source / "config.json")
     files = TensorFiles(source)
     with _making(output) as folder:
         tokenizer = take_tokenizer(source, folder, model.vocab_size or 0, end_of_document)
         notes += tokenizer.notes
-        # Here, for it takes a second to import, of which nobody needs who errs.
+        # Imported here because it takes a second, which errors above should not have to wait for.
         from trainer.hugging_face_weights import import_weights
 
         record = {"step": 0, "vocab_size": tokenizer.vocab_size, "imported_from": str(source.absolute())}
@@ -71,7 +71,7 @@ def import_model(source: Path, output: Path, end_of_document: str | None = None)
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported: the family that it is of to transformers, the checkpoint, where it is now, and notes."""
+    """The exported model: its family in transformers, its checkpoint, its folder, and notes for the user."""
 
     family: str
     checkpoint: Path
@@ -86,11 +86,11 @@ def export_model(
     dtype: Dtype = "keep",
     shard_bytes: int | None = None,
 ) -> Exported:
-    """Make the folder `output`, which transformers opens, of a round of a run or of a model folder.
+    """Export a round of a run, or a model folder, to the folder `output`, which transformers opens.
 
-    output: None: export/ in `place`, of a run a folder a round there. dtype: what weights are stored in. shard_bytes:
-    the most that one file of them has; None: 500 MB. Raises ValueError, leaving nothing behind, where there is no such
-    model or it is damaged.
+    output: None: export/ in `place`, for a run with one folder per round. dtype: the type in which weights are stored.
+    shard_bytes: the most bytes of one weight file; None: 500 MB. Raises ValueError, leaving nothing behind, if there is
+    no such model or it is damaged.
     """
     stored = find_model(place, round_number)
     rows = stored.config.vocab_size or stored.vocab_size
@@ -123,7 +123,7 @@ def _export_folder(stored: StoredModel) -> Path:
 
 
 def _unfinished(stored: StoredModel) -> list[str]:
-    """Return what there is to say of a round that has not ended."""
+    """Return a note if the round has not ended."""
     record = read_checkpoint_record(stored.checkpoint)
     step, last = record["step"], record.get("num_steps")
     return [] if last in (None, step) else [f"this is step {step:,} of {last:,}: its round has not ended"]
@@ -131,15 +131,15 @@ def _unfinished(stored: StoredModel) -> list[str]:
 
 @contextmanager
 def _making(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which in the end appears as `folder` or, after an error, is gone."""
+    """Yield a temporary folder, which is renamed to `folder` or, after an error, deleted."""
     if folder.exists():
-        raise ValueError(f"{folder}: is there already; delete it, or name another folder with --output")
+        raise ValueError(f"{folder}: already exists; delete it, or name another folder with --output")
     with making(folder.absolute()) as temporary:
         yield temporary
 
 
 def _known(stored: StoredModel) -> dict[str, Any]:
-    """Return what of `config.json` the weights do not say: the original one, or the positions trained for."""
+    """Return the fields of `config.json` that weights do not determine: the original's, or the trained positions."""
     original = stored.place / ORIGINAL / "config.json"
     if original.is_file():
         return read_object(original)
@@ -149,7 +149,7 @@ def _known(stored: StoredModel) -> dict[str, Any]:
 
 
 def _dtype(weights: "Weights", known: dict[str, Any]) -> str:
-    """Return the type that weights which are written as they are have: as the original says, or that holds them all."""
+    """Return the dtype of unconverted weights: the one in the original config, or one that can represent them all."""
     told = known.get("dtype") or known.get("torch_dtype")
     if isinstance(told, str):
         return told

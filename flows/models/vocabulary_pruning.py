@@ -1,4 +1,4 @@
-"""A smaller vocabulary, from counting tokens to the folder with the tokenizer, its tables, its page and checkpoint."""
+"""Vocabulary pruning: from counting tokens to a folder with the smaller tokenizer, tables, a page and a checkpoint."""
 
 import shutil
 import tempfile
@@ -33,17 +33,17 @@ from flows.models.vocabulary_pruning_result import (
 )
 from trainer.config import ModelConfig
 
-# PanGu-π-1B, in which the paper counts the shares.
+# PanGu-π-1B, for which the paper gives the shares of parameters.
 _PAPER_MODEL = ModelConfig(num_layers=12, hidden_size=2048, num_attention_heads=16, ffn_hidden_size=5632)
-# Text of each source that sequence lengths are measured on; it is held in memory.
+# Size of the text of each source on which sequence lengths are measured; it is held in memory.
 _MEASURED_BYTES = 16 << 20
 _SEED = 0
 
 
 def prune_vocabulary(request: Request, progress: Progress) -> PrunedVocabulary:
-    """Return the smaller vocabulary that `request` asks for, written into a folder of its own.
+    """Return the pruned vocabulary for `request`, written to a folder of its own.
 
-    Raises ValueError, leaving nothing but the counts for the next try, for what cannot be read or asked for.
+    Raises ValueError for unreadable input or impossible requests; only the token counts are kept for the next attempt.
     """
     request = replace(request, end_of_document=request.end_of_document or end_of_document(request.corpus))
     whole = open_tokenizer(request.tokenizer, request.end_of_document)
@@ -76,7 +76,7 @@ def prune_vocabulary(request: Request, progress: Progress) -> PrunedVocabulary:
         _write_tables(made, temporary)
         if request.checkpoint is not None:
             _cut_checkpoint(request.checkpoint, made, temporary, progress)
-        # Here, for what draws imports what is drawn.
+        # Imported here because the report module loads matplotlib.
         from flows.models.vocabulary_pruning_report import write_page
 
         write_page(made, request, temporary)
@@ -87,10 +87,10 @@ def prune_vocabulary(request: Request, progress: Progress) -> PrunedVocabulary:
 
 
 def _check(request: Request, vocabulary: Vocabulary, parent: Path) -> None:
-    """Raise ValueError for what cannot be, before anything is counted."""
+    """Raise ValueError for impossible requests before anything is counted."""
     none = np.zeros(len(vocabulary.pieces), np.int64)
     with tempfile.TemporaryDirectory() as folder:
-        # Some numberings cannot be kept, which shows in the smallest vocabulary too.
+        # Some tokenizers cannot be renumbered, which already shows with the smallest vocabulary.
         vocabulary.save(sorted(vocabulary.required), Path(folder) / "smallest")
     if request.size is not None:
         choose_tokens(vocabulary, none, request.size)
@@ -106,13 +106,13 @@ def _check(request: Request, vocabulary: Vocabulary, parent: Path) -> None:
 
 def _check_output(folder: Path) -> None:
     if folder.exists():
-        raise ValueError(f"{folder}: is there already; delete it, or name another folder with --output")
+        raise ValueError(f"{folder}: already exists; delete it, or name another folder with --output")
 
 
 def _decide(request: Request, curve: Curve, cheapest: int, paper_size: int) -> tuple[int, str]:
-    """Return the size to make, and one sentence that says why."""
+    """Return the vocabulary size to use, and the reason in one sentence."""
     if request.size is not None:
-        return request.size, f"{request.size:,} tokens, as asked for."
+        return request.size, f"{request.size:,} tokens, as requested."
     if request.coverage is not None:
         size = size_for_coverage(curve, request.coverage)
         return (
@@ -120,8 +120,8 @@ def _decide(request: Request, curve: Curve, cheapest: int, paper_size: int) -> t
             f"{size:,} tokens are the fewest, in steps of 128, that cover {request.coverage:.2%} of the corpus.",
         )
     return cheapest, (
-        f"{cheapest:,} tokens make training cheapest per byte of this text: with fewer, the longer text would cost "
-        "more than the parameters that are saved, with more it is the other way round "
+        f"{cheapest:,} tokens make training cheapest per byte of this text: with fewer, the longer text costs more "
+        "than the saved parameters; with more, the parameters cost more than the shorter text saves "
         f"(the paper's coverage of {PAPER_COVERAGE:.2%} takes {paper_size:,})."
     )
 
@@ -129,7 +129,7 @@ def _decide(request: Request, curve: Curve, cheapest: int, paper_size: int) -> t
 def _measure(
     request: Request, text: CountedText, sources: list[SourceCounts], temporary: Path, name: str, progress: Progress
 ) -> list[SourceLength]:
-    # The token that ends documents is a special one, which stays.
+    # The end-of-document token is a special token, which is always kept.
     pair = (text.tokenizer, open_tokenizer(temporary / name, request.end_of_document))
     lengths = []
     for source in sources:

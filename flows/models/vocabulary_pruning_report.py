@@ -1,4 +1,4 @@
-"""What was made of a vocabulary: tables, as text and HTML, and the curves."""
+"""The report on a pruned vocabulary: tables, as text and HTML, and curves."""
 
 import html
 from pathlib import Path
@@ -16,7 +16,7 @@ _MOST_DROPPED = 60
 
 
 def summarise(made: PrunedVocabulary) -> str:
-    """Return what was made, as Markdown that reads well as plain text too."""
+    """Return a summary of the pruned vocabulary, as Markdown that is also readable as plain text."""
     head, rows = _sizes(made)
     length_head, length_rows = _lengths(made)
     return "\n\n".join(
@@ -31,7 +31,7 @@ def summarise(made: PrunedVocabulary) -> str:
 
 
 def write_page(made: PrunedVocabulary, request: Request, folder: Path) -> None:
-    """Write `report.html` and its picture into `folder`."""
+    """Write `report.html` and its picture to `folder`."""
     png = render_figure(lambda: _draw(made))
     (folder / "curves.png").write_bytes(png)
     head, rows = _sizes(made)
@@ -43,21 +43,21 @@ def write_page(made: PrunedVocabulary, request: Request, folder: Path) -> None:
         f"<p>Tokenizer {html.escape(str(request.tokenizer))}, counted over {html.escape(str(request.corpus))}: "
         f"{int(made.counts.sum()):,} tokens from {len(made.sources)} sources.</p>",
         html_table(head, [tuple(row) for row in rows]),
-        html_figure(png, "Coverage, share of parameters, length and cost of training against the vocabulary's size."),
+        html_figure(png, "Coverage, share of parameters, text length and training cost against vocabulary size."),
         "<h2>Sequence length by source</h2>",
         html_table(length_head, [tuple(row) for row in length_rows]),
         f"<p>{html.escape(_measured_on(made))}</p>",
         "<h2>Why tokens are kept</h2>",
         html_table(["Reason", "Tokens"], [(reason, reasons.count(reason)) for reason in dict.fromkeys(reasons)]),
-        f"<h2>Dropped, the {len(dropped)} most frequent</h2>",
+        f"<h2>The {len(dropped)} most frequent dropped tokens</h2>",
         html_table(["Piece", "Id", "Occurrences"], [(repr(made.pieces[t]), t, int(made.counts[t])) for t in dropped]),
-        "<p>All of them are in dropped.tsv; vocabulary.parquet says of each token what became of it.</p>",
+        "<p>dropped.tsv lists all of them; vocabulary.parquet has the decision for each token.</p>",
     ]
     (folder / "report.html").write_text(html_page(made.folder.name, "".join(body)), encoding="utf-8")
 
 
 def _sizes(made: PrunedVocabulary) -> tuple[list[str], list[list[str]]]:
-    """Return what the sizes of interest are worth: before, after, the cheapest, the paper's coverage."""
+    """Return a table of the sizes of interest: before, after, the cheapest, that for the paper's coverage."""
     whole, size = int(made.curve.sizes[-1]), len(made.choice.tokens)
     named = {
         "before": whole, "after": size, "cheapest to train": made.cheapest,
@@ -101,7 +101,7 @@ def _measured_on(made: PrunedVocabulary) -> str:
     before = sum(length.tokens_before for length in made.lengths)
     after = sum(length.tokens_after for length in made.lengths)
     return (
-        f"Bytes per token: {measured}, tokenised by both; every text came back the same from both. All in all "
+        f"Bytes per token: {measured}, tokenised by both; both decode every text to the same string. In total "
         f"{before:,} tokens became {after:,} ({after / before:.4f}); the table of sizes has estimates of this."
     )
 
@@ -121,7 +121,7 @@ def _draw(made: PrunedVocabulary) -> Figure:
     right.set_ylim(min(0.95 * float(cost.min()), 0.95), 2)
     right.set_ylabel("relative to the whole vocabulary")
     for axes in (left, right):
-        axes.axvline(len(made.choice.tokens), color="black", linewidth=0.8, label="size made")
+        axes.axvline(len(made.choice.tokens), color="black", linewidth=0.8, label="chosen size")
         axes.axvline(made.paper_size, color="black", linewidth=0.8, linestyle=":", label=f"{PAPER_COVERAGE:.2%}")
         axes.set_xlabel("tokens in the vocabulary")
         axes.legend(fontsize=8)

@@ -1,1 +1,1 @@
-"""The page of one run, from its ledger. It reads; it neither computes nor launches."""
+"""The report of one run, from its ledger. It only reads: it neither computes nor launches."""

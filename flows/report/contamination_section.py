@@ -1,4 +1,4 @@
-"""What the report says of evaluation items in the training text."""
+"""The report's section on contamination: evaluation items in the training text."""
 
 import duckdb
 
@@ -10,7 +10,7 @@ _MOST_ROWS = 12
 
 
 def contamination(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
-    """Return how much of the evaluation items the training text holds, as HTML; nothing where nobody looked."""
+    """Return the contamination section as HTML; empty if the corpus was not searched."""
     [(num_items, num_overlapping)] = ledger.sql(
         "select count(*), count(*) filter (num_found > 0) from contaminated_items"
     ).fetchall()
@@ -21,19 +21,19 @@ def contamination(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
     ).fetchall()
     ngram = run.config.eval.contamination_ngram
     rule = (
-        f"{ngram} words, or characters of scripts without spaces, in a row, that at most {MOST_DOCUMENTS} documents "
-        "have (eval.contamination_ngram)"
+        f"{ngram} words (characters in scripts without spaces) in a row that occur in at most {MOST_DOCUMENTS} "
+        "documents (eval.contamination_ngram)"
     )
     if num_overlapping == 0:
-        said = f"None of {num_items:,} evaluation items shares {rule} with the training text."
-        return ["<h2>Contamination</h2>", f"<p>{said}</p>", *_by_task(ledger)]
-    done = "left out of every round" if run.config.eval.removes else "trained on like all others"
+        finding = f"None of {num_items:,} evaluation items shares {rule} with the training text."
+        return ["<h2>Contamination</h2>", f"<p>{finding}</p>", *_by_task(ledger)]
+    treatment = "left out of every round" if run.config.eval.removes else "trained on like all others"
     return [
         "<h2>Contamination</h2>",
         f"<p>{num_overlapping:,} of {num_items:,} evaluation items share {rule} with the training text. The "
-        f"{num_contaminated:,} samples that hold them, of {num_samples:,}, are {done} (eval.contamination).</p>",
+        f"{num_contaminated:,} samples that hold them, of {num_samples:,}, are {treatment} (eval.contamination).</p>",
         *_by_task(ledger),
-        "<h3>Items of which most was found</h3>",
+        "<h3>Items with the largest overlap</h3>",
         _worst(ledger),
     ]
 
@@ -55,7 +55,7 @@ def _by_task(ledger: duckdb.DuckDBPyConnection) -> list[str]:
         "More than half found",
         "Samples",
         "Mostly common phrases",
-        "Too short to tell",
+        "Too short to search for",
     ]
     return [html_table(head, rows)]
 

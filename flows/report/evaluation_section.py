@@ -1,4 +1,4 @@
-"""What the report says of evaluation: the paper's table, the curves, and what could not be scored."""
+"""The report's section on evaluation: the paper's table, the curves, and the items that could not be scored."""
 
 import duckdb
 
@@ -11,13 +11,13 @@ from flows.report.plots import score_curves
 from flows.run.folder import Run
 
 _CAPTION = (
-    "Scores against tokens, all rounds end to end. The band is a standard error, a dot the end of a round; the dotted "
-    "line is what guessing scores."
+    "Scores against tokens, over all rounds. The band is the standard error, a dot the end of a round, the dotted line "
+    "the score of guessing."
 )
 
 
 def evaluation(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
-    """Return what models scored in tasks, as HTML; nothing where none was asked."""
+    """Return the evaluation section as HTML; empty if no model was evaluated."""
     rows = [*chance_rows(read_chance(ledger)), *read_rows(ledger, run.folder.name)]
     png = render(score_curves, ledger)
     sections = ["<h2>Evaluation</h2>"] if rows or png else []
@@ -30,6 +30,6 @@ def evaluation(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
         "select task, reason, count(distinct item), min(item) from unscorable group by task, reason order by all"
     ).fetchall()
     if unscorable:
-        head = ["Task", "Why", "Items", "Such as"]
+        head = ["Task", "Why", "Items", "Example"]
         sections += ["<h3>Items that could not be scored</h3>", html_table(head, unscorable)]
     return sections

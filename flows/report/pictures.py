@@ -1,4 +1,4 @@
-"""The pictures of a run's report: in the page, and as files beside it."""
+"""The pictures of a run's report, embedded in the page and saved as files beside it."""
 
 import html
 
@@ -14,12 +14,12 @@ def figure(run: Run, name: str, plot: Plot, ledger: duckdb.DuckDBPyConnection, c
     """Return a plot of the ledger as an HTML figure; the picture is also saved as `name`.png beside the report."""
     png = render(plot, ledger)
     if png is None:
-        return f"<p>{html.escape(caption)} Nothing of it is there yet.</p>"
+        return f"<p>{html.escape(caption)} No data yet.</p>"
     save_picture(run, name, png)
     return html_figure(png, caption)
 
 
 def save_picture(run: Run, name: str, png: bytes) -> None:
-    """Write a picture of the report beside it."""
+    """Save a picture of the report as a file beside it."""
     with writing(run.folder / "report" / f"{name}.png") as temporary:
         temporary.write_bytes(png)

@@ -1,4 +1,4 @@
-"""The report's plots, each from an aggregate that DuckDB makes of the ledger."""
+"""The report's plots, each from an aggregate query of the ledger."""
 
 import math
 
@@ -22,7 +22,7 @@ _LOSS = "loss (nats per token)"
 
 
 def loss_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Draw training and validation loss against the tokens trained on, all rounds end to end."""
+    """Draw training and validation loss against the tokens trained on, over all rounds."""
     steps = ledger.sql(
         """select round, step, loss, sum(num_tokens) over (order by round, step) as tokens
         from steps order by round, step"""
@@ -61,7 +61,7 @@ def loss_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
 
 
 def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Draw what models score in each task against the tokens trained on, all rounds end to end (the paper's figure)."""
+    """Draw the score in each task against the tokens trained on, over all rounds (the paper's figure)."""
     found = ledger.sql(
         """select task, t.tokens / 1e6 as tokens, 100 * score as score, 100 * coalesce(stderr, 0) as error,
             100 * chance as chance, is_end
@@ -70,7 +70,7 @@ def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
         where subject is null and score is not null order by task, tokens, is_end"""
     ).fetchnumpy()
     tasks = [task for task in TASKS.values() if task.name in found["task"]]
-    # A single model is a point, which the table says better.
+    # A single model is one point, which the table shows better.
     if len(np.unique(found["tokens"])) < 2:
         return None
     columns = min(3, len(tasks))
@@ -95,7 +95,7 @@ def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
 
 
 def selection_histograms(round_number: int) -> Plot:
-    """Return the plot of each shard's losses with what was kept for `round_number` and what was dropped."""
+    """Return the plot of each shard's losses, of samples kept and dropped for `round_number`."""
 
     def plot(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
         [bounds] = ledger.sql(
@@ -161,7 +161,7 @@ def forgetting_curve(round_number: int) -> Plot:
         figure, axes = plt.subplots(figsize=(9, 3.6))
         middle = (rows["first"] + rows["final"]) / 2
         axes.plot(middle, rows["seen"], color=_SEEN, label="seen loss: in the step that trained on the sample")
-        axes.plot(middle, rows["loss"], color=_RESCORED, label="re-scored loss: under the model the round ended with")
+        axes.plot(middle, rows["loss"], color=_RESCORED, label="re-scored loss: by the model at the end of the round")
         axes.set_xlabel("step of the round that trained on the sample")
         axes.set_ylabel(_LOSS)
         axes.legend()

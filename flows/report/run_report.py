@@ -1,4 +1,4 @@
-"""The report of a run: one page from what the ledger holds."""
+"""The report of a run: one page from the ledger."""
 
 import html
 from pathlib import Path
@@ -10,6 +10,8 @@ from data_scoring.base.files import writing
 from data_scoring.ledger import refresh_ledger
 from flows.display.figures import render_figure
 from flows.display.html import html_figure, html_page, html_table
+from flows.report.contamination_section import contamination
+from flows.report.evaluation_section import evaluation
 from flows.report.pictures import figure, save_picture
 from flows.report.plots import forgetting_curve, kept_by_source, loss_curves, selection_histograms
 from flows.report.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
@@ -18,7 +20,7 @@ from flows.run.folder import Run
 
 
 def write_report(run: Run) -> Path:
-    """Write `report.html` and `report/*.png` over what the run folder holds, and return the page's path."""
+    """Write `report.html` and `report/*.png` from the run folder's ledger, and return the page's path."""
     refresh_ledger(run.folder)
     path = run.folder / "report.html"
     with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
@@ -56,8 +58,8 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
     for number in range(1, config.rounds.num_rounds):
         sections += _refinement(run, ledger, number)
     sections += [
-        *_evaluation(run, ledger),
-        *_contamination(run, ledger),
+        *evaluation(run, ledger),
+        *contamination(run, ledger),
         "<h2>Corpus</h2>",
         _corpus_table(sources),
         "<h2>Configuration</h2>",
@@ -76,25 +78,25 @@ def _model(config: RunConfig, vocab_size: int) -> str:
         start = f"parts of <code>{html.escape(model.inherit.teacher)}</code>"
     return (
         f"{parameters / 1e6:,.1f} M parameters: {model.num_layers} layers of width {model.hidden_size}, a vocabulary "
-        f"of {vocab_size:,}, whose embedding and head are {model.embedding_share(vocab_size):.0%} of them. "
+        f"of {vocab_size:,}. Embedding and head are {model.embedding_share(vocab_size):.0%} of the parameters. "
         f"Trained from {start}, in batches of "
         f"{train.global_batch_size * config.corpus.seq_length:,} tokens, at a learning rate of up to {train.lr:.3g}."
     )
 
 
 def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
-    """Return what of a larger model round 1 started from, where it did."""
+    """Return the section on what round 1 inherited from a larger model; empty without inheritance."""
     inherit = run.config.model.inherit
     rows = ledger.sql("select distinct checkpoint, method, len(channels) from lineage").fetchall()
     if not rows or inherit is None:
         return []
     [(checkpoint, method, width)] = rows
     skips = run.round_folder(1) / "inherit" / "skips.parquet"
-    how = "those whose absence costs most" if inherit.layers == "auto" and skips.exists() else "as configured"
+    how = "those whose removal costs most" if inherit.layers == "auto" and skips.exists() else "as configured"
     return [
         "<h2>Inheritance</h2>",
-        f"<p>Round 1 started from <code>{html.escape(checkpoint)}</code>: from these of its layers, {how}, and "
-        f"{width:,} of its channels, heads and neurons chosen by method {html.escape(method)}.</p>",
+        f"<p>Round 1 started from <code>{html.escape(checkpoint)}</code>: from the layers below, {how}, and {width:,} "
+        f"of its channels; channels, heads and neurons were chosen by method {html.escape(method)}.</p>",
         _table(
             ledger,
             """select layer as "Layer", teacher_layer as "Layer of the larger model", len(ffn) as "FFN neurons",
@@ -106,30 +108,16 @@ def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
 
 
 def _importance(run: Run, skips: Path) -> list[str]:
-    """Return the picture of what each block of the larger model's layers is worth, where that was measured."""
+    """Return the picture of the larger model's layer ablation; empty if it was not measured."""
     if not skips.exists():
         return []
-    # Here, for its own page is made of this module's parts.
+    # Imported here because it loads torch, which other reports do not need.
     from flows.inheritance.layer_importance import read_ablation
     from flows.inheritance.layer_importance_report import importance
 
     png = render_figure(lambda: importance(read_ablation(skips)))
     save_picture(run, "importance", png)
-    return [html_figure(png, "Increase of the larger model's loss where layers are skipped, by the first of them.")]
-
-
-def _evaluation(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
-    # Here, for it is made of this module's parts.
-    from flows.report.evaluation_section import evaluation
-
-    return evaluation(run, ledger)
-
-
-def _contamination(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
-    # Here, for it is made of this module's parts.
-    from flows.report.contamination_section import contamination
-
-    return contamination(run, ledger)
+    return [html_figure(png, "Increase of the larger model's loss when layers are skipped, by the first of them.")]
 
 
 def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
@@ -139,10 +127,10 @@ def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> lis
         *_budget(run, ledger, scored),
         figure(
             run, f"selection-{selected}", selection_histograms(selected), ledger,
-            f"Losses after round {scored}, shard by shard: what round {selected} trains on, and what was dropped.",
+            f"Losses after round {scored} by shard: samples that round {selected} trains on, and dropped ones.",
         ),
         figure(
-            run, f"sources-{selected}", kept_by_source(selected), ledger, f"What round {selected} keeps of each source."
+            run, f"sources-{selected}", kept_by_source(selected), ledger, f"Share of each source in round {selected}."
         ),
         *_forgotten(run, ledger, scored),
         *_quarantine(run, ledger, selected),
@@ -150,13 +138,13 @@ def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> lis
 
 
 def _forgotten(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
-    """Return the forgetting curve and tables, where losses are of whole samples, as seen losses are."""
+    """Return the forgetting curve and tables; only full losses are of whole samples, as seen losses are."""
     chosen = ledger.sql(f"select candidate from budgets where round = {scored} and chosen").fetchall()
     if chosen not in ([], [("full",)]):
-        return [f"<p>What was forgotten cannot be told: samples were scored by {html.escape(chosen[0][0])}.</p>"]
+        return [f"<p>Forgetting cannot be measured: samples were scored by {html.escape(chosen[0][0])}.</p>"]
     curve = figure(
         run, f"forgetting-{scored}", forgetting_curve(scored), ledger,
-        "The forgetting curve: where the blue line is above the orange one, the round has unlearned.",
+        "The forgetting curve: where the blue line is above the orange one, the model has forgotten.",
     )  # fmt: skip
     sources = forgotten_sources(ledger, scored)
     if not sources:
@@ -177,15 +165,15 @@ def _quarantine(run: Run, ledger: duckdb.DuckDBPyConnection, selected: int) -> l
     if not rows:
         return []
     return [
-        f"<h3>Put aside as noise for round {selected}</h3>",
-        f"<p>{num_quarantined(ledger, selected):,} samples of a loss beyond refine.outlier_z "
-        f"{run.refine_config(selected).outlier_z} of their source; those of the greatest loss:</p>",
+        f"<h3>Quarantined as noise for round {selected}</h3>",
+        f"<p>{num_quarantined(ledger, selected):,} samples with a loss above refine.outlier_z "
+        f"{run.refine_config(selected).outlier_z} of their source; those with the greatest loss:</p>",
         html_table(["Source", "Shard", "Sample", "Loss", "Text"], rows),
     ]
 
 
 def _budget(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
-    """Return how the samples were scored after a round, and why so, with what was measured; nothing before that."""
+    """Return how and why samples were scored after a round, with the measurements; empty before scoring."""
     budgets = f"from budgets where round = {scored}"
     rows = ledger.sql(f"select candidate, cost_tokens {budgets} and chosen").fetchall()
     if not rows:
@@ -193,13 +181,13 @@ def _budget(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[st
     [(chosen, cost)] = rows
     how = (
         f"Samples were scored by {chosen}, which costs as much as training on {cost:,} tokens (a forward pass is a "
-        "third of a training step; what attention adds in long samples is left out)"
+        "third of a training step; the cost of attention in long samples is not counted)"
     )
     if run.config.score.budget != "auto":
-        return [f"<p>{how}, as score.budget says.</p>"]
+        return [f"<p>{how}, as set by score.budget.</p>"]
     return [
-        f"<p>{how}: the cheapest of the candidates whose losses put a random calibration set in the order of the full "
-        f"losses with a rank correlation of {run.config.score.min_correlation:g} or more (score.min_correlation).</p>",
+        f"<p>{how}: the cheapest candidate whose losses rank a random calibration set as the full losses do, "
+        f"with a rank correlation of {run.config.score.min_correlation:g} or more (score.min_correlation).</p>",
         _table(
             ledger,
             f"""select candidate as "Candidate", correlation as "Correlation (Spearman)",

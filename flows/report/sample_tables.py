@@ -1,4 +1,4 @@
-"""Tables of single samples, with their text: what was forgotten most, and what was put aside as noise."""
+"""Tables of samples with their text: the most forgotten ones, and those quarantined as noise."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ Rows = list[tuple[Any, ...]]
 
 
 def forgotten_sources(ledger: duckdb.DuckDBPyConnection, round_number: int) -> Rows:
-    """Return how much each source was forgotten in a round: source, samples, seen loss, re-scored loss, difference."""
+    """Return each source's forgetting in a round: source, samples, seen loss, re-scored loss, difference."""
     return ledger.sql(
         f"""select source, count(*), avg(f.seen_loss::double), avg(f.loss::double),
             avg(f.forgotten::double) as forgotten
@@ -27,7 +27,7 @@ def forgotten_sources(ledger: duckdb.DuckDBPyConnection, round_number: int) -> R
 
 
 def forgotten_samples(run: Run, ledger: duckdb.DuckDBPyConnection, round_number: int) -> Rows:
-    """Return the samples that a round forgot most: source, shard, sample, seen loss, re-scored loss, text."""
+    """Return the most forgotten samples of a round: source, shard, sample, seen loss, re-scored loss, text."""
     rows = ledger.sql(
         f"""select shard, sample, seen_loss, loss from forgetting where round = {round_number} and forgotten > 0
         order by forgotten desc, shard, sample limit {_MOST_ROWS}"""
@@ -36,7 +36,7 @@ def forgotten_samples(run: Run, ledger: duckdb.DuckDBPyConnection, round_number:
 
 
 def quarantined_samples(run: Run, ledger: duckdb.DuckDBPyConnection, round_number: int) -> Rows:
-    """Return the outliers put aside for a round, the greatest loss first: source, shard, sample, loss, text."""
+    """Return the quarantined outliers of a round, the greatest loss first: source, shard, sample, loss, text."""
     rows = ledger.sql(
         f"""select shard, sample, loss from selection where round = {round_number} and reason = '{OUTLIER}'
         order by loss desc, shard, sample limit {_MOST_ROWS}"""
@@ -45,7 +45,7 @@ def quarantined_samples(run: Run, ledger: duckdb.DuckDBPyConnection, round_numbe
 
 
 def num_quarantined(ledger: duckdb.DuckDBPyConnection, round_number: int) -> int:
-    """Return how many outliers were put aside for a round."""
+    """Return the number of quarantined outliers of a round."""
     [(count,)] = ledger.sql(
         f"select count(*) from selection where round = {round_number} and reason = '{OUTLIER}'"
     ).fetchall()
@@ -53,7 +53,7 @@ def num_quarantined(ledger: duckdb.DuckDBPyConnection, round_number: int) -> int
 
 
 def _with_text(run: Run, ledger: duckdb.DuckDBPyConnection, rows: Rows) -> Rows:
-    """Return `rows`, which begin with shard and sample, with the sample's source before them and its text after."""
+    """Return `rows`, which begin with shard and sample, with the sample's source prepended and its text appended."""
     if not rows:
         return []
     corpus = run.corpus()

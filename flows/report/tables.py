@@ -1,4 +1,4 @@
-"""What Prefect's pages show of a run: tables and pictures, made from the run folder."""
+"""Tables and pictures of a run for Prefect's pages, from the run folder."""
 
 import base64
 from typing import Any
@@ -15,7 +15,7 @@ from flows.run.folder import Run
 
 
 def shard_losses(run: Run, round_number: int) -> list[dict[str, Any]]:
-    """Return a row for each shard: how its samples' losses (nats per token) are spread after a round."""
+    """Return one row per shard: the distribution of its samples' losses (nats per token) after a round."""
     return _rows(
         run,
         f"""select shard, count(*) as samples, round(avg(loss::double), 4) as mean,
@@ -26,17 +26,17 @@ def shard_losses(run: Run, round_number: int) -> list[dict[str, Any]]:
 
 
 def budgets(run: Run, round_number: int) -> list[dict[str, Any]]:
-    """Return a row for each way to score that was open after a round: what it costs and, where measured, misses."""
+    """Return one row per candidate budget after a round: its cost and, if measured, its agreement with full scoring."""
     return _rows(run, f"select * exclude round from budgets where round = {round_number} order by cost_tokens")
 
 
 def rounds(run: Run) -> list[dict[str, Any]]:
-    """Return a row for each round that has begun to train."""
+    """Return one row per round that has begun to train."""
     return _rows(run, "select * from rounds order by round")
 
 
 def inheritance(run: Run) -> list[dict[str, Any]]:
-    """Return a row for each layer that round 1 inherited: which of the larger model's it was, and what of it stays."""
+    """Return one row per layer that round 1 inherited: its layer in the larger model, and what is kept of it."""
     return _rows(
         run,
         """select layer, teacher_layer, method, len(channels) as channels, len(ffn) as ffn,
@@ -46,13 +46,13 @@ def inheritance(run: Run) -> list[dict[str, Any]]:
 
 
 def scores(run: Run, round_number: int) -> dict[str, Any]:
-    """Return the score of each task, 0 to 1, that the model of a round was asked."""
+    """Return the score, 0 to 1, of a round's model in each evaluated task."""
     query = f"select task, score from final_scores where round = {round_number}"
     return {row["task"]: row["score"] for row in _rows(run, query)}
 
 
 def evaluation_page(run: Run) -> str:
-    """Return the paper's table of the rounds so far, and their scores on the way, as Markdown."""
+    """Return the paper's table for the rounds so far, and the curves of their scores, as Markdown."""
     with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
         rows, items = [*chance_rows(read_chance(ledger)), *read_rows(ledger, run.folder.name)], read_items(ledger)
     table = render_table(rows, columns_of(rows), "markdown")
@@ -60,7 +60,7 @@ def evaluation_page(run: Run) -> str:
 
 
 def selection_page(run: Run, selection: SelectionSummary) -> str:
-    """Return, as Markdown, what a round keeps of each source and shard, with the picture of it."""
+    """Return the samples that a round keeps of each source and shard, with a picture, as Markdown."""
     return "\n\n".join(
         [
             summary(selection),
@@ -75,17 +75,17 @@ def loss_page(run: Run) -> str:
 
 
 def summary(selection: SelectionSummary) -> str:
-    """Return what a selection keeps, and how it compares, as Markdown that reads well as plain text too."""
+    """Return a summary of a selection, as Markdown that is also readable as plain text."""
     total, config = selection.total, selection.config
     lines = [
         f"Round {selection.round_number}, policy {config.policy}, sampling rate {config.sampling_rate:g}, "
         f"temperature {config.draw_temperature:g}: {total.num_kept:,} of {total.num_samples:,} samples "
         f"({total.share:.1%}), {total.num_tokens_kept:,} tokens.",
-        f"Mean loss {total.mean_loss:.4f} of all samples, {total.mean_loss_kept:.4f} of those kept. "
-        f"{_random_overlap(selection)}{selection.last_mix_overlap:.1%} of them were in the mix before.",
+        f"Mean loss {total.mean_loss:.4f} of all samples, {total.mean_loss_kept:.4f} of those kept. Of the kept "
+        f"samples, {_random_overlap(selection)}{selection.last_mix_overlap:.1%} were in the previous mix.",
     ]
     if config.max_tokens is not None:
-        lines.append(f"Of these the mix takes the first {config.max_tokens:,} tokens (refine.max_tokens).")
+        lines.append(f"The mix takes the first {config.max_tokens:,} tokens of these (refine.max_tokens).")
     reasons = [[reason, "kept" if kept else "", f"{count:,}"] for reason, kept, count in selection.reasons]
     lines.append(markdown_table(["why", "kept", "samples"], reasons))
     for title, parts in (("source", selection.sources), ("shard", selection.shards)):
@@ -104,14 +104,14 @@ def summary(selection: SelectionSummary) -> str:
 def _random_overlap(selection: SelectionSummary) -> str:
     if selection.random_overlap is None:
         return ""
-    return f"{selection.random_overlap:.1%} of them would be kept without regard to loss, too. "
+    return f"a draw without regard to loss would also keep {selection.random_overlap:.1%}; "
 
 
 def _picture(run: Run, plot: Plot, alternative: str) -> str:
     with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
         png = render(plot, ledger)
     if png is None:
-        return "Nothing of it is there yet."
+        return "No data yet."
     return f"![{alternative}](data:image/png;base64,{base64.b64encode(png).decode()})"
 
 

@@ -50,7 +50,7 @@ def test_a_damaged_shard_and_a_damaged_checkpoint_are_named(ranks: Ranks, traine
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"shard-0001.bin: corrupt: its content is not what was prepared"):
+    with pytest.raises(ValueError, match=r"shard-0001.bin: corrupt: its checksum differs from the manifest"):
         damaged.score("damaged", checkpoint)
     assert [path.name for path in (tmp_path / "damaged" / "losses").iterdir()] == ["shard=0000.parquet"]
     copy = Path(shutil.copytree(checkpoint, tmp_path / "step-00000001"))

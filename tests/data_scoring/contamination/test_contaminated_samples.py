@@ -1,6 +1,6 @@
-"""Overlaps of items and training text against a second implementation, of sets of tuples and the tokenizer's offsets.
+"""Overlaps of items and training text, compared with a second implementation with sets of tuples and token offsets.
 
-It reads the text that went into the corpus, where what is tested reads the tokens that came out.
+The second implementation reads the text that the corpus was prepared from; the tested code reads the corpus's tokens.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What counts as a unit, by hand and by a regular expression; hashes of n-grams against tuples of strings."""
+"""Units compared with hand-written ones and a regular expression; hashes of n-grams compared with tuples of strings."""
 
 import random
 import re

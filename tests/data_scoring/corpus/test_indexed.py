@@ -1,4 +1,4 @@
-"""The index format against Megatron's own reader and writer."""
+"""The index format compared with Megatron's own reader and writer."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     write(prefix, [[1, 2], [3], [4]], token_dtype(300))
     index, tokens = (Path(f"{prefix}{ending}").read_bytes() for ending in (".idx", ".bin"))
     Path(f"{prefix}.bin").write_bytes(tokens[:-2])
-    with pytest.raises(ValueError, match=r"shard\.bin: corrupt: 6 bytes where its index points to byte 8"):
+    with pytest.raises(ValueError, match=r"shard\.bin: corrupt: it has 6 bytes, but its index points to byte 8"):
         open_indexed(prefix)
     Path(f"{prefix}.idx").write_bytes(index[:-20])
     with pytest.raises(ValueError, match=r"shard\.idx: corrupt"):

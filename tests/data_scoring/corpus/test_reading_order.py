@@ -1,4 +1,4 @@
-"""The reading order against the tokens that went into a corpus."""
+"""The reading order compared with the tokens from which the corpus was prepared."""
 
 from pathlib import Path
 

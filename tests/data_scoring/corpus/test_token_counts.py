@@ -1,4 +1,4 @@
-"""Counting tokens: what is counted, going on after a kill, and the corpus that is tokenised already."""
+"""Token counts: of sources, resumed after a kill, and of a corpus that is tokenised already."""
 
 import json
 from collections import Counter
@@ -154,5 +154,5 @@ def test_lengths_are_measured_on_all_or_on_a_sample(tiny_corpus: Corpus, tokeniz
         def decode(self, ids: list[int]) -> str:
             return ""
 
-    with pytest.raises(ValueError, match=r"^a: the smaller tokenizer does not bring this text back as the whole one"):
+    with pytest.raises(ValueError, match=r"^a: the smaller tokenizer does not decode this text as the original one"):
         measure_length("a", iter(texts), (tokenizer, Deaf()), 2000, 0)

@@ -1,4 +1,4 @@
-"""Scoring with a scorer of numpy's: what is scored, in what order, what is kept when it is cut off, and where from."""
+"""Scoring with a NumPy scorer: what is scored, in which order, what survives an interruption, and origins."""
 
 import time
 from collections.abc import Iterator
@@ -204,7 +204,7 @@ def test_losses_say_where_they_come_from(tiny_corpus: Corpus, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"none.parquet: no such file; score the round first"):
         check_origins([tmp_path / "none.parquet"], "c")
     pq.write_table(pq.read_table(paths[1]).replace_schema_metadata(None), paths[1])
-    with pytest.raises(ValueError, match=r"shard=0001.parquet: does not say which model its losses are of; delete it"):
+    with pytest.raises(ValueError, match=r"shard=0001.parquet: has no record of the origin of its losses; delete it"):
         check_origins(paths, "c")
 
 
@@ -217,7 +217,7 @@ def test_losses_of_different_origins_are_not_mixed(tiny_corpus: Corpus, tmp_path
     paths = [losses_path(tmp_path / name, shard) for shard, name in enumerate(("one", "two", "one"))]
     message = (
         rf"two/losses/shard=0001.parquet: its losses are not comparable with those in .*one/losses/shard=0000.parquet: "
-        rf"{field} is 'another' in the one and '{getattr(ORIGIN, field)}' in the other; delete the file"
+        rf"{field} is 'another' here and '{getattr(ORIGIN, field)}' there; delete the file"
     )
     with pytest.raises(ValueError, match=message):
         check_origins(paths, ORIGIN.corpus)

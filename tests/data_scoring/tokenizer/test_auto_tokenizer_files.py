@@ -1,4 +1,4 @@
-"""Exported tokenizers give, in transformers, the ids that they give here, for every text."""
+"""Exported tokenizers give the same ids in transformers as here, for every text."""
 
 import json
 from collections.abc import Callable

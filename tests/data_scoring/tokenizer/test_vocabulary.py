@@ -1,4 +1,4 @@
-"""Vocabularies cut down: every kept token in reach, every text brought back, judged by the libraries themselves."""
+"""Pruned vocabularies, checked with the libraries: every kept token is produced and every text is decoded."""
 
 import json
 import random
@@ -291,7 +291,7 @@ def test_sizes_that_cannot_be_are_named(tmp_path: Path) -> None:
     vocabulary = open_vocabulary(tmp_path / "t.json")
     none = np.zeros(902, np.int64)
     with pytest.raises(
-        ValueError, match=r"size 100 is too small: 260 tokens have to stay \(4 added token, 256 alphabet"
+        ValueError, match=r"size 100 is too small: 260 tokens are required \(4 added token, 256 alphabet"
     ):
         choose_tokens(vocabulary, none, 100)
     with pytest.raises(ValueError, match=r"size 903 is more than the tokenizer's 902"):
@@ -306,7 +306,7 @@ def test_sizes_that_cannot_be_are_named(tmp_path: Path) -> None:
 def test_tokenizers_of_other_kinds_are_refused(tmp_path: Path) -> None:
     other = tmp_path / "wordpiece.json"
     tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(str(other))
-    with pytest.raises(ValueError, match=r"wordpiece.json: its model is WordPiece; give one of BPE"):
+    with pytest.raises(ValueError, match=r"wordpiece.json: its model is WordPiece; give a BPE tokenizer"):
         open_vocabulary(other)
     suffixed = tmp_path / "suffixed.json"
     tokenizers.Tokenizer(tokenizers.models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>")).save(str(suffixed))
@@ -316,7 +316,7 @@ def test_tokenizers_of_other_kinds_are_refused(tmp_path: Path) -> None:
         sentence_iterator=iter(["a b c"] * 9), model_prefix=str(tmp_path / "c"), vocab_size=7, model_type="char",
         minloglevel=2,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"c.model: its model is CHAR; give one of BPE or unigram"):
+    with pytest.raises(ValueError, match=r"c.model: its model is CHAR; give a BPE or unigram model"):
         open_vocabulary(tmp_path / "c.model")
 
 
@@ -350,7 +350,7 @@ def test_the_pair_of_gpt2_is_read_as_one_tokenizer(tmp_path: Path) -> None:
     train_byte_level(tmp_path / "whole.json")
     content = json.loads((tmp_path / "whole.json").read_text())["model"]
     (tmp_path / "my_encoder.json").write_text(json.dumps(content["vocab"]))
-    with pytest.raises(ValueError, match=r"a vocabulary alone, and beside it 0 files such as my_vocab.bpe"):
+    with pytest.raises(ValueError, match=r"a vocabulary without merges: 0 files such as my_vocab.bpe"):
         open_tokenizer(tmp_path / "my_encoder.json", None)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in content["merges"])]
     (tmp_path / "my_vocab.bpe").write_text("\n".join(lines) + "\n")

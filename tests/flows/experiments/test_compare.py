@@ -1,4 +1,4 @@
-"""A comparison's arms, its arithmetic and its resuming, with ranks that write what is asked of them; and a real one."""
+"""A comparison's arms, its arithmetic and resuming it, with fake ranks; and a real comparison."""
 
 import subprocess
 import sys
@@ -59,7 +59,11 @@ def test_means_and_paired_differences_are_those_computed_by_hand(config: RunConf
     page, text = comparison.page.read_text(), comparison.text
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page
-    for words in ("-0.0750 ± 0.0144, 3 of 3", "at most 102 predicted tokens", "the noise between equals"):
+    for words in (
+        "-0.0750 ± 0.0144, 3 of 3",
+        "at most 102 predicted tokens",
+        "the difference between these two arms is noise",
+    ):
         assert words in page and words in text
     # Cost: 131 on average, of round 1's 200.
     assert "| loss | 7 to 9 | 100 to 102 | 30 | 131 | 65.5% |" in " ".join(text.split())

@@ -1,4 +1,4 @@
-"""A grid of batch sizes and learning rates: its rates, its cells that fail, its page, and what it refuses."""
+"""A grid of batch sizes and learning rates: its rates, failing cells, its page, and rejected requests."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_rates_follow_the_batch_and_the_best_cell_is_marked(config: RunConfig, f
     assert "Lowest: batches of 128 tokens at r = 1, peak 0.004, validation loss 4.0050." in text
     assert "**4.0050 ± 0.0071** | 0.004 |" in text
     assert "Batches of 128 tokens make fewer than 20 steps" in text
-    assert "(batch / 64)^r × 0.002, after the configuration's own train.lr and batch" in text
+    assert "(batch / 64)^r × 0.002, from the configuration's own train.lr and batch" in text
     assert page.page.read_text().count("data:image/png;base64,") == 1 and "<b>4.0050" in page.page.read_text()
     fakes.jobs = []
     train_grid(config, grid, silent)
@@ -67,7 +67,7 @@ def test_a_cell_that_fails_ends_none_of_the_others(config: RunConfig, fakes: Fak
     page = train_grid(config, Grid((128,), (0.5, 1.0), tokens=1500), silent)
     text = " ".join(page.text.split())
     assert len(fakes.jobs) == 2 and "| batch-128-rate-1-seed-0 | killed |" in text and "failed |" in text
-    assert "(batch / 32)^r × 0.001, after train.lr;" in text
+    assert "(batch / 32)^r × 0.001, from train.lr;" in text
     assert "Lowest: batches of 128 tokens at r = 0.5, peak 0.002" in text
     fakes.jobs, fakes.fails_at = [], ""
     page = train_grid(config, Grid((128,), (0.5, 1.0), tokens=1500), silent)

@@ -1,4 +1,4 @@
-"""What an architecture search draws: models that meet the budget, counted anew, in range, and distinct."""
+"""Models drawn by an architecture search: they meet the budget (counted independently), are in range and distinct."""
 
 from pathlib import Path
 from typing import Any

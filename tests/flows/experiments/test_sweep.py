@@ -1,4 +1,4 @@
-"""An architecture search: its arithmetic, its page, how trials run at once and stop, and a real one."""
+"""An architecture search: its arithmetic, its page, concurrent trials and how they stop, and a real search."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def test_the_page_says_what_to_take_and_why(config: RunConfig, tmp_path: Path) -
     assert model == {"num_layers": 8, "hidden_size": 80, "ffn_hidden_size": 120, "num_attention_heads": 5}
     RunConfig.model_validate({"model": model})
     assert "| depth with quality | +" in text and "+0.528 |" in text and "4 trials are few" in text
-    assert "4 models of 2,000,001 to 2,000,004 parameters (asked for: 2,000,000)" in text and "1 failed" in text
+    assert "4 models of 2,000,001 to 2,000,004 parameters (requested: 2,000,000)" in text and "1 failed" in text
     assert "| bad | loss at step 3 is nan |" in text
     assert content.count("data:image/png;base64,") == 2 and "http" not in content
     assert (folder / "sweep-factors.png").exists() and "![" in (folder / "sweep.md").read_text()

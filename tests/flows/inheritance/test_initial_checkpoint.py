@@ -1,4 +1,4 @@
-"""A run whose first round starts from parts of a larger model: its lineage, and what is refused."""
+"""A run whose first round starts from parts of a larger model: its lineage, and rejected configurations."""
 
 import json
 import shutil
@@ -232,7 +232,7 @@ def test_what_cannot_be_inherited_is_one_line(config: RunConfig, teacher: Run, t
     good = student(config, teacher)
     message = refused(good.model_copy(update={"tokenizer": config.tokenizer}))
     assert message == (
-        "tokenizer.path: a model that inherits reads with the tokenizer of the larger one, or with one cut from it; "
+        "tokenizer.path: a model that inherits needs the tokenizer of the larger model, or one pruned from it; "
         f"give {teacher.corpus().tokenizer_path}"
     )
     other = prune_vocabulary(Request(teacher.corpus().tokenizer_path, texts, size=270, output=tmp_path / "o"), silent)
@@ -245,15 +245,15 @@ def test_what_cannot_be_inherited_is_one_line(config: RunConfig, teacher: Run, t
         f"model.inherit.from: {tmp_path / 'nowhere'}: holds no model; give a run's folder"
     )
     assert refused(student(config, teacher, layers=[0, 9])) == (
-        "model.inherit.layers: 9 is no layer of the larger model, which has 0 to 3; name some of these"
+        "model.inherit.layers: 9 is no layer of the larger model, which has 0 to 3; choose from these"
     )
     [checkpoint] = list_checkpoints(teacher.round_folder(1) / "checkpoint")
     wrong = good.model_copy(update={"model": good.model.model_copy(update={"vocab_size": 999})})
-    assert refused(wrong).startswith("model.vocab_size: 999 is not the ")
+    assert refused(wrong).startswith("model.vocab_size: 999 differs from the ")
     record = read_checkpoint_record(checkpoint)
     write_json(checkpoint / RECORD, {**record, "num_steps": 9})
     assert refused(good) == (
-        f"model.inherit.from: {checkpoint} is of step 7 of 9; let its round end, or name one that has "
+        f"model.inherit.from: {checkpoint} is of step 7 of 9; finish its round, or name a finished one "
         "(model.inherit.round)"
     )
     write_json(checkpoint / RECORD, record)
@@ -290,7 +290,7 @@ def test_methods_are_compared_from_the_same_layers_measured_once(
     assert page.page.read_text().count("data:image/png;base64,") == 3
     assert "## Difference to arm base, paired by seed" in page.text
     assert "the larger model" in page.text and "4 layers of width 32, 4 heads, FFN 48" in page.text
-    assert "its layers 1, 2, counted from 0, those whose absence costs most" in page.text
+    assert "its layers 1, 2, counted from 0, those whose removal costs most" in page.text
     assert compare(student(config, teacher, layers="auto"), sweep, 2, 300, silent).text == page.text
     # An arm is as it is whichever others there are, and not of another larger model than they are.
     fewer = student(config, teacher, layers="auto")
@@ -338,6 +338,6 @@ def test_ranks_measure_and_choose_and_train(config: RunConfig, teacher: Run, met
         with torch.no_grad():
             assert row["loss"] == pytest.approx(plain(tokens[:, :-1], tokens[:, 1:]).mean().item(), abs=1e-5)
     page = write_report(run).read_text()
-    assert "where layers are skipped" in page and (run.folder / "report" / "importance.png").exists()
+    assert "when layers are skipped" in page and (run.folder / "report" / "importance.png").exists()
     if method == "learned":
         assert len(read_json(folder / "masks.json")["losses"]) == 3

@@ -1,4 +1,4 @@
-"""Which layers stay: the choice against every choice there is, the command with real ranks, and its errors."""
+"""Layer importance: the choice compared with all possible choices, the command with real ranks, and its errors."""
 
 import shutil
 from itertools import combinations
@@ -99,7 +99,7 @@ def test_a_model_is_measured_on_the_corpus_of_a_configuration(
     folder = tmp_path / "found"
     command = ["inherit", "importance", str(teacher), "--config", str(path), "--output", str(folder)]
     assert main([*command, "--samples", "9"]) == 0
-    assert "Which layers stay" in capsys.readouterr().out
+    assert "Layers to keep" in capsys.readouterr().out
     rows = {(row["start"], row["length"]): row for row in pq.read_table(folder / "skips.parquet").to_pylist()}
     assert list(rows) == [(0, 0), (0, 1), (1, 1), (0, 2)]
     corpus = Corpus(folder / "corpus" / "corpus")

@@ -1,4 +1,4 @@
-"""Import and export: bit for bit both ways, logits, and what is refused with nothing left behind."""
+"""Import and export: bit-exact in both directions, equal logits, and refusals that leave nothing behind."""
 
 import json
 import shutil
@@ -315,7 +315,7 @@ REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     (change_config(num_hidden_layers=0), "config.json: num_hidden_layers is 0; give one that is greater than"),
     (change_config(rms_norm_eps=2.5), "config.json: rms_norm_eps is 2.5; give one that is less than 1"),
     (change_config(num_key_value_heads=3), "config.json: num_key_value_heads: 3 does not divide num_attention_heads 4"),
-    (change_config(eos_token_id=[5, 6]), "config.json: eos_token_id is 5, 6, and '<|endoftext|>', which ends a sequen"),
+    (change_config(eos_token_id=[5, 6]), "config.json: eos_token_id is 5, 6, but the end-of-sequence token of tokeniz"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
     (lambda folder: (folder / "config.json").write_text("[" * 99_999), "config.json: not valid JSON"),
     (lambda folder: (folder / "config.json").unlink(), "config.json: no such file; give a folder of a Hugging Face mo"),
@@ -340,7 +340,7 @@ REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     (change_tensors(name_over_lines), "model.safetensors: 'a\\nb' is not a valid tensor name; it was truncated"),
     (change_tensors(add_float8_head), "model.safetensors: lm_head.weight is of type F8_E4M3; give one of F32, F16, BF"),
     (point_very_far, "index.json: lm_head.weight is in 'xxxxxxxxxxxx"),
-    (take_another_tokenizer, "tokenizer.json: has 302 entries, and model.embed_tokens.weight 301 rows; it is another "),
+    (take_another_tokenizer, "tokenizer.json: has 302 entries, but model.embed_tokens.weight has 301 rows; it be"),
 ]  # fmt: skip
 
 
@@ -383,10 +383,10 @@ def test_what_cannot_be_exported_is_named_in_a_line_and_leaves_nothing(
     shutil.rmtree(folder)
     shutil.copytree(hugging_face / "llama-imported", folder)
     take_another_tokenizer(folder)
-    assert "tokenizer.json: has 302 entries, and the model's embedding 301 rows; put back the tokenizer" in export()
+    assert "tokenizer.json: has 302 entries, but the model's embedding has 301 rows; restore the tokenizer" in export()
     target.mkdir(parents=True)
     assert main(["export", "hf", str(folder), "--output", str(target)]) == 1
-    assert "out: is there already; delete it, or name another folder with --output" in capsys.readouterr().err
+    assert "out: already exists; delete it, or name another folder with --output" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("modules")
@@ -416,7 +416,7 @@ def test_code_that_comes_with_a_model_is_left_where_it_is(
     assert main(["import", "hf", str(source), "--output", str(tmp_path / "in")]) == 0
     output = capsys.readouterr().out
     assert "note: auto_map is ignored: code that comes with a model is never run" in output
-    assert "note: code that tokenizer_config.json names is left out: the tokenizer is what tokenizer.json" in output
+    assert "note: the code that tokenizer_config.json names is not used: the tokenizer is read from tokeni" in output
     export_model(tmp_path / "in", None, tmp_path / "out")
     assert not any("auto_map" in path.read_text() for path in (tmp_path / "out").glob("*.json"))
     assert not list((tmp_path / "out").glob("*.py"))
@@ -433,7 +433,7 @@ def test_the_end_of_documents_is_the_one_asked_for(hugging_face: Path, tmp_path:
     # What a killed import left is in nobody's way.
     (tmp_path / ".in.tmp" / "checkpoint" / ".step-00000000.tmp").mkdir(parents=True)
     [note] = import_model(source, tmp_path / "in", "x").notes
-    assert note == "'x' is to end documents, which is not what config.json's eos_token_id [0] says"
+    assert note == "'x' ends documents, but is not among config.json's eos_token_id [0]"
     assert not list(tmp_path.glob(".*"))
     stored = find_model(tmp_path / "in")
     assert stored.end_of_document == "x"
@@ -479,7 +479,7 @@ def test_a_sentencepiece_model_comes_back_as_it_came(hugging_face: Path, tmp_pat
     content = {"eos_token": {"content": "</s>"}, "chat_template": "{{ 1 }}", "added_tokens_decoder": decoder}
     (source / "tokenizer_config.json").write_text(json.dumps(content))
     [note] = import_model(source, tmp_path / "in").notes
-    assert "entries, and the embedding 301 rows: make sure" in note
+    assert "entries, but the embedding has 301 rows: make sure" in note
     export_model(tmp_path / "in", None, tmp_path / "out")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
@@ -491,7 +491,7 @@ def test_a_sentencepiece_model_comes_back_as_it_came(hugging_face: Path, tmp_pat
     # What is added is not in the file.
     (source / "added_tokens.json").write_text(json.dumps({"<pad>": 300}))
     with pytest.raises(
-        ValueError, match=r"tokenizer.model: tokens are added to its .* entries, such as '<pad>', which"
+        ValueError, match=r"tokenizer.model: lacks tokens that other files add to its .* entries, such as '<pad>'; open"
     ):
         import_model(source, tmp_path / "again")
 
@@ -524,7 +524,7 @@ def test_a_full_disk_is_told_in_a_line(
     file = hugging_face / "llama" / "config.json"
     assert main(["import", "hf", str(hugging_face / "llama"), "--output", str(file / "x")]) == 1
     error = capsys.readouterr().err
-    assert error == f"error: {file}/x: Not a directory; something on the way there is a file: name another folder\n"
+    assert error == f"error: {file}/x: Not a directory; part of this path is a file; name another folder\n"
 
 
 MEMORY = """

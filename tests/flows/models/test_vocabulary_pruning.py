@@ -1,4 +1,4 @@
-"""`reprise tokenizer compact`: what it writes and prints, and what it refuses."""
+"""`reprise tokenizer compact`: its files, its output, and the requests that it rejects."""
 
 import json
 import shutil
@@ -109,7 +109,7 @@ def test_a_run_is_counted_as_it_lies_and_its_checkpoint_cut(
     # The tokenizer of another corpus.
     assert compact(place, "--vocab-size", "300", corpus="run") == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {run.corpus_folder}: tokenised with another tokenizer (")
+    assert error.startswith(f"error: {run.corpus_folder}: was tokenised with ")
     assert compact(place, "--checkpoint", str(checkpoint), corpus="c.yaml") == 1
     assert "its embedding has 384 rows for 300 tokens, but the tokenizer has 500; give the" in capsys.readouterr().err
     assert not list(place.glob("t-*"))
@@ -123,7 +123,7 @@ def test_a_run_is_counted_as_it_lies_and_its_checkpoint_cut(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--vocab-size", "100"], "size 100 is too small: 257 tokens have to stay (1 added token, 256 alphabet)"),
+        (["--vocab-size", "100"], "size 100 is too small: 257 tokens are required (1 added token, 256 alphabet)"),
         (["--vocab-size", "501"], "vocabulary size 501 is more than the tokenizer's 500; give less"),
         (["--coverage", "97.86"], "--coverage: 97.86 is not above 0 and at most 1; give a share such as 0.9786"),
         (["--coverage", "0"], "--coverage: 0.0 is not above 0"),
@@ -131,7 +131,7 @@ def test_a_run_is_counted_as_it_lies_and_its_checkpoint_cut(
         (["--round", "1"], "--round: goes with --checkpoint RUN"),
         (["--checkpoint", "nowhere"], "nowhere: not an intact checkpoint (it has no reprise.json)"),
         (["--end-of-document", "<end>"], "'<end>' is not a token of"),
-        (["--output", "."], ".: is there already; delete it, or name another folder with --output"),
+        (["--output", "."], ".: already exists; delete it, or name another folder with --output"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line_and_nothing_is_written(

@@ -50,7 +50,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("refine: {sources: [{name: a, from_round: 2}]}", ["score.budget=seen"], "'seen' knows nothing of a source"),
         ("", ["refine.policy=sql"], "refine.sql: policy sql needs an expression; give one"),
         ("", ["refine.policy=excess"], "refine.reference: policy excess needs a reference model's losses; name the"),
-        ("", ["refine.sql=random()"], "refine.sql: random() in 'random()' is none of the functions"),
+        ("", ["refine.sql=random()"], "refine.sql: random() in 'random()' is not allowed"),
         ("", ["refine.policy=band", "refine.drop_hardest=0.6"], "refine.drop_hardest: 0.6 and sampling_rate 0.5 add"),
         ("refine: {sources: [{name: b}]}", [], "refine.sources: 'b' is no source; the corpus has a"),
         ("refine: {sources: [{name: a, from_round: 2}]}", [], "refine.sources: every source joins after round 1"),
