@@ -260,7 +260,7 @@ class _Round:
         self.saver.finish()
         kept = list_checkpoints(self.job.round_folder / "checkpoint")
         return (
-            f"{self.job.round_folder}: {what} at step {step} is {value}; training stopped, and "
+            f"{self.job.round_folder}: {what} at step {step} is {value}; training stopped and "
             f"{kept[-1].name if kept else 'no checkpoint'} was kept; lower train.lr in a run with another "
             "name, or inspect the data of this step"
         )
