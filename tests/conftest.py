@@ -3,12 +3,15 @@
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, ScoreConfig, SourceConfig, TokenizerConfig
@@ -17,6 +20,7 @@ from data_scoring.corpus.prepare_corpus import prepare_corpus
 from data_scoring.losses.origin import Origin
 from data_scoring.refine.refine_shards import mix_all
 from flows.launch.launcher import launch
+from tests.forked_ranks import forking
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 from trainer.job import Job
@@ -64,10 +68,37 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
     return [f"{number}: " + " ".join(generator.choices(WORDS, k=generator.randint(20, 60))) for number in range(count)]
 
 
+MakeOnce = Callable[[str, Callable[[Path], None]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Returns a folder by its name, which the first test that asks has made, of those in all processes."""
+    base: Path = tmp_path_factory.getbasetemp()
+    # Processes of pytest-xdist have folders of their own in a common one.
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, is_made = common / name, common / f"{name}.made"
+        with FileLock(f"{folder}.lock"):
+            if not is_made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                is_made.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(make_once: MakeOnce) -> Corpus:
     """A corpus of two sources, 3 shards, samples of 32 tokens."""
-    folder = tmp_path_factory.mktemp("tiny")
+    return Corpus(make_once("tiny", prepare_tiny_corpus) / "corpus")
+
+
+def prepare_tiny_corpus(folder: Path) -> None:
+    """Write texts into `folder`, and a corpus of them into its `corpus`."""
     sources = []
     for name, count, seed in (("one", 120, 1), ("two", 60, 2)):
         (folder / name).mkdir()
@@ -76,14 +107,18 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         sources.append(SourceConfig(name=name, path=str(folder / name)))
     corpus = CorpusConfig(sources=tuple(sources), seq_length=32, num_shards=3, validation_fraction=0.1)
     prepare_corpus(corpus, TokenizerConfig(vocab_size=300), 0, folder / "corpus", "tiny", silent)
-    return Corpus(folder / "corpus")
 
 
 class Ranks:
-    """Runs jobs over the tiny corpus on real ranks under torchrun."""
+    """Runs jobs over the tiny corpus on real ranks.
 
-    def __init__(self, corpus: Corpus, folder: Path) -> None:
-        self.corpus, self.folder = corpus, folder
+    starting: how the launcher starts them: as it does everywhere, under torchrun, or `forking`.
+    """
+
+    def __init__(
+        self, corpus: Corpus, folder: Path, starting: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self.corpus, self.folder, self._starting = corpus, folder, starting
 
     def _common(self, round_folder: Path, layout: tuple[int, int, int], model: ModelConfig) -> dict[str, Any]:
         tensor, pipeline, data = layout
@@ -178,35 +213,43 @@ class Ranks:
 
     def launch(self, job: Job, name: str) -> None:
         """Run `job` to its end."""
-        launch(job, self.folder, name, silent)
+        with self._starting():
+            launch(job, self.folder, name, silent)
 
 
 @pytest.fixture(scope="session")
 def ranks(tiny_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """Jobs over the tiny corpus."""
-    return Ranks(tiny_corpus, tmp_path_factory.mktemp("ranks"))
+    """Jobs over the tiny corpus, on ranks that are forked."""
+    return Ranks(tiny_corpus, tmp_path_factory.mktemp("ranks"), forking)
 
 
 @pytest.fixture(scope="session")
-def trained(ranks: Ranks) -> Path:
+def trained(tiny_corpus: Corpus, make_once: MakeOnce) -> Path:
     """The folder of a round trained on one rank."""
-    return ranks.train("trained")
+
+    def train(folder: Path) -> None:
+        Ranks(tiny_corpus, folder, forking).train("trained")
+
+    return make_once("trained", train) / "trained"
 
 
 @pytest.fixture(scope="session")
-def scored(ranks: Ranks, trained: Path) -> Path:
+def scored(tiny_corpus: Corpus, trained: Path, make_once: MakeOnce) -> Path:
     """The folder of the losses of all samples under the trained model, scored on one rank."""
-    return ranks.score("scored", list_checkpoints(trained / "checkpoint")[-1])
+    weights = list_checkpoints(trained / "checkpoint")[-1]
+
+    def score(folder: Path) -> None:
+        Ranks(tiny_corpus, folder, forking).score("scored", weights)
+
+    return make_once("scored", score) / "scored"
 
 
 @pytest.fixture(scope="session")
-def hugging_face(tiny_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hugging_face(tiny_corpus: Corpus, make_once: MakeOnce) -> Path:
     """The folder of models that transformers made, and Reprise's copies of them: see `make_models`."""
     from tests.hugging_face_models import make_models
 
-    folder = tmp_path_factory.mktemp("hugging-face")
-    make_models(folder, tiny_corpus.tokenizer_path)
-    return folder
+    return make_once("hugging-face", lambda folder: make_models(folder, tiny_corpus.tokenizer_path))
 
 
 def read_rows(pattern: Path, *columns: str) -> list[tuple[Any, ...]]:

@@ -18,6 +18,7 @@ from data_scoring import config
 from kernels import linear_cross_entropy as module
 from kernels import linear_cross_entropy_triton
 from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy, score_labels
+from tests.forked_ranks import run_ranks
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -243,7 +244,7 @@ SHARDED = (252, 506, 123)
 
 
 def test_ranks_with_parts_of_the_vocabulary_agree_with_one_and_exchange_little(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, args=(2, tmp_path), nprocs=2)
+    run_ranks(_rank, 2, tmp_path, num_ranks=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     expected = run(with_kernel("reference"), *inputs(SHARDED, torch.float32))
     tokens, _, channels = SHARDED

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_MODEL
+from tests.forked_ranks import run_ranks
 from tests.trainer.training_states import make, train, values
 from trainer.config import ParallelConfig
 
@@ -79,7 +80,7 @@ def refuse_unknown_formats() -> Any:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_training_goes_on_where_the_optimizer_knows_no_format_of_ours(precision: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, args=(tmp_path, precision == "bfloat16"), nprocs=1)
+    run_ranks(work, tmp_path, precision == "bfloat16", num_ranks=1)
     found = pickle.loads((tmp_path / "found.pickle").read_bytes())
     # As it stands, it would not load what Megatron itself describes.
     assert found["refused"]

@@ -17,7 +17,7 @@ from flows.models.hugging_face_models import export_model, import_model
 from flows.run.stored_model import find_model
 from tests.conftest import TINY_MODEL
 from tests.trainer.test_bfloat16 import open_plain
-from tests.trainer.test_pruning import random_part
+from tests.trainer.test_pruning import random_plan
 from tests.trainer.two_ranks_bfloat16 import CUT, KEPT_TOKENS, ROUNDED, SLICED, STUDENT
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.checkpoint_shapes import EMBEDDING, HEAD, shapes_of
@@ -45,7 +45,7 @@ def test_a_student_has_its_part_of_the_teacher(left: Path, tmp_path: Path) -> No
     sliced = read_checkpoint(left / SLICED)
     assert are_in_bfloat16(sliced)
     write_as(tmp_path / "single", read_checkpoint(left / ROUNDED), torch.float32)
-    part = random_part(TINY_MODEL, STUDENT, range(TINY_MODEL.num_layers), seed=7)
+    part = random_plan(TINY_MODEL, STUDENT, range(TINY_MODEL.num_layers), seed=7)
     slice_checkpoint(tmp_path / "single", TINY_MODEL, STUDENT, part, tmp_path / "sliced")
     expected = read_checkpoint(tmp_path / "sliced")
     assert expected.keys() == sliced.keys()

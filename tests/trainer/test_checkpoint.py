@@ -174,7 +174,7 @@ def stop_training(ranks: Ranks, name: str, checkpoint: CheckpointConfig, is_time
     thread = threading.Thread(target=stop, daemon=True)
     thread.start()
     with pytest.raises(RanksFailedError, match="left no error"):
-        train(ranks, name, checkpoint)
+        train(Ranks(ranks.corpus, ranks.folder), name, checkpoint)
     thread.join()
     return ranks.folder / name
 

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.plain_model import read_checkpoint
 from data_scoring.corpus.corpus import Corpus
 from tests.conftest import Ranks
+from tests.forked_ranks import forking
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record, seal_checkpoint
 
 
@@ -45,7 +46,7 @@ def test_a_loss_that_is_not_finite_stops_scoring(ranks: Ranks, diverged: Path) -
 
 def test_a_damaged_shard_and_a_damaged_checkpoint_are_named(ranks: Ranks, trained: Path, tmp_path: Path) -> None:
     checkpoint = list_checkpoints(trained / "checkpoint")[-1]
-    damaged = Ranks(Corpus(Path(shutil.copytree(ranks.corpus.folder, tmp_path / "corpus"))), tmp_path)
+    damaged = Ranks(Corpus(Path(shutil.copytree(ranks.corpus.folder, tmp_path / "corpus"))), tmp_path, forking)
     shard = tmp_path / "corpus" / "shard-0001.bin"
     content = bytearray(shard.read_bytes())
     content[100] ^= 1

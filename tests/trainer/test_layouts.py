@@ -10,6 +10,7 @@ from benchmarks.plain_model import read_checkpoint
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.training_mix import write_mix
 from tests.conftest import TINY_MODEL, TINY_TRAIN, Ranks, read_rows
+from tests.forked_ranks import forking
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig
 
@@ -108,7 +109,7 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_one(
     ranks: Ranks, trained: Path, reference: Path, tmp_path: Path
 ) -> None:
     """A sample of step 5 is corrupt: 2x2 stops there; once it is restored, 1x1 goes on from the save at step 3."""
-    damaged = Ranks(Corpus(Path(shutil.copytree(ranks.corpus.folder, tmp_path / "corpus"))), tmp_path)
+    damaged = Ranks(Corpus(Path(shutil.copytree(ranks.corpus.folder, tmp_path / "corpus"))), tmp_path, forking)
     start_from = list_checkpoints(trained / "checkpoint")[-1]
     checkpoint = CheckpointConfig(every_steps=3)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data_scoring.config import padded_vocab_size
 from data_scoring.corpus.corpus import Corpus
 from tests.conftest import TINY_MODEL
+from tests.forked_ranks import run_ranks
 from tests.trainer import memory_rank
 from tests.trainer.memory_rank import LAYOUTS, SHAPES, SMALL, workload
 from trainer.checkpoint_folder import list_checkpoints
@@ -28,7 +28,7 @@ ALONE = (1, 1, 1, False)
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("memory")
-    torch.multiprocessing.spawn(memory_rank.work, args=(folder,), nprocs=1)
+    run_ranks(memory_rank.work, folder, num_ranks=1)
     return dict(pickle.loads((folder / "found.pickle").read_bytes()))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_MODEL
+from tests.forked_ranks import run_ranks
 from tests.trainer.training_states import make, train, values
 from trainer.config import ParallelConfig
 
@@ -84,7 +85,7 @@ def compare(device: Any, name: str, bf16: bool, folder: Path, rank: int) -> dict
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of what three ranks saved, and what each found."""
     folder = tmp_path_factory.mktemp("optimizer-state")
-    torch.multiprocessing.spawn(work, args=(folder,), nprocs=RANKS)
+    run_ranks(work, folder, num_ranks=RANKS)
     return folder, [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(RANKS)]
 
 

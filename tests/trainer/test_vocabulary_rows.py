@@ -16,6 +16,7 @@ from data_scoring.corpus.prepare_corpus import prepare_corpus
 from data_scoring.tokenizer.token_coverage import choose_tokens
 from data_scoring.tokenizer.vocabulary import open_vocabulary
 from tests.conftest import TINY_MODEL, Ranks, make_documents
+from tests.forked_ranks import forking
 from trainer.checkpoint_folder import RECORD, find_damage, list_checkpoints, read_checkpoint_record
 from trainer.vocabulary_rows import EMBEDDING, HEAD, check_rows, cut_checkpoint
 
@@ -83,7 +84,7 @@ def test_a_round_starts_from_a_cut_checkpoint_where_the_whole_model_left_off(
     corpus = Corpus(tmp_path / "corpus")
     assert corpus.vocab_size == 280
     (tmp_path / "ranks").mkdir()
-    folder = Ranks(corpus, tmp_path / "ranks").train("cut", (2, 1, 1), start_from=tmp_path / "step-00000043")
+    folder = Ranks(corpus, tmp_path / "ranks", forking).train("cut", (2, 1, 1), start_from=tmp_path / "step-00000043")
     files = sorted((folder / "seen").glob("*.parquet"))
     seen = [row for file in files for row in pq.read_table(file).to_pylist() if row["step"] == 1]
     assert len(seen) == 8

@@ -74,7 +74,7 @@ def test_two_hosts_train_as_one_and_a_lost_one_is_waited_for(tmp_path: Path, hos
     first, second = hosts
     leader = on(first, tmp_path, "run", "config.yaml", *TWO_HOSTS)
     run = tmp_path / "runs" / "two"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (run / "run.yaml").exists():
         assert time.monotonic() < deadline and leader.poll() is None, (tmp_path / f"{first}.log").read_text()
         time.sleep(0.2)
@@ -84,11 +84,11 @@ def test_two_hosts_train_as_one_and_a_lost_one_is_waited_for(tmp_path: Path, hos
         time.sleep(0.1)
     kill_host(follower)
     follower = on(second, tmp_path, "join", "runs/two")
-    assert leader.wait(300) == 0, (tmp_path / f"{first}.log").read_text()
-    assert follower.wait(30) == 0, (tmp_path / f"{second}.log").read_text()
+    assert leader.wait(600) == 0, (tmp_path / f"{first}.log").read_text()
+    assert follower.wait(600) == 0, (tmp_path / f"{second}.log").read_text()
     assert "starting again (1 of 3)" in (run / "logs" / "train-1.log").read_text()
     alone = on(first, tmp_path, "run", "config.yaml", "--set", "name=alone")
-    assert alone.wait(300) == 0, (tmp_path / f"{first}.log").read_text()
+    assert alone.wait(600) == 0, (tmp_path / f"{first}.log").read_text()
     for file, columns in (("seen", ("step", "shard", "sample", "loss")), ("losses", ("sample", "loss"))):
         mine, theirs = (
             read_rows(tmp_path / "runs" / name / "rounds" / "1" / file, *columns) for name in ("two", "alone")

@@ -57,7 +57,7 @@ def test_the_way_to_the_rendezvous_decides_the_address() -> None:
 def test_a_second_wish_to_stop_waits_for_the_first(tmp_path: Path) -> None:
     saving = "import pathlib, signal, sys, time\ndef save(*_):\n"
     saving += " time.sleep(1)\n pathlib.Path('saved').touch()\n sys.exit()\n"
-    saving += "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(30)"
+    saving += "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", saving], cwd=tmp_path, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
