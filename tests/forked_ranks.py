@@ -26,7 +26,7 @@ def run_ranks(work: Callable[..., None], *arguments: Any, num_ranks: int) -> Non
 
 @contextmanager
 def forking() -> Iterator[None]:
-    """Have the launcher fork a job's ranks instead of starting torchrun, which would start each from nothing."""
+    """Have the launcher fork a job's ranks instead of starting torchrun, which would import everything for each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchrun, "start", _start)
         yield
@@ -67,6 +67,9 @@ class _ForkedRanks:
         if any(codes):
             self.terminate()
             for rank in self._ranks:
+                # As torchrun does.
+                rank.join(30)
+                rank.kill()
                 rank.join()
             return 1
         return None if None in codes else 0

@@ -1,6 +1,6 @@
 """What ranks import, imported once: the server that forks the ranks of tests loads this module, and nobody else does.
 
-It computes nothing, so that no thread is there that a fork would lose.
+It computes nothing: a fork would lose the threads that compute.
 """
 
 import gc
