@@ -1,8 +1,7 @@
-"""The whole job as Prefect runs it: a corpus, then rounds of mix, train, score and refine, and a report.
+"""Prefect flows of a run: prepare a corpus, then mix, train, score and refine in rounds, and write a report.
 
-`flows.stages.stage_order` has the stages and their order. A task completes one of them: it looks into the run folder
-first and skips what is complete. So a flow that is run again goes on where the last one stopped, whatever Prefect
-remembers of it.
+`flows.stages.stage_order` lists the stages in order. Each task completes one stage, unless the run folder shows that
+it is complete. A restarted flow therefore resumes where the last one stopped, independent of Prefect's own state.
 """
 
 from pathlib import Path
@@ -33,12 +32,14 @@ report = task(name="report", task_run_name="report", cache_policy=NO_CACHE)(writ
 
 _DEFAULT = RunConfig()
 Round = Annotated[int, Field(ge=1, le=100, description="Number of the round, from 1.")]
-RefinedRound = Annotated[int, Field(ge=2, le=100, description="Number of the round that would train on what is kept.")]
+RefinedRound = Annotated[
+    int, Field(ge=2, le=100, description="Number of the round that would train on the kept samples.")
+]
 
 
 @flow(name="multi-round", flow_run_name="{config.run_name}")
 def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
-    """Train in rounds, each on what the one before left to learn; return the path of the report."""
+    """Return the path of the report, after training in rounds, each on samples selected by the losses of the last."""
     if allowed := allowed_folders():
         check_paths(config, allowed)
     try:
@@ -46,7 +47,7 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
             run = open_run(config)
             for step in steps_of(config):
                 if step.stage.waits_for(run, step.round_number) and ask(run, step.round_number):
-                    # Approved with another policy or rate.
+                    # The approval may have changed the policy or the rate.
                     _complete(run, "refine", step.round_number, progress)
                 _complete(run, step.stage.name, step.round_number, progress)
             return report(run)
@@ -56,7 +57,7 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
 
 @flow(name="score-shards", flow_run_name="score {run_folder}")
 def score_shards(run_folder: str, round_number: Round = 1) -> State[Any] | None:
-    """Score every shard under the model that a round of an existing run ended with, where that is not done yet."""
+    """Score all shards with the final model of a round of an existing run, unless that is done."""
     run = _open(run_folder)
     try:
         with FlowProgress(run.folder) as progress, locked(run.folder):
@@ -72,7 +73,7 @@ def evaluate_tasks(
     round_number: Round = 1,
     evaluation: EvalConfig = EvalConfig(tasks=("paper",)),  # noqa: B008
 ) -> str | State[Any]:
-    """Score the model that a round of an existing run ended with in tasks; return the paper's table as Markdown."""
+    """Return the paper's table as Markdown, after evaluating the final model of a round of an existing run."""
     run = _open(run_folder)
     if (allowed := allowed_folders()) and evaluation.data is not None:
         check_path("evaluation.data", evaluation.data, allowed)
@@ -82,7 +83,7 @@ def evaluate_tasks(
             page = evaluation_page(run)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
-    create_markdown_artifact(page, key=f"evaluation-round-{round_number}", description=f"{run_folder}: scores in tasks")
+    create_markdown_artifact(page, key=f"evaluation-round-{round_number}", description=f"{run_folder}: task scores")
     return page
 
 
@@ -92,7 +93,7 @@ def refine_dry_run(
     round_number: RefinedRound = 2,
     refine: RefineConfig = RefineConfig(),  # noqa: B008
 ) -> str:
-    """Show what refining would keep for a round of an existing run, writing nothing to it; return it as Markdown."""
+    """Return, as Markdown, what refining would keep for a round of an existing run; the run is not changed."""
     run = _open(run_folder)
     if (allowed := allowed_folders()) and refine.reference is not None:
         check_path("refine.reference", refine.reference, allowed)
@@ -111,7 +112,7 @@ def _open(run_folder: str) -> Run:
 
 
 def _complete(run: Run, stage: str, round_number: int, progress: FlowProgress) -> None:
-    """Complete a stage as a task of its own, and show what came of it."""
+    """Complete a stage as a separate task, and show its result."""
     name = f"{stage}-{round_number}" if round_number else stage
     complete.with_options(name=stage, task_run_name=name)(run, stage, round_number, progress)
     progress.completed(run, stage, round_number)

@@ -1,7 +1,7 @@
-"""The architecture search, as Prefect runs it: one corpus, tasks for each trial's training, scores and speed.
+"""Prefect flow of the architecture search: one corpus, and tasks that train, evaluate and time each trial.
 
-As in `flows.pipeline`, the folder says what is done. Tasks are called in threads of our own, not submitted: submitted
-ones are stopped late when the flow is cancelled, and without what should still be tidied up.
+As in `flows.pipeline`, the folder shows what is complete. Tasks are called in the project's own threads, not submitted:
+when a flow is cancelled, submitted tasks stop late and without cleaning up.
 """
 
 from contextlib import suppress
@@ -36,7 +36,7 @@ _SEARCH = SearchConfig()
 
 @flow(name="sweep", flow_run_name="sweep {config.run_name}")
 def architecture_sweep(config: RunConfig = _DEFAULT, search: SearchConfig = _SEARCH) -> Path | State[Any]:
-    """Train models of one size that differ in depth, width and expansion; return the path of what was found."""
+    """Return the path of the results, after training models of one size that differ in depth, width and expansion."""
     if allowed := allowed_folders():
         check_paths(config, allowed)
     folder = sweep.sweep_folder(config)
@@ -47,7 +47,7 @@ def architecture_sweep(config: RunConfig = _DEFAULT, search: SearchConfig = _SEA
             write_views(folder)
             work = {str(trial.name): partial(_train, trial, corpus, progress) for trial in trials}
             run_all(work, search.jobs, "training (trials)", progress)
-            # One at a time, when nothing trains any more: what runs beside it would be measured too.
+            # One at a time, after all training: anything that runs concurrently would distort the measurement.
             for trial in trials if search.generation else []:
                 _measure(trial, progress)
             page = report(folder, config)
@@ -60,7 +60,7 @@ def architecture_sweep(config: RunConfig = _DEFAULT, search: SearchConfig = _SEA
 
 
 def _train(trial: RunConfig, corpus: Run, reporter: FlowProgress, progress: Progress) -> None:
-    """Train a trial; one that fails is on record as failed, and ends none of the others."""
+    """Train a trial. A failure is recorded in the trial's row and does not stop the others."""
     with suppress(*TRIAL_ERRORS):
         train(trial, corpus, progress)
         if trial.eval.asked:

@@ -1,9 +1,10 @@
-"""Torchrun, as a process that ends with whoever started it: `python -m trainer.agent` takes torchrun's arguments.
+"""Torchrun, as a process that ends with its parent: `python -m trainer.agent` takes torchrun's arguments.
 
-The last argument is the job's file. A rank that a signal ends leaves no error; it is left here in its place.
+The last argument is the job's file. A rank that is killed by a signal cannot write its error; the agent writes it.
 
-The agent runs in a session of its own, so that a signal to its launcher's group does not reach it as well: the launcher
-tells it to stop, once. Torchrun would pass a second signal on to ranks that are saving, as the launcher's end is one.
+The agent runs in its own session, so that signals to the launcher's group do not reach it: the launcher tells it to
+stop, once. When the launcher ends, the agent receives another signal, which torchrun would forward to ranks that are
+saving.
 """
 
 import ctypes
@@ -15,11 +16,11 @@ from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-# What torchrun ends the other ranks with, and what a rank ends itself with once it has lost another.
+# Torchrun ends the other ranks with SIGTERM; a rank that has lost another aborts itself.
 _CONSEQUENCES = (signal.SIGTERM, signal.SIGABRT)
 
 
-def _heed_one_signal() -> None:
+def _ignore_repeated_signals() -> None:
     from torch.distributed.elastic.multiprocessing import api
 
     terminate = api._terminate_process_handler
@@ -29,26 +30,26 @@ def _heed_one_signal() -> None:
             signal.signal(each, signal.SIG_IGN)
         terminate(signum, frame)
 
-    # Torchrun looks it up when it starts ranks.
+    # Torchrun looks the handler up when it starts ranks.
     api._terminate_process_handler = terminate_once
 
 
 def killed_rank(error: ChildFailedError) -> tuple[int, ProcessFailure] | None:
-    """Return the rank of this host that a signal ended before torchrun ended the others, or None.
+    """Return the rank of this host that a signal killed before torchrun ended the others, or None.
 
-    Torchrun looks ten times a second and lists what it finds by rank: of ranks that failed at once, one that was killed
-    counts before one that reports a lost connection.
+    Torchrun polls ten times a second and lists failures by rank: among ranks that failed at the same time, a killed
+    rank takes precedence over one that reports a lost connection.
     """
     first_rank, first = error.get_first_failure()
     for rank, failure in error.failures.items():
-        # What torchrun kills after its patience has run out comes later.
-        is_at_once = failure.timestamp <= first.timestamp + 1
-        if failure.exitcode < 0 and -failure.exitcode not in _CONSEQUENCES and is_at_once:
+        # Ranks that torchrun kills after its timeout fail later.
+        is_simultaneous = failure.timestamp <= first.timestamp + 1
+        if failure.exitcode < 0 and -failure.exitcode not in _CONSEQUENCES and is_simultaneous:
             return rank, failure
     return (first_rank, first) if first.exitcode < 0 else None
 
 
-def _leave_killed(error: ChildFailedError, job_path: Path) -> None:
+def _report_killed(error: ChildFailedError, job_path: Path) -> None:
     from trainer.job import read_job
     from trainer.rank_errors import killed, leave_error
 
@@ -61,7 +62,7 @@ def _leave_killed(error: ChildFailedError, job_path: Path) -> None:
 if __name__ == "__main__":
     from torch.distributed.run import main
 
-    _heed_one_signal()
+    _ignore_repeated_signals()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     code = 0
@@ -69,12 +70,12 @@ if __name__ == "__main__":
         try:
             main()
         except ChildFailedError as error:
-            _leave_killed(error, Path(sys.argv[-1]))
+            _report_killed(error, Path(sys.argv[-1]))
             raise
-    except BaseException:  # noqa: BLE001 - it is printed, and nothing comes after it
+    except BaseException:  # noqa: BLE001 - printed; the process exits below
         sys.excepthook(*sys.exc_info())
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # A signal can leave the threads that copy the ranks' output running, and an ordinary exit would wait for them.
+    # After a signal, the threads that copy the ranks' output may still run; an ordinary exit would wait for them.
     os._exit(code)

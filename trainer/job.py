@@ -1,7 +1,7 @@
-"""A job: what a worker is told to do. The launcher writes it as JSON; every rank reads it and does its part.
+"""Jobs: the launcher writes a job as JSON; every rank reads the file and does its part.
 
 A job is a subclass of `Job` or of `TrainedModelJob`, in any module that workers can import: the file names the class.
-What needs Megatron is imported inside the methods, since nothing of it may be imported before the device is
+Modules that need Megatron are imported inside the methods: Megatron must not be imported before the device is
 initialised, and launchers import jobs on hosts without devices.
 """
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankContext:
-    """What a rank gives its job to work with; the process group and Megatron's parallel state are initialised.
+    """What a rank passes to its job; the process group and Megatron's parallel state are initialised.
 
-    model: as the job's `model`, `layout` and `kernels` say, with random weights, on the rank's device.
-    bf16: whether it computes in bfloat16, else float32.
+    model: built from the job's `model`, `layout` and `kernels`, with random weights, on the rank's device.
+    bf16: whether the model computes in bfloat16, else float32.
     stop: whether the ranks were asked to save and end.
-    is_writer: whether this rank writes the results; one of all ranks does, which holds the losses.
-    progress: reports how far the job is; does nothing on ranks that do not write.
+    is_writer: whether this rank writes the results; exactly one rank does, one that holds the losses.
+    progress: reports the job's progress; does nothing on ranks that do not write.
     """
 
     corpus: Corpus
@@ -47,7 +47,7 @@ class RankContext:
 
 
 class Job(Config):
-    """What every job says: which corpus, which model, on which devices in which layout."""
+    """The fields that every job has: the corpus, the model, the device and the layout."""
 
     corpus: Path = Field(description="Folder of the corpus.")
     round_folder: Path = Field(description="Folder of the round, where results go.")
@@ -57,19 +57,19 @@ class Job(Config):
     precision: Literal["auto", "float32", "bfloat16"]
     activation_kernel: ActivationKernel
     seed: int
-    fingerprint: str = Field(description="Identifies the stage's inputs; results of another are not reused.")
-    progress: Path = Field(description="File that says how far the work is.")
-    errors: Path = Field(description="Folder where a failing rank leaves its error.")
-    lock: Path = Field(description="File that every rank holds a shared lock on while it lives.")
+    fingerprint: str = Field(description="Identifies the stage's inputs; results with another are not reused.")
+    progress: Path = Field(description="File that the progress is written to.")
+    errors: Path = Field(description="Folder that a failing rank writes its error to.")
+    lock: Path = Field(description="File that every rank holds a shared lock on while it runs.")
     seconds_to_stop: float = Field(
-        default=SECONDS_TO_STOP, gt=0, description="Time that ranks get to save and end once they are told to stop."
+        default=SECONDS_TO_STOP, gt=0, description="Seconds that ranks have to save and end after a stop request."
     )
 
     @abstractmethod
     def run(self, context: RankContext) -> None:
-        """Do the job on one of its ranks; all of them call this.
+        """Do the job on one of its ranks; all ranks call this.
 
-        Raises ValueError, in words for the user, where the user can mend what is wrong.
+        Raises ValueError, with a message for the user, if the user can fix the cause.
         """
 
     @property
@@ -84,15 +84,15 @@ class Job(Config):
         return Kernels(activation=self.activation_kernel)
 
     def saved_work(self) -> tuple[str | int, ...]:
-        """Return what a restart would go on from, comparable: it changes whenever more is saved.
+        """Return a comparable value for the saved work that a restart resumes from; it changes with every save.
 
-        A job that saves nothing before its end returns the same each time.
+        A job that saves nothing before its end always returns the same value.
         """
         return ()
 
 
 class TrainedModelJob(Job):
-    """A job that uses a trained model: it loads the weights of a checkpoint and changes none of them."""
+    """A job that uses a trained model: it loads a checkpoint's weights and does not change them."""
 
     weights: Path = Field(description="Checkpoint whose weights are loaded.")
 
@@ -118,7 +118,7 @@ def write_job(job: Job, path: Path) -> None:
 def read_job(path: Path) -> Job:
     """Return the job that `write_job` wrote to `path`.
 
-    Imports the module that the file names. Raises ValueError where what it names is no job.
+    Imports the module that the file names. Raises ValueError if the named object is not a job class.
     """
     content = read_json(path)
     name = content.pop("class")

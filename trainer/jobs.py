@@ -1,4 +1,4 @@
-"""The jobs of a run's stages: train, score, calibrate, evaluate, and what is measured on a trained model."""
+"""The jobs of a run's stages (train, score, calibrate, evaluate), and measurements on a trained model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class Evaluation(Config):
-    """What a model is asked: a file of requests a task, as `trainer.requests` has them."""
+    """The requests of an evaluation, one file per task (`trainer.requests`)."""
 
     requests: Path = Field(description="Folder of the requests, <task>.parquet.")
     tasks: tuple[str, ...] = Field(min_length=1, description="Tasks, in the order in which they are answered.")
     end_of_document: str | None = Field(
-        default=None, description="Token that ends documents, where the tokenizer does not tell."
+        default=None, description="Token that ends documents, if the tokenizer does not define one."
     )
 
 
 class RepeatedEvaluation(Evaluation):
-    """What a model is asked in the middle of its training, every so many steps."""
+    """An in-training evaluation, repeated every `every_steps` steps."""
 
     answers: Path = Field(description="Folder of the answers, step-<number>/<task>.parquet.")
     every_steps: int = Field(ge=1, description="Steps from one evaluation to the next.")
@@ -43,7 +43,7 @@ class TrainJob(Job):
     checkpoint: CheckpointConfig
     score: ScoreConfig
     start_from: Path | None = Field(description="Checkpoint whose weights the round starts from; null: random ones.")
-    evaluate: RepeatedEvaluation | None = Field(default=None, description="What is asked while it trains.")
+    evaluate: RepeatedEvaluation | None = Field(default=None, description="In-training evaluation.")
 
     def kernels(self) -> "Kernels":
         """Return training's kernels, with scoring's for validation."""
@@ -64,11 +64,11 @@ class TrainJob(Job):
 
 
 class ScoreJob(TrainedModelJob):
-    """Score every sample of every shard by its loss under the model of `weights`."""
+    """Compute the loss of every sample of every shard under the model of `weights`."""
 
     score: ScoreConfig
-    origin: Origin = Field(description="What the losses files say of where they come from.")
-    prefix: int | None = Field(default=None, description="Tokens of each sample that are looked at; null: all.")
+    origin: Origin = Field(description="Origin that the losses files record.")
+    prefix: int | None = Field(default=None, description="Tokens of each sample that are scored; null: all.")
 
     def kernels(self) -> "Kernels":
         """Return the kernels that losses are computed with."""
@@ -95,8 +95,8 @@ class CalibrateJob(TrainedModelJob):
     """Score a random set of samples in full and by prefixes under the model of `weights`."""
 
     score: ScoreConfig
-    origin: Origin = Field(description="What the calibration set's file says of where its losses come from.")
-    round_number: int = Field(description="Number of the round, which decides with the seed what is drawn.")
+    origin: Origin = Field(description="Origin that the calibration set's file records.")
+    round_number: int = Field(description="Number of the round; the draw depends on it and on the seed.")
 
     def kernels(self) -> "Kernels":
         """Return the kernels that losses are computed with."""
@@ -105,7 +105,7 @@ class CalibrateJob(TrainedModelJob):
         return Kernels(scoring=self.score.loss_kernel, activation=self.activation_kernel)
 
     def use(self, context: RankContext) -> None:
-        """Score what is drawn; see `data_scoring.losses.calibration.calibrate`."""
+        """Score the drawn samples; see `data_scoring.losses.calibration.calibrate`."""
         from trainer.score import ModelScorer
 
         corpus = context.corpus
@@ -116,7 +116,7 @@ class CalibrateJob(TrainedModelJob):
 
 
 class EvaluateJob(TrainedModelJob):
-    """Answer the requests of tasks with the model of `weights`; tasks that have their answers are done."""
+    """Answer the requests of tasks with the model of `weights`; tasks that have answers are not repeated."""
 
     evaluation: Evaluation
     answers: Path = Field(description="Folder of the answers, <task>.parquet.")
@@ -124,17 +124,17 @@ class EvaluateJob(TrainedModelJob):
     longest_block: int | None = Field(
         default=None,
         ge=0,
-        description="Layers in a row skipped at most; answers have a folder a block.",
+        description="Largest number of consecutive layers skipped; each block's answers have a folder.",
     )
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """Return the blocks of layers that are skipped, as the first layer and their number; none, then ever longer."""
+        """Return the skipped blocks of layers as (first layer, length), shortest first, starting with no block."""
         layers, longest = self.model.num_layers, self.longest_block or 0
         return [(0, 0), *((start, length) for length in range(1, longest + 1) for start in range(layers - length + 1))]
 
     def part(self, start: int, length: int) -> tuple[Path, str]:
-        """Return the folder of what the model answers without a block of layers, and what such a model is known by."""
+        """Return the folder of the answers without a block of layers, and the fingerprint of that model."""
         return self.answers / f"skip-{start:05d}-{length}", fingerprint(self.fingerprint, start, length)
 
     def kernels(self) -> "Kernels":
@@ -144,7 +144,7 @@ class EvaluateJob(TrainedModelJob):
         return Kernels(scoring=self.loss_kernel, activation=self.activation_kernel)
 
     def use(self, context: RankContext) -> None:
-        """Answer what has no answer yet; see `trainer.evaluate.answer_tasks`."""
+        """Answer the tasks that have no answers yet; see `trainer.evaluate.answer_tasks`."""
         from trainer.evaluate import answer_tasks
         from trainer.layer_ablation import LayerBlock, skipping
 
@@ -159,21 +159,21 @@ class EvaluateJob(TrainedModelJob):
 
     def saved_work(self) -> tuple[str | int, ...]:
         """Return the number of files of answers."""
-        # Answers without a block of layers have a folder each.
+        # The answers for each block of layers have their own folder.
         return (len(list(self.answers.glob("**/*.parquet"))),)
 
 
 class GenerateJob(TrainedModelJob):
-    """Measure how fast the model of `weights` generates, into the round's generation.json."""
+    """Measure the generation speed of the model of `weights`; writes the round's generation.json."""
 
     batch_size: int = Field(default=20, description="Sequences generated at once.")
-    num_prompt_tokens: int = Field(default=2, description="Tokens each starts with, drawn at random.")
-    num_new_tokens: int = Field(default=510, description="Tokens each goes on for.")
+    num_prompt_tokens: int = Field(default=2, description="Prompt tokens of each sequence, drawn at random.")
+    num_new_tokens: int = Field(default=510, description="Tokens generated for each sequence.")
 
     @property
     def layout(self) -> ParallelConfig:
         """Return the layout without sequence parallelism."""
-        # A token at a time is no sequence that ranks could share.
+        # A single token per step cannot be split along the sequence.
         return self.parallel.model_copy(update={"sequence": False})
 
     def use(self, context: RankContext) -> None:
@@ -190,15 +190,15 @@ class GenerateJob(TrainedModelJob):
 
 
 class AblationJob(TrainedModelJob):
-    """Measure what skipping each block of layers does to the loss of `weights`, into `result`."""
+    """Measure the loss of `weights` without each block of layers (layer ablation); writes `result`."""
 
-    num_samples: int = Field(ge=1, description="Samples drawn at random from the shards; all, where there are fewer.")
-    micro_batch_size: int = Field(ge=1, description="Samples a rank goes through the layers with at once.")
-    longest_block: int = Field(default=3, ge=1, description="Layers, one after another, that are skipped at most.")
+    num_samples: int = Field(ge=1, description="Samples drawn at random from the shards; all, if there are fewer.")
+    micro_batch_size: int = Field(ge=1, description="Samples of a forward pass on a rank.")
+    longest_block: int = Field(default=3, ge=1, description="Largest number of consecutive layers skipped.")
 
     @property
     def result(self) -> Path:
-        """Return the file that says what skipping costs."""
+        """Return the path of the measured losses."""
         return self.round_folder / "skips.parquet"
 
     def use(self, context: RankContext) -> None:
@@ -209,10 +209,10 @@ class AblationJob(TrainedModelJob):
 
 
 class TaylorJob(TrainedModelJob):
-    """Measure |weight · gradient| of every weight on random samples, as a checkpoint into the round's taylor/."""
+    """Measure |weight · gradient| of every weight on random samples; writes a checkpoint to the round's taylor/."""
 
     num_samples: int = Field(ge=1, description="Samples drawn at random from the training shards.")
-    micro_batch_size: int = Field(ge=1, description="Samples a forward pass takes at once.")
+    micro_batch_size: int = Field(ge=1, description="Samples of a forward pass.")
 
     def use(self, context: RankContext) -> None:
         """Measure; see `trainer.taylor.measure_taylor`."""
@@ -222,16 +222,18 @@ class TaylorJob(TrainedModelJob):
 
 
 class MaskJob(TrainedModelJob):
-    """Learn with frozen weights which neurons a smaller model is best made of, into the round's masks.json."""
+    """Learn, with frozen weights, which neurons a smaller model keeps; writes the round's masks.json."""
 
     student: ModelConfig = Field(description="The smaller model.")
-    num_samples: int = Field(ge=1, description="Samples drawn at random from the training shards, gone through anew.")
-    micro_batch_size: int = Field(ge=1, description="Samples a forward pass takes at once.")
+    num_samples: int = Field(ge=1, description="Samples drawn at random from the training shards, used repeatedly.")
+    micro_batch_size: int = Field(ge=1, description="Samples of a forward pass.")
     steps: int = Field(default=200, ge=1, description="Steps of Adam.")
-    batch_size: int = Field(default=16, ge=1, description="Samples a step.")
-    lr: float = Field(default=0.05, gt=0, description="Adam's learning rate, of the masks' logits.")
+    batch_size: int = Field(default=16, ge=1, description="Samples per step.")
+    lr: float = Field(default=0.05, gt=0, description="Adam's learning rate for the masks' logits.")
     first_temperature: float = Field(default=2.0, gt=0, description="Temperature of the relaxation at the first step.")
-    last_temperature: float = Field(default=0.2, gt=0, description="And at the last; it falls geometrically.")
+    last_temperature: float = Field(
+        default=0.2, gt=0, description="Temperature at the last step; it decreases geometrically."
+    )
 
     def use(self, context: RankContext) -> None:
         """Learn; see `trainer.mask_learning.learn_masks`."""

@@ -1,4 +1,4 @@
-"""A rank: one process of a job, from reading what to do to leaving its results or its error."""
+"""A rank: one process of a job. It reads the job, runs it, and writes its results or its error."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
 
 def main(job_path: Path) -> None:
-    """Do the job that `job_path` describes, as one of its ranks."""
+    """Run the job that `job_path` describes, as one of its ranks."""
     job = read_job(job_path)
     allow_plain_pickles_only()
     stop = StopRequest()
@@ -31,7 +31,7 @@ def main(job_path: Path) -> None:
     except StoppedError:
         sys.exit(128 + signal.SIGTERM)
     except BaseException as error:  # torch's CheckpointException is no Exception
-        # Of ranks that are asked to end, some end before others: that is no failure.
+        # After a stop request, some ranks end before others; their lost connections are not failures.
         if not stop.is_made:
             _report(job, error)
         raise
@@ -46,11 +46,11 @@ def _run(job: Job, stop: StopRequest) -> None:
 
 
 def do(job: Job, device: Device, stop: StopRequest) -> None:
-    """Do `job` on `device` as one of the ranks of the process group that there is.
+    """Run `job` on `device` as one of the ranks of the initialised process group.
 
-    Raises StoppedError where training heeds `stop`.
+    Raises StoppedError if training ended because of `stop`.
     """
-    # Nothing of Megatron may be imported before the device is initialised.
+    # Megatron must not be imported before the device is initialised.
     from trainer.model import build_model
     from trainer.score import is_writer
 
@@ -70,14 +70,15 @@ def _initialise_parallel(job: Job, device: Device) -> None:
         tensor_model_parallel_size=job.parallel.tensor,
         pipeline_model_parallel_size=job.parallel.pipeline,
     )
-    # Weights are drawn whole on every tensor-parallel rank and then cut, so those must agree, and stages must not.
+    # Each tensor-parallel rank draws whole weights and keeps its slice, so these ranks need equal seeds; pipeline
+    # stages need different ones.
     device.seed(job.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
 
 def _report(job: Job, error: BaseException) -> None:
-    """Leave the error where the launcher finds it."""
+    """Write the error for the launcher."""
     explanation = explain(error) if isinstance(error, OSError) else None
-    left = RankError(
+    reported = RankError(
         rank=int(os.environ.get("RANK", "0")),
         time=time.time(),
         kind=type(error).__name__,
@@ -85,4 +86,4 @@ def _report(job: Job, error: BaseException) -> None:
         message=explanation or str(error),
         traceback=traceback.format_exc(),
     )
-    leave_error(job.errors, left)
+    leave_error(job.errors, reported)

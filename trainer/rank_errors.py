@@ -1,4 +1,4 @@
-"""The errors that ranks leave for their launcher, a file a rank."""
+"""The errors that ranks write for their launcher, one file per rank."""
 
 import json
 import signal
@@ -27,12 +27,12 @@ class RankError:
 
 
 def leave_error(folder: Path, error: RankError) -> None:
-    """Write the error of a rank into `folder`, which exists."""
+    """Write the error of a rank into `folder`, which must exist."""
     (folder / f"rank-{error.rank:05d}.json").write_text(json.dumps(asdict(error)), encoding="utf-8")
 
 
 def killed(rank: int, signal_number: int, time: float) -> RankError:
-    """Return the error of a rank that a signal ended at `time`, in seconds since the epoch."""
+    """Return the error of a rank that a signal killed at `time`, in seconds since the epoch."""
     name = signal.Signals(signal_number).name
     cause = " (out of memory?)" if signal_number == signal.SIGKILL else ""
     message = f"rank {rank} was killed by {name}{cause}"
@@ -40,16 +40,16 @@ def killed(rank: int, signal_number: int, time: float) -> RankError:
 
 
 def root_cause(folder: Path) -> RankError | None:
-    """Return the error, of those that ranks left in `folder`, that the others follow from, or None.
+    """Return the error in `folder` that caused the others, or None if there are none.
 
-    One that the user can mend comes first, then a rank that was killed: the others only report that they lost it.
-    Among several the earliest counts.
+    An error that the user can fix comes first, then a killed rank, since the others only report that they lost it.
+    Among equals, the earliest comes first.
     """
     errors = [RankError(**read_json(path)) for path in folder.glob("rank-*.json")]
     return min(errors, key=_precedence, default=None)
 
 
 def _precedence(error: RankError) -> tuple[bool, bool, float]:
-    # A rank aborts itself when it has lost another.
+    # A rank aborts itself after it has lost another rank.
     is_cause = error.is_killed and error.kind != "SIGABRT"
     return not error.is_user_error, not is_cause, error.time

@@ -31,7 +31,7 @@ from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.shard_scoring import score_samples
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from flows.launch.launcher import launch
-from flows.run.rank_errors import RanksFailedError
+from flows.run.errors import RanksFailedError
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import ActivationKernel, CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
 from trainer.devices import Device, resolve_precision

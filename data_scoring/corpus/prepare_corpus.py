@@ -1,4 +1,4 @@
-"""The first stage: sources to a corpus of shards, a validation set, a tokenizer and a manifest."""
+"""Preparing a corpus: from sources to shards, a validation set, a tokenizer and a manifest."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -46,11 +46,11 @@ def prepare_corpus(
     stage_fingerprint: str,
     progress: Progress,
 ) -> None:
-    """Write the corpus into `folder`; its `manifest.json`, written last, says that it is complete.
+    """Write the corpus to `folder`; `manifest.json` is written last and marks it as complete.
 
     Sources are read once: the text that a tokenizer was trained on is kept, compressed, until it is tokenised. Raises
-    ValueError, naming file and line or field, for anything about the input that cannot be used; files staged for
-    sources that were read completely are used again by the next try.
+    ValueError, naming file and line or field, for unusable input; the next attempt reuses the staged files of sources
+    that were read completely.
     """
     in_place = _check(corpus, tokenizer)
     staging = folder / "staging"
@@ -78,7 +78,7 @@ def prepare_corpus(
 
 
 def _check(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:
-    """Return whether the corpus is used in place; raise ValueError for what is wrong before anything is written."""
+    """Return whether the corpus is used in place. Raises ValueError for invalid input, before anything is written."""
     names = [source.name for source in corpus.sources]
     if len(set(names)) < len(names):
         raise ValueError(f"corpus.sources: the names {names} are not distinct; rename the sources that share one")
@@ -100,10 +100,10 @@ def _check(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:
 def _make_tokenizer(
     config: TokenizerConfig, texts: Sequence[SourceText], seed: int, folder: Path, progress: Progress
 ) -> Path:
-    """Return the path of the corpus' tokenizer, which is not trained again where an earlier try has trained it."""
+    """Return the path of the corpus' tokenizer; a tokenizer that an earlier attempt trained is reused."""
     if config.path is not None:
         return install_tokenizer(config, (), seed, folder)
-    # No source has a name that starts like this.
+    # Names of sources do not start with an underscore.
     record_path, path = folder / "staging" / "_tokenizer.json", folder / "tokenizer.json"
     identity = fingerprint(config.model_dump(), seed, [text.identity for text in texts])
     record = read_json(record_path)
@@ -142,7 +142,7 @@ def _prepare_from_text(
     ]
     for source in staged:
         if source.counts["documents"] == 0:
-            raise ValueError(f"corpus.sources.{source.name}.path: holds no text; remove the source or correct its path")
+            raise ValueError(f"corpus.sources.{source.name}.path: has no text; remove the source or correct its path")
     _collect_rejects(staged, staging, folder / "rejects.jsonl")
     results = assign_roles(staged, corpus.validation_fraction, seed)
     sample_length = corpus.seq_length + 1
@@ -187,8 +187,8 @@ def _prepare_in_place(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int, fol
         largest = int(tokens.tokens[: 1 << 20].max(initial=0))
         if largest >= tokenizer.vocab_size:
             raise ValueError(
-                f"{prefix}.bin: source {name} holds token {largest}, but tokenizer.path has only "
-                f"{tokenizer.vocab_size}; give the tokenizer that tokenised it"
+                f"{prefix}.bin: source {name} has token {largest}, but tokenizer.path has only "
+                f"{tokenizer.vocab_size} tokens; give the tokenizer that tokenised it"
             )
     validation, shards = index_in_place(assignment, corpora, folder)
     _write_samples(assignment, folder / "samples.parquet", grouped=True)
@@ -197,7 +197,7 @@ def _prepare_in_place(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int, fol
 
 
 def _write_samples(assignment: ShardAssignment, path: Path, grouped: bool = False) -> None:
-    """Write the table of samples; `grouped` numbers a shard's samples source by source, as its parts lie."""
+    """Write the table of samples; `grouped` numbers a shard's samples source by source, in the order of its parts."""
     names = pa.array([stream.name for stream in assignment.streams])
     numbers = range(len(assignment.streams))
     with writing(path) as temporary, pq.ParquetWriter(temporary, _SAMPLES) as writer:

@@ -1,4 +1,4 @@
-"""The text of one source, read and parsed once: what a tokenizer is trained on is kept until it is tokenised."""
+"""The text of one source, read and parsed once: text that trains a tokenizer is kept until it is tokenised."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,10 +16,10 @@ _IDENTITY = b"reprise.source"
 
 @dataclass(frozen=True)
 class SourceText:
-    """The documents of `source`, and what of them lies in the folder `staging`.
+    """The documents of `source`, and their files in the folder `staging`.
 
-    Kept documents are an Arrow stream, compressed with zstd, that is there once all of the source was read. It knows
-    the source's configuration and files, and is of no use to others.
+    Kept documents are an Arrow stream, compressed with zstd, which is complete once the whole source was read. It
+    records the source's configuration and files, and is only valid for these.
     """
 
     source: SourceConfig
@@ -28,14 +28,14 @@ class SourceText:
 
     @property
     def identity(self) -> str:
-        """Return what stands for the documents: the source's configuration, and its files as they are now."""
-        # The text that Python carries is another with every version.
+        """Return the fingerprint of the documents: the source's configuration, and the current state of its files."""
+        # Python's own text differs between versions.
         return fingerprint(self.source.model_dump(), stamp_files(self.source), self.skip_bad, sys.version)
 
     def documents(self, keep: bool = False) -> Iterator[str]:
-        """Yield the documents: the kept ones, or else the source's; `keep` has these kept once all were taken.
+        """Yield the documents: the kept ones, or else the source's; with `keep`, these are kept once all were read.
 
-        Raises ValueError for a malformed record, unless these are skipped, and so listed in the staging folder.
+        Raises ValueError for a malformed record, unless bad records are skipped and listed in the staging folder.
         """
         if self._is_kept():
             yield from self._read_kept()

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 # Called with (file, line or row, reason); raises or records.
 BadRecord = Callable[[str, int, str], None]
 
-# A text file read as one document has to fit in memory, several times over, while it is tokenised.
+# A text file that is one document has to fit into memory several times while it is tokenised.
 LARGEST_DOCUMENT_BYTES = 256 << 20
 
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 4 << 20
-# Read at a time; it takes several times that in memory.
+# Size of a read; it takes several times that in memory.
 _CHUNK_BYTES = 1 << 20
 _BATCH_ROWS = 64
 
@@ -38,9 +38,9 @@ _FORMAT_OF_ENDING = {
 
 
 def resolve_format(source: SourceConfig) -> str:
-    """Return the format in which `source` is read, its path's ending deciding where it is `auto`.
+    """Return the format of `source`; `auto` is resolved by the path's extension.
 
-    Raises ValueError where the path does not tell.
+    Raises ValueError if the extension is ambiguous or unknown.
     """
     if source.format != "auto":
         return source.format
@@ -57,29 +57,29 @@ def resolve_format(source: SourceConfig) -> str:
 
 
 def megatron_prefix(source: SourceConfig) -> Path:
-    """Return the path prefix, without ending, of a source in Megatron's format."""
+    """Return the path prefix, without extension, of a source in Megatron's format."""
     path = Path(source.path)
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
 def check_source(source: SourceConfig) -> None:
-    """Raise ValueError where `source` cannot be read at all, before anything is written."""
+    """Raise ValueError if `source` cannot be read at all."""
     kind = resolve_format(source)
     if kind == "megatron":
         open_indexed(megatron_prefix(source))
     elif kind == "python":
         if source.path not in KINDS:
             raise ValueError(
-                f"corpus.sources.{source.name}.path: {source.path!r} is no Python text; use one of {', '.join(KINDS)}"
+                f"corpus.sources.{source.name}.path: {source.path!r} is not Python text; use one of {', '.join(KINDS)}"
             )
     elif kind != "datasets":
         matching_files(source)
 
 
 def read_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
-    """Yield the texts of a source's documents, in order, holding one file block in memory at a time.
+    """Yield the texts of a source's documents, in order, with one file block in memory at a time.
 
-    A malformed record goes to `on_bad_record` with its file and line (row, for Parquet) and is left out.
+    A malformed record is passed to `on_bad_record` with its file and line (row, for Parquet), and skipped.
     """
     kind = resolve_format(source)
     readers = {"jsonl": _read_jsonl, "text": _read_text, "parquet": _read_rows, "datasets": _read_rows}
@@ -95,7 +95,7 @@ def read_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[s
 
 
 def batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Yield documents in lists that are worth tokenising at once and bounded in memory."""
+    """Yield lists of documents, large enough to tokenise efficiently and bounded in memory."""
     batch: list[str] = []
     characters = 0
     for document in documents:
@@ -109,7 +109,7 @@ def batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 class Rejects:
-    """Bad records of one source: raises at the first, or lists them in a file and goes on."""
+    """Bad records of one source: raises at the first, or lists them in a file."""
 
     def __init__(self, path: Path, skip: bool) -> None:
         self.count = 0
@@ -117,7 +117,7 @@ class Rejects:
         path.unlink(missing_ok=True)
 
     def __call__(self, file: str, line: int, reason: str) -> None:
-        """Take one bad record. Raises ValueError unless records are to be skipped."""
+        """Record one bad record. Raises ValueError unless bad records are skipped."""
         if not self._skip:
             raise ValueError(f"{file}:{line}: {reason}, or set corpus.on_bad_record: skip")
         self.count += 1
@@ -127,7 +127,7 @@ class Rejects:
 
 @contextmanager
 def _naming(source: SourceConfig) -> Iterator[None]:
-    """Turn what libraries raise for a file that is not what its ending says into an error that names the source."""
+    """Convert library errors about a file's format into a ValueError that names the source."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowInvalid, ImportError) as error:
@@ -139,7 +139,7 @@ def _naming(source: SourceConfig) -> Iterator[None]:
 
 
 def matching_files(source: SourceConfig) -> list[str]:
-    """Return the names of the files that a source's path stands for. Raises ValueError where there is none."""
+    """Return the names of the files that match a source's path. Raises ValueError if there are none."""
     with _naming(source):
         names = _match(source.path)
     if not names:
@@ -169,7 +169,7 @@ def _ending(name: str) -> str:
 def _raw_rows(files: list[str], sample_by: str) -> Iterator[bytes]:
     import datasets
 
-    # Latin-1 maps every byte to one character and back, so a line that is not UTF-8 still arrives and can be named.
+    # Latin-1 maps bytes to characters and back without loss, so that errors can name lines that are not UTF-8.
     rows = datasets.load_dataset(
         "text",
         data_files=files,
@@ -179,7 +179,7 @@ def _raw_rows(files: list[str], sample_by: str) -> Iterator[bytes]:
         encoding="latin-1",
         chunksize=_CHUNK_BYTES,
     )
-    # A batch is held whole: of files that are documents, one at a time; of lines, those of one read, or fewer.
+    # A batch is held in memory: one document at a time if files are documents, else at most the lines of one read.
     for batch in rows.iter(batch_size=1 if sample_by == "document" else _BATCH_ROWS):
         for text in batch["text"]:
             yield text.encode("latin-1")
@@ -245,7 +245,7 @@ def _read_text(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
         try:
             text = _decode(raw)
         except ValueError as error:
-            # Within a whole file the line is what helps, within lines and paragraphs their number.
+            # For whole files, report the line of the error; otherwise, the number of the line or paragraph.
             line = number if source.document != "file" else _line_of_first_bad_byte(raw)
             on_bad_record(file, line, str(error))
         else:
@@ -295,11 +295,11 @@ def _open_rows(source: SourceConfig) -> "datasets.IterableDataset | datasets.Dat
 
 
 def stamp_files(source: SourceConfig) -> list[tuple[str, int, int]]:
-    """Return name, size and time of change of each local file of a source, which tell whether it is still the same."""
+    """Return name, size and modification time of each local file of a source, to detect changes."""
     kind = resolve_format(source)
     if kind == "python":
         return []
-    # What lies on a hub cannot be told from here.
+    # Files on a hub are not checked.
     names = sorted(map(str, Path(source.path).rglob("*"))) if kind == "datasets" else matching_files(source)
     stats = [(name, Path(name).stat()) for name in names if Path(name).exists()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

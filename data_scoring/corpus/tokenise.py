@@ -1,4 +1,4 @@
-"""Sources to token streams: every document tokenised once, in order, into the corpus folder's staging files."""
+"""Tokenising sources: each document once, in order, into staging files in the corpus folder."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -15,18 +15,18 @@ from data_scoring.corpus.source_text import SourceText
 from data_scoring.corpus.sources import batch_documents
 from data_scoring.tokenizer.tokenizer import Tokenizer
 
-# One row a document. 64 bits of BLAKE2b tell documents apart: among a billion of them, the chance that any two
-# different ones collide is below 3 %.
+# One row per document. Documents are distinguished by 64 bits of BLAKE2b: among a billion documents, the probability
+# of any collision is below 3 %.
 DOCUMENT = np.dtype([("digest", "<u8"), ("num_tokens", "<i4")])
 
 _CHUNK_DOCUMENTS = 1 << 14
-# Longer documents are tokenised in pieces cut at line ends: it bounds memory and keeps all cores busy.
+# Longer documents are tokenised in pieces, split at line ends, which bounds memory and keeps all cores busy.
 _PIECE_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
 class StagedSource:
-    """A tokenised source: its documents' tokens, one after the other, and a row for each document."""
+    """A tokenised source: the concatenated tokens of its documents, and a row for each document."""
 
     name: str
     tokens_path: Path
@@ -34,14 +34,14 @@ class StagedSource:
     counts: dict[str, int]
 
     def documents(self) -> Iterator[np.ndarray]:
-        """Yield the documents' rows, of `DOCUMENT`, a bounded number at a time."""
+        """Yield arrays of the documents' rows (dtype `DOCUMENT`), of bounded length."""
         with self.documents_path.open("rb") as file:
             while len(rows := np.fromfile(file, DOCUMENT, _CHUNK_DOCUMENTS)):
                 yield rows
 
 
 def stage_source(text: SourceText, tokenizer: Tokenizer, fingerprint: str, progress: Progress) -> StagedSource:
-    """Return the tokenised source of `text`, skipping the work where a completed record with `fingerprint` is there."""
+    """Return the tokenised source of `text`; finished work with the same `fingerprint` is reused."""
     name, staging = text.source.name, text.staging
     record_path = staging / f"{name}.json"
     tokens_path, documents_path = staging / f"{name}.tokens", staging / f"{name}.documents"
@@ -103,7 +103,7 @@ def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def split_document(text: str) -> Iterator[str]:
-    """Yield a document in the pieces in which it is tokenised, cut at line ends."""
+    """Yield the pieces of a document in which it is tokenised, split at line ends."""
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         cut = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1 or start + _PIECE_CHARACTERS

@@ -1,1 +1,1 @@
-"""Evaluation items and the table of tasks. It imports only `data_scoring.base`."""
+"""Evaluation items and the table of tasks. This room imports only `data_scoring.base`."""

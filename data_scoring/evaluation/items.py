@@ -1,8 +1,8 @@
-"""Evaluation items read from local files in the data sets' original schemas, and what of them cannot be scored.
+"""Evaluation items, read from local files in the data sets' original schemas.
 
-A folder holds one file a task (docs/evaluation.md names them); C-Eval, CMMLU, MMLU and AGIEval may also lie there as
-they are released, a file a subject. What is broken is an error that names file and line; what merely lacks an answer
-or an option is kept, with the reason, so that it can be counted.
+A folder has one file per task (docs/evaluation.md lists them); C-Eval, CMMLU, MMLU and AGIEval may also be in their
+released form, one file per subject. A broken item is an error that names file and line; an item that lacks an answer or
+an option is kept with the reason, and counted as unscorable.
 """
 
 import csv
@@ -18,7 +18,7 @@ from data_scoring.evaluation.tasks import TASKS, Files
 
 @dataclass(frozen=True)
 class ItemText:
-    """The text of an evaluation item, under the names that lists show: its task, and which of its items it is."""
+    """The text of an evaluation item, with its task and its identifier within the task."""
 
     task: str
     item: str
@@ -27,7 +27,7 @@ class ItemText:
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a task: where it is from (`file:line`), its subject, its row, and why it cannot be scored, if so."""
+    """One item of a task: its origin (`file:line`), subject and row, and why it cannot be scored, or None."""
 
     place: str
     subject: str
@@ -37,30 +37,30 @@ class Item:
 
 @dataclass(frozen=True)
 class Unscorable:
-    """An item that gets no score, where it is from (`file:line`, or the hub's split and index), and why."""
+    """An item that cannot be scored: its origin (`file:line`, or the hub's split and index), and the reason."""
 
     task: str
     item: str
     reason: str
 
 
-# What a record that is no item of its task raises.
+# Errors that conversion raises for a record that is not an item of its task.
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 
 
 def read_items(task: str, data: Path) -> list[Item]:
     """Return a task's items in the folder `data`, in the files' order.
 
-    Raises ValueError, in one line with the file and its line, where a file is missing, is no JSON or CSV, where a field
-    is missing or an answer is none of its options.
+    Raises ValueError, in one line that names file and line, if a file is missing or is not JSON or CSV, if a field is
+    missing, or if an answer is not one of the options.
     """
     return _read(task, data, TASKS[task].files)
 
 
 def read_examples(task: str, data: Path) -> list[Item]:
-    """Return the solved examples that go before a task's questions, of every subject, in the files' order.
+    """Return the few-shot examples of a task, of all subjects, in the files' order.
 
-    Raises as `read_items`, and where the task has no file of them.
+    Raises ValueError as `read_items` does, and if the task has no file of examples.
     """
     examples = TASKS[task].examples
     if examples is None:
@@ -69,7 +69,7 @@ def read_examples(task: str, data: Path) -> list[Item]:
 
 
 def make_item(task: str, place: str, subject: str, row: Row) -> Item:
-    """Return the item of a row in the hub's schema. Raises ValueError, with its place, where it is broken."""
+    """Return the item of a row in the hub's schema. Raises ValueError, with its origin, if it is broken."""
     try:
         return Item(place, subject, row, defect(TASKS[task].schema, row))
     except _BROKEN as error:
@@ -77,7 +77,7 @@ def make_item(task: str, place: str, subject: str, row: Row) -> Item:
 
 
 def item_files(names: Sequence[str], data: Path) -> list[Path]:
-    """Return the files in the folder `data` that the items and examples of tasks are read from, as far as there are."""
+    """Return the existing files in the folder `data` that the tasks' items and examples are read from."""
     tasks = [TASKS[name] for name in names]
     labels = [task.files.labels for task in tasks if task.files.labels]
     listed = [name for task in tasks for files in (task.files, task.examples) if files for name in files.names]
@@ -124,7 +124,7 @@ def _said(error: Exception) -> str:
 
 
 def _find(task: str, data: Path, files: Files) -> list[tuple[Path, str]]:
-    """Return the files of a task with the subject that each stands for, empty where its records name it."""
+    """Return the files of a task, each with its subject, or "" if its records name the subject."""
     for name in files.names:
         if (data / name).is_file():
             return [(data / name, "")]
@@ -142,7 +142,7 @@ def _find(task: str, data: Path, files: Files) -> list[tuple[Path, str]]:
 
 
 def _records(path: Path, files: Files) -> Iterator[tuple[str, Any]]:
-    """Yield (`file:line`, record) of a file of JSON lines or of CSV. Raises ValueError where it is not what it says."""
+    """Yield (`file:line`, record) of a JSON lines or CSV file. Raises ValueError if its content is invalid."""
     if path.suffix == ".csv":
         yield from _csv_records(path, files.header)
         return
@@ -154,7 +154,7 @@ def _records(path: Path, files: Files) -> Iterator[tuple[str, Any]]:
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    # As bytes: texts may hold what Python takes for the end of a line as well (U+2028).
+    # Split bytes, not text: str.splitlines would also split at characters such as U+2028.
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue

@@ -1,7 +1,7 @@
-"""The four tasks that lm-eval lacks, defined as OpenCompass has them for base models, in lm-eval's own words.
+"""Four tasks that lm-eval lacks: OpenCompass' definitions for base models, as lm-eval task configurations.
 
-A round of OpenCompass' prompt and the answer are joined by a line feed where a model has no chat template
-(`opencompass/models/base.py`), hence the delimiters.
+Without a chat template, OpenCompass joins the prompt and the answer with a line feed (`opencompass/models/base.py`),
+hence the delimiters.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ AXB: dict[str, Any] = {
 
 # configs/datasets/FewCLUE_eprstmt/FewCLUE_eprstmt_ppl_d3c387.py
 EPRSTMT: dict[str, Any] = {
-    # It is on no hub: the benchmark's own repository, as it was when these tasks were written.
+    # Not on the hub; read from the benchmark's repository at a fixed commit.
     "dataset_path": "json",
     "dataset_kwargs": {
         "data_files": {
@@ -50,7 +50,7 @@ XSUM: dict[str, Any] = {
 }
 
 # configs/datasets/CLUE_C3/CLUE_C3_ppl_e24a31.py and opencompass/datasets/c3.py. OpenCompass fills up to four options
-# with copies of the first; a copy is as likely as the first, which then comes first, so it is never chosen.
+# with copies of the first; ties go to the first option, so a copy is never chosen.
 C3: dict[str, Any] = {
     "dataset_path": "clue/clue",
     "dataset_name": "c3",

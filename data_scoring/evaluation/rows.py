@@ -1,7 +1,7 @@
-"""Evaluation items in the words of the public data sets: rows, their options, their answer, their text.
+"""The schemas of the evaluation data sets: rows, with their options, answers and texts.
 
-A row has the fields of the hub's data set, which is what lm-eval's own task definitions read; `convert` makes it from
-a record of the data set's original release. Sources of the schemas: the releases named in docs/evaluation.md.
+A row has the fields of the hub's data set, which lm-eval's task definitions read; `convert` creates it from a record of
+the data set's original release. Sources of the schemas: the releases named in docs/evaluation.md.
 """
 
 import math
@@ -33,7 +33,7 @@ _MARKUP = re.compile(r"\[.*?\]")
 
 @dataclass(frozen=True)
 class Schema:
-    """How one data set's items are read; every function takes a row, but for `split` and `convert`."""
+    """How one data set's items are read; all functions except `split` and `convert` take a row."""
 
     convert: Callable[[Row], Row]  # record of the original file -> row; ValueError where it cannot be one
     question: Callable[[Row], str]  # question with its passage, without options
@@ -54,14 +54,14 @@ def is_blank(value: Any) -> bool:
 
 
 def item_text(schema: Schema, row: Row) -> str:
-    """Return all that an item says, question, passage, options and answer, a line each."""
+    """Return an item's whole text: question with its passage, then the options or the answer, one per line."""
     options = schema.options(row)
     parts = [schema.question(row), *([schema.answer(row)] if options is None else options)]
     return "\n".join(str(part) for part in parts if not is_blank(part))
 
 
 def defect(schema: Schema, row: Row) -> str | None:
-    """Return why an item cannot be scored, or None. Raises ValueError where it has what no item of the task has."""
+    """Return why an item cannot be scored, or None. Raises ValueError if it is invalid."""
     missing = ["question"] if is_blank(schema.question(row)) else []
     missing += [name for name in schema.needed if is_blank(row[name])]
     answer, options = schema.answer(row), schema.options(row)
@@ -97,7 +97,7 @@ def _position(answer: Any, options: list[Any]) -> int:
 
 
 def _field(record: Row, *names: str) -> Any:
-    """Return the first field of those names."""
+    """Return the first existing field of `names`."""
     for name in names:
         if isinstance(record, dict) and name in record:
             return record[name]
@@ -112,7 +112,7 @@ def _text(record: Row, *names: str) -> str:
 
 
 def _texts(record: Row, name: str) -> list[str | None]:
-    """Return a field that is a list of texts, of which some may be missing; none where there is no list."""
+    """Return a field that is a list of texts, with None for blank ones; empty if the field is blank."""
     values = _field(record, name)
     if is_blank(values):
         return []
@@ -169,7 +169,7 @@ def _convert_agieval(record: Row) -> Row:
         query = f"{asked} 选项：{' '.join(options)}\n答案：从A到{last}, 我们应选择"
     label = record.get("label")
     labels = [] if is_blank(label) else label if isinstance(label, list) else [label]
-    # What stands behind the options' last letter is found out by `defect`, which knows whether there are options.
+    # `defect` detects letters beyond the last option, since it knows whether options are missing.
     gold = [_choice(letter, ((*LETTERS,),)) for letter in labels]
     return {"query": query, "choices": options, "gold": [index for index in gold if index is not None]}
 
@@ -342,7 +342,7 @@ C3 = Schema(
 HELLASWAG = Schema(
     _convert_hellaswag,
     question=lambda row: f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b']}",
-    # Where nothing but a heading is left, lm-eval would ask for nothing.
+    # lm-eval removes headings, so an ending that is only a heading counts as missing.
     options=lambda row: [ending and _MARKUP.sub("", ending) for ending in row["endings"]],
     answer=lambda row: row["label"],
     gold=lambda row: [_position(str(row["label"]), [str(index) for index in range(len(row["endings"]))])],

@@ -1,6 +1,6 @@
-"""The table of evaluation tasks: a task is one row, and nothing else names it. Its columns are the paper's table's.
+"""The table of evaluation tasks. Each task is defined by its row alone; the columns are those of the paper's table.
 
-A task of your own is a row that your code adds: `TASKS[mine.name] = mine`. docs/evaluation.md describes the tasks.
+To add a task, add a row: `TASKS[mine.name] = mine`. docs/evaluation.md describes the tasks.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Files:
-    """Where items are looked for in a folder: by file name, or else in a release's folder, a file a subject."""
+    """The files of a task's items in a folder: by name, or else a release's folder with one file per subject."""
 
     names: tuple[str, ...]
-    release: str = ""  # pattern below the task's folder; what `*` stands for is the subject
-    header: tuple[str, ...] = ()  # the columns of CSV files that have no line of their names
-    labels: str = ""  # file beside it whose lines are the items' field `label`
+    release: str = ""  # pattern below the task's folder; `*` matches the subject
+    header: tuple[str, ...] = ()  # the columns of CSV files without a header line
+    labels: str = ""  # file next to it whose lines are the items' field `label`
 
 
 @dataclass(frozen=True)
 class Task:
-    """An evaluation task: where its items are, how they are read, what they ask, and how answers are scored.
+    """An evaluation task: its files, their schema, the prompts, and the scoring.
 
-    The definition is lm-eval's: one of its own, in `folder` below lm_eval/tasks, or the dictionary `definition`, in
-    the words of lm-eval's YAML files.
+    The prompts come from an lm-eval definition: one of its own, in `folder` below lm_eval/tasks, or the dictionary
+    `definition`, with the keys of lm-eval's YAML files.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Task:
     group: str  # of the table's columns
     schema: Schema
     files: Files
-    examples: Files | None = None  # solved items that go before the questions
+    examples: Files | None = None  # few-shot examples
     folder: str = ""
     definition: dict[str, Any] = field(default_factory=dict)
     scoring: Literal["harness", "whole_text", "summary"] = "harness"  # as lm-eval does, or as OpenCompass
     metric: str = "acc"  # the one that tables show, by lm-eval's name
     num_fewshot: int = 0
-    prefix: str = ""  # of lm-eval's names of the task's subjects; a task without subjects bears its own name
-    hub_limit: int | None = None  # items that are read from the hub at most
+    prefix: str = ""  # prefix of lm-eval's names of the task's subjects; empty for a task without subjects
+    hub_limit: int | None = None  # largest number of items read from the hub
 
     def __post_init__(self) -> None:
         if bool(self.folder) == bool(self.definition):
@@ -110,7 +110,7 @@ _ABLATION = (
     Task("arc_easy", "ARC-Easy", "Ablation", rows.ARC_EASY, Files(("arc_easy.jsonl",)), folder="arc"),
 )  # fmt: skip
 TASKS = {task.name: task for task in (*_PAPER, *_ABLATION)}
-# What the average is of.
+# The tasks of the average.
 PAPER = tuple(task.name for task in _PAPER)
 ABLATION = tuple(task.name for task in _ABLATION)
 _SETS = {"paper": PAPER, "ablation": ABLATION}
@@ -123,12 +123,12 @@ def columns() -> list[Column]:
 
 
 def task_names() -> tuple[str, ...]:
-    """Return what `eval.tasks` takes: `paper`, `ablation`, and the tasks."""
+    """Return the values that `eval.tasks` accepts: `paper`, `ablation`, and the tasks."""
     return (*_SETS, *TASKS)
 
 
 def resolve_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return task names, each once, `paper` and `ablation` standing for theirs. Raises ValueError for unknown ones."""
+    """Return the distinct task names, with `paper` and `ablation` expanded. Raises ValueError for unknown names."""
     resolved = [task for name in names for task in _SETS.get(name, (name,))]
     unknown = [name for name in resolved if name not in TASKS]
     if unknown:
@@ -136,5 +136,5 @@ def resolve_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(resolved))
 
 
-# What a configuration takes, the tasks added at run time included.
+# The values of the configuration field, including tasks added at run time.
 TaskName = Annotated[str, OneOf(task_names)]

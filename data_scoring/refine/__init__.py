@@ -1,1 +1,1 @@
-"""From losses to the next mix: policies, the draw, selection and mixing."""
+"""Selecting the next mix by losses: policies, the draw, selection and mixing."""

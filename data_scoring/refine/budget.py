@@ -1,7 +1,7 @@
-"""Budgeted scoring: what each cheaper way to score costs and misses, measured on the calibration set, and the choice.
+"""Scoring budgets: the cost and accuracy of cheaper scoring, measured on the calibration set, and the choice.
 
-Costs are in training-token equivalents: a forward pass over a token is a third of a training step's work on it, whose
-backward pass is two more. That attention costs more the further it looks back is left out.
+Costs are in training-token equivalents: a token's forward pass is a third of its training cost, since the backward pass
+costs twice as much. The growth of attention's cost with the position is ignored.
 """
 
 import math
@@ -39,10 +39,11 @@ _BUDGET = pa.schema(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to score, with what it costs (training-token equivalents) and, where measured, how close it comes.
+    """A scoring budget, with its cost (training-token equivalents) and, if measured, its accuracy.
 
-    `correlation` is Spearman's with the full loss, `overlap` the share of the samples drawn by full loss that are drawn
-    by this one too, `chance_overlap` the share that a draw with the same random numbers and no regard to loss has.
+    correlation: Spearman's rank correlation with the full loss.
+    overlap: the share of the samples drawn by full loss that are also drawn by this one.
+    chance_overlap: the same share for a draw that ignores losses, with the same random numbers.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Candidate:
 
 
 def scoring_cost(corpus: Corpus, budget: str) -> int:
-    """Return what scoring the corpus by `budget` (full, seen or prefix:P) costs, in training-token equivalents."""
+    """Return the cost of scoring the corpus with `budget` (full, seen or prefix:P), in training-token equivalents."""
     if budget == "seen":
         return 0
     longest = prefix_of(budget) or corpus.seq_length
@@ -68,8 +69,8 @@ def measure_candidates(
 ) -> list[Candidate]:
     """Return the candidates, cheapest first, as measured on the calibration set in `round_folder`.
 
-    Seen losses are a candidate only where all samples have one. The draw is the paper's with the sampling rate and
-    temperature of `refine`, over the calibration set as if it were a shard: a shard is a random part, and so is it.
+    Seen losses are only a candidate if all samples have one. The draw is the paper's, with the sampling rate and the
+    temperature of `refine`; the calibration set, a random part of the corpus like a shard, is drawn from as one.
     """
     budgets = [*(f"prefix:{prefix}" for prefix in candidate_prefixes(corpus.seq_length)), "full"]
     if is_everything_seen(corpus, round_folder.parent, round_number):
@@ -95,7 +96,7 @@ def measure_candidates(
 
 
 def _load_calibration(connection: duckdb.DuckDBPyConnection, round_folder: Path, round_number: int) -> None:
-    """Make the table `calibration`: shard, sample, and a column of losses for each candidate, named after it."""
+    """Create the table `calibration`: shard, sample, and a column of losses for each candidate, named after it."""
     connection.execute(
         f"""create table calibration as select *, loss as "full"
         from read_parquet({literal(calibration_path(round_folder))})"""
@@ -115,9 +116,9 @@ def drawn(
     round_number: int,
     temperature: float,
 ) -> set[tuple[int, int]]:
-    """Return the (shard, sample) that the paper's draw by the losses in `column` keeps of the table `calibration`.
+    """Return the (shard, sample) pairs of the table `calibration` that the paper's draw by the losses `column` keeps.
 
-    A sample's random number is the one that refining for `round_number` uses.
+    The random numbers are those of refining for `round_number`.
     """
     key = draw_key(column, temperature, random_bits(seed, round_number, "shard::int", "sample::int"))
     [(num_samples,)] = connection.sql("select count(*) from calibration").fetchall()
@@ -130,9 +131,9 @@ def drawn(
 
 
 def spearman(connection: duckdb.DuckDBPyConnection, first: str, second: str) -> float | None:
-    """Return Spearman's rank correlation of two columns of the table `calibration`, or None where one has no order.
+    """Return Spearman's rank correlation of two columns of the table `calibration`, or None if one is constant.
 
-    Ties have their mean rank; a column of one value alone has no order.
+    Ties have their mean rank.
     """
     ranks = [
         f'rank() over (order by "{name}") + (count(*) over (partition by "{name}") - 1) / 2.0 as {rank}'
@@ -145,19 +146,19 @@ def spearman(connection: duckdb.DuckDBPyConnection, first: str, second: str) -> 
 
 
 def choose(candidates: Iterable[Candidate], min_correlation: float) -> Candidate:
-    """Return the cheapest candidate that has at least `min_correlation`; the full loss always does for itself."""
-    fit = [
+    """Return the cheapest candidate with at least `min_correlation`; the full loss always qualifies."""
+    eligible = [
         candidate
         for candidate in candidates
         if candidate.name == "full" or (candidate.correlation is not None and candidate.correlation >= min_correlation)
     ]
-    return min(fit, key=lambda candidate: candidate.cost_tokens)
+    return min(eligible, key=lambda candidate: candidate.cost_tokens)
 
 
 def write_budget(
     round_folder: Path, candidates: Iterable[Candidate], chosen: str, calibration_tokens: int | None, fingerprint: str
 ) -> None:
-    """Write what was measured and chosen to budget.parquet, with what measuring cost as a row of its own, if it was."""
+    """Write the candidates and the choice to budget.parquet, and the cost of calibration, if any, as another row."""
     rows = [{**vars(candidate), "candidate": candidate.name, "chosen": candidate.name == chosen}
             for candidate in candidates]  # fmt: skip
     if calibration_tokens is not None:
@@ -166,7 +167,7 @@ def write_budget(
 
 
 def calibration_cost(round_folder: Path) -> int:
-    """Return what scoring the calibration set in `round_folder` cost, in training-token equivalents."""
+    """Return the cost of scoring the calibration set in `round_folder`, in training-token equivalents."""
     with duckdb.connect() as connection:
         [(tokens,)] = connection.sql(
             f"select sum(num_tokens) from read_parquet({literal(calibration_path(round_folder))})"

@@ -1,6 +1,6 @@
-"""The candidates of a draw: a shard's samples with what is known of each, who is out of the question, and a score.
+"""The candidates of a draw: a shard's samples with their losses, reasons for exclusion, and scores.
 
-Everything is SQL over the Parquet files of earlier rounds, computed as it streams by.
+Everything is streaming SQL over the Parquet files of earlier rounds.
 """
 
 from dataclasses import dataclass, field
@@ -21,15 +21,14 @@ from data_scoring.refine.refine_config import RefineConfig
 if TYPE_CHECKING:
     import duckdb
 
-# Losses are counted in bins of 1/1024 nats, so that medians and quantiles take bounded memory and are the same every
-# time.
+# Losses are counted in bins of 1/1024 nats, so that medians and quantiles take bounded memory and are reproducible.
 _BINS_PER_NAT = 1024
-# Of a handful of losses, nobody can say which is out of the ordinary.
+# Outliers cannot be identified among fewer losses.
 _FEWEST_FOR_OUTLIERS = 20
-# Makes the median absolute deviation of a normal distribution its standard deviation.
+# Converts the median absolute deviation of a normal distribution to its standard deviation.
 _MAD_TO_DEVIATION = 1.4826
 
-# Why samples are excluded. Those of a source that joins later are not of the samples that shares are of.
+# Why samples are excluded. Shares do not count samples of sources that join later.
 LATE = "its source joins later"
 CONTAMINATED = "contaminated"
 SHORT, OUTLIER, REPEATED = "too few tokens", "outlier", "near duplicate"
@@ -39,11 +38,12 @@ EXCLUSIONS = (LATE, CONTAMINATED, SHORT, OUTLIER, REPEATED, WORN, HARDEST)
 
 @dataclass(frozen=True)
 class Draw:
-    """What the samples of a round are drawn from, and how.
+    """The inputs and the configuration of a round's draw.
 
-    `rounds` is the folder that holds the rounds' folders, `num_samples` each shard's size, `duplicates` the file that
-    lists near duplicates, where they are looked for, and `contaminated` the one that lists samples with parts of
-    evaluation items, where these are left out.
+    rounds: the folder of the rounds' folders.
+    num_samples: each shard's number of samples.
+    duplicates: the file that lists near duplicates, if they are excluded.
+    contaminated: the file that lists samples that overlap with evaluation items, if they are excluded.
     """
 
     rounds: Path
@@ -56,12 +56,12 @@ class Draw:
 
     @property
     def target(self) -> Path:
-        """Return the folder of the round that is drawn for."""
+        """Return the folder of the round that will train on the selection."""
         return self.rounds / str(self.round_number)
 
     @property
     def scored(self) -> Path:
-        """Return the folder of the round whose losses are drawn by."""
+        """Return the folder of the round whose losses are used."""
         return self.rounds / str(self.round_number - 1)
 
     def losses(self, shard: int) -> str:
@@ -70,7 +70,7 @@ class Draw:
 
 
 def check_losses(draw: Draw, shard: int) -> None:
-    """Raise ValueError where a shard's losses, or its reference losses, are missing or incomplete."""
+    """Raise ValueError if a shard's losses, or its reference losses, are missing or incomplete."""
     _check_file(losses_path(draw.scored, shard), draw.num_samples[shard], "score the round")
     if REFERENCE_LOSS in draw.config.columns:
         path = losses_path(Path(str(draw.config.reference)), shard)
@@ -78,7 +78,7 @@ def check_losses(draw: Draw, shard: int) -> None:
 
 
 def _check_file(path: Path, expected: int, remedy: str) -> None:
-    """Look at the file's footer alone, which counts rows and what is missing."""
+    """Check only the file's footer, which has the numbers of rows and of missing values."""
     if not path.exists():
         raise ValueError(f"{path}: no such file; {remedy} first with `reprise score`")
     try:
@@ -87,30 +87,30 @@ def _check_file(path: Path, expected: int, remedy: str) -> None:
         raise ValueError(f"{path}: cannot be read ({error}); delete it and {remedy} again") from None
     names = metadata.schema.names
     if not {"loss", "source"} <= set(names):
-        raise ValueError(f"{path}: holds {', '.join(names)} and no source or loss; delete it and {remedy} again")
+        raise ValueError(f"{path}: has {', '.join(names)}, but no source or loss; delete it and {remedy} again")
     groups = [metadata.row_group(number).column(names.index("loss")) for number in range(metadata.num_row_groups)]
     nulls = sum(group.statistics.null_count for group in groups if group.statistics is not None)
     counted = (metadata.num_rows, metadata.num_rows - nulls)
     if counted != (expected, expected):
         raise ValueError(
-            f"{path}: {counted} rows and losses where the shard has {expected} samples; delete it and {remedy} again"
+            f"{path}: {counted} rows and losses, but the shard has {expected} samples; delete it and {remedy} again"
         )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Losses that are too much, nats: for an outlier of its source, and to be among the hardest of its shard."""
+    """Loss limits, nats: above them, a sample is an outlier of its source, or among the hardest of its shard."""
 
     outlier: dict[str, float] = field(default_factory=dict)
     hardest: dict[int, float] = field(default_factory=dict)
 
 
 def find_limits(connection: "duckdb.DuckDBPyConnection", draw: Draw) -> Limits:
-    """Return the limits that the draw's configuration asks for, found by counting losses in bins.
+    """Return the limits of the draw's configuration, computed from losses counted in bins.
 
-    The robust z-score of a loss is its distance from its source's median in units of 1.4826 times the median absolute
-    deviation; a loss of more than `outlier_z` is an outlier. A source of fewer than 20 samples, or of equal ones, has
-    none. Raises ValueError where losses are missing or incomplete.
+    The robust z-score of a loss is its distance from its source's median, divided by 1.4826 times the median absolute
+    deviation; a loss above `outlier_z` is an outlier. Sources with fewer than 20 samples, or with equal losses, have no
+    limit. Raises ValueError if losses are missing or incomplete.
     """
     config, limits = draw.config, Limits()
     if config.outlier_z is None and not config.policy_row.drops_hardest:
@@ -124,7 +124,7 @@ def find_limits(connection: "duckdb.DuckDBPyConnection", draw: Draw) -> Limits:
         )
     if config.policy_row.drops_hardest:
         for shard, losses, counts in _counted(connection, "shard"):
-            # The bin's upper edge: losses that share the last bin are not told apart, and stay.
+            # The bin's upper edge: losses in the last bin cannot be distinguished, and are kept.
             limits.hardest[shard] = _quantile(losses, counts, 1 - config.drop_hardest) + 0.5 / _BINS_PER_NAT
     if config.outlier_z is not None:
         for source, losses, counts in _counted(connection, "source"):
@@ -136,7 +136,7 @@ def find_limits(connection: "duckdb.DuckDBPyConnection", draw: Draw) -> Limits:
 
 
 def _counted(connection: "duckdb.DuckDBPyConnection", group: str) -> list[tuple[Any, NDArray[Any], NDArray[Any]]]:
-    """Return each group's losses, in bins, with their counts."""
+    """Return each group's losses (centres of bins), with their counts."""
     rows = connection.sql(
         f"select {group} as name, list(bin) as bins, list(n) as counts from (select {group}, bin, sum(n)::bigint as n "
         f"from loss_counts group by {group}, bin) group by name order by name"
@@ -145,17 +145,17 @@ def _counted(connection: "duckdb.DuckDBPyConnection", group: str) -> list[tuple[
 
 
 def _quantile(values: NDArray[Any], counts: NDArray[Any], share: float) -> float:
-    """Return the least of `values`, each as often as `counts` says, that `share` of them do not exceed."""
+    """Return the smallest of `values`, weighted by `counts`, that at least `share` of them do not exceed."""
     order = np.argsort(values)
     covered = np.cumsum(counts[order])
     return float(values[order][np.searchsorted(covered, share * covered[-1])])
 
 
 def candidates_query(draw: Draw, limits: Limits, shard: int) -> str:
-    """Return the SQL of a shard's candidates, a row a sample, in the order of the losses file.
+    """Return the SQL of a shard's candidates, one row per sample, in the order of the losses file.
 
-    Columns: sample; source; loss; excluded, why a sample is out of the question, else null; is_fresh, whether its
-    source joins now; key, by which the highest are kept; bits, 64 random ones, which settle ties.
+    Columns: sample; source; loss; excluded, the reason for exclusion or null; is_fresh, whether the source joins in
+    this round; key, of which the highest are kept; bits, 64 random bits, which break ties.
     """
     config = draw.config
     is_by_batch = BATCH_LOSS in config.columns
@@ -175,7 +175,7 @@ def candidates_query(draw: Draw, limits: Limits, shard: int) -> str:
 
 
 def is_joined(draw: Draw) -> bool:
-    """Return whether candidates take joins to make, so that making them once is cheaper than at every scan."""
+    """Return whether the candidates need joins, so that materialising them is cheaper than repeating each scan."""
     config = draw.config
     return (
         bool(config.columns)
@@ -186,7 +186,7 @@ def is_joined(draw: Draw) -> bool:
 
 
 def _excluded(draw: Draw, limits: Limits, shard: int) -> str:
-    """Return the SQL expression of the reason why a sample is out of the question, or null."""
+    """Return the SQL expression of the reason why a sample is excluded, or null."""
     config = draw.config
     cases = []
     late = [rule.name for rule in config.sources if rule.from_round > draw.round_number]

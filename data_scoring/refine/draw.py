@@ -1,4 +1,4 @@
-"""The paper's draw without replacement (arXiv 2402.02791, section 5), as a key: the N0 highest are kept.
+"""The paper's draw without replacement (arXiv 2402.02791, section 5), as keys, of which the N0 highest are kept.
 
 Within each shard, N0 of N samples with p_i = exp(l_i / T) / sum_j exp(l_j / T). Keeping the N0 largest of
 l_i / T - ln(-ln U_i), U_i uniform, is exactly that draw (Gumbel-top-k; Kool et al. 2019, arXiv 1903.06059).
@@ -17,5 +17,5 @@ def draw_key(score: str, temperature: float, bits: str) -> str:
 
 
 def num_kept(num_samples: int, sampling_rate: float) -> int:
-    """Return N0, how many of `num_samples` are kept: the number nearest to the sampling rate, at least one."""
+    """Return N0, the number of kept samples: `num_samples` times the sampling rate, rounded, and at least one."""
     return max(1, int(num_samples * sampling_rate + 0.5))

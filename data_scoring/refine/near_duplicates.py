@@ -1,4 +1,4 @@
-"""Near duplicates: samples that share most of their runs of tokens with an earlier sample, found by MinHash."""
+"""Near duplicates: samples that share most of their token n-grams with an earlier sample, found by MinHash."""
 
 import shutil
 from pathlib import Path
@@ -14,8 +14,9 @@ from data_scoring.base.progress import Progress
 from data_scoring.base.sql import bounded
 from data_scoring.corpus.corpus import Corpus
 
-# The folder beside the result that holds what is temporary.
+# The folder of temporary files, next to the result.
 SCRATCH = ".near-duplicates"
+# Length of the n-grams, in tokens.
 _RUN = 5
 _NUM_HASHES = 128
 _CHUNK_TOKENS = 1 << 20
@@ -25,20 +26,20 @@ _MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 def write_near_duplicates(corpus: Corpus, threshold: float, path: Path, memory_gb: float, progress: Progress) -> None:
-    """Write the samples that nearly repeat an earlier one to `path`, a Parquet file: shard, sample, similarity.
+    """Write the near duplicates of earlier samples to `path`, a Parquet file: shard, sample, similarity.
 
-    Two samples are near duplicates where the Jaccard similarity of their sets of runs of 5 tokens, estimated by 128
-    MinHashes (Broder 1997), is `threshold` or more; of samples that are linked so, the first in the corpus' order is
-    not listed. Samples shorter than a run have no near duplicates. Takes about a kilobyte a sample of temporary disk
-    space (128 hashes, and 17 bytes for each band of them), and 16 bytes of memory for each pair that shares a band.
-    What is there already, of the same corpus, is kept.
+    Two samples are near duplicates if the Jaccard similarity of their sets of 5-grams of tokens, estimated by 128
+    MinHashes (Broder 1997), is at least `threshold`; of linked samples, the first in corpus order is not listed.
+    Samples shorter than an n-gram have no near duplicates. Takes about a kilobyte of temporary disk space per sample
+    (128 hashes, and 17 bytes for each band of them), and 16 bytes of memory for each pair that shares a band. An
+    existing file of the same corpus is kept.
     """
     if parquet_fingerprint(path) == corpus.fingerprint:
         return
     sizes = [corpus.num_samples(shard) for shard in range(corpus.num_shards)]
     first = np.cumsum([0, *sizes])
     folder = path.parent / SCRATCH
-    # Of a process that was killed.
+    # Left by a killed process.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with bounded(folder, memory_gb) as connection:
@@ -66,7 +67,7 @@ def write_near_duplicates(corpus: Corpus, threshold: float, path: Path, memory_g
 
 
 def _sign(corpus: Corpus, shard: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Return those of `samples` that hold a run at least, [n] int64, with their MinHashes, [n, 128] uint32."""
+    """Return those of `samples` that have at least one n-gram, [n] int64, and their MinHashes, [n, 128] uint32."""
     batch = corpus.read(np.full(len(samples), shard), samples)
     windows = np.lib.stride_tricks.sliding_window_view(batch.tokens.astype(np.uint64), _RUN, axis=1)
     hashes = _hash(windows)
@@ -85,7 +86,7 @@ def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _rows_per_band(threshold: float) -> int:
-    """Return how many hashes have to agree to make a pair a candidate: as many as find nearly all at `threshold`."""
+    """Return the number of hashes per band: the largest that finds at least 99 % of the pairs at `threshold`."""
     found = [rows for rows in range(1, _NUM_HASHES) if 1 - (1 - threshold**rows) ** (_NUM_HASHES // rows) >= 0.99]
     return max(found, default=1)
 
@@ -95,7 +96,7 @@ def _add_bands(
 ) -> None:
     for band in range(_NUM_HASHES // rows):
         part = np.ascontiguousarray(digests[:, band * rows : (band + 1) * rows])
-        # Bands are compared by a hash of theirs; what agrees by chance is found out when signatures are compared.
+        # Bands are compared by their hash; collisions are removed later, when signatures are compared.
         digest = _hash(part.astype(np.uint64))
         table = pa.table({"digest": digest, "id": ids})
         connection.register("found", table)
@@ -106,7 +107,7 @@ def _add_bands(
 def _linked(
     connection: duckdb.DuckDBPyConnection, signatures: NDArray[np.uint32], threshold: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return all but the first of each set of linked samples, and how similar each is to the one it is linked by."""
+    """Return all but the first of each set of linked samples, and each one's similarity to its most similar link."""
     pairs = connection.sql(
         """select distinct other, id from (
             select id, unnest([min(id) over same, lag(id) over (same order by id)]) as other from bands
@@ -119,7 +120,7 @@ def _linked(
         part = slice(start, start + _CHUNK_PAIRS)
         similarities[part] = (signatures[others[part]] == signatures[ids[part]]).mean(axis=1)
     near = similarities >= threshold
-    # Every pair links to an earlier sample, so that all but the first of a set have a pair of their own.
+    # Every pair links to an earlier sample, so all but the first of a set appear as the later one of a pair.
     order = np.argsort(-similarities[near], kind="stable")
     listed, place = np.unique(ids[near][order], return_index=True)
     return listed, similarities[near][order][place]

@@ -1,4 +1,4 @@
-"""What a user may set about refining."""
+"""The configuration of refining."""
 
 from typing import Annotated, Any
 
@@ -23,13 +23,16 @@ def _describe_added_policies(schema: dict[str, Any]) -> None:
 
 
 class SourceRule(Config):
-    """What is due to one source, whatever its losses say."""
+    """Limits for one source that apply regardless of its losses."""
 
     name: str = Field(min_length=1, description="Name of the source.")
-    at_least: float = Field(default=0.0, ge=0, le=1, description="Share of its samples that is kept at least.")
-    at_most: float = Field(default=1.0, ge=0, le=1, description="Share of its samples that is kept at most.")
+    at_least: float = Field(default=0.0, ge=0, le=1, description="Smallest share of its samples that is kept.")
+    at_most: float = Field(default=1.0, ge=0, le=1, description="Largest share of its samples that is kept.")
     from_round: int = Field(
-        default=1, ge=1, le=100, description="Round in which the source joins, all of it: fresh data for a later round."
+        default=1,
+        ge=1,
+        le=100,
+        description="Round in which the source joins; all of its samples are kept in that round.",
     )
 
     @model_validator(mode="after")
@@ -40,7 +43,7 @@ class SourceRule(Config):
 
 
 class RefineConfig(Config):
-    """How losses become the samples of the next round."""
+    """How the samples of the next round are selected by their losses."""
 
     policy: PolicyName = Field(
         default="loss", description=describe_policies(), json_schema_extra=_describe_added_policies
@@ -50,49 +53,49 @@ class RefineConfig(Config):
         default=None,
         ge=0,
         le=1e6,
-        description="Softens (>1) or sharpens (<1) the draw; 0 leaves nothing to chance and keeps the highest. null: 0 "
-        "for top and band, else 1 (paper).",
+        description="Temperature of the draw: above 1 makes it more random, below 1 less; 0 keeps the highest scores. "
+        "null: 0 for top and band, else 1 (paper).",
     )
     drop_hardest: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of each shard, the hardest, that policy band drops."
+        default=0.1, ge=0, lt=1, description="Share of each shard with the highest losses, which policy band drops."
     )
-    batch_size: int = Field(default=16, ge=1, le=1_000_000, description="Samples a batch, for policy loss_batch.")
+    batch_size: int = Field(default=16, ge=1, le=1_000_000, description="Samples per batch, for policy loss_batch.")
     reference: str | None = Field(
         default=None,
         min_length=1,
         description="Round folder with the reference model's losses of the same corpus, such as runs/large/rounds/1, "
-        "for policy excess; it has to stay there while the run goes on.",
+        "for policy excess; it has to exist until the run is done.",
     )
     sql: str | None = Field(
         default=None,
         min_length=1,
         max_length=10_000,
-        description="What policy sql draws by, nats: an expression of sample, source, num_tokens, loss and seen_loss, "
+        description="Score for policy sql, nats: an SQL expression of sample, source, num_tokens, loss and seen_loss, "
         "such as 'loss - 0.5 * seen_loss'.",
     )
     outlier_z: float | None = Field(
         default=6.0,
         gt=0,
-        description="Robust z-score (median and MAD of the source) above which a loss is taken for noise and its "
-        "sample quarantined; null keeps all.",
+        description="Robust z-score (median and MAD of the source) above which a loss counts as noise and its sample "
+        "is excluded; null excludes none.",
     )
     min_tokens: int = Field(default=1, ge=1, description="Scored tokens that a sample needs to be kept.")
     near_duplicates: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="Jaccard similarity (of runs of 5 tokens, estimated by MinHash) from which on a sample "
-        "is a near duplicate of an earlier one and left out, such as 0.8; null does not look for them.",
+        description="Jaccard similarity (of 5-grams of tokens, estimated by MinHash) at or above which a sample is a "
+        "near duplicate of an earlier one and excluded, such as 0.8; null excludes none.",
     )
-    max_rounds: int | None = Field(default=None, ge=1, description="Rounds that a sample may be trained in at most.")
+    max_rounds: int | None = Field(default=None, ge=1, description="Largest number of rounds that train on a sample.")
     max_tokens: int | None = Field(
         default=None, ge=1,
-        description="Predicted tokens that the round trains on at most; the mix is cut in its training order before "
-        "the sample that would exceed it. null: no limit.",
+        description="Largest number of predicted tokens that the round trains on; the mix ends, in training order, "
+        "before the sample that would exceed it. null: no limit.",
     )  # fmt: skip
     sources: tuple[SourceRule, ...] = Field(default=(), description="Floors, ceilings and late sources.")
     memory_gb: Annotated[float, FREE] = Field(
-        default=4.0, ge=0.25, le=4096, description="Memory that refining may take, GB; what exceeds it goes to disk."
+        default=4.0, ge=0.25, le=4096, description="Memory limit of refining, GB; it spills to disk beyond that."
     )
 
     @property
@@ -102,24 +105,24 @@ class RefineConfig(Config):
 
     @property
     def score(self) -> str:
-        """Return the SQL expression of what is drawn by."""
+        """Return the SQL expression of the score."""
         score = self.policy_row.score
         return f"({self.sql})" if score is None else score
 
     @property
     def columns(self) -> set[str]:
-        """Return the columns that the score uses, as far as the losses files lack them."""
+        """Return the columns that the score uses and the losses files lack."""
         used = self.policy_row.columns if self.policy_row.score is not None else check_expression(str(self.sql))
         return {*used} & {*JOINS, BATCH_LOSS}
 
     @property
     def draw_temperature(self) -> float:
-        """Return the temperature in force."""
+        """Return the effective temperature."""
         return self.policy_row.temperature if self.temperature is None else self.temperature
 
     @property
     def draw_rate(self) -> float:
-        """Return the sampling rate in force."""
+        """Return the effective sampling rate."""
         return 1.0 if self.policy_row.keeps_all else self.sampling_rate
 
     @model_validator(mode="after")
@@ -134,10 +137,10 @@ class RefineConfig(Config):
             raise ValueError(f"reference: policy {self.policy} needs a reference model's losses; name the round folder")
         if self.policy_row.drops_hardest and self.sampling_rate + self.drop_hardest > 1:
             raise ValueError(
-                f"drop_hardest: {self.drop_hardest} and sampling_rate {self.sampling_rate} add up to more than all; "
+                f"drop_hardest: {self.drop_hardest} and sampling_rate {self.sampling_rate} add up to more than 1; "
                 "lower one of them"
             )
         names = [rule.name for rule in self.sources]
         if len(set(names)) < len(names):
-            raise ValueError(f"sources: {sorted(names)} names a source twice; say all of it in one entry")
+            raise ValueError(f"sources: {sorted(names)} names a source twice; merge its entries")
         return self

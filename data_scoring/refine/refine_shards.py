@@ -1,7 +1,7 @@
-"""Refining: losses to the samples that are kept, drawn in DuckDB, shard by shard.
+"""Refining: selecting samples by their losses in DuckDB, shard by shard.
 
 The draw is the paper's (`draw.py`). Its random numbers are a hash of (seed, round, shard, sample), so it does not
-depend on row order, threads or processes. Every policy is a score in the place of the loss (`policies.py`).
+depend on row order, threads or processes. A policy replaces the loss by another score (`policies.py`).
 """
 
 from pathlib import Path
@@ -19,15 +19,15 @@ _PLAIN = RefineConfig()
 
 
 def selection_path(round_folder: Path, shard: int) -> Path:
-    """Return the path of what was selected from a shard for the round in `round_folder`."""
+    """Return the path of the selection from a shard for the round in `round_folder`."""
     return round_folder / "selection" / f"shard={shard:04d}.parquet"
 
 
 def refine(draw: Draw, fingerprint: str, progress: Progress) -> None:
-    """Select the samples of a round by the losses of the round before.
+    """Select the samples of a round by the losses of the previous round.
 
-    Writes a selection file a shard, each committed as it is done and skipped by a rerun with the same `fingerprint`.
-    Raises ValueError where a shard's losses are missing or incomplete.
+    Writes one selection file per shard; a rerun with the same `fingerprint` skips finished shards. Raises ValueError if
+    a shard's losses are missing or incomplete.
     """
     (draw.target / "selection").mkdir(parents=True, exist_ok=True)
     remove_leftovers(draw.target / "selection")
@@ -61,10 +61,10 @@ def mix_all(
     max_tokens: int | None = None,
     contaminated: Path | None = None,
 ) -> int:
-    """Write round 1's mix, of every sample whose source has joined, to `path` and return their number.
+    """Return the number of samples of round 1's mix, after writing it to `path`: all samples of joined sources.
 
-    With `max_tokens` it ends before the sample that would exceed it. Samples that the file `contaminated` lists are
-    left out. Raises ValueError where none is left.
+    With `max_tokens`, the mix ends before the sample that would exceed it. Samples that the file `contaminated` lists
+    are left out. Raises ValueError if no sample is left.
     """
     conditions = ["true"]
     if late := ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > 1):
@@ -78,9 +78,9 @@ def mix_all(
 
 
 def mix_selection(path: Path, draw: Draw, samples_path: Path) -> int:
-    """Write the mix of the samples that the selection for a round keeps to `path` and return their number.
+    """Return the number of samples of a round's mix, after writing it to `path`: the samples that the selection keeps.
 
-    With `refine.max_tokens` it ends before the sample that would exceed it, by the tokens that `samples_path` lists.
+    With `refine.max_tokens`, the mix ends before the sample that would exceed it; `samples_path` lists tokens.
     """
     files, config = draw.target / "selection" / "*.parquet", draw.config
     shard = r"regexp_extract(filename, 'shard=(\d+)', 1)::int"

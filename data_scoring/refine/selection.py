@@ -1,9 +1,9 @@
-"""Selecting: which of a shard's candidates are kept, exactly, in bounded memory.
+"""Exact selection from a shard's candidates in bounded memory.
 
-The candidates with the highest keys are to be kept, with floors and ceilings for sources. One scan counts keys in
-buckets; that tells in which bucket each source is cut off. A second scan brings the rows of those buckets alone, which
-are sorted. A third writes every sample's fate. Nothing is ever sorted as a whole, which would take memory for all of a
-shard, and DuckDB puts on disk what does not fit into memory.
+The candidates with the highest keys are kept, subject to floors and ceilings for sources. A first scan counts keys in
+buckets, which gives the bucket of each source's cut. A second scan reads and sorts only the rows of those buckets. A
+third scan writes every sample's result. The shard is never sorted as a whole, which would need memory for all of it,
+and DuckDB spills to disk.
 """
 
 from dataclasses import dataclass
@@ -21,25 +21,25 @@ from data_scoring.refine.refine_config import RefineConfig
 if TYPE_CHECKING:
     import duckdb
 
-# Enough for a bucket at the cut to hold a thousandth of the samples, few enough to be counted at no cost.
+# Enough that a bucket at a cut has about a thousandth of the samples, and few enough that counting costs nothing.
 _NUM_BUCKETS = 4096
-# The first rows tell the range that buckets divide; keys beyond go into the outermost.
+# The first rows give the range of the buckets; keys outside go into the outermost buckets.
 _RANGE_ROWS = 50_000
 # Below every bucket: no cut.
 _BOTTOM = -1
 
 FRESH = "its source joins now"
 FLOOR, CEILING, NOT_DRAWN = "floor of its source", "ceiling of its source", "not drawn"
-# Scores that are finite for every sample that has a loss; others are checked.
+# Scores that are finite for every sample with a loss; other scores are checked.
 _FINITE_SCORES = ("0", "loss", BATCH_LOSS)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where one group of candidates, a source with a rule of its own or all others, is cut off.
+    """The cut of one group of candidates: a source with a rule, or all other sources.
 
-    Buckets above `bucket` are kept, those below are not. In it, ranks up to `floor` in the group are kept and those
-    beyond `ceiling` are not; `above` of the group's candidates lie in buckets above.
+    Buckets above `bucket` are kept, those below are not. In `bucket`, ranks in the group up to `floor` are kept and
+    ranks beyond `ceiling` are not; `above` candidates of the group are in higher buckets.
     """
 
     bucket: int
@@ -50,7 +50,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Cuts:
-    """All groups' cuts; between floor and ceiling, `contested` more are kept of the `bucket` that all compete in."""
+    """The cuts of all groups; `contested` more candidates, between floor and ceiling, are kept of `bucket`."""
 
     groups: dict[str, Cut]
     bucket: int
@@ -60,10 +60,10 @@ class Cuts:
 def select(
     connection: "duckdb.DuckDBPyConnection", draw: Draw, limits: Limits, shard: int, name: str = "chosen"
 ) -> str:
-    """Return the SQL whose rows (sample, loss, kept, reason) are the selection from a shard, in the losses' order.
+    """Return the SQL of a shard's selection, rows (sample, loss, kept, reason) in the order of the losses.
 
-    A table that it refers to is made on `connection`, its name beginning with `name`. Raises ValueError where
-    losses are missing or incomplete, a score is not finite, or floors are above the sampling rate.
+    May create a table on `connection` whose name begins with `name`. Raises ValueError if losses are missing or
+    incomplete, a score is not finite, or floors exceed the sampling rate.
     """
     import duckdb
 
@@ -72,7 +72,7 @@ def select(
         return _select(connection, draw, limits, shard, name)
     except (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException) as error:
         text = " ".join(str(error).split())
-        raise ValueError(f"{_policy(draw.config)} cannot be computed for every sample ({text}); mend it") from None
+        raise ValueError(f"{_policy(draw.config)} cannot be computed for every sample ({text}); correct it") from None
 
 
 def _policy(config: RefineConfig) -> str:
@@ -80,7 +80,7 @@ def _policy(config: RefineConfig) -> str:
 
 
 def _reason_type() -> str:
-    """Return the SQL type of reasons: as an enumeration, they are written several times as fast as strings."""
+    """Return the SQL type of reasons: an enumeration, which is several times faster to write than strings."""
     drawn = (policy.reason for policy in POLICIES.values())
     reasons = dict.fromkeys([*drawn, *EXCLUSIONS, FRESH, FLOOR, CEILING, NOT_DRAWN])
     return f"enum ({', '.join(map(literal, reasons))})"
@@ -101,13 +101,13 @@ def _select(connection: "duckdb.DuckDBPyConnection", draw: Draw, limits: Limits,
 
 
 def _group(config: RefineConfig) -> str:
-    """Return the SQL expression of a candidate's group: its source where that has a floor or a ceiling, else ''."""
+    """Return the SQL expression of a candidate's group: its source if that has a floor or a ceiling, else ''."""
     ruled = [rule.name for rule in config.sources if rule.at_least > 0 or rule.at_most < 1]
     return f"case when source in ({', '.join(map(literal, ruled))}) then source else '' end" if ruled else "''"
 
 
 def _range(connection: "duckdb.DuckDBPyConnection", relation: str) -> tuple[float, float]:
-    """Return where buckets begin and how wide they are. It decides how fast selecting is, and nothing else."""
+    """Return the buckets' lower bound and width. They affect only the speed, not the result."""
     [(low, high)] = connection.sql(
         f"""select min(key), max(key) from (select * from {relation} limit {_RANGE_ROWS})
         where excluded is null and not is_fresh and isfinite(key)"""
@@ -119,7 +119,7 @@ def _range(connection: "duckdb.DuckDBPyConnection", relation: str) -> tuple[floa
 
 @dataclass(frozen=True)
 class Counts:
-    """A group's candidates, bucket by bucket, [_NUM_BUCKETS] int64, and how many samples it has with those excluded."""
+    """A group's candidates by bucket, [_NUM_BUCKETS] int64, and its number of samples, including excluded ones."""
 
     by_bucket: NDArray[np.int64]
     num_samples: int
@@ -150,16 +150,16 @@ def _check_finite(connection: "duckdb.DuckDBPyConnection", draw: Draw, shard: in
     ).fetchall()
     if bad is not None:
         raise ValueError(
-            f"{_policy(draw.config)}: what it gives for sample {bad} of shard {shard} is no finite number (one never "
-            "trained on has no seen_loss: coalesce(seen_loss, 0) is a way to say what it counts for)"
+            f"{_policy(draw.config)}: the score of sample {bad} of shard {shard} is not finite; samples never trained "
+            "on have no seen_loss, so write coalesce(seen_loss, 0), for example"
         )
 
 
 def find_cuts(counts: dict[str, Counts], config: RefineConfig) -> Cuts:
-    """Return where each group is cut off so that, within floors and ceilings, N0 of the highest keys are kept.
+    """Return the cut of each group such that, within floors and ceilings, the N0 highest keys are kept.
 
-    N0 is of all samples, those excluded with them; where fewer may be kept, all of these are. Raises ValueError where
-    floors alone are above N0.
+    N0 counts all samples, including excluded ones; if fewer candidates may be kept, all of them are. Raises ValueError
+    if the floors alone exceed N0.
     """
     rules = {rule.name: rule for rule in config.sources}
     floors, ceilings, at_least = {}, {}, {}
@@ -168,21 +168,21 @@ def find_cuts(counts: dict[str, Counts], config: RefineConfig) -> Cuts:
         rule = rules.get(name)
         floors[name] = min(candidates, int(rule.at_least * group.num_samples)) if rule else 0
         ceilings[name] = min(candidates, int(rule.at_most * group.num_samples + 0.5)) if rule else candidates
-        # [bucket]: how many candidates lie in it or above.
+        # [bucket]: the number of candidates in it or above.
         at_least[name] = np.cumsum(group.by_bucket[::-1])[::-1]
     wanted = num_kept(sum(group.num_samples for group in counts.values()), config.draw_rate) if counts else 0
     if sum(floors.values()) > wanted:
         raise ValueError(
-            f"refine.sources: the floors (at_least) ask for {sum(floors.values())} samples of a shard of which "
+            f"refine.sources: the floors (at_least) require {sum(floors.values())} samples of a shard of which "
             f"sampling_rate {config.sampling_rate:g} keeps {wanted}; lower them, or raise sampling_rate"
         )
     wanted = min(wanted, sum(ceilings.values()))
     kept_from = sum(np.clip(at_least[name], floors[name], ceilings[name]) for name in counts)
-    # The highest bucket from which on there are enough.
+    # The highest bucket that, with all buckets above it, has enough candidates.
     bucket = int(np.flatnonzero(kept_from >= wanted)[-1]) if counts else 0
     groups, settled = {}, 0
     for name in counts:
-        # Two more, for a group of which nothing is kept is cut off above all buckets.
+        # Two more entries, since a group that keeps nothing is cut above all buckets.
         above = np.append(at_least[name], [0, 0])
         settled += min(max(int(above[bucket + 1]), floors[name]), ceilings[name])
         floor_bucket = _bucket_of(above, floors[name])
@@ -193,7 +193,7 @@ def find_cuts(counts: dict[str, Counts], config: RefineConfig) -> Cuts:
 
 
 def _bucket_of(above: NDArray[np.int64], rank: int) -> int:
-    """Return the bucket that holds the candidate of a rank, from 1; for rank 0, one above all.
+    """Return the bucket of the candidate with a rank, counted from 1; for rank 0, one above all buckets.
 
     `above` counts the candidates in or above each bucket.
     """
@@ -201,7 +201,7 @@ def _bucket_of(above: NDArray[np.int64], rank: int) -> int:
 
 
 def _by_group(values: dict[str, str]) -> str:
-    """Return the SQL expression that is, for a candidate of each group, the expression in `values`."""
+    """Return the SQL expression with the value in `values` of a candidate's group."""
     if len(set(values.values())) <= 1:
         return next(iter(values.values()), "false")
     return f"case category {' '.join(f'when {literal(name)} then {value}' for name, value in values.items())} end"
@@ -209,7 +209,7 @@ def _by_group(values: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """A candidate's place in the order: by key, then by random bits, then by number."""
+    """A candidate's place in the order: by key, then by random bits, then by sample index."""
 
     key: float
     bits: int
@@ -217,7 +217,7 @@ class Place:
 
     def or_higher(self) -> str:
         """Return the SQL condition that a candidate has this place or a higher one."""
-        # Quoted, the number is read back as it was written, to the last bit.
+        # Casting from a string restores the number exactly.
         key = f"'{self.key!r}'::double"
         ties = f"bits > {self.bits}::ubigint or (bits = {self.bits}::ubigint and sample <= {self.sample})"
         return f"(key > {key} or (key = {key} and ({ties})))"
@@ -226,9 +226,9 @@ class Place:
 def _find_places(
     connection: "duckdb.DuckDBPyConnection", cuts: Cuts, bucketed: str
 ) -> tuple[dict[str, Place], Place | None]:
-    """Return the last place that each group keeps in the bucket where it is cut off, and the last that is contested.
+    """Return the last place that each group keeps in its cut's bucket, and the last contested place that is kept.
 
-    Groups that keep none there are not listed; without contest there is no last place of it.
+    Groups that keep no place in that bucket are not listed; the contested place is None if there is none.
     """
     if not cuts.groups:
         return {}, None
@@ -242,13 +242,13 @@ def _find_places(
             select category, bucket, key, bits, sample,
                 {above} + row_number() over (partition by category order by {order}) as rank
             from {bucketed} where excluded is null and not is_fresh and bucket = {cut}
-        ), judged as (
+        ), labelled as (
             select *, case when rank <= {floor} then 'kept' when rank > {ceiling} then 'dropped'
                 when bucket > {cuts.bucket} then 'kept' when bucket = {cuts.bucket} then 'contested' else 'dropped' end
                 as status
             from ranked
         ), decided as (
-            select *, row_number() over (partition by status order by {order}) <= {cuts.contested} as is_won from judged
+            select *, row_number() over (partition by status order by {order}) <= {cuts.contested} as is_won from labelled
         )
         select category, key, bits, sample, false as is_contested from decided
         where status = 'kept' or (status = 'contested' and is_won)
@@ -261,7 +261,7 @@ def _find_places(
 
 
 def _from(bucket: int, place: Place | None) -> str:
-    """Return the SQL condition that a candidate is at `place` or higher, or, where nothing in `bucket` is, above it."""
+    """Return the SQL condition that a candidate is at `place` or higher, or, if None, above `bucket`."""
     return place.or_higher() if place else f"bucket > {bucket}"
 
 

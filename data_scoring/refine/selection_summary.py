@@ -1,4 +1,4 @@
-"""Summaries of selections: of a dry run, which writes nothing, and of what refining has written."""
+"""Summaries of selections: of a dry run, which writes nothing, and of written selections."""
 
 import math
 import tempfile
@@ -16,13 +16,13 @@ from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.refine_shards import selection_path
 from data_scoring.refine.selection import select
 
-# A temperature that leaves losses no weight.
+# A temperature at which losses have no effect.
 _ONLY_CHANCE = 1e9
 
 
 @dataclass(frozen=True)
 class Part:
-    """What would be kept of a source, of a shard, or of everything."""
+    """The selection from a source, from a shard, or from everything."""
 
     name: str
     num_samples: int
@@ -39,12 +39,12 @@ class Part:
 
 @dataclass(frozen=True)
 class SelectionSummary:
-    """What a selection keeps by source, by shard and in all, and how it differs from other selections.
+    """What a selection keeps by source, by shard and in total, and its overlap with other selections.
 
-    `reasons` are why samples are kept (True) or not, with their numbers, the commonest first.
-    `random_overlap` is the share of the kept samples that a draw with the same random numbers but no regard to loss
-    keeps too: 1 where losses decide nothing, None where that was not drawn. `last_mix_overlap` is the share that the
-    round before trained on.
+    reasons: (reason, whether the samples are kept, number of samples), most frequent first.
+    random_overlap: the share of the kept samples that a draw with the same random numbers, but without losses, also
+        keeps: 1 if losses have no effect, None if it was not computed.
+    last_mix_overlap: the share of the kept samples that the previous round trained on.
     """
 
     config: RefineConfig
@@ -58,9 +58,9 @@ class SelectionSummary:
 
 
 def dry_run(draw: Draw, samples_path: Path) -> SelectionSummary:
-    """Return what refining would keep, by the losses of the round before, writing nothing.
+    """Return what refining would keep, by the losses of the previous round; writes nothing.
 
-    Raises ValueError where losses are missing or incomplete, and for all that refining itself refuses.
+    Raises ValueError if losses are missing or incomplete, and in all cases in which refining does.
     """
     with _counting(draw.config.memory_gb) as connection:
         limits, by_chance = find_limits(connection, draw), replace(draw, config=_without_losses(draw.config))
@@ -72,7 +72,7 @@ def dry_run(draw: Draw, samples_path: Path) -> SelectionSummary:
 
 
 def summarise_selection(draw: Draw, samples_path: Path) -> SelectionSummary:
-    """Return what the selection that refining has written keeps. It is read, not drawn again."""
+    """Return the summary of the written selection, which is read, not drawn again."""
     with _counting(draw.config.memory_gb) as connection:
         for shard in range(len(draw.num_samples)):
             chosen = f"from read_parquet({literal(selection_path(draw.target, shard))})"
@@ -128,11 +128,11 @@ def _summarise(connection: duckdb.DuckDBPyConnection, draw: Draw, is_compared: b
 
 
 def _without_losses(config: RefineConfig) -> RefineConfig:
-    """Return what draws the same number of the same candidates by the same random numbers alone."""
+    """Return the configuration that draws as many of the same candidates by the same random numbers, without losses."""
     if not config.policy_row.needs_losses:
         return config
     if BATCH_LOSS in config.columns:
-        # Batches share a random number, and so are drawn as batches.
+        # The samples of a batch share their random number, so the draw has to stay by batch.
         return config.model_copy(update={"temperature": _ONLY_CHANCE})
     return config.model_copy(update={"policy": "random"})
 

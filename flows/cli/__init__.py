@@ -1,1 +1,1 @@
-"""The `reprise` command: argparse and printing. It may import every room, lazily; nothing imports it."""
+"""The `reprise` command: argparse and printing. It may import every room, lazily; no room imports it."""

@@ -1,4 +1,4 @@
-"""`reprise evaluate`: what models score in tasks, as the paper's table."""
+"""`reprise evaluate`: the models' task scores, as the paper's table."""
 
 import argparse
 import sys
@@ -18,26 +18,28 @@ from flows.stages.stage_order import complete, is_complete, stages_of
 
 
 def add_evaluate(commands: Any) -> None:
-    """Add the command to the parser's."""
-    command = commands.add_parser("evaluate", help="score what rounds ended with in tasks, and print the paper's table")
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, whose models become rows")
+    """Add the command to the parser's `commands`."""
+    command = commands.add_parser("evaluate", help="evaluate the models of rounds, and print the paper's table")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; each model becomes a row")
     command.add_argument(
-        "--round", default="last", metavar="N", help="round whose model is scored, or last, or all (default: last)"
+        "--round", default="last", metavar="N", help="round whose model is evaluated, or last, or all (default: last)"
     )
     command.add_argument(
         "--tasks",
         metavar="NAMES",
-        help=f"paper, ablation, or names with commas between: {', '.join(TASKS)} "
+        help=f"paper, ablation, or a comma-separated list of {', '.join(TASKS)} "
         "(default: the run's eval.tasks, or paper)",
     )
     command.add_argument("--data", metavar="DIR", help="folder with the tasks' files (default: eval.data, or the hub)")
-    command.add_argument("--limit", type=int, help="items of each task or subject, the first (default: eval.limit)")
-    command.add_argument("--reference", choices=["paper"], help="show what the paper has published, too")
+    command.add_argument(
+        "--limit", type=int, help="use the first N items of each task or subject (default: eval.limit)"
+    )
+    command.add_argument("--reference", choices=["paper"], help="also show the paper's published results")
     command.add_argument(
         "--format",
         choices=["terminal", "markdown", "latex", "html"],
         default="terminal",
-        help="form of the table (default: terminal)",
+        help="format of the table (default: terminal)",
     )
     command.set_defaults(command=_evaluate)
 
@@ -57,12 +59,12 @@ def _evaluate(options: argparse.Namespace) -> None:
             if replaced:
                 tasks = ", ".join(dict.fromkeys(replaced))
                 print(
-                    f"{run.folder}: scores of {tasks} are now of other items than the run's own; `reprise run "
-                    f"{run.folder}` makes those anew",
+                    f"{run.folder}: the scores of {tasks} are now for other items than the run's configuration names; "
+                    f"`reprise run {run.folder}` restores them",
                     file=sys.stderr,
                 )
     for run, numbers in chosen:
-        # A table to paste is all that goes to standard output.
+        # In the other formats, standard output holds only the table, ready to paste.
         _print_details(run, numbers, sys.stdout if options.format == "terminal" else sys.stderr)
     rows = _rows(chosen)
     if options.reference == "paper":
@@ -71,7 +73,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _rounds(run: Run, wanted: str) -> list[int]:
-    """Return the numbers of the rounds that are meant. Raises ValueError where one has no model."""
+    """Return the numbers of the requested rounds. Raises ValueError if one has no model."""
     trained = [number for number in range(1, run.config.rounds.num_rounds + 1) if is_complete(run, "train", number)]
     if not trained:
         raise ValueError(f"{run.folder}: no round has been trained; `reprise run {run.folder}` trains them")
@@ -79,27 +81,29 @@ def _rounds(run: Run, wanted: str) -> list[int]:
         return trained if wanted == "all" else trained[-1:]
     if not wanted.isdecimal() or int(wanted) not in trained:
         places = ", ".join(map(str, trained))
-        raise ValueError(f"--round: {wanted!r} is no round of {run.folder} that was trained ({places}), last or all")
+        raise ValueError(
+            f"--round: {wanted!r} is not a trained round of {run.folder}; choose from {places}, last and all"
+        )
     return [int(wanted)]
 
 
 def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
-    """Return how the run is evaluated, with what the command line says of it."""
+    """Return the run's evaluation configuration, overridden by the command line."""
     tasks = options.tasks
     if tasks is None and not run.config.eval.asked:
         tasks = "paper"
     names = None if tasks is None else [name.strip() for name in tasks.split(",")]
-    said = {"tasks": names, "data": options.data, "limit": options.limit}
+    overrides = {"tasks": names, "data": options.data, "limit": options.limit}
     values = run.config.model_dump()
-    values["eval"] |= {field: value for field, value in said.items() if value is not None}
+    values["eval"] |= {field: value for field, value in overrides.items() if value is not None}
     if names is not None:
-        # These and no others.
+        # Evaluate only these tasks.
         values["eval"]["every_steps"] = None
     return parse_config(values, "evaluate").eval
 
 
 def _score(run: Run, number: int, config: EvalConfig, progress: Progress) -> list[str]:
-    """Score a round's model; return the tasks of the run's own whose scores are now of other items."""
+    """Evaluate a round's model; return the run's own tasks whose scores are now for other items."""
     from flows.stages.evaluate import evaluate_otherwise
 
     if config != run.config.eval:
@@ -109,7 +113,7 @@ def _score(run: Run, number: int, config: EvalConfig, progress: Progress) -> lis
 
 
 def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:
-    """Return the table's rows: what guessing scores, and the rounds of each run."""
+    """Return the table's rows: the chance scores, and the rounds of each run."""
     from flows.evaluation.results import chance_rows, read_chance, read_rows
 
     chances: dict[str, float] = {}

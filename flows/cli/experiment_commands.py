@@ -1,4 +1,4 @@
-"""The commands that train many models to find out what is best: `compare`, `sweep` and `grid`."""
+"""The commands that train many models to compare them: `compare`, `sweep` and `grid`."""
 
 import argparse
 import re
@@ -9,27 +9,31 @@ from pydantic import ValidationError
 
 from flows.cli.options import add_config, count, read_trial_config
 
+_SEEDS_HELP = "number of seeds, starting at the configuration's seed (default: 1)"
+_TOKENS_HELP = "training tokens of each model (default: train.max_tokens)"
+_JOBS_HELP = "trials that train concurrently (default: 1)"
+
 
 def add_trial_commands(commands: Any) -> None:
-    """Add the commands to the parser's."""
-    _add_compare(commands.add_parser("compare", help="train arms that differ in one thing, and say what it is worth"))
+    """Add the commands to the parser's `commands`."""
+    _add_compare(commands.add_parser("compare", help="train arms that differ in one option, and compare their results"))
     _add_sweep(commands.add_parser("sweep", help="search for depth, width and expansion at one number of parameters"))
-    _add_grid(commands.add_parser("grid", help="train every batch size with every rule for the learning rate"))
+    _add_grid(commands.add_parser("grid", help="train every batch size with every learning rate rule"))
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
     add_config(command)
-    sweep = command.add_mutually_exclusive_group(required=True)
-    sweep.add_argument("--policies", help="arms that differ in refine.policy, such as loss,random, at equal tokens")
-    sweep.add_argument("--sampling-rates", help="arms that differ in refine.sampling_rate, such as 0,0.25,0.5,0.75,1")
-    sweep.add_argument("--rounds", help="arms that differ in rounds.num_rounds, such as 1,2,3")
-    sweep.add_argument("--inits", help="arms that differ in model.init, such as constant,gpt2,internlm, one round each")
-    command.add_argument("--seeds", type=int, default=1, help="seeds, from the configuration's on (default: 1)")
+    arms = command.add_mutually_exclusive_group(required=True)
+    arms.add_argument("--policies", help="arms that differ in refine.policy, such as loss,random, at equal tokens")
+    arms.add_argument("--sampling-rates", help="arms that differ in refine.sampling_rate, such as 0,0.25,0.5,0.75,1")
+    arms.add_argument("--rounds", help="arms that differ in rounds.num_rounds, such as 1,2,3")
+    arms.add_argument("--inits", help="arms that differ in model.init, such as constant,gpt2,internlm, one round each")
+    command.add_argument("--seeds", type=int, default=1, help=_SEEDS_HELP)
     command.add_argument(
         "--tokens",
         type=count,
-        help="with --policies: tokens of round 2 (default: what all arms reach; name it to add arms or seeds later); "
-        "with --inits: tokens of round 1 (default: train.max_tokens)",
+        help="with --policies: tokens of round 2 (default: the most that all arms reach; set it to be able to add arms "
+        "or seeds later); with --inits: tokens of round 1 (default: train.max_tokens)",
     )
     command.set_defaults(command=_compare)
 
@@ -37,42 +41,52 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
 def _add_sweep(command: argparse.ArgumentParser) -> None:
     add_config(command)
     command.add_argument("--parameters", type=count, required=True, help="parameters of every model, such as 1e9")
-    command.add_argument("--tolerance", type=float, help="share of it that a model may be more or less (default: 0.03)")
+    command.add_argument("--tolerance", type=float, help="largest relative deviation from it (default: 0.03)")
     command.add_argument("--trials", type=int, help="models to train (default: 30)")
-    command.add_argument("--depth", metavar="LEAST-MOST", help="layers to draw from (default: 9-40)")
-    command.add_argument("--expansion", metavar="LEAST-MOST", help="FFN by width to draw from (default: 1-4)")
-    command.add_argument("--tokens", type=count, help="tokens that each trains on (default: train.max_tokens)")
-    command.add_argument("--seed", type=int, help="seed of what is drawn (default: 0)")
-    command.add_argument("--jobs", type=int, help="trials that train at once (default: 1)")
-    command.add_argument("--no-generation", action="store_true", help="leave generation speed out")
+    command.add_argument("--depth", metavar="MIN-MAX", help="range of layers (default: 9-40)")
+    command.add_argument("--expansion", metavar="MIN-MAX", help="range of FFN width / model width (default: 1-4)")
+    command.add_argument("--tokens", type=count, help=_TOKENS_HELP)
+    command.add_argument("--seed", type=int, help="seed of the random search (default: 0)")
+    command.add_argument("--jobs", type=int, help=_JOBS_HELP)
+    command.add_argument("--no-generation", action="store_true", help="do not measure generation speed")
     command.set_defaults(command=_sweep)
 
 
 def _add_grid(command: argparse.ArgumentParser) -> None:
     add_config(command)
     command.add_argument("--batch-tokens", required=True, help="batch sizes in tokens, such as 4096,8192,16384")
-    command.add_argument("--increment-rates", default="0.5,1.0", help="exponents r of the batch (default: 0.5,1.0)")
-    command.add_argument("--seeds", type=int, default=1, help="seeds, from the configuration's on (default: 1)")
-    command.add_argument("--tokens", type=count, help="tokens that each trains on (default: train.max_tokens)")
-    command.add_argument("--jobs", type=int, default=1, help="trials that train at once (default: 1)")
+    command.add_argument(
+        "--increment-rates", default="0.5,1.0", help="exponents r of the batch size (default: 0.5,1.0)"
+    )
+    command.add_argument("--seeds", type=int, default=1, help=_SEEDS_HELP)
+    command.add_argument("--tokens", type=count, help=_TOKENS_HELP)
+    command.add_argument("--jobs", type=int, default=1, help=_JOBS_HELP)
     command.set_defaults(command=_grid)
 
 
 def _compare(options: argparse.Namespace) -> None:
     from flows.display.terminal_progress import TerminalProgress
-    from flows.experiments.compare import compare, init_sweep, policy_sweep, rate_sweep, round_sweep
+    from flows.experiments.compare import (
+        compare,
+        init_comparison,
+        policy_comparison,
+        rate_comparison,
+        round_comparison,
+    )
 
     config = read_trial_config(options)
     if options.policies is not None:
-        sweep = policy_sweep(options.policies)
+        comparison = policy_comparison(options.policies)
     elif options.inits is not None:
-        sweep = init_sweep(options.inits)
+        comparison = init_comparison(options.inits)
     elif options.tokens is not None:
-        raise ValueError("--tokens: goes with --policies and --inits; the others differ in their tokens")
+        raise ValueError("--tokens: only valid with --policies or --inits; other arms differ in their tokens; omit it")
+    elif options.sampling_rates is not None:
+        comparison = rate_comparison(options.sampling_rates)
     else:
-        sweep = round_sweep(options.rounds) if options.sampling_rates is None else rate_sweep(options.sampling_rates)
+        comparison = round_comparison(options.rounds)
     with TerminalProgress() as progress:
-        page = compare(config, sweep, options.seeds, options.tokens, progress)
+        page = compare(config, comparison, options.seeds, options.tokens, progress)
     print(f"{page.text}\ncomparison: {page.page}")
 
 
@@ -85,7 +99,7 @@ def _grid(options: argparse.Namespace) -> None:
     batches = []
     for entry in entries("--batch-tokens", options.batch_tokens):
         if not entry.isdecimal() or int(entry) < 1:
-            raise ValueError(f"--batch-tokens: {entry!r} is no number of tokens; give whole numbers with commas")
+            raise ValueError(f"--batch-tokens: {entry!r} is not a number of tokens; give comma-separated integers")
         batches.append(int(entry))
     rates = tuple(sorted(numbers("--increment-rates", options.increment_rates, 0, 2)))
     grid = Grid(tuple(sorted(set(batches))), rates, options.seeds, options.tokens, options.jobs)
@@ -127,7 +141,7 @@ def _search(options: argparse.Namespace) -> Any:
         if not detail["loc"]:
             raise ValueError(f"--{detail['ctx']['error']}") from None
         option = re.sub("^(min|max)_", "", str(detail["loc"][0]))
-        raise ValueError(f"--{option}: {detail['msg']} (it is {detail['input']}); give another") from None
+        raise ValueError(f"--{option}: {detail['msg']} (it is {detail['input']}); correct it") from None
 
 
 def _range(option: str, text: str) -> tuple[float, float]:
@@ -135,4 +149,4 @@ def _range(option: str, text: str) -> tuple[float, float]:
     try:
         return (float(found[1]), float(found[2])) if found else (float(text), float(text))
     except ValueError:
-        raise ValueError(f"--{option}: {text!r} is no range; write LEAST-MOST, such as 9-40") from None
+        raise ValueError(f"--{option}: {text!r} is not a range; write MIN-MAX, such as 9-40") from None

@@ -1,4 +1,4 @@
-"""`reprise import hf` and `reprise export hf`: models that come from Hugging Face and go there."""
+"""`reprise import hf` and `reprise export hf`: import Hugging Face models and export to that format."""
 
 import argparse
 from pathlib import Path
@@ -7,28 +7,30 @@ from typing import Any
 
 def add_hugging_face(commands: Any) -> None:
     """Add the commands to the parser's `commands`."""
-    import_ = commands.add_parser("import", help="make a model of another library's one that runs can start from")
+    import_ = commands.add_parser("import", help="convert another library's model into one that runs can start from")
     formats = import_.add_subparsers(required=True, metavar="FORMAT")
-    hf = formats.add_parser("hf", help="of a Hugging Face folder: Llama, Qwen2, Mistral, or one exported here")
+    hf = formats.add_parser("hf", help="from a Hugging Face folder: Llama, Qwen2, Mistral, or an exported model")
     hf.add_argument("path", type=Path, metavar="PATH", help="folder with config.json, safetensors and a tokenizer")
     hf.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="model folder to make (default: models/ and the name of PATH)"
+        "--output", type=Path, metavar="FOLDER", help="model folder to create (default: models/ and the name of PATH)"
     )
-    hf.add_argument("--end-of-document", metavar="TOKEN", help="token that ends a document (default: its eos_token)")
+    hf.add_argument(
+        "--end-of-document", metavar="TOKEN", help="token that ends a document (default: the tokenizer's eos_token)"
+    )
     hf.set_defaults(command=_import)
-    export = commands.add_parser("export", help="make a folder of a trained model that another library opens")
+    export = commands.add_parser("export", help="convert a trained model for another library")
     formats = export.add_subparsers(required=True, metavar="FORMAT")
     hf = formats.add_parser("hf", help="for Hugging Face transformers")
     hf.add_argument("place", type=Path, metavar="RUN", help="run folder, or a model folder")
-    hf.add_argument("--round", type=int, help="round of the run whose model is meant (default: the last)")
+    hf.add_argument("--round", type=int, help="round of the run whose model is exported (default: the last)")
     hf.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="folder to make (default: export/round-N in RUN, or export)"
+        "--output", type=Path, metavar="FOLDER", help="folder to create (default: export/round-N in RUN, or export)"
     )
     hf.add_argument(
         "--dtype",
         default="keep",
         choices=("keep", "float32", "bfloat16"),
-        help="what weights are stored in (default: what they are)",
+        help="data type of the stored weights (default: unchanged)",
     )
     hf.set_defaults(command=_export)
 
@@ -53,4 +55,4 @@ def _export(options: argparse.Namespace) -> None:
         print(f"note: {note}")
     print(f"{FAMILIES[made.family]} of {made.checkpoint}\nmodel: {made.folder}")
     if made.family == "reprise":
-        print("open it with trust_remote_code=True: its modelling file is ours")
+        print("open it with trust_remote_code=True: it comes with its own modelling file")

@@ -14,14 +14,14 @@ from flows.cli.model_commands import add_model
 from flows.cli.run_commands import add_run
 from flows.cli.tokenizer_commands import add_tokenizer
 from flows.run.config import read_config
+from flows.run.errors import RanksFailedError
 from flows.run.folder import read_run
-from flows.run.rank_errors import RanksFailedError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 1 after a line that says what is wrong."""
+    """Return the exit status of one command: 0, or 1 after an error message (130 after an interrupt)."""
     options = _parser().parse_args(arguments)
-    # Nothing is reported home; set either variable yourself to decide otherwise.
+    # No telemetry, unless the user has set these variables.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     try:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # Whoever reads the output, such as `head`, has seen enough of it.
+        # The reader of the output, such as `head`, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {explanation}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes from here", file=sys.stderr)
         return 130
     return 0
 
@@ -51,16 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_run(commands)
-    join = commands.add_parser("join", help="start this host's ranks for a run of several nodes, until it is done")
-    join.add_argument("run", type=Path, metavar="RUN", help="run folder, shared with the host that leads")
-    join.add_argument("--interface", help="network interface that ranks talk over (default: the way to the leader)")
+    join = commands.add_parser("join", help="start this host's ranks for a multi-node run, until the run is done")
+    join.add_argument("run", type=Path, metavar="RUN", help="run folder, shared with the leading host")
+    join.add_argument(
+        "--interface", help="network interface for communication between ranks (default: the route to the leader)"
+    )
     join.set_defaults(command=_join)
     serve = commands.add_parser("serve", help="start Prefect's server and UI, the deployments and a worker")
-    serve.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine alone)")
-    serve.add_argument("--port", type=int, default=4200, help="port of Prefect; the next one has the reports")
-    serve.add_argument("--allow", type=Path, action="append", default=[], help="another folder that flows may use")
+    serve.add_argument("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, local only)")
+    serve.add_argument("--port", type=int, default=4200, help="port of Prefect; reports use the next port")
+    serve.add_argument("--allow", type=Path, action="append", default=[], help="additional folder that flows may use")
     serve.set_defaults(command=_serve)
-    doctor = commands.add_parser("doctor", help="say what this machine has, and what it lacks for a configuration")
+    doctor = commands.add_parser("doctor", help="check this machine, and what it lacks for a configuration")
     doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML configuration")
     doctor.set_defaults(command=_doctor)
     add_evaluate(commands)
@@ -69,18 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     add_hugging_face(commands)
     add_trial_commands(commands)
     add_inherit(commands)
-    status = commands.add_parser("status", help="say what of a run is done, running or failed")
+    status = commands.add_parser("status", help="show which stages of a run are done, running or failed")
     status.add_argument("run", type=Path, metavar="RUN", help="run folder")
     status.set_defaults(command=_status)
-    runs = commands.add_parser("runs", help="say the same of every run in a folder, a line each")
+    runs = commands.add_parser("runs", help="show the status of every run in a folder, one line each")
     runs.add_argument(
         "folder", type=Path, nargs="?", default=Path("runs"), help="folder of run folders (default: runs)"
     )
     runs.set_defaults(command=_runs)
-    report = commands.add_parser("report", help="write the report over what is there")
+    report = commands.add_parser("report", help="write the report of a run, complete or not")
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
     report.set_defaults(command=_report)
-    sql = commands.add_parser("sql", help="ask the ledger, in DuckDB's SQL")
+    sql = commands.add_parser("sql", help="query the ledger with DuckDB SQL")
     sql.add_argument("run", type=Path, metavar="RUN", help="run folder")
     sql.add_argument("query", metavar="QUERY", help='such as "select * from rounds"')
     sql.set_defaults(command=_sql)
@@ -93,9 +95,12 @@ def _doctor(options: argparse.Namespace) -> None:
     findings = examine(None if options.config is None else read_config(options.config, []))
     for finding in findings:
         print(f"{finding.state:<8} {finding.text}")
-    lacks = sum(finding.state == "missing" for finding in findings)
-    if lacks:
-        raise ValueError(f"{options.config}: {lacks} of what it needs {'is' if lacks == 1 else 'are'} missing here")
+    missing = sum(finding.state == "missing" for finding in findings)
+    if missing:
+        raise ValueError(
+            f"{options.config}: {missing} requirement{'' if missing == 1 else 's'} missing on this machine; "
+            "see the lines above"
+        )
 
 
 def _join(options: argparse.Namespace) -> None:

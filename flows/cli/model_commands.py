@@ -1,4 +1,4 @@
-"""`reprise model`: the models that there are by name, or the one of a configuration, and how large they are."""
+"""`reprise model`: the sizes of the presets, or of a configuration's model."""
 
 import argparse
 from pathlib import Path
@@ -9,19 +9,19 @@ from trainer.config import ModelConfig
 from trainer.presets import PRESETS
 
 _HEAD = ["model", "layers", "width", "heads", "FFN", "terms", "r", "vocabulary", "parameters (M)", "embedding, head"]
-# What a tokenizer that is trained on the corpus has by default.
+# The default vocabulary of a tokenizer that is trained on the corpus.
 _VOCAB_SIZE = 2048
 
 
 def add_model(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser of `reprise`."""
-    command = commands.add_parser("model", help="list the models that there are by name, or describe one")
-    command.add_argument("model", nargs="?", metavar="PRESET|CONFIG", help="name of a model, or a YAML configuration")
+    command = commands.add_parser("model", help="list the model presets, or describe one model")
+    command.add_argument("model", nargs="?", metavar="PRESET|CONFIG", help="preset, or a YAML configuration")
     command.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
     )
     command.add_argument(
-        "--vocab-size", type=int, help=f"entries of the vocabulary where the model names none (default: {_VOCAB_SIZE})"
+        "--vocab-size", type=int, help=f"vocabulary size for models that do not set one (default: {_VOCAB_SIZE})"
     )
     command.set_defaults(command=_describe)
 
@@ -31,9 +31,9 @@ def _describe(options: argparse.Namespace) -> None:
     is_path = name is not None and (Path(name).suffix in (".yaml", ".yml") or Path(name).is_file())
     is_file = is_path and name not in PRESETS
     if options.set and not is_file:
-        raise ValueError("--set: overrides go with a configuration file; give one")
+        raise ValueError("--set: overrides need a configuration file; give one")
     if options.vocab_size is not None and options.vocab_size < 2:
-        raise ValueError(f"--vocab-size: {options.vocab_size} is no vocabulary; give 2 or more")
+        raise ValueError(f"--vocab-size: {options.vocab_size} is too small; give 2 or more")
     default = options.vocab_size or _VOCAB_SIZE
     if name is None:
         models = {preset: ModelConfig(preset=preset) for preset in PRESETS}
@@ -49,7 +49,7 @@ def _describe(options: argparse.Namespace) -> None:
         raise ValueError(f"model: {name!r} is neither a file nor a preset; choose one of {', '.join(PRESETS)}")
     print(markdown_table(_HEAD, [_row(name, model, default) for name, model in models.items()]))
     if any(model.vocab_size is None for model in models.values()):
-        print(f"\n* the tokenizer's; counted with {default:,} entries (--vocab-size)")
+        print(f"\n* the tokenizer's vocabulary; counted with {default:,} entries (--vocab-size)")
 
 
 def _row(name: str, model: ModelConfig, default_vocab_size: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The commands of one run: `run`, one for each stage that has a command, and `approve`."""
+"""The commands of a single run: `run`, one for each stage that has a command, and `approve`."""
 
 import argparse
 from dataclasses import replace
@@ -17,18 +17,18 @@ from flows.stages.stage_order import STAGES, Step, is_complete, steps_at, steps_
 
 def add_run(commands: Any) -> None:
     """Add `run`, the stages' commands and `approve`."""
-    run = commands.add_parser("run", help="do the whole job; the same command resumes it")
+    run = commands.add_parser("run", help="do the whole run; the same command resumes it")
     _add_target(run)
-    run.add_argument("--dry-run", action="store_true", help="print how ranks would be launched and start nothing")
+    run.add_argument("--dry-run", action="store_true", help="print how ranks would be launched, without starting them")
     run.set_defaults(command=_run)
     for stage in STAGES:
-        # `evaluate` takes several runs, and has a file of its own.
+        # `evaluate` takes several runs; see evaluation_commands.
         if stage.help is not None and stage.name != "evaluate":
             _add_stage(commands, stage.name, stage.help)
-    approve = commands.add_parser("approve", help="let a round train on what refining keeps (rounds.approval)")
+    approve = commands.add_parser("approve", help="approve the selection that a round trains on (rounds.approval)")
     approve.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    approve.add_argument("--round", type=int, help="number of the round (default: the one that waits)")
-    _add_draw(approve, "another ")
+    approve.add_argument("--round", type=int, help="number of the round (default: the waiting one)")
+    _add_draw(approve, "")
     approve.set_defaults(command=_approve)
 
 
@@ -36,11 +36,11 @@ def _add_stage(commands: Any, stage: str, text: str) -> None:
     command = commands.add_parser(stage, help=text)
     _add_target(command)
     if stage != "prepare":
-        command.add_argument("--round", type=int, help="number of the round (default: the first that lacks it)")
+        command.add_argument("--round", type=int, help="number of the round (default: the first incomplete one)")
     if stage == "refine":
-        command.add_argument("--dry-run", action="store_true", help="print what would be kept and write nothing")
-        _add_draw(command, "with --dry-run: another ")
-        command.add_argument("--temperature", type=float, help="with --dry-run: another temperature than the run's")
+        command.add_argument("--dry-run", action="store_true", help="print what would be kept, without writing it")
+        _add_draw(command, "with --dry-run: ")
+        command.add_argument("--temperature", type=float, help="with --dry-run: override refine.temperature")
     command.set_defaults(command=_stage, stage=stage)
 
 
@@ -52,17 +52,17 @@ def _add_target(command: argparse.ArgumentParser) -> None:
 
 
 def _add_draw(command: argparse.ArgumentParser, prefix: str) -> None:
-    command.add_argument("--policy", choices=[*POLICIES], help=f"{prefix}refine.policy than the run's")
-    command.add_argument("--sampling-rate", type=float, help=f"{prefix}refine.sampling_rate than the run's")
+    command.add_argument("--policy", choices=[*POLICIES], help=f"{prefix}override refine.policy")
+    command.add_argument("--sampling-rate", type=float, help=f"{prefix}override refine.sampling_rate")
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
     if not options.target.is_dir():
         return read_config(options.target, options.set)
     if options.set:
-        raise ValueError("--set: overrides go with a configuration file, not with a run folder; give the file")
+        raise ValueError("--set: overrides need a configuration file, not a run folder; give the file")
     config = read_run(options.target).config
-    # The folder may have been moved or renamed since it was made.
+    # The folder may have been moved or renamed since it was created.
     folder = options.target.absolute()
     return config.model_copy(update={"output": str(folder.parent), "name": folder.name})
 
@@ -95,7 +95,8 @@ def _stage(options: argparse.Namespace) -> None:
             return
         if options.policy or options.sampling_rate is not None or options.temperature is not None:
             raise ValueError(
-                "--policy, --sampling-rate, --temperature: go with --dry-run; runs are refined as configured"
+                "--policy, --sampling-rate, --temperature: only valid with --dry-run; change refine in the "
+                "configuration instead"
             )
     config = _config(options)
     with locked(config.folder), TerminalProgress() as progress:
@@ -108,7 +109,7 @@ def _stage(options: argparse.Namespace) -> None:
 
 
 def _steps(run: Run, stage: str, wanted: int | None) -> tuple[int, list[Step]]:
-    """Return the round that a stage's command works on, by default the first that lacks it, and what it does."""
+    """Return the round that a stage's command works on, by default the first incomplete one, and its steps."""
     rounds = _rounds_with(run, stage)
     if wanted is not None:
         if wanted not in rounds:
@@ -117,20 +118,20 @@ def _steps(run: Run, stage: str, wanted: int | None) -> tuple[int, list[Step]]:
             )
         return wanted, rounds[wanted]
     if 0 not in rounds:
-        # Whether a stage is complete can be told once there is a corpus.
+        # Stages can only be checked for completion once there is a corpus; this raises ValueError without one.
         run.corpus()
         for number, steps in rounds.items():
             if not is_complete(run, steps[-1].stage.name, steps[-1].round_number):
                 return number, steps
-        raise ValueError(f"{run.folder}: every round has completed {stage}; raise rounds.num_rounds to go on")
+        raise ValueError(f"{run.folder}: every round has completed {stage}; raise rounds.num_rounds to continue")
     return 0, rounds[0]
 
 
 def _rounds_with(run: Run, stage: str) -> dict[int, list[Step]]:
-    """Return the rounds that a stage has, each with what its command does there."""
+    """Return the rounds of a stage, each with the steps of its command."""
     config = run.config
     found = {}
-    # The last round may be scored too, though nothing is drawn from it.
+    # The last round may be scored, too, although no later round is selected by its losses.
     for place in range(config.rounds.num_rounds + 2):
         for step in steps_at(config, place):
             if step.stage.name == stage and step.round_number <= config.rounds.num_rounds:
@@ -143,11 +144,13 @@ def _preview(options: argparse.Namespace) -> None:
     from flows.stages.refine import preview
     from flows.stages.stage_order import stages_of
 
-    # Nothing is made: so an override may go with a run folder too.
+    # Nothing is written, so overrides are allowed for a run folder, too.
     if not options.target.is_dir():
         run = read_run(_config(options).folder)
     elif any(not each.startswith("refine.") for each in options.set):
-        raise ValueError("--set: a dry run of a run folder takes overrides of refine alone, such as refine.policy=top")
+        raise ValueError(
+            "--set: a dry run on a run folder can only override refine; give one such as refine.policy=top"
+        )
     else:
         run = read_run(options.target)
         run = replace(run, config=override(run.config, options.set))
@@ -157,7 +160,7 @@ def _preview(options: argparse.Namespace) -> None:
 
 
 def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
-    """Return `refine` with what the command line says otherwise."""
+    """Return `refine`, overridden by the command line."""
     names = ("policy", "sampling_rate", "temperature")
     given = {name: getattr(options, name, None) for name in names}
     try:
@@ -167,14 +170,14 @@ def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
     except ValidationError as error:
         detail, *_ = error.errors()
         if not detail["loc"]:
-            # Several fields that do not go together.
+            # Several fields that are invalid together.
             raise ValueError(f"refine.{detail['ctx']['error']}") from None
         field = str(detail["loc"][0]).replace("_", "-")
-        raise ValueError(f"--{field}: {detail['msg']} (it is {detail['input']}); give another") from None
+        raise ValueError(f"--{field}: {detail['msg']} (it is {detail['input']}); correct it") from None
 
 
 def _next_to_train(run: Run) -> int:
-    """Return the first round after the first that has not trained."""
+    """Return the first round from round 2 on that has not trained."""
     rounds = list(_rounds_with(run, "refine"))
     return next((number for number in rounds if not is_complete(run, "train", number)), rounds[-1])
 
@@ -184,9 +187,9 @@ def _approve(options: argparse.Namespace) -> None:
     with locked(run.folder):
         number = _next_to_train(run) if options.round is None else options.round
         if number not in _rounds_with(run, "refine") or not is_complete(run, "score", number - 1):
-            raise ValueError(f"--round: round {number} has nothing to approve yet; `reprise status {options.run}`")
+            raise ValueError(f"--round: round {number} has nothing to approve yet; see `reprise status {options.run}`")
         if is_complete(run, "train", number):
-            raise ValueError(f"--round: round {number} has been trained already; there is nothing left to decide")
+            raise ValueError(f"--round: round {number} has been trained already; give a later round")
         draw = _draw(run.refine_config(number), options)
         run.approve(number, draw.policy, draw.sampling_rate)
-    print(f"round {number} may train on what policy {draw.policy} keeps at sampling rate {draw.sampling_rate:g}")
+    print(f"approved: round {number} trains on what policy {draw.policy} keeps at sampling rate {draw.sampling_rate:g}")

@@ -11,28 +11,32 @@ from trainer.config import ModelConfig
 
 def add_tokenizer(commands: Any) -> None:
     """Add the commands about tokenizers to the parser's `commands`."""
-    parser = commands.add_parser("tokenizer", help="cut a tokenizer down to the tokens that a corpus needs")
+    parser = commands.add_parser("tokenizer", help="reduce a tokenizer to the tokens that a corpus needs")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    compact = actions.add_parser("compact", help="count tokens over a corpus, drop the rarest, write what is left")
+    compact = actions.add_parser(
+        "compact", help="count tokens over a corpus, and remove the rarest from the vocabulary"
+    )
     compact.add_argument(
         "--tokenizer", type=Path, required=True, metavar="T",
-        help="SentencePiece .model, tokenizer.json of a BPE, or GPT-2's vocabulary with its merges beside it",
+        help="SentencePiece .model, tokenizer.json of a BPE, or GPT-2's vocabulary next to its merges",
     )  # fmt: skip
     compact.add_argument(
         "--corpus", type=Path, required=True, metavar="C",
         help="run folder, YAML configuration, or a file, folder or glob of text",
     )  # fmt: skip
     size = compact.add_mutually_exclusive_group()
-    size.add_argument("--vocab-size", type=int, help="tokens to keep (default: what makes training cheapest)")
-    size.add_argument("--coverage", type=float, help="keep the fewest that cover this share of the corpus")
-    compact.add_argument("--output", type=Path, help="folder to make (default: beside T, by its name and the size)")
+    size.add_argument("--vocab-size", type=int, help="tokens to keep (default: the size that makes training cheapest)")
+    size.add_argument("--coverage", type=float, help="keep the fewest tokens that cover this share of the corpus")
+    compact.add_argument(
+        "--output", type=Path, help="folder to create (default: next to T, named after T and the size)"
+    )
     compact.add_argument(
         "--model",
-        help="preset, or YAML configuration, whose shares of parameters are told (default: C's, or the paper's)",
+        help="preset, or YAML configuration, whose parameter shares are shown (default: C's, or the paper's)",
     )
-    compact.add_argument("--checkpoint", type=Path, help="checkpoint, or run folder, to cut down with it")
-    compact.add_argument("--round", type=int, help="round of the run whose checkpoint is cut (default: the last)")
-    compact.add_argument("--end-of-document", help="token that ends a document, where T does not tell")
+    compact.add_argument("--checkpoint", type=Path, help="checkpoint, or run folder, to prune with the vocabulary")
+    compact.add_argument("--round", type=int, help="round of the run whose checkpoint is pruned (default: the last)")
+    compact.add_argument("--end-of-document", help="token that ends a document, if T does not define it")
     compact.set_defaults(command=_compact)
 
 
@@ -44,7 +48,7 @@ def _compact(options: argparse.Namespace) -> None:
     from flows.run.stored_model import find_checkpoint
 
     if options.round is not None and options.checkpoint is None:
-        raise ValueError("--round: goes with --checkpoint RUN; give that too")
+        raise ValueError("--round: needs --checkpoint RUN; give that, too")
     request = Request(
         options.tokenizer,
         options.corpus,
@@ -71,4 +75,6 @@ def _model(name: str) -> ModelConfig:
         return ModelConfig.model_validate({"preset": name})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ValueError(f"--model: {name!r} is no configuration (.yaml) and no preset ({reason}); give one") from None
+        raise ValueError(
+            f"--model: {name!r} is neither a configuration (.yaml) nor a preset ({reason}); give one"
+        ) from None

@@ -1,9 +1,9 @@
-"""A model as lm-eval sees it, and what a task scores by answers that the model has given.
+"""A model for lm-eval, and the scoring of a task from the model's answers.
 
-Two ways lead there. A task's requests are collected by `flows.evaluation.harness_requests.ask`, written with
-`trainer.requests.write_requests`, answered by an `EvaluateJob` or in the middle of training, read with
-`read_answers`, and scored by `score_answers`. Or lm-eval itself drives a `HarnessModel` that `open_model` returns,
-which launches ranks for what it is asked.
+There are two ways to evaluate a model. Either `flows.evaluation.harness_requests.ask` collects a task's requests,
+`trainer.requests.write_requests` writes them, an `EvaluateJob` or an in-training evaluation answers them,
+`read_answers` reads the answers, and `score_answers` scores them. Or lm-eval itself calls a `HarnessModel` that
+`open_model` returns, which launches ranks for each call.
 """
 
 import tempfile
@@ -29,19 +29,19 @@ from trainer.devices import resolve_precision
 from trainer.jobs import EvaluateJob, Evaluation
 from trainer.requests import Answer, read_answers, requests_path, write_requests
 
-# Of items, for the standard error of metrics that have no closed form of it; with none, lm-eval gives no errors at all.
+# Bootstrap resamplings, for standard errors without a closed form; with 0, lm-eval computes no standard errors at all.
 _RESAMPLINGS = 1000
 
 
 class HarnessModel(LM):
-    """A model for lm-eval: `respond` returns what lm-eval expects for each of the instances that it is given."""
+    """A model for lm-eval: `respond` returns, for each instance, the response that lm-eval expects."""
 
     def __init__(self, respond: Callable[[list[Instance]], list[Response]]) -> None:
         super().__init__()
         self._respond = respond
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
-        """Return log-likelihoods, nats, and whether each continuation is what would be generated."""
+        """Return log-likelihoods, nats, and whether each continuation is the greedy one."""
         return self._respond(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
@@ -54,16 +54,16 @@ class HarnessModel(LM):
 
 
 def open_reader(run: Run) -> Reader:
-    """Return what reads text as the models of a run do."""
+    """Return a reader with the tokenizer and the sequence length of a run's models."""
     corpus = run.corpus()
     return Reader(open_tokenizer(corpus.tokenizer_path, run.config.tokenizer.end_of_document), corpus.seq_length)
 
 
 def score_answers(task: HarnessTasks, asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return lm-eval's results for a task whose requests, `asked`, have these answers, in their order.
+    """Return lm-eval's results for a task, given the answers to its requests `asked`, in their order.
 
     results: by subtask, its metrics ("acc,none") with standard errors ("acc_stderr,none"); samples: by subtask, its
-    items with what each scored.
+    items with their scores.
     """
     model = HarnessModel(lambda instances: asked.respond(instances, answers))
     with patched_harness():
@@ -78,9 +78,9 @@ def score_answers(task: HarnessTasks, asked: Asked, answers: Sequence[Answer]) -
 
 
 def answer_job(run: Run, round_number: int, checkpoint: Path, evaluation: Evaluation, answers: Path) -> EvaluateJob:
-    """Return the job that has the model of a round's `checkpoint` answer, in the run's layout, into folder `answers`.
+    """Return the job that answers `evaluation` with a round's `checkpoint`, in the run's layout; writes to `answers`.
 
-    Its fingerprint, by which the answers are known, stands for the weights and the precision.
+    Its fingerprint, which the answers carry, represents the weights and the precision.
     """
     precision = resolve_precision(run.config.train.precision, device_kind(run.config))
     identity = fingerprint("evaluate", checksum(checkpoint / RECORD), precision)
@@ -94,15 +94,14 @@ def answer_job(run: Run, round_number: int, checkpoint: Path, evaluation: Evalua
 
 
 def open_model(place: Path, round_number: int | None, progress: Progress) -> HarnessModel:
-    """Return, for lm-eval, the model that a round of the run in `place` ended with, by default the last.
+    """Return, for lm-eval, the final model of a round (default: the last) of the run in `place`.
 
-    Ranks are launched, in the run's layout, each time that it is asked anything. Raises ValueError where there is no
-    such round.
+    Each call launches ranks, in the run's layout. Raises ValueError if there is no such round.
     """
     stored = find_model(place, round_number)
     number = stored.round_number
     if number is None:
-        raise ValueError(f"{place}: is an imported model; give a run's folder, of which the ranks' layout is known")
+        raise ValueError(f"{place}: is an imported model, without a layout for ranks; give a run folder")
     run = read_run(stored.place)
     reader = open_reader(run)
 

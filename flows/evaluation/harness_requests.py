@@ -1,6 +1,6 @@
-"""What lm-eval asks, in text, as requests in token ids, and the answers to these as what lm-eval expects.
+"""Conversion of lm-eval's text requests to requests in token ids, and of the answers to lm-eval's responses.
 
-Tokens are those that lm-eval's own backend for transformers gives the model that `reprise export hf` writes.
+The tokens are the same as those of lm-eval's own transformers backend with the model that `reprise export hf` writes.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from data_scoring.tokenizer.tokenizer import Tokenizer
 from trainer.requests import Answer, Generation, Likelihood, LogLikelihood, Request
 
-# What lm-eval asks of a model: log-likelihood with whether it is greedy, rolling log-likelihood, generated text.
+# The responses that lm-eval expects: (log-likelihood, is greedy), rolling log-likelihood, or generated text.
 Response = tuple[float, bool] | float | str
 
 _INSTANCES_AT_ONCE = 1000
 
 
 class HarnessTasks(Protocol):
-    """What of `flows.evaluation.task_loading.EvaluationTask` decides what is asked: lm-eval's tasks, and items."""
+    """The part of `EvaluationTask` (flows.evaluation.task_loading) that decides the requests: tasks and items."""
 
     @property
     def subtasks(self) -> Mapping[str, Any]:
@@ -31,19 +31,19 @@ class HarnessTasks(Protocol):
 
     @property
     def samples(self) -> Mapping[str, list[int]]:
-        """Return, by task, the numbers of the items that are asked."""
+        """Return, by task, the indices of the items to evaluate."""
 
 
 @dataclass
 class Asked:
-    """Requests, and which of them each instance of lm-eval's is answered by."""
+    """Requests, and the mapping from lm-eval's instances to them."""
 
     tokenizer: Tokenizer
     requests: list[Request] = field(default_factory=list)
     _places: dict[bytes, slice] = field(default_factory=dict)
 
     def add(self, instance: Instance, requests: Iterable[Request]) -> None:
-        """Add the requests of an instance; none, where the same was asked before."""
+        """Add the requests of an instance, unless an equal instance was added before."""
         key = _identify(instance)
         if key not in self._places:
             start = len(self.requests)
@@ -51,7 +51,7 @@ class Asked:
             self._places[key] = slice(start, len(self.requests))
 
     def respond(self, instances: Sequence[Instance], answers: Sequence[Answer]) -> list[Response]:
-        """Return what lm-eval expects for each of the instances, given the answers to all requests, in their order."""
+        """Return lm-eval's response for each instance, given the answers to all requests, in their order."""
         return [self._respond(instance, answers[self._places[_identify(instance)]]) for instance in instances]
 
     def _respond(self, instance: Instance, answers: Sequence[Answer]) -> Response:
@@ -60,44 +60,44 @@ class Asked:
             assert isinstance(tokens, list)
             stop = _generation_arguments(instance)[1]
             return str(postprocess_generated_text(self.tokenizer.decode(tokens), stop, think_end_token=None))
-        likely = [answer for answer in answers if isinstance(answer, LogLikelihood)]
+        likelihoods = [answer for answer in answers if isinstance(answer, LogLikelihood)]
         if instance.request_type == "loglikelihood_rolling":
-            return sum(each.log_likelihood for each in likely)
-        [only] = likely
+            return sum(each.log_likelihood for each in likelihoods)
+        [only] = likelihoods
         return only.log_likelihood, only.is_greedy
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads text as a model does: with its tokenizer, and no more than `seq_length` tokens of it."""
+    """Converts text to a model's inputs: with its tokenizer, and at most `seq_length` tokens."""
 
     tokenizer: Tokenizer
     seq_length: int
 
     def fits(self, context: str, continuations: Sequence[str]) -> bool:
-        """Return whether the model can read a prompt with each of its continuations.
+        """Return whether a prompt with each of its continuations fits into the model.
 
-        It reads all tokens but the last one. Where it generates, one of as many tokens as it may generate stands for
-        the continuation.
+        The model reads all tokens except the last one. For generation, pass a continuation with the largest number of
+        new tokens.
         """
-        # A token has a byte or more, but for one that some tokenizers put before a text.
+        # Every token has at least one byte, except one that some tokenizers put before a text.
         texts = [context + each for each in continuations or [""]]
         texts = [text for text in texts if len(text.encode()) > self.seq_length]
-        # Without a context, the end of a document is read in its place.
+        # Without a context, the model reads the end-of-document token first.
         extra = 0 if context else 1
         return all(len(tokens) + extra <= self.seq_length + 1 for tokens in self.tokenizer.encode_batch(texts))
 
     def read(self, instances: Sequence[Instance]) -> Asked:
-        """Return what is asked by instances of lm-eval's, in token ids.
+        """Return the requests of lm-eval's instances, in token ids.
 
-        Raises ValueError where one asks for anything but greedy generation or likelihoods.
+        Raises ValueError if an instance is neither a likelihood nor greedy generation.
         """
         asked = Asked(self.tokenizer)
         for start in range(0, len(instances), _INSTANCES_AT_ONCE):
-            some = instances[start : start + _INSTANCES_AT_ONCE]
-            texts = list(dict.fromkeys(text for instance in some for text in _texts(instance)))
+            chunk = instances[start : start + _INSTANCES_AT_ONCE]
+            texts = list(dict.fromkeys(text for instance in chunk for text in _texts(instance)))
             tokens = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
-            for instance in some:
+            for instance in chunk:
                 asked.add(instance, self._make_requests(instance, tokens))
         return asked
 
@@ -115,13 +115,13 @@ class Reader:
             context, whole = (tokens[text] for text in texts)
             if len(whole) == 1 or (not context and whole[:1] != [end]):
                 context, whole = [end], [end, *whole]
-            # A continuation that the tokenizer joins with what is before it still has the last token.
+            # If the tokenizer merges the continuation with the context, the continuation is the last token.
             start = min(max(1, len(context)), len(whole) - 1)
             yield Likelihood(_ids(whole[:start]), _ids(whole[start:]))
 
 
 def ask(task: HarnessTasks, reader: Reader) -> Asked:
-    """Return all that the items of a task ask of a model; no model takes part. Takes as long as tokenising does."""
+    """Return the requests of all items of a task. Needs no model; tokenisation dominates the time."""
     instances: list[Instance] = []
     for name, subtask in task.subtasks.items():
         subtask.build_all_requests(samples=task.samples[name], rank=0, world_size=1)
@@ -130,21 +130,21 @@ def ask(task: HarnessTasks, reader: Reader) -> Asked:
 
 
 def _texts(instance: Instance) -> tuple[str, ...]:
-    """Return the texts of an instance that have to be read: of a likelihood, the context, and all of it."""
+    """Return the texts of an instance to tokenise: for a likelihood, the context and the whole text."""
     if instance.request_type != "loglikelihood":
         return (instance.args[0],)
     context, continuation = instance.args
-    # Spaces between go with the continuation, as tokenizers have it (`TemplateLM._encode_pair`).
+    # Spaces in between belong to the continuation, as in most vocabularies (`TemplateLM._encode_pair`).
     return context.rstrip(), context + continuation
 
 
 def _generation_arguments(instance: Instance) -> tuple[int, list[str]]:
-    """Return how many tokens may be generated, and the strings that end it."""
+    """Return the largest number of new tokens, and the stop strings."""
     arguments = normalize_gen_kwargs(instance.args[1])
     if arguments["do_sample"]:
         raise ValueError(
-            f"{instance.task_name}: asks for sampling ({instance.args[1]}), and generation here is greedy; set "
-            "do_sample: false in its generation_kwargs"
+            f"{instance.task_name}: requests sampling ({instance.args[1]}), but only greedy generation is supported; "
+            "set do_sample: false in its generation_kwargs"
         )
     return arguments["max_gen_toks"], handle_stop_sequences(arguments.get("until"), eos=None)
 

@@ -1,6 +1,6 @@
-"""lm-eval's tasks as Reprise runs them: their rows handed in, their prompts as long as the model takes.
+"""Subclasses of lm-eval's tasks that take their rows from Reprise, and limit prompts to the model's length.
 
-Imported by `flows.evaluation.task_loading` when tasks are loaded, and not before: importing lm-eval takes a second.
+`flows.evaluation.task_loading` only imports this module when tasks are loaded: importing lm-eval takes a second.
 """
 
 import functools
@@ -26,21 +26,21 @@ from flows.evaluation.opencompass_scoring import (
 # Whether a prompt with the longest of its continuations fits into the model.
 Fits = Callable[[str, Sequence[str]], bool]
 
-# What a task's configuration has of ours, which lm-eval does not know.
+# Keys of a task's configuration that lm-eval does not know.
 _OURS = ("class", "fits", "num_tokens")
 
-# Compiled templates that are kept: a few for each subject of a task, and MMLU has 57.
+# Number of compiled templates to cache: a few for each subject of a task, and MMLU has 57.
 _NUM_TEMPLATES = 512
-# What is patched is lm-eval's own, and so all threads'.
+# The patches change lm-eval's global state, which all threads share.
 _patching = threading.RLock()
 
 
 @contextmanager
 def patched_harness() -> Iterator[None]:
-    """Have lm-eval keep compiled templates, draw no bars and log errors alone, inside and for one thread at a time.
+    """Make lm-eval cache compiled templates, show no progress bars and only log errors; one thread at a time.
 
-    It compiles a prompt's templates anew for each item and each of its examples, which took most of the time; it draws
-    a bar for each subject; and it warns of every task whose aggregation is its default or whose rows are handed in.
+    Unpatched, it compiles a prompt's templates for each item and each of its examples, which takes most of the time,
+    shows a bar for each subject, and warns of every task with a default aggregation or a custom data set.
     """
     env, logger = lm_eval.utils.env, logging.getLogger("lm_eval.api.task")
     with _patching:
@@ -56,9 +56,9 @@ def patched_harness() -> Iterator[None]:
 
 
 class HarnessTask(ConfigurableTask):
-    """A task of lm-eval's that reads `custom_dataset(config)` and drops examples where a prompt is too long.
+    """An lm-eval task that reads `custom_dataset(config)` and drops examples if a prompt is too long.
 
-    `config` is lm-eval's task definition, with `fits` besides.
+    config: lm-eval's task definition, and `fits`.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -67,16 +67,16 @@ class HarnessTask(ConfigurableTask):
         self._validation: datasets.Dataset | None = None
         theirs = {key: value for key, value in config.items() if key not in _OURS}
         if theirs.get("test_split"):
-            # What is not scored is not read either.
+            # Do not load a split that is not scored.
             theirs["validation_split"] = None
         super().__init__(config=theirs)
 
     def download(self, *_: Any, **__: Any) -> None:
-        """Take the rows that are handed in; lm-eval's own way would warn of each."""
+        """Set the data set from `custom_dataset`; lm-eval's own method would log a warning for each task."""
         self.dataset: datasets.DatasetDict = self.config.custom_dataset(self.config)
 
     def validation_docs(self) -> datasets.Dataset:
-        """Return the items, processed once: lm-eval maps HellaSwag's anew, with a bar, each time it asks for them."""
+        """Return the processed items, cached: lm-eval would process HellaSwag's at each call, with a progress bar."""
         if self._validation is None and self.has_validation_docs():
             docs, process = self.dataset[self.config.validation_split], self.config.process_docs
             with _quiet():
@@ -84,14 +84,14 @@ class HarnessTask(ConfigurableTask):
         return self._validation
 
     def build_all_requests(self, **kwargs: Any) -> None:
-        """Build the requests of the items asked for."""
+        """Build the requests of the given items."""
         with patched_harness():
             super().build_all_requests(**kwargs)
 
     def num_examples(self, doc: dict[str, Any]) -> int | None:
-        """Return how many examples can go before an item's question; None where the question alone is too long.
+        """Return how many examples fit before an item's question; None if the question alone is too long.
 
-        Examples are dropped one by one from the end, as OpenCompass' inferencers do (`icl_ppl_inferencer.py`).
+        Examples are dropped one by one from the end, as in OpenCompass' inferencers (`icl_ppl_inferencer.py`).
         """
         continuations = self._continuations(doc)
         key = (self.doc_to_text(doc), *continuations)
@@ -110,7 +110,7 @@ class HarnessTask(ConfigurableTask):
         """Return the prompt of an item with as many of `num_fewshot` examples as fit."""
         count = self.num_examples(doc)
         if count is None:
-            raise ValueError(f"{self.config.task}: an item longer than the model is asked; leave it out of `samples`")
+            raise ValueError(f"{self.config.task}: an item is longer than the model's length; remove it from `samples`")
         return self._prompt(doc, min(count, num_fewshot), **kwargs)
 
     def _prompt(self, doc: dict[str, Any], num_fewshot: int, **kwargs: Any) -> str:
@@ -121,16 +121,17 @@ class HarnessTask(ConfigurableTask):
 
     def _continuations(self, doc: dict[str, Any]) -> tuple[str, ...]:
         if self.OUTPUT_TYPE == "generate_until":
-            # A word that is a token in any vocabulary, as often as tokens may be generated.
+            # " a" is one token in any vocabulary; repeat it for the largest number of new tokens.
             return (" a" * self.config.generation_kwargs["max_gen_toks"],)
         return tuple(f"{self.config.target_delimiter}{choice}" for choice in self.doc_to_choice(doc))
 
 
 class WholeTextTask(HarnessTask):
-    """A choice by the mean loss of the whole text, prompt and option (`score_whole_text`).
+    """A multiple-choice task scored by the mean loss of the whole text, prompt and option (`score_whole_text`).
 
-    That text is asked as one, for some tokenizers join the prompt's last characters with the option's first.
-    `config` has `num_tokens` besides.
+    The text is a single request, since some tokenizers merge the prompt's last characters with the option's first.
+
+    config: lm-eval's task definition, `fits`, and `num_tokens`.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -140,11 +141,11 @@ class WholeTextTask(HarnessTask):
             texts = _join(self._prompt(doc, 0), self._continuations(doc))
             return score_whole_text([likelihood for likelihood, _ in results], count(texts), self.doc_to_target(doc))
 
-        # lm-eval looks a metric up, on the hub if need be, unless its task has a function for it.
+        # With `process_results`, lm-eval does not look the metric up on the hub.
         super().__init__({**config, "process_results": score, "metric_list": WHOLE_TEXT_METRICS})
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
-        """Return a request an option, for the whole text."""
+        """Return a request for each option, for the whole text."""
         return [
             Instance(
                 request_type="loglikelihood", doc=doc, arguments=("", text), idx=number, metadata=kwargs["metadata"]
@@ -157,7 +158,7 @@ class WholeTextTask(HarnessTask):
 
 
 class SummaryTask(HarnessTask):
-    """A summary to generate, scored by ROUGE (`score_summary`)."""
+    """A summarisation task, scored by ROUGE (`score_summary`)."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__({**config, "process_results": score_summary, "metric_list": SUMMARY_METRICS})

@@ -1,4 +1,4 @@
-"""What models are asked: the items of tasks, and the requests that go to ranks."""
+"""The questions of an evaluation: the items of tasks, and the requests that ranks answer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """A task, and all that it asks of a model."""
+    """A task and all its requests."""
 
     task: "EvaluationTask"
     asked: "Asked"
 
 
 def check_items(config: EvalConfig) -> None:
-    """Raise ValueError, in one line, where what the tasks need is missing or broken; better known before training."""
+    """Raise ValueError, in one line, if a file that the tasks need is missing or broken."""
     from flows.evaluation.task_loading import load_tasks
 
     load_tasks(config.asked, data_of(config), config.limit, _fits_all, _one_token_each)
 
 
 def evaluation_folder(run: Run, round_number: int) -> Path:
-    """Return the folder of what a round's models answered and scored."""
+    """Return the folder of the answers and scores of a round's models."""
     return run.round_folder(round_number) / "evaluation"
 
 
 def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress: Progress) -> list[Question]:
-    """Return what the tasks of those names ask of the run's models, and write it down where ranks read it.
+    """Return the questions of the named tasks, after writing their requests for the ranks.
 
     Raises ValueError, in one line, for an unknown task, and for a file that is missing or broken.
     """
-    # Importing lm-eval takes seconds, which who evaluates nothing need not wait.
+    # Importing lm-eval takes seconds, so import it only for evaluations.
     from flows.evaluation.harness_model import open_reader
     from flows.evaluation.harness_requests import ask
     from flows.evaluation.task_loading import load_tasks
@@ -65,7 +65,7 @@ def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress:
 
 
 def item_texts(run: Run) -> Iterator[ItemText]:
-    """Yield the text of every item of the run's tasks, those during training as well, in which overlaps are sought."""
+    """Yield the text of every item of the run's tasks, including in-training evaluation, for finding overlaps."""
     from flows.evaluation.task_loading import load_tasks, task_texts
 
     config = run.config.eval
@@ -77,12 +77,12 @@ def item_texts(run: Run) -> Iterator[ItemText]:
 
 
 def data_of(config: EvalConfig) -> Path | None:
-    """Return the folder of the evaluation items, or None where they come from the hub."""
+    """Return the folder of the evaluation items, or None if they come from the hub."""
     return None if config.data is None else Path(config.data)
 
 
 def _fits_all(context: str, continuations: Sequence[str]) -> bool:
-    """Return that a prompt fits: what is read is the items alone, for no model."""
+    """Return True: without a model, there is no length limit."""
     return True
 
 
@@ -96,6 +96,6 @@ def requests_folder(run: Run) -> Path:
 
 
 def evaluation_of(run: Run, names: tuple[str, ...]) -> Evaluation:
-    """Return what ranks are told of tasks of those names, whose requests `read_questions` has written."""
+    """Return the evaluation of the named tasks for a job; `read_questions` has written their requests."""
     end_of_document = run.config.tokenizer.end_of_document
     return Evaluation(requests=requests_folder(run), tasks=names, end_of_document=end_of_document)

@@ -1,4 +1,4 @@
-"""What models scored, as the ledger has it: rows of the paper's table, and details of each task."""
+"""Task scores read from the ledger: rows of the paper's table, and details of each task."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import pyarrow as pa
 from data_scoring.evaluation.tasks import AVERAGE, PAPER, Column, columns
 from flows.evaluation.results_table import Row, with_average, with_averages
 
-# What a model scores in a task, in the columns of the view scores; 0 to 1.
+# A model's score in a task, with the columns of the view `scores`; 0 to 1.
 SCORE = pa.struct(
     [
         ("task", pa.string()),
@@ -21,8 +21,9 @@ SCORE = pa.struct(
     ]
 )
 
-# As published, scored with OpenCompass: PanGu-π Pro (arXiv 2402.02791), its table of results and section 1. Scores are
-# in the order of `PAPER`, percent; of one model the average alone. docs/evaluation.md says what they were held against.
+# As published, evaluated with OpenCompass: PanGu-π Pro (arXiv 2402.02791), its table of results and section 1. Scores
+# are in the order of `PAPER`, percent; for one model, only the average is known. docs/evaluation.md describes how they
+# were compared.
 _PUBLISHED = {
     "Sheared-LLaMA-1.3B": (24.28, 25.10, 25.77, 18.01, 62.39, 43.57, 72.91, 46.25, 16.44, 35.45),
     "TinyLLaMA-1.1B": (27.85, 24.64, 25.75, 18.54, 56.06, 45.47, 70.62, 46.25, 20.15, 36.71),
@@ -34,7 +35,7 @@ _PUBLISHED_AVERAGES = {"PanGu-π-1.5B Pro": 60.64}
 
 
 def read_rows(ledger: duckdb.DuckDBPyConnection, name: str, rounds: Sequence[int] | None = None) -> list[Row]:
-    """Return a row for each round of a run, called `name`, whose last model was scored; of `rounds` alone, if given."""
+    """Return a row for each evaluated round (only `rounds`, if given) of the run called `name`."""
     found = ledger.sql("select round, task, 100 * score, 100 * stderr from final_scores order by round").fetchall()
     rows = []
     for number in dict.fromkeys(entry[0] for entry in found if rounds is None or entry[0] in rounds):
@@ -46,19 +47,19 @@ def read_rows(ledger: duckdb.DuckDBPyConnection, name: str, rounds: Sequence[int
 
 
 def read_chance(ledger: duckdb.DuckDBPyConnection) -> dict[str, float]:
-    """Return what guessing scores in each task that a run was scored in, percent, by its last round."""
+    """Return the chance score of each task that a run was evaluated on, percent, as of its last round."""
     return dict(ledger.sql("select task, 100 * arg_max(chance, round) from final_scores group by task").fetchall())
 
 
 def chance_rows(chances: dict[str, float]) -> list[Row]:
-    """Return the row of what guessing scores, or none where nothing was scored."""
+    """Return the row of chance scores, or no row if there are none."""
     return [with_average(Row("chance", chances, {}, "chance"), PAPER)] if chances else []
 
 
 def score_rows(found: Sequence[tuple[Any, ...]]) -> list[Row]:
-    """Return the row of what guessing scores and a row a model, each with its average over the tasks that all have.
+    """Return the row of chance scores and a row per model, each with its average over the tasks that all have.
 
-    found: of a model and a task each, the model's name, the task, score, standard error or None, chance; percent.
+    found: one entry per model and task: the model's name, the task, score, standard error or None, chance; percent.
     """
     rows = [Row("chance", {task: chance for _, task, _, _, chance in found}, {}, "chance")]
     for name in dict.fromkeys(entry[0] for entry in found):
@@ -69,14 +70,14 @@ def score_rows(found: Sequence[tuple[Any, ...]]) -> list[Row]:
 
 
 def paper_rows() -> list[Row]:
-    """Return the paper's rows, as published, in percent."""
+    """Return the paper's published rows, in percent."""
     published = {label: dict(zip(PAPER, scores, strict=True)) for label, scores in _PUBLISHED.items()}
     published |= {label: {AVERAGE: score} for label, score in _PUBLISHED_AVERAGES.items()}
     return [with_average(Row(label, scores, {}, "quoted"), PAPER) for label, scores in published.items()]
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """Return the columns in which a row that is not quoted has a score, and any row's average; in the table's order."""
+    """Return, in the table's order, the columns with a score in a row that is not quoted, and the average if any."""
     return [
         column
         for column in columns()
@@ -85,9 +86,9 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
 
 
 def describe_items(counts: Iterable[tuple[str, int, int]]) -> str:
-    """Return, in a sentence, how many items of each task were scored, and how many could not be.
+    """Return a sentence with the numbers of scored and unscorable items of each task.
 
-    counts: of a task and a model each, the task, items that were scored, and items that could not be.
+    counts: one entry per task and model: the task, scored items, and unscorable items.
     """
     found = list(counts)
     parts = []
@@ -96,18 +97,18 @@ def describe_items(counts: Iterable[tuple[str, int, int]]) -> str:
         unscorable = max((count for task, _, count in found if task == column.name), default=0)
         if scored:
             more = f" ({unscorable:,} more could not be scored)" if unscorable else ""
-            # Models that were asked different items are better not compared.
+            # Several numbers show that models were evaluated on different items, and are not comparable.
             parts.append(f"{' or '.join(f'{count:,}' for count in scored)} of {column.title}{more}")
     return f"Items: {', '.join(parts)}."
 
 
 def read_items(ledger: duckdb.DuckDBPyConnection) -> str:
-    """Return, in a sentence, how many items of each task the models that rounds of a run ended with were scored in."""
+    """Return a sentence with the numbers of items that a run's final models were evaluated on."""
     return describe_items(ledger.sql("select task, num_items, num_unscorable from final_scores").fetchall())
 
 
 def read_details(ledger: duckdb.DuckDBPyConnection, round_number: int) -> list[dict[str, Any]]:
-    """Return a row for each task that the model of a round was scored in, in the table's order; figures in percent."""
+    """Return a row for each task that a round's final model was evaluated on, in the table's order; in percent."""
     names = ["task", "metric", "score", "stderr", "chance", "items", "unscorable", "examples", "shortened"]
     found = ledger.sql(
         f"""select task, metric, round(100 * score, 2), round(100 * stderr, 2), round(100 * chance, 2), num_items,
@@ -116,5 +117,5 @@ def read_details(ledger: duckdb.DuckDBPyConnection, round_number: int) -> list[d
     ).fetchall()
     order = {column.name: place for place, column in enumerate(columns())}
     rows = [dict(zip(names, entry, strict=True)) for entry in found]
-    # A task that was added at run time may be unknown to this process.
+    # A task that another process added at run time may be unknown here.
     return sorted(rows, key=lambda row: order.get(row["task"], len(order)))

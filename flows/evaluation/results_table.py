@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 from data_scoring.evaluation.tasks import AVERAGE, TASKS, Column
 
 Format = Literal["terminal", "markdown", "latex", "html"]
-# Wider than any table: a line that a terminal breaks is read more easily than cells that are cut.
+# Wider than any table: lines that the terminal wraps are easier to read than truncated cells.
 _WIDTH = 400
-_NOTE = "Percent. Chance is what guessing scores; quoted rows are as published, by another implementation."
+_NOTE = "Percent. Chance is the score of guessing; quoted rows are as published, by another implementation."
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model's scores in percent by column, and standard errors where known; others' rows are quoted or chance."""
+    """A model's scores by column, in percent, with known standard errors; kind: our own, quoted, or chance scores."""
 
     label: str
     scores: dict[str, float]
@@ -31,7 +31,7 @@ class Row:
 
 
 def with_average(row: Row, tasks: Sequence[str]) -> Row:
-    """Return `row` with the mean of its scores of `tasks`, and that mean's standard error, where it has all of them."""
+    """Return `row` with the mean of its scores of `tasks` and its standard error, if it has all of them."""
     if AVERAGE in row.scores or any(task not in row.scores for task in tasks):
         return row
     scores = {**row.scores, AVERAGE: sum(row.scores[task] for task in tasks) / len(tasks)}
@@ -42,15 +42,15 @@ def with_average(row: Row, tasks: Sequence[str]) -> Row:
 
 
 def with_averages(rows: Sequence[Row]) -> list[Row]:
-    """Return `rows`, each with the mean of its scores of the tasks that all of them have, where these are several."""
+    """Return `rows`, each with its mean over the tasks that all rows have, if there are several."""
     common = [task for task in TASKS if all(task in row.scores for row in rows)]
     return [with_average(row, common) for row in rows] if len(common) > 1 else list(rows)
 
 
 def rank(rows: Sequence[Row], column: str) -> dict[int, Literal["best", "second"]]:
-    """Return which rows have a column's best score and which its second, by number; chance has no place.
+    """Return the indices of the rows with a column's best and second-best score; chance is not ranked.
 
-    Scores that are shown alike, to a tenth, share a place. Among one score alone nothing is best.
+    Scores that are equal when rounded to a tenth share a place. A single score is not ranked.
     """
     shown = {
         number: round(row.scores[column], 1)
@@ -67,12 +67,12 @@ def rank(rows: Sequence[Row], column: str) -> dict[int, Literal["best", "second"
 
 
 def render_table(rows: Sequence[Row], columns: Sequence[Column], form: Format) -> str:
-    """Return the table as text in the form asked for."""
+    """Return the table as text in the given format."""
     return {"terminal": _terminal, "markdown": _markdown, "latex": _latex, "html": _html}[form](rows, columns)
 
 
 def table_cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
-    """Return the table's cells, the label first, the best of a column between two asterisks each."""
+    """Return the table's cells, the label first; a column's best score is enclosed in `**`."""
     return _cells(rows, columns, {"best": "**{}**".format, "second": str}, " ± ", _label)
 
 
@@ -83,7 +83,7 @@ def _cells(
     plus_minus: str,
     label: Callable[[Row], str],
 ) -> list[list[str]]:
-    """Return the table's cells, the label first, the best and the second marked by the functions of these names."""
+    """Return the table's cells, the label first; `mark` formats a column's best and second-best scores."""
     places = {column.name: rank(rows, column.name) for column in columns}
     table = []
     for number, row in enumerate(rows):
@@ -118,7 +118,7 @@ def _terminal(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     table.add_column("\nmodel", no_wrap=True)
     last = ""
     for column in columns:
-        # A group's name stands over its first column.
+        # A group's name is above its first column.
         group, last = ("" if column.group == last else column.group), column.group
         table.add_column(f"{group}\n{column.title}", justify="right", no_wrap=True)
     mark: dict[str, Callable[[str], str]] = {
@@ -131,7 +131,7 @@ def _terminal(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def print_wide(table: "Table") -> str:
-    """Return a table as text, with bold and underlines where standard output is a terminal, and as wide as it is."""
+    """Return a table as text in its full width; with bold and underlines if standard output is a terminal."""
     from rich.console import Console
 
     console = Console(width=_WIDTH)
@@ -148,7 +148,7 @@ def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def _plain(row: Row) -> str:
-    """Return the label so that Markdown reads no markup and no border in it."""
+    """Return the label, escaped for a Markdown table."""
     return html.escape(_label(row), quote=False).replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")
 
 
@@ -174,7 +174,7 @@ def _latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return `text` with what LaTeX would read as commands made plain."""
+    """Return `text`, escaped for LaTeX."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "π": r"$\pi$"}
     special |= {character: rf"\{character}" for character in "&%$#_{}"}
     return "".join(special.get(character, character) for character in text)

@@ -1,8 +1,8 @@
-"""Evaluation of a run's models: their answers, at a round's end and in training, and the scores of these.
+"""Evaluation of a run's models at the end of a round and in training: their answers and scores.
 
-`evaluation/` of the run folder holds the requests, a file a task, which all of its models are asked. A round's
-`evaluation/step-<number>/` holds the answers after that step and, below scores/, items/ and unscorable/, what they
-score: a file a task each, which the ledger's views of these names read.
+`evaluation/` of the run folder holds the requests to all models, one file per task. A round's
+`evaluation/step-<number>/` holds the answers after that step, and their scores in scores/, items/ and unscorable/, one
+file per task each, which the ledger's views of these names read.
 """
 
 import time
@@ -40,9 +40,9 @@ class RoundEvaluation:
         return evaluation_folder(self.run, self.round_number)
 
     def ask(self, config: EvalConfig, progress: Progress) -> list[Question]:
-        """Have the model that the round ended with answer the tasks of `config`, and return what they ask.
+        """Return the questions of the tasks of `config`, after the round's final model has answered them.
 
-        A task whose answers are there is not asked again.
+        Existing answers are reused.
         """
         questions = read_questions(self.run, config.asked, config, progress)
         names = _asked(questions)
@@ -51,9 +51,9 @@ class RoundEvaluation:
         return questions
 
     def score(self, questions: Sequence[Question], progress: Progress) -> None:
-        """Score the answers of the model that the round ended with.
+        """Score the answers of the round's final model.
 
-        Those given in training are scored anew as well: labels that were corrected count everywhere.
+        In-training answers are scored again as well, since labels may have been corrected.
         """
         folder = self._last_folder()
         for number, question in enumerate(questions):
@@ -64,7 +64,7 @@ class RoundEvaluation:
         refresh_ledger(self.run.folder)
 
     def in_training(self, questions: Sequence[Question]) -> RepeatedEvaluation | None:
-        """Return what ranks ask their model every so many steps, or None where that is nothing."""
+        """Return the in-training evaluation for the train job, or None if there is none."""
         every_steps = self.run.config.eval.every_steps
         names = _asked(questions)
         if every_steps is None or not names:
@@ -73,24 +73,24 @@ class RoundEvaluation:
         return RepeatedEvaluation(**evaluation.model_dump(), answers=self.folder, every_steps=every_steps)
 
     def forget_others(self, questions: Sequence[Question]) -> None:
-        """Delete answers and scores that this training would not give: of other inputs, or to other questions."""
+        """Delete answers and scores that this training would not give: with other inputs, or to other questions."""
         for folder in self.folder.glob("step-*"):
             known = {question.task.name for question in questions if self._has_answers(question, folder)}
-            # Scores are deleted before their answers: none is ever left without them.
+            # Delete scores before their answers, so that an interruption leaves no scores without answers.
             for place in [*(folder / kind for kind in reversed(WORTH)), folder]:
                 for path in place.glob("*.parquet"):
                     if path.stem not in known:
                         path.unlink()
 
     def scoring_in_training(self, questions: Sequence[Question], progress: Progress) -> Progress:
-        """Return `progress` for the round's training, which also scores answers soon after they are given."""
-        looked, known = 0.0, 0
+        """Return a progress callback for the round's training, which also scores answers soon after they are given."""
+        last_poll, known = 0.0, 0
 
         def note(what: str, done: int, total: int | None) -> None:
-            nonlocal looked, known
+            nonlocal last_poll, known
             progress(what, done, total)
-            if questions and time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
-                count, looked = len(list(self.folder.glob("step-*/*.parquet"))), time.monotonic()
+            if questions and time.monotonic() - last_poll > _SECONDS_BETWEEN_LOOKS:
+                count, last_poll = len(list(self.folder.glob("step-*/*.parquet"))), time.monotonic()
                 if count != known:
                     self.score_training(questions)
                     known = count
@@ -98,7 +98,7 @@ class RoundEvaluation:
         return note
 
     def score_training(self, questions: Sequence[Question], anew: bool = False) -> None:
-        """Score answers that were given in training and have no scores yet; with `anew`, all of them."""
+        """Score the in-training answers that have no scores yet; with `anew`, all of them."""
         scored = 0
         for folder in sorted(self.folder.glob("step-*")):
             for question in questions:
@@ -110,7 +110,7 @@ class RoundEvaluation:
             refresh_ledger(self.run.folder)
 
     def _ask(self, names: tuple[str, ...], progress: Progress) -> None:
-        """Have the model that the round ended with give the answers to tasks that are missing."""
+        """Answer the named tasks with the round's final model, unless the answers exist."""
         from flows.evaluation.harness_model import answer_job
 
         run, folder = self.run, self._last_folder()
@@ -125,12 +125,12 @@ class RoundEvaluation:
             launcher.launch(job, run.folder, f"evaluate-{self.round_number}", progress, run.config.launch)
 
     def _last_folder(self) -> Path:
-        """Return the folder of the answers of the model that the round ended with."""
+        """Return the folder of the answers of the round's final model."""
         step = int(read_checkpoint_record(final_checkpoint(self.run, self.round_number))["step"])
         return self.folder / f"step-{step:08d}"
 
     def _has_answers(self, question: Question, folder: Path) -> bool:
-        """Return whether `folder` has answers to these very requests that the round's training gave at its step."""
+        """Return whether `folder` has answers to exactly these requests, from this training at the folder's step."""
         requests, name = requests_folder(self.run), question.task.name
         if not question.asked.requests:
             return False
@@ -139,7 +139,7 @@ class RoundEvaluation:
 
 
 def training_questions(run: Run, progress: Progress) -> list[Question]:
-    """Return what the run's models are asked while they train, as `eval.every_steps` has it."""
+    """Return the questions of in-training evaluation; none without `eval.every_steps`."""
     config = run.config.eval
     if config.every_steps is None:
         return []
@@ -147,5 +147,5 @@ def training_questions(run: Run, progress: Progress) -> list[Question]:
 
 
 def _asked(questions: Sequence[Question]) -> tuple[str, ...]:
-    """Return the tasks that ask anything: of some, no item fits into the model."""
+    """Return the tasks that have requests: a task has none if no item fits into the model."""
     return tuple(question.task.name for question in questions if question.asked.requests)

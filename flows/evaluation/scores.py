@@ -1,4 +1,4 @@
-"""The scores of tasks, from the answers that ranks left."""
+"""Task scores, computed from the ranks' answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,13 +37,13 @@ ITEMS = pa.schema(
         ("score", pa.float64()),
     ]
 )
-# Folders beside answers, a file a task in each.
+# Folders next to the answers, with one file per task each.
 WORTH = ("items", "unscorable", "scores")
 UNSCORABLE = pa.schema([("task", pa.string()), ("item", pa.string()), ("reason", pa.string())])
 
 
 def write_scores(question: Question, folder: Path, is_end: bool) -> None:
-    """Write what the answers in `folder` to a task are worth; anew each time, for right answers may be corrected."""
+    """Write the scores of the answers to a task in `folder`; always again, since labels may have been corrected."""
     name = question.task.name
     answers = read_answers(requests_path(folder, name)) if question.asked.requests else []
     rows, items = score_question(question, answers)
@@ -58,7 +58,7 @@ def write_scores(question: Question, folder: Path, is_end: bool) -> None:
 
 
 def score_question(question: Question, answers: Sequence[Answer]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return what answers to a task are worth: rows of the view scores, the whole task's first, and of scored_items."""
+    """Return the scores of answers to a task: rows of the view scores, the whole task first, and of scored_items."""
     from flows.evaluation.harness_model import score_answers
 
     task = question.task
@@ -79,7 +79,7 @@ def score_question(question: Question, answers: Sequence[Answer]) -> tuple[list[
 
 
 def _rows(task: "EvaluationTask", results: dict[str, Any], items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for the task, the mean over its subjects, and, where it has several, one for each of these."""
+    """Return a row for the task (the mean over its subjects) and, if it has several subjects, one for each."""
     common = {"task": task.name, "metric": task.metric, "num_fewshot": task.num_fewshot}
     subjects: list[dict[str, Any]] = []
     for subject in task.subtasks:
@@ -89,7 +89,7 @@ def _rows(task: "EvaluationTask", results: dict[str, Any], items: list[dict[str,
         subjects.append({**common, **row})
     whole = {
         **common,
-        # Of a task whose items are all too long, say, there is none.
+        # None if no item can be scored, for example if all items are too long.
         "score": sum(row["score"] for row in subjects) / len(subjects) if subjects else None,
         "stderr": _combine([(row["stderr"], row["num_items"]) for row in subjects]),
         "chance": task.chance,
@@ -101,9 +101,9 @@ def _rows(task: "EvaluationTask", results: dict[str, Any], items: list[dict[str,
 
 
 def _combine(subjects: list[tuple[float | None, int]]) -> float | None:
-    """Return the standard error of the mean of subjects' scores, given each one's and its number of items.
+    """Return the standard error of the mean of subjects' scores, given each standard error and number of items.
 
-    The item of a subject that has but one varies as those of the others do on average; None where all have but one.
+    Subjects with a single item are assumed to have the others' average variance; None if all have a single item.
     """
     variances = [error**2 * count for error, count in subjects if error is not None]
     if not variances:
@@ -114,7 +114,7 @@ def _combine(subjects: list[tuple[float | None, int]]) -> float | None:
 
 
 def _standard_error(scores: list[float]) -> float | None:
-    """Return the standard error of the mean of `scores`; None where there is but one."""
+    """Return the standard error of the mean of `scores`; None for fewer than two."""
     if len(scores) < 2:
         return None
     mean = sum(scores) / len(scores)

@@ -1,6 +1,6 @@
-"""The table's tasks, loaded: lm-eval's own definitions or the row's, over local files or the hub's data sets.
+"""Loading of evaluation tasks: lm-eval's definitions or the table's own, over local files or the hub's data sets.
 
-docs/evaluation.md has their prompts, shots and metrics, with sources.
+docs/evaluation.md lists their prompts, shots and metrics, with sources.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """One row's worth of the benchmark table: lm-eval's tasks, one a subject, and the items that they score.
+    """A task of the benchmark table: lm-eval's tasks, one per subject, and the items that they score.
 
     A task's score is the unweighted mean of its subtasks' scores (OpenCompass' naive average).
     """
@@ -33,12 +33,12 @@ class EvaluationTask:
     name: str
     metric: str  # lm-eval's name of the metric that the table shows
     num_fewshot: int
-    chance: float  # expected score of a guess, 0 to 1: mean over items of right options / options; 0 where generated
-    subtasks: dict[str, ConfigurableTask]  # by lm-eval's name; those with no item that can be scored are left out
-    samples: dict[str, list[int]]  # of each subtask, indices into its `eval_docs` of what is scored, ascending
-    places: dict[str, list[str]]  # of each subtask, where each of its `eval_docs` is from (`file:line`)
+    chance: float  # expected score of guessing, 0 to 1: mean over items of right options / options; 0 for generation
+    subtasks: dict[str, ConfigurableTask]  # by lm-eval's name; without those that have no scorable item
+    samples: dict[str, list[int]]  # by subtask: indices of the scored items in its `eval_docs`, ascending
+    places: dict[str, list[str]]  # by subtask: origin (`file:line`) of each of its `eval_docs`
     unscorable: list[Unscorable]
-    num_shortened: int  # items that are scored with fewer examples than `num_fewshot`, for their prompt was too long
+    num_shortened: int  # items scored with fewer examples than `num_fewshot`, because their prompt was too long
 
 
 def load_tasks(
@@ -48,17 +48,19 @@ def load_tasks(
     fits: Callable[[str, Sequence[str]], bool],
     num_tokens: Callable[[Sequence[str]], Sequence[int]],
 ) -> list[EvaluationTask]:
-    """Return the tasks of those names (`paper` and `ablation` stand for theirs), ready to be asked.
+    """Return the named tasks (`paper` and `ablation` expand to several), ready for evaluation.
 
-    Items come from the files in `data` (data_scoring.evaluation.items), or, where it is None, from the hub; with
-    `limit`, no more than the first so many of each subject. `fits(context, continuations)` says whether a prompt
-    with the longest of its continuations fits into the model; what does not is listed as unscorable. Where an answer
-    is generated, a continuation of as many words as tokens may be generated is asked for. `num_tokens(texts)` says how
-    many tokens each text has, by which OpenCompass divides losses.
+    data: the folder of the items' files (data_scoring.evaluation.items); None reads them from the hub.
+    limit: use only the first `limit` items of each subject.
+    fits: `fits(context, continuations)` returns whether a prompt with the longest of its continuations fits into the
+        model; items that do not fit are listed as unscorable. For generation, the continuation has as many words as
+        the largest number of new tokens.
+    num_tokens: `num_tokens(texts)` returns each text's number of tokens, by which OpenCompass divides losses.
+
     Raises ValueError, in one line, for an unknown task, and for files that are missing or broken.
     """
     if data is not None and not data.is_dir():
-        raise ValueError(f"eval.data: no folder {data}; name the one that holds the tasks' files, or leave it out")
+        raise ValueError(f"eval.data: no folder {data}; give the folder of the tasks' files, or remove it")
     resolved, ours = resolve_names(names), {"fits": fits, "num_tokens": num_tokens}
     # Importing lm-eval takes a second.
     from flows.evaluation.harness_task import patched_harness
@@ -68,7 +70,7 @@ def load_tasks(
 
 
 def task_texts(tasks: Sequence[EvaluationTask]) -> Iterator[ItemText]:
-    """Yield the text of every item that loaded tasks hold, for data sets that are no local files."""
+    """Yield the text of every item of loaded tasks, for data sets that are not local files."""
     for task in tasks:
         for subtask, harness_task in task.subtasks.items():
             for place, doc in zip(task.places[subtask], harness_task.eval_docs, strict=True):
@@ -77,19 +79,19 @@ def task_texts(tasks: Sequence[EvaluationTask]) -> Iterator[ItemText]:
 
 @dataclass
 class _Rows:
-    """The rows of one task, handed to lm-eval; what cannot be scored stays behind and is listed."""
+    """The rows of one task for lm-eval; items that cannot be scored are listed instead."""
 
     task: Task
     data: Path | None
     limit: int | None
-    places: dict[str, list[str]] = field(default_factory=dict)  # of each subtask's items, where they are from
+    places: dict[str, list[str]] = field(default_factory=dict)  # by subtask: the items' origins
     chances: dict[str, list[float]] = field(default_factory=dict)
     unscorable: list[Unscorable] = field(default_factory=list)
     _by_subject: dict[str, list[Item]] = field(default_factory=dict)
     _examples: dict[str, list[Item]] = field(default_factory=dict)
 
     def read_subjects(self) -> list[str]:
-        """Return the subjects in the local files, in their order ([""] for a task without)."""
+        """Return the subjects in the local files, in file order ([""] for a task without subjects)."""
         assert self.data is not None
         for item in read_items(self.task.name, self.data):
             self._by_subject.setdefault(item.subject, []).append(item)
@@ -99,7 +101,7 @@ class _Rows:
         return list(self._by_subject)
 
     def datasets_of(self, subject: str) -> Callable[[Any], datasets.DatasetDict]:
-        """Return the function of lm-eval's task configuration that gives a subject's splits."""
+        """Return the function of lm-eval's task configuration that returns a subject's splits."""
 
         def make(config: Any) -> datasets.DatasetDict:
             split = config.test_split or config.validation_split
@@ -110,7 +112,7 @@ class _Rows:
             rows = {split: self._keep(config.task, items[: self.limit])}
             if config.num_fewshot:
                 rows[config.fewshot_split] = self._solved(config, subject, examples)
-            # Features are inferred from rows; an empty split has none, and lm-eval reads its first row.
+            # Only include splits with rows: features are inferred from rows, and lm-eval reads the first row.
             return datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in rows.items()})
 
         return make
@@ -129,14 +131,14 @@ class _Rows:
         solved = [item.row for item in examples if not item.defect]
         if len(solved) < config.num_fewshot:
             raise ValueError(
-                f"{self.task.name}: {len(solved)} solved examples of {subject or 'the task'}, "
-                f"and {config.num_fewshot} go before each question; add some to its file of examples"
+                f"{self.task.name}: {len(solved)} solved examples of {subject or 'the task'}, but prompts need "
+                f"{config.num_fewshot}; add some to its file of examples"
             )
         return solved
 
 
 class _NothingToScoreError(Exception):
-    """A subject of which no item can be scored: it is left out, and its items are listed."""
+    """No item of a subject can be scored; the subject is left out, and its items are listed."""
 
 
 def _chance(task: Task, row: dict[str, Any]) -> float:
@@ -146,7 +148,7 @@ def _chance(task: Task, row: dict[str, Any]) -> float:
 
 @functools.cache
 def _open_definitions(folder: str) -> TaskManager:
-    """Return lm-eval's definitions in one of its folders: reading all tens of thousands would take half a minute."""
+    """Return lm-eval's definitions in one of its folders; reading all of them would take half a minute."""
     import lm_eval.tasks
 
     path = Path(lm_eval.tasks.__file__).parent / folder
@@ -187,7 +189,7 @@ def _load(rows: _Rows, ours: dict[str, Any]) -> EvaluationTask:
 
 
 def _subtasks(task: Task, rows: _Rows) -> dict[str, str]:
-    """Return lm-eval's names of a task's subjects, and what the files call them."""
+    """Return a task's subjects: lm-eval's names, mapped to the names in the files."""
     if not task.prefix:
         if rows.data is not None:
             rows.read_subjects()
@@ -206,14 +208,14 @@ def _subtasks(task: Task, rows: _Rows) -> dict[str, str]:
 
 
 def _build(task: Task, subtask: str, ours: dict[str, Any]) -> Any:
-    """Return lm-eval's task: its own definition, or the row's, with our rows."""
+    """Return lm-eval's task from its own definition, or from the table's, with rows from `ours`."""
     from flows.evaluation.harness_task import HarnessTask, SummaryTask, WholeTextTask
 
     kind = {"harness": HarnessTask, "whole_text": WholeTextTask, "summary": SummaryTask}[task.scoring]
     ours = {**ours, "num_fewshot": task.num_fewshot, "training_split": None}
     if task.definition:
         return kind({**task.definition, "task": subtask, **ours})
-    # lm-eval merges what we add into its definition where a group names the task, and nowhere else.
+    # lm-eval only merges additional fields into a definition if a group names the task.
     group = {"group": "reprise", "task": [{**ours, "task": subtask, "class": kind}]}
     return _open_definitions(task.folder).load(group)["tasks"][subtask]
 
@@ -224,10 +226,10 @@ def _read_hub(task: Task, config: Any, split: str) -> tuple[list[Item], list[Ite
     try:
         loaded = datasets.load_dataset(config.dataset_path, config.dataset_name, **(config.dataset_kwargs or {}))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        # What datasets raises where the hub is away, has no such data set, or has one that it no longer reads.
+        # Raised by datasets if the hub is unreachable, or the data set is missing or no longer supported.
         [reason, *_] = f"{error}".splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{task.name}: cannot be read from the hub, {place} ({reason}); try again, or give its files with eval.data"
+            f"{task.name}: cannot read {place} from the hub ({reason}); try again, or give its files with eval.data"
         ) from None
     parts = []
     for part in (split, config.fewshot_split if config.num_fewshot else None):

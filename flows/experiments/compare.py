@@ -1,8 +1,8 @@
-"""Comparing: arms that differ in one thing, each going on from the same first round, over several seeds.
+"""Comparisons: arms that differ in one option, over several seeds.
 
-For every seed a base trains and scores round 1 once. An arm is a run of its own beside it: it has the base's corpus and
-first round by hard links, so that its stages find them complete, and does what comes after. Arms that differ in how a
-model begins have the corpus alone from their base, and train round 1 themselves.
+For each seed, a base run trains and scores round 1 once. Each arm is a separate run next to it: it hard-links the
+base's corpus and first round, so that its stages find them complete, and continues from there. Arms that differ in how
+a model is initialised share only the corpus, and train round 1 themselves.
 """
 
 from collections.abc import Sequence
@@ -40,13 +40,13 @@ from flows.stages.refine import preview
 from flows.stages.stage_order import complete, steps_to_train
 from trainer.config import InheritConfig, InheritMethod, ModelConfig
 
-# An arm that asks for no losses puts no outliers aside either.
+# An arm that does not use losses does not exclude outliers either.
 _BLIND = {"outlier_z": None}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way on from the base: its name, its folder's name, the fields it sets by section, and its last round."""
+    """An arm: its name, its folder's name, the fields that it sets, by section, and its last round."""
 
     name: str
     folder: str
@@ -60,10 +60,10 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Arms that differ in the option `option` alone; `stem` names the files of their result.
+class Comparison:
+    """Arms that differ only in the option `option`; `stem` is the stem of the result files' names.
 
-    They go on from the same first round, or begin with one of their own (`shares_round`).
+    shares_round: whether the arms continue from the same first round; if not, each trains its own.
     """
 
     option: str
@@ -75,21 +75,21 @@ class Sweep:
 _BASE = Arm(BASE, "base", num_rounds=1)
 
 
-def policy_sweep(text: str) -> Sweep:
-    """Return the arms of a list of policies, such as loss,random. Raises ValueError for one that there is not."""
+def policy_comparison(text: str) -> Comparison:
+    """Return the arms of a list of policies, such as loss,random. Raises ValueError for an unknown policy."""
     names = entries("--policies", text)
     for name in names:
         if name not in POLICIES:
-            raise ValueError(f"--policies: {name!r} is none of {', '.join(POLICIES)}; give some of them")
-    return Sweep("--policies", "compare", tuple(_policy_arm(name) for name in names))
+            raise ValueError(f"--policies: {name!r} is not a policy; choose from {', '.join(POLICIES)}")
+    return Comparison("--policies", "compare", tuple(_policy_arm(name) for name in names))
 
 
 def _policy_arm(name: str) -> Arm:
     return Arm(name, name, {"refine": {"policy": name, **({} if POLICIES[name].needs_losses else _BLIND)}})
 
 
-def rate_sweep(text: str) -> Sweep:
-    """Return the arms of a list of sampling rates from 0, which is no second round, to 1, which is everything."""
+def rate_comparison(text: str) -> Comparison:
+    """Return the arms of a list of sampling rates, from 0 (no second round) to 1 (everything)."""
     rates = sorted(numbers("--sampling-rates", text, 0, 1))
     arms = [Arm(f"{rate:g}", f"rate-{rate:g}", {"refine": {"sampling_rate": rate}}) for rate in rates]
     for place, rate in enumerate(rates):
@@ -97,124 +97,124 @@ def rate_sweep(text: str) -> Sweep:
             arms[place] = Arm("0", _BASE.folder, num_rounds=1)
         elif rate == 1:
             arms[place].refine.update(_BLIND)
-    return Sweep("--sampling-rates", "compare-sampling-rates", tuple(arms))
+    return Comparison("--sampling-rates", "compare-sampling-rates", tuple(arms))
 
 
-def round_sweep(text: str) -> Sweep:
-    """Return the arms of a list of numbers of rounds; each goes on from where the one before it ends."""
+def round_comparison(text: str) -> Comparison:
+    """Return the arms of a list of numbers of rounds; each arm continues from the end of the previous one."""
     rounds = sorted(numbers("--rounds", text, 1, 100))
     if any(number % 1 for number in rounds):
-        raise ValueError(f"--rounds: {text!r} holds a fraction of a round; give whole numbers")
+        raise ValueError(f"--rounds: {text!r} contains a fraction; give integers")
     arms = tuple(Arm(f"{number:g}", f"rounds-{number:g}", {}, int(number)) for number in rounds)
-    return Sweep("--rounds", "compare-rounds", arms)
+    return Comparison("--rounds", "compare-rounds", arms)
 
 
-def init_sweep(text: str) -> Sweep:
-    """Return the arms of a list of initialisations, such as gpt2,internlm. Raises ValueError for one there is not."""
+def init_comparison(text: str) -> Comparison:
+    """Return the arms of a list of initialisations, such as gpt2,internlm. Raises ValueError for an unknown one."""
     names, known = entries("--inits", text), get_args(ModelConfig.model_fields["init"].annotation)
     for name in names:
         if name not in known:
-            raise ValueError(f"--inits: {name!r} is none of {', '.join(known)}; give some of them")
+            raise ValueError(f"--inits: {name!r} is not an initialisation; choose from {', '.join(known)}")
     arms = tuple(Arm(name, f"init-{name}", {"model": {"init": name}}, num_rounds=1) for name in names)
-    return Sweep("--inits", "compare-inits", arms, shares_round=False)
+    return Comparison("--inits", "compare-inits", arms, shares_round=False)
 
 
-def inherit_sweep(text: str, inherit: InheritConfig | None, layers: Sequence[int] | None = None) -> Sweep:
-    """Return the arms of a list of methods, such as base,l1,learned, each a way to inherit as `inherit` says.
+def inherit_comparison(text: str, inherit: InheritConfig | None, layers: Sequence[int] | None = None) -> Comparison:
+    """Return the arms of a list of inheritance methods, such as base,l1,learned; `inherit` has the other fields.
 
-    layers: those that stay, where they are known already; `base` has no use for them. Raises ValueError for a method
-    that there is not, or where there is nothing to inherit from.
+    layers: the layers to keep, if already known; `base` does not use them. Raises ValueError for an unknown method, or
+    if `inherit` is None.
     """
     if inherit is None:
-        raise ValueError("model.inherit: names no larger model to inherit from; add one, such as {from: runs/large}")
+        raise ValueError("model.inherit: not set; name a larger model to inherit from, such as {from: runs/large}")
     names = entries("--methods", text)
     for name in names:
         if name not in get_args(InheritMethod):
-            raise ValueError(f"--methods: {name!r} is none of {', '.join(get_args(InheritMethod))}; give some of them")
+            raise ValueError(f"--methods: {name!r} is not a method; choose from {', '.join(get_args(InheritMethod))}")
     arms = []
     for name in names:
         pinned = {} if layers is None or name == "base" else {"layers": tuple(layers)}
         values = {"model": {"inherit": {**inherit.model_dump(), "method": name, **pinned}}}
         arms.append(Arm(name, f"inherit-{name}", values, num_rounds=1))
-    return Sweep("--methods", "compare-inherit", tuple(arms), shares_round=False)
+    return Comparison("--methods", "compare-inherit", tuple(arms), shares_round=False)
 
 
 def entries(option: str, text: str) -> list[str]:
-    """Return the entries of a list with commas, each once. Raises ValueError, naming `option`, where there is none."""
+    """Return the distinct entries of a comma-separated list. Raises ValueError, naming `option`, if it is empty."""
     found = list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
     if not found:
-        raise ValueError(f"{option}: names nothing; give a list with commas")
+        raise ValueError(f"{option}: the list is empty; give comma-separated values")
     return found
 
 
 def numbers(option: str, text: str, least: float, most: float) -> set[float]:
-    """Return the numbers of a list with commas. Raises ValueError where one is none, or not within the bounds."""
+    """Return the numbers of a comma-separated list. Raises ValueError for an invalid entry."""
     try:
         found = {float(entry) for entry in entries(option, text)}
     except ValueError:
-        raise ValueError(f"{option}: {text!r} is no list of numbers; give some with commas between them") from None
+        raise ValueError(f"{option}: {text!r} is not a list of numbers; give comma-separated numbers") from None
     if not all(least <= number <= most for number in found):
-        raise ValueError(f"{option}: {text!r} is not within {least} and {most}; give numbers from there")
+        raise ValueError(f"{option}: {text!r} is not between {least} and {most}; give numbers in that range")
     return found
 
 
-def compare(config: RunConfig, sweep: Sweep, num_seeds: int, tokens: int | None, progress: Progress) -> Page:
-    """Train the arms of `sweep` for each of `num_seeds` seeds from `config.seed` on, and return how they compare.
+def compare(config: RunConfig, comparison: Comparison, num_seeds: int, tokens: int | None, progress: Progress) -> Page:
+    """Return the result page, after training the arms for `num_seeds` seeds, starting at `config.seed`.
 
-    What is complete is not done again, so the same call goes on where one was stopped. Policies are compared at equal
-    tokens: `tokens`, else `refine.max_tokens`, else the most that every arm reaches within the sampling rate.
-    Initialisations train on `tokens`, else on `train.max_tokens`, else on everything. Raises ValueError where an arm
-    cannot reach them, or where a folder was made by another configuration.
+    Completed work is not repeated, so the same call resumes an interrupted one. Policies are compared at equal tokens:
+    `tokens`, else `refine.max_tokens`, else the most that every arm reaches within the sampling rate. Initialisations
+    train on `tokens`, else on `train.max_tokens`, else on everything. Raises ValueError if an arm cannot reach the
+    tokens, or if a folder was created by another configuration.
     """
     folder = config.folder.absolute().with_name(f"{config.run_name}-compare")
     seeds = range(config.seed, config.seed + num_seeds)
-    if not sweep.shares_round:
+    if not comparison.shares_round:
         config = with_tokens(config, tokens)
-        if config.model.inherits and sweep.option == "--inits":
-            raise ValueError("model.inherit: initialisations are compared from random weights; leave it out")
+        if config.model.inherits and comparison.option == "--inits":
+            raise ValueError("model.inherit: initialisations are compared from random weights; remove it")
         if config.model.start_from is not None:
-            raise ValueError("model.start_from: initialisations are compared from random weights; leave it out")
-    # What an arm lacks is best known before the bases have trained.
-    for arm in sweep.arms:
+            raise ValueError("model.start_from: initialisations are compared from random weights; remove it")
+    # Fail before the bases train if an arm's teacher is missing.
+    for arm in comparison.arms:
         check_inheritance(_config(config, folder, config.seed, arm))
-    path = folder / f"{sweep.stem}.parquet"
+    path = folder / f"{comparison.stem}.parquet"
     with locked(folder):
         layers = None
-        if sweep.option == "--methods" and any(arm.name != "base" for arm in sweep.arms):
+        if comparison.option == "--methods" and any(arm.name != "base" for arm in comparison.arms):
             layers = _measure_layers(config, folder, progress)
-            sweep = inherit_sweep(",".join(arm.name for arm in sweep.arms), config.model.inherit, layers)
-        if sweep.shares_round:
-            found, tokens = _go_on(config, folder, seeds, sweep, tokens, progress)
+            comparison = inherit_comparison(",".join(arm.name for arm in comparison.arms), config.model.inherit, layers)
+        if comparison.shares_round:
+            found, tokens = _train_from_bases(config, folder, seeds, comparison, tokens, progress)
         else:
-            found = _begin(config, folder, seeds, sweep, progress)
+            found = _train_first_rounds(config, folder, seeds, comparison, progress)
             write_parquet(curves_path(path), pa.Table.from_pylist(found.curves, CURVES), "")
         if config.eval.asked:
             write_parquet(scores_path(path), pa.Table.from_pylist(found.scores, SCORES), "")
         write_parquet(path, pa.Table.from_pylist(found.results, RESULTS), "")
-        return write_comparison(path, sweep.option, [arm.name for arm in sweep.arms], config, tokens, layers)
+        return write_comparison(path, comparison.option, [arm.name for arm in comparison.arms], config, tokens, layers)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """The rows of a comparison's files: results by source, scores by task, and the curves of first rounds by step."""
+    """The rows of a comparison's files: results by source, scores by task, and the first rounds' curves by step."""
 
     results: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, run: Run, seed: int, arm: Arm, progress: Progress) -> None:
-        """Add what an arm's run ends with, evaluated where the configuration asks for it."""
+        """Add the final results of an arm's run, and its task scores if the configuration asks for them."""
         self.results.extend(_results(run, seed, arm))
         self.scores.extend(_scores(run, seed, arm, progress))
 
 
-def _go_on(
-    config: RunConfig, folder: Path, seeds: range, sweep: Sweep, tokens: int | None, progress: Progress
+def _train_from_bases(
+    config: RunConfig, folder: Path, seeds: range, comparison: Comparison, tokens: int | None, progress: Progress
 ) -> tuple[_Found, int | None]:
-    """Return what arms that go on from a base's first round end with, and the tokens that each of them trains on."""
+    """Return the results of arms that continue from a base's first round, and the tokens that each trains on."""
     bases = {seed: _train_base(_config(config, folder, seed, _BASE), progress) for seed in seeds}
-    arms = sweep.arms
-    if sweep.option == "--policies":
+    arms = comparison.arms
+    if comparison.option == "--policies":
         tokens = equal_tokens(config, list(bases.values()), arms, tokens or config.refine.max_tokens)
         arms = tuple(Arm(arm.name, arm.folder, {"refine": {**arm.refine, "max_tokens": tokens}}) for arm in arms)
     found = _Found()
@@ -226,23 +226,25 @@ def _go_on(
             if arm.num_rounds > 1:
                 run = _train_arm(_config(config, folder, seed, arm), before, progress)
             found.add(run, seed, arm, progress)
-            # Only a round that is the same in both can be gone on from.
-            before = run if sweep.option == "--rounds" else base
+            # An arm can only continue from rounds that it shares.
+            before = run if comparison.option == "--rounds" else base
     return found, tokens
 
 
-def _begin(config: RunConfig, folder: Path, seeds: range, sweep: Sweep, progress: Progress) -> _Found:
-    """Return what arms that train round 1 themselves end with, over the same corpus in each seed."""
+def _train_first_rounds(
+    config: RunConfig, folder: Path, seeds: range, comparison: Comparison, progress: Progress
+) -> _Found:
+    """Return the results of arms that train round 1 themselves; for each seed, they share a corpus."""
     found = _Found()
     for seed in seeds:
         corpus = prepare_corpus(config, folder, f"corpus-seed-{seed}", seed, progress)
-        for arm in sweep.arms:
+        for arm in comparison.arms:
             arm_config = _config(config, folder, seed, arm)
             run = train_trial(arm_config, corpus, named(arm_config, progress))
             if run.config.model.inherits and not is_current(run):
                 raise ValueError(
-                    f"{run.folder}: began with another larger model than there is now; delete that folder, or put the "
-                    "model back"
+                    f"{run.folder}: the larger model has changed since this run started; delete the folder, or restore "
+                    "the model"
                 )
             found.add(run, seed, arm, progress)
             found.curves.extend(_curve(run, seed, arm))
@@ -250,7 +252,7 @@ def _begin(config: RunConfig, folder: Path, seeds: range, sweep: Sweep, progress
 
 
 def _measure_layers(config: RunConfig, folder: Path, progress: Progress) -> list[int]:
-    """Return the layers that all arms inherit in all seeds, measured once, over the corpus of the first."""
+    """Return the layers that all arms inherit for all seeds, measured once, on the first seed's corpus."""
     corpus = prepare_corpus(config, folder, f"corpus-seed-{config.seed}", config.seed, progress)
     with locked(corpus.folder):
         return layers_of(corpus, named(corpus.config, progress))
@@ -272,7 +274,7 @@ def _train_base(config: RunConfig, progress: Progress) -> Run:
 
 
 def _train_arm(config: RunConfig, before: Run, progress: Progress) -> Run:
-    """Return the arm's run, its rounds after those of `before` trained."""
+    """Return the arm's run, after training the rounds that follow those of `before`."""
     progress = named(config, progress)
     with locked(config.folder):
         for part in ("corpus", *(f"rounds/{number}" for number in range(1, before.config.rounds.num_rounds + 1))):
@@ -285,10 +287,10 @@ def _train_arm(config: RunConfig, before: Run, progress: Progress) -> Run:
 
 
 def equal_tokens(config: RunConfig, bases: list[Run], arms: tuple[Arm, ...], wanted: int | None) -> int:
-    """Return the predicted tokens that all `arms` train on in all seeds: `wanted`, or the most that is fair.
+    """Return the predicted tokens that all `arms` train on for all seeds: `wanted`, or the most that all arms reach.
 
-    That is what the sampling rate keeps of the smallest corpus, or less where an arm's samples are shorter. Raises
-    ValueError where an arm keeps fewer than `wanted`.
+    The latter is what the sampling rate keeps of the smallest corpus, or less if an arm selects shorter samples. Raises
+    ValueError if an arm keeps fewer than `wanted`.
     """
     reached = {}
     for base in bases:
@@ -301,14 +303,14 @@ def equal_tokens(config: RunConfig, bases: list[Run], arms: tuple[Arm, ...], wan
         return min(least, int(min(corpora) * config.refine.sampling_rate))
     if least < wanted:
         raise ValueError(
-            f"--tokens: {wanted} is more than arm {name} keeps in seed {seed}, {least}; give fewer, or raise "
+            f"--tokens: {wanted} is more than the {least} that arm {name} keeps for seed {seed}; lower it, or raise "
             "refine.sampling_rate"
         )
     return wanted
 
 
 def scoring_cost(run: Run, round_number: int) -> int:
-    """Return what scoring a round cost, choosing how included, in training-token equivalents."""
+    """Return the cost of scoring a round, including calibration, in training-token equivalents."""
     return _number(
         run,
         f"select sum(cost_tokens) from budgets "
@@ -317,13 +319,13 @@ def scoring_cost(run: Run, round_number: int) -> int:
 
 
 def needs_losses(refine: RefineConfig) -> bool:
-    """Return whether what is kept depends on losses; keeping everything, or some at random, does not."""
+    """Return whether the selection depends on losses; keeping everything, or a random part, does not."""
     is_blind = not refine.policy_row.needs_losses or refine.sampling_rate == 1
     return not is_blind or refine.outlier_z is not None
 
 
 def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
-    """Return a row for each source: the validation loss that the run ends with, and what it cost to get there."""
+    """Return a row for each source: the run's final validation loss, and the cost to reach it."""
     refresh_ledger(run.folder)
     scored = range(1, run.config.rounds.num_rounds) if needs_losses(run.config.refine) else ()
     [costs] = query(
@@ -338,7 +340,7 @@ def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
 
 
 def _scores(run: Run, seed: int, arm: Arm, progress: Progress) -> list[dict[str, Any]]:
-    """Return a row for each evaluation task of the configuration: what the model that the run ends with scores."""
+    """Return a row for each evaluation task of the configuration: the final model's score."""
     if not run.config.eval.asked:
         return []
     last = run.config.rounds.num_rounds
@@ -350,7 +352,7 @@ def _scores(run: Run, seed: int, arm: Arm, progress: Progress) -> list[dict[str,
 
 
 def _curve(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
-    """Return a row for each step of the run's first round: the tokens trained on up to there, and the step's loss."""
+    """Return a row for each step of the run's first round: the tokens trained on so far, and the step's loss."""
     steps = query(
         run.folder,
         "select step, sum(num_tokens) over (order by step)::bigint, loss from steps where round = 1 order by step",

@@ -1,4 +1,4 @@
-"""How fast the model of a round generates: the paper's measure, a prefix of 2, 510 new tokens, a batch of 20."""
+"""Generation speed of a round's model, measured as in the paper: 2 prompt tokens, 510 new tokens, batches of 20."""
 
 from data_scoring.base.files import fingerprint, read_json
 from data_scoring.base.progress import Progress
@@ -10,9 +10,9 @@ from trainer.jobs import GenerateJob
 
 
 def generation_speed(run: Run, round_number: int, progress: Progress, num_new_tokens: int = 510) -> float:
-    """Return the new tokens a second that one replica of a round's model generates, greedily; measured once.
+    """Return the new tokens per second that one replica of a round's model generates greedily.
 
-    Noted in the round's generation.json, with the device and the layout that it belongs to.
+    Measured once, and stored in the round's generation.json with the device and the layout.
     """
     parallel = run.config.parallel.model_dump()
     identity = fingerprint(

@@ -1,7 +1,7 @@
-"""Trials: runs of one round over a corpus that they share, trained several at once, each leaving a row of results.
+"""Trials: runs of one round over a shared corpus, trained concurrently, each with a row of results.
 
-A trial's folder is a run folder like any other. Its row is a Parquet file of its own beside what it was made from, so
-that trials need not know of each other, and views over the rows can be looked at while they go on.
+A trial's folder is an ordinary run folder. Its row is a Parquet file in that folder, so that trials are independent of
+each other, and views over the rows can be read while trials are running.
 """
 
 import contextvars
@@ -24,18 +24,17 @@ from data_scoring.ledger import query
 from data_scoring.refine.near_duplicates import SCRATCH
 from flows.evaluation.results import SCORE
 from flows.run.config import RunConfig, parse_config
+from flows.run.errors import RanksFailedError
 from flows.run.folder import Run, open_run
 from flows.run.locks import locked
-from flows.run.rank_errors import RanksFailedError
 from flows.stages.stage_order import complete, fingerprint_of, steps_to_train
 
-# What ends one trial and says nothing about the others.
+# Errors that end one trial and do not affect the others.
 TRIAL_ERRORS = (ValueError, RanksFailedError)
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
-# One row a trial. Losses are validation losses at the end; scores and generation_speed are null until they were
-# measured.
+# One row per trial. Losses are final validation losses; scores and generation_speed are null until they are measured.
 TRIAL = pa.schema(
     [
         ("trial", pa.string()),
@@ -66,7 +65,7 @@ TRIAL = pa.schema(
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: its name, which its folder has too, the fields that it sets, by section, and its last round."""
+    """One trial: its name (also its folder's), the fields that it sets, by section, and its number of rounds."""
 
     name: str
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -74,11 +73,11 @@ class Trial:
 
 
 class TrialStoppedError(Exception):
-    """A trial was told to stop, because whoever asked for all of them was."""
+    """A trial was stopped because all trials are being stopped."""
 
 
 def trial_config(config: RunConfig, folder: Path, trial: Trial, seed: int) -> RunConfig:
-    """Return the configuration of a trial's run, in `folder`. Raises ValueError where its fields do not go together."""
+    """Return the configuration of a trial's run in `folder`. Raises ValueError if its fields are invalid together."""
     values = config.model_dump()
     values |= {"name": trial.name, "output": str(folder), "seed": seed}
     values["rounds"] |= {"num_rounds": trial.num_rounds, "approval": False}
@@ -88,7 +87,7 @@ def trial_config(config: RunConfig, folder: Path, trial: Trial, seed: int) -> Ru
 
 
 def with_tokens(config: RunConfig, tokens: int | None) -> RunConfig:
-    """Return `config` with round 1 training on `tokens`, if given. Raises ValueError where that cannot be."""
+    """Return `config` with round 1 limited to `tokens`, if given. Raises ValueError if that is invalid."""
     if tokens is None:
         return config
     values = config.model_dump()
@@ -97,21 +96,20 @@ def with_tokens(config: RunConfig, tokens: int | None) -> RunConfig:
 
 
 def check_trained(rows: list[dict[str, Any]], page: Path) -> None:
-    """Raise RanksFailedError where none of the trials in `rows` has trained."""
+    """Raise RanksFailedError if none of the trials in `rows` has trained."""
     if not any(row["state"] == "trained" for row in rows):
-        raise RanksFailedError(f"no trial was trained ({page}); the first said: {rows[0]['reason']}")
+        raise RanksFailedError(f"all trials failed ({page}); the first error: {rows[0]['reason']}")
 
 
 def prepare_corpus(config: RunConfig, folder: Path, name: str, seed: int, progress: Progress) -> Run:
-    """Return the run called `name` in `folder` that does nothing but have the corpus that trials of `seed` share.
+    """Return the run called `name` in `folder`, which only holds the corpus that the trials of `seed` share.
 
-    Raises ValueError where it was made by another configuration, or where every trial would wait for
-    hosts to join it.
+    Raises ValueError if it was created by another configuration, or if hosts would have to join each trial.
     """
     if config.launch.launcher_kind.is_joined and config.launch.nodes > 1:
         raise ValueError(
-            f"launch.nodes: {config.launch.nodes} hosts would have to join every trial one by one; take one host, or "
-            "launch.kind slurm"
+            f"launch.nodes: {config.launch.nodes} hosts would have to join each trial separately; set nodes: 1, or "
+            "launch.kind: slurm"
         )
     base = trial_config(config, folder, Trial(name), seed)
     with locked(base.folder):
@@ -123,7 +121,7 @@ def prepare_corpus(config: RunConfig, folder: Path, name: str, seed: int, progre
 
 
 def train_trial(config: RunConfig, corpus: Run, progress: Progress) -> Run:
-    """Return the trial's run, its one round trained over the corpus of the run `corpus`."""
+    """Return the trial's run, after training its round over the corpus of the run `corpus`."""
     with locked(config.folder):
         share(corpus.corpus_folder, config.folder / "corpus")
         run = open_run(config)
@@ -133,9 +131,9 @@ def train_trial(config: RunConfig, corpus: Run, progress: Progress) -> Run:
 
 
 def run_trial(config: RunConfig, corpus: Run, progress: Progress) -> None:
-    """Train a trial and write its row, or do nothing where both were done.
+    """Train a trial and write its row, unless both are done.
 
-    Raises one of TRIAL_ERRORS, which is then on record in its row, where it fails; another call tries it again.
+    Raises one of TRIAL_ERRORS if the trial fails; its row then records the error, and another call retries it.
     """
     path = result_path(config)
     try:
@@ -144,7 +142,7 @@ def run_trial(config: RunConfig, corpus: Run, progress: Progress) -> None:
         if parquet_fingerprint(path) != fingerprint:
             _write(path, {**_settings(config, corpus.corpus().vocab_size), **_results(run)}, fingerprint)
     except TRIAL_ERRORS as error:
-        # The row of a trial that has trained stays.
+        # Keep the row of a trial that has trained.
         if not parquet_fingerprint(path):
             failure = {"state": "failed", "reason": str(error).splitlines()[0]}
             _write(path, {**_settings(config, corpus.corpus().vocab_size), **failure}, "")
@@ -208,23 +206,22 @@ def _results(run: Run) -> dict[str, Any]:
 
 
 def final_losses(run: Run, round_number: int) -> list[dict[str, Any]]:
-    """Return a row for each source: its validation loss at the end of a round, and over how many tokens."""
+    """Return a row for each source: its validation loss at the end of a round, and its number of tokens."""
     last = f"select * from validation where round = {round_number} qualify step = max(step) over ()"
     rows = query(run.folder, f"select source, loss, num_tokens from ({last}) order by source").fetchall()
     return [dict(zip(("source", "loss", "num_tokens"), row, strict=True)) for row in rows]
 
 
 def named(config: RunConfig, progress: Progress) -> Progress:
-    """Return `progress` such that it says what of a trial is done with the trial's name before it."""
+    """Return `progress` with a trial's name before each message."""
     return lambda what, done, total: progress(f"{config.name}: {what}", done, total)
 
 
 def run_all(work: Mapping[str, Callable[[Progress], None]], jobs: int, what: str, progress: Progress) -> None:
-    """Do all pieces of named `work`, `jobs` at once; `progress` is told of all of them together as `what`.
+    """Do all pieces of named `work`, `jobs` at a time; reports them together to `progress` as `what`.
 
-    Each runs in a thread, with the context of the caller. Where one raises anything, or this thread is interrupted, or
-    `progress` raises, the others are stopped within a second through the progress that they are given, and the error
-    is raised.
+    Each runs in a thread, with the caller's context. If one raises, if this thread is interrupted, or if `progress`
+    raises, the others are stopped within a second (the progress passed to them raises), and the error is raised.
     """
     board = _Board()
 
@@ -252,14 +249,14 @@ def run_all(work: Mapping[str, Callable[[Progress], None]], jobs: int, what: str
 
 
 class _Board:
-    """What each piece of work that goes on says of itself."""
+    """The latest progress line of each running piece of work."""
 
     def __init__(self) -> None:
         self.is_stopped = False
         self._lines: dict[str, str] = {}
 
     def progress(self, name: str) -> Progress:
-        """Return the progress of the work `name`, which raises TrialStoppedError once everything is to stop."""
+        """Return the progress of the work `name`, which raises TrialStoppedError after a stop."""
 
         def note(what: str, done: int, total: int | None) -> None:
             if self.is_stopped:
@@ -270,25 +267,25 @@ class _Board:
         return note
 
     def clear(self, name: str) -> None:
-        """Forget the work `name`."""
+        """Remove the line of the work `name`."""
         self._lines.pop(name, None)
 
     def lines(self) -> list[str]:
-        """Return a line for each piece of work that goes on."""
+        """Return a line for each running piece of work."""
         return list(self._lines.values())
 
 
 def share(source: Path, target: Path) -> None:
-    """Make the folder `target` hold what the finished folder `source` does, at once, by hard links where it can.
+    """Copy the finished folder `source` to `target`, atomically, with hard links where possible.
 
-    Files of a run are replaced and never changed, so neither side sees what the other does later.
+    Files of a run are replaced and never modified, so neither side sees later changes of the other.
     """
     if target.exists():
         return
     temporary = target.with_name(f".{target.name}.sharing")
     shutil.rmtree(temporary, ignore_errors=True)
-    notes = shutil.ignore_patterns(".told-*", ".*.tmp", SCRATCH)
-    shutil.copytree(source, temporary, symlinks=True, ignore=notes, copy_function=_link)
+    ignored = shutil.ignore_patterns(".told-*", ".*.tmp", SCRATCH)
+    shutil.copytree(source, temporary, symlinks=True, ignore=ignored, copy_function=_link)
     commit(temporary, target)
 
 
@@ -296,5 +293,5 @@ def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
-        # Another file system, or one that has no links.
+        # Another file system, or one without hard links.
         shutil.copy2(source, target)

@@ -1,7 +1,7 @@
-"""Several hosts at one job without a scheduler: one leads, and others join it through the run folder that all share.
+"""Multi-host jobs without a scheduler: one host leads, and others join it through the shared run folder.
 
-The one that runs the flow announces each attempt at a job in a file; `reprise join` follows the file, starts its
-host's ranks, and says in a file of its own that it is alive. Who falls silent is taken for lost.
+The leader, which runs the flow, announces each attempt at a job in a file. `reprise join` watches that file, starts its
+host's ranks, and writes a heartbeat file. A host without a heartbeat counts as lost.
 """
 
 import json
@@ -20,7 +20,7 @@ from flows.launch.torchrun import Rendezvous
 from flows.run.folder import read_run
 
 _SECONDS_BETWEEN_BEATS = 2.0
-_SECONDS_OF_SILENCE = 30.0
+_HEARTBEAT_TIMEOUT_SECONDS = 30.0
 
 
 def _announcement(run_folder: Path) -> Path:
@@ -28,14 +28,14 @@ def _announcement(run_folder: Path) -> Path:
 
 
 class _Heartbeat:
-    """A file that says by changing that its writer is alive."""
+    """A file whose changes show that its writer is running."""
 
     def __init__(self, path: Path, content: dict[str, object]) -> None:
         self._path, self._content = path, content
         self._count, self._last = 0, 0.0
 
     def beat(self) -> None:
-        """Write the file anew, where that is due."""
+        """Rewrite the file, if it is due."""
         now = time.monotonic()
         if self._count and now - self._last < _SECONDS_BETWEEN_BEATS:
             return
@@ -45,27 +45,27 @@ class _Heartbeat:
             temporary.write_text(json.dumps({**self._content, "beat": self._count}), encoding="utf-8")
 
     def end(self) -> None:
-        """Take the file away."""
+        """Delete the file."""
         self._path.unlink(missing_ok=True)
 
 
 class _HeartbeatMonitor:
-    """Tells by this host's clock alone for how long a heartbeat has not changed."""
+    """Measures how long heartbeats have been unchanged, by this host's clock only."""
 
     def __init__(self) -> None:
-        self._heard: dict[Path, tuple[object, float]] = {}
+        self._known: dict[Path, tuple[object, float]] = {}
 
     def silence(self, path: Path, content: object) -> float:
         """Return for how many seconds the heartbeat in `path` has had this `content`."""
-        known, since = self._heard.get(path, (None, 0.0))
+        known, since = self._known.get(path, (None, 0.0))
         if known != content:
             since = time.monotonic()
-            self._heard[path] = (content, since)
+            self._known[path] = (content, since)
         return time.monotonic() - since
 
 
 class Leader:
-    """Announces an attempt at a job to the hosts that join, and listens whether they live."""
+    """Announces an attempt at a job to the joining hosts, and monitors their heartbeats."""
 
     def __init__(self, run_folder: Path, job_path: Path, rendezvous: Rendezvous) -> None:
         self._folder = run_folder / "logs" / "nodes"
@@ -76,32 +76,32 @@ class Leader:
         self._monitor = _HeartbeatMonitor()
 
     def lost_host(self) -> str | None:
-        """Go on announcing, and return the name of a host that had joined and has fallen silent, or None."""
+        """Renew the announcement, and return the name of a joined host without a heartbeat, or None."""
         self._heartbeat.beat()
         for path in self._folder.glob("*.json"):
             content = read_json(path)
             if content is None or content["rendezvous"] != self._rendezvous.id:
                 continue
-            if self._monitor.silence(path, content) > _SECONDS_OF_SILENCE:
+            if self._monitor.silence(path, content) > _HEARTBEAT_TIMEOUT_SECONDS:
                 path.unlink(missing_ok=True)
                 return str(content["host"])
         return None
 
     def end(self) -> None:
-        """Take the announcement back."""
+        """Withdraw the announcement."""
         self._heartbeat.end()
 
 
 def join(run_folder: Path, interface: str | None, is_done: Callable[[Path], bool]) -> None:
-    """Start this host's ranks for every job of the run in `run_folder`, until `is_done` of the folder.
+    """Start this host's ranks for every job of the run in `run_folder`, until `is_done(run_folder)`.
 
-    Raises ValueError where there is no run, or it wants no other hosts.
+    Raises ValueError if there is no run, or if its launch configuration has no joining hosts.
     """
     run_folder = run_folder.absolute()
     launch = read_run(run_folder).config.launch
     if launch.nodes == 1 or not launch.launcher_kind.is_joined:
         raise ValueError(
-            f"{run_folder}: launch.kind {launch.kind} with launch.nodes {launch.nodes} waits for no other host; join a "
+            f"{run_folder}: launch.kind {launch.kind} with launch.nodes {launch.nodes} has no joining hosts; join a "
             "run of kind local with several nodes"
         )
     monitor = _HeartbeatMonitor()
@@ -110,8 +110,8 @@ def join(run_folder: Path, interface: str | None, is_done: Callable[[Path], bool
         content = read_json(_announcement(run_folder))
         if content is None or content["rendezvous"]["id"] == done:
             time.sleep(1)
-        elif monitor.silence(_announcement(run_folder), content) > _SECONDS_OF_SILENCE:
-            # Whoever announced it is gone; the next one will announce another rendezvous.
+        elif monitor.silence(_announcement(run_folder), content) > _HEARTBEAT_TIMEOUT_SECONDS:
+            # The leader has ended; the next leader will announce another rendezvous.
             time.sleep(1)
         else:
             rendezvous = Rendezvous(**content["rendezvous"])
@@ -124,7 +124,7 @@ def join(run_folder: Path, interface: str | None, is_done: Callable[[Path], bool
 def _take_part(
     run_folder: Path, job_path: Path, rendezvous: Rendezvous, interface: str | None, monitor: _HeartbeatMonitor
 ) -> None:
-    """Start this host's ranks for one attempt and see them to its end, or to the end of who announced it."""
+    """Run this host's ranks for one attempt, until it or its leader ends."""
     me = f"{platform.node()}-{os.getpid()}"
     heartbeat = _Heartbeat(
         run_folder / "logs" / "nodes" / f"{me}.json", {"host": platform.node(), "rendezvous": rendezvous.id}
@@ -137,7 +137,7 @@ def _take_part(
                 heartbeat.beat()
                 time.sleep(0.2)
             if process.poll() is None:
-                # The head's torchrun ends first, and takes the announcement with it: the ranks may be about to end.
+                # The leader's torchrun ends first, and the announcement with it; this host's ranks may be about to end.
                 process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             pass
@@ -151,4 +151,4 @@ def _is_on(run_folder: Path, rendezvous: Rendezvous, monitor: _HeartbeatMonitor)
     content = read_json(path)
     if content is None or content["rendezvous"]["id"] != rendezvous.id:
         return False
-    return monitor.silence(path, content) < _SECONDS_OF_SILENCE
+    return monitor.silence(path, content) < _HEARTBEAT_TIMEOUT_SECONDS

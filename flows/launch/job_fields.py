@@ -1,4 +1,4 @@
-"""The jobs that ranks are given: what all of them say, and the checkpoint that a round ended with."""
+"""The fields that all jobs of a run share, and the final checkpoint of a round."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from trainer.checkpoint_folder import list_checkpoints
 
 
 def device_kind(config: RunConfig) -> str:
-    """Return the device that a run's ranks are on: cuda, npu or cpu.
+    """Return the kind of device of a run's ranks: cuda, npu or cpu.
 
-    Where the launcher does not see the devices of its nodes, the configuration names it.
+    If the launcher cannot see the devices of its nodes, the configuration names the kind.
     """
     from trainer.devices import resolve
 
@@ -19,7 +19,7 @@ def device_kind(config: RunConfig) -> str:
 
 
 def job_fields(run: Run, round_number: int, fingerprint: str) -> dict[str, Any]:
-    """Return what every job says, `trainer.job.Job`, for one of a round whose results carry `fingerprint`."""
+    """Return the fields of `trainer.job.Job` for a job of a round; `fingerprint` identifies its results."""
     config = run.config
     return {
         "corpus": run.corpus_folder,
@@ -38,12 +38,12 @@ def job_fields(run: Run, round_number: int, fingerprint: str) -> dict[str, Any]:
 
 
 def final_checkpoint(run: Run, round_number: int) -> Path:
-    """Return the checkpoint that a round ended with. Raises ValueError where it is gone."""
+    """Return the final checkpoint of a round. Raises ValueError if it is missing."""
     folder = run.round_folder(round_number) / "checkpoint"
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise ValueError(
-            f"{folder}: the round's checkpoint is gone; restore it, or delete {folder.parent / 'train.json'} "
+            f"{folder}: the round's checkpoint is missing; restore it, or delete {folder.parent / 'train.json'} "
             "to train the round again"
         )
     return checkpoints[-1]

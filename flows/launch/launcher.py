@@ -1,6 +1,6 @@
-"""Launching: a job's ranks are started, followed until they end, and stopped with whoever launched them.
+"""Launching a job: its ranks are started, monitored until they end, and stopped when the launching process ends.
 
-`Launcher` is what a kind of launcher has to offer. A new one is a subclass in a file of its own and a row of
+`Launcher` is the interface of a kind of launcher. To add one, write a subclass in a new file and add a row to
 `flows.run.launcher_kinds.LAUNCHER_KINDS`.
 """
 
@@ -15,8 +15,8 @@ from typing import ClassVar
 from data_scoring.base.progress import Progress
 from flows.launch.failures import raise_failure
 from flows.run.config import LaunchConfig, RunConfig
+from flows.run.errors import RanksFailedError
 from flows.run.launcher_kinds import LAUNCHER_KINDS
-from flows.run.rank_errors import RanksFailedError
 from trainer.job import Job, write_job
 
 _LONGEST_PAUSE = 60.0
@@ -24,36 +24,36 @@ _HERE = LaunchConfig(max_restarts=0)
 
 
 class Launcher(ABC):
-    """One attempt at a job: its ranks are started, polled until they end, and stopped.
+    """One attempt at a job: starts its ranks, polls them until they end, and stops them.
 
-    Each rank runs `python -m trainer.worker JOB` on `job_path`, with the environment that torchrun gives it: RANK,
-    LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. `trainer.agent` is torchrun; it starts a host's ranks, and leaves
-    an error for one that is killed. What ranks print goes to `log_path`.
+    Each rank runs `python -m trainer.worker JOB` on `job_path`, with torchrun's environment variables: RANK,
+    LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. `trainer.agent` is torchrun; it starts a host's ranks, and writes
+    an error for a rank that is killed. The ranks' output goes to `log_path`.
 
-    tools: commands that it needs on this host.
+    tools: the commands that the launcher needs on this host.
     """
 
     tools: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, job: Job, name: str, run_folder: Path, config: LaunchConfig) -> None:
-        """Take note of what is to be started; nothing is, yet. `name` names the job's files in the run folder."""
+        """Store the arguments; starts nothing. `name` is the stem of the job's files in the run folder."""
         self.job, self.name, self.run_folder, self.config = job, name, run_folder, config
         self.job_path = run_folder / "logs" / f"{name}.job.json"
         self.log_path = run_folder / "logs" / f"{name}.log"
 
     @classmethod
     def missing_tools(cls) -> list[str]:
-        """Return the commands that it needs and this host lacks."""
+        """Return the needed commands that this host lacks."""
         return [tool for tool in cls.tools if shutil.which(tool) is None]
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise ValueError where the ranks of a run of `config` could not be started from this host."""
+        """Raise ValueError if the ranks of a run of `config` cannot be started from this host."""
         cls.check_tools(config.launch.kind)
 
     @classmethod
     def check_tools(cls, kind: str) -> None:
-        """Raise ValueError where commands are missing; `kind` is what the configuration calls the launcher."""
+        """Raise ValueError if commands are missing; `kind` is the launcher's name in the configuration."""
         missing = cls.missing_tools()
         if missing:
             raise ValueError(
@@ -62,38 +62,38 @@ class Launcher(ABC):
             )
 
     def write_job(self) -> None:
-        """Write the job where the ranks read it."""
+        """Write the job to `job_path`, where the ranks read it."""
         write_job(self.job, self.job_path)
 
     @abstractmethod
     def plan(self) -> str:
-        """Return what `start` would run, for the user to read: commands, or a script."""
+        """Return what `start` would run, for display: commands, or a script."""
 
     @abstractmethod
     def start(self) -> None:
-        """Start the ranks, once the job is written, and return at once. Raises ValueError where that cannot be."""
+        """Write the job, start the ranks, and return immediately. Raises ValueError if they cannot be started."""
 
     @abstractmethod
     def poll(self) -> int | None:
-        """Return None while ranks run, then 0 where all have done their part, else another code.
+        """Return None while ranks run, then 0 if all have succeeded, else another exit code.
 
-        Called a few times a second. Raises RanksFailedError where they cannot finish, as when a host is lost.
+        Called a few times per second. Raises RanksFailedError if they cannot finish, for example if a host is lost.
         """
 
     @abstractmethod
     def stop(self) -> None:
-        """End the ranks that still run, who get `job.seconds_to_stop` to save; return when they are gone.
+        """Stop the running ranks, which have `job.seconds_to_stop` to save; return when they have ended.
 
-        Called once `start` was, whatever became of it, and after the ranks' own end as well.
+        Called after `start`, even if it failed, and also after the ranks have ended.
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """Return how the attempt stands, for as long as the ranks do not report progress themselves."""
+        """Return the status of the attempt; shown until the ranks report progress."""
 
 
 def launcher_class(kind: str) -> type[Launcher]:
-    """Return the class of a kind of launcher, imported. Raises TypeError where its row names something else."""
+    """Return the class of a kind of launcher, imported. Raises TypeError if its row names anything else."""
     found = pkgutil.resolve_name(LAUNCHER_KINDS[kind].launcher)
     if not (isinstance(found, type) and issubclass(found, Launcher)):
         raise TypeError(f"{LAUNCHER_KINDS[kind].launcher} is not a Launcher")
@@ -101,7 +101,7 @@ def launcher_class(kind: str) -> type[Launcher]:
 
 
 def check(config: RunConfig) -> None:
-    """Raise ValueError where the ranks of a run of `config` could not be started from this host."""
+    """Raise ValueError if the ranks of a run of `config` cannot be started from this host."""
     launcher_class(config.launch.kind).check(config)
 
 
@@ -111,12 +111,11 @@ def plan(job: Job, run_folder: Path, name: str, config: LaunchConfig) -> str:
 
 
 def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: LaunchConfig = _HERE) -> None:
-    """Run `job` on all its ranks as `config` says and return when they are done; `name` names its log.
+    """Run `job` on all its ranks according to `config`, until they are done; `name` is the stem of its log.
 
-    Where ranks or hosts are lost it is started again and goes on from what is saved, up to `config.max_restarts` times
-    without getting any further.
-    Raises ValueError with a rank's own message where the user can mend what is wrong, else `RanksFailedError`;
-    both name the log.
+    If ranks or hosts are lost, the job is restarted and resumes from what is saved, up to `config.max_restarts` times
+    in a row without new saved work. Raises ValueError with a rank's own message if the user can fix the cause, else
+    `RanksFailedError`; both name the log.
     """
     logs = run_folder / "logs"
     logs.mkdir(exist_ok=True)
@@ -132,14 +131,14 @@ def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: La
                 raise
             restarts += 1
             with (logs / f"{name}.log").open("a", encoding="utf-8") as log:
-                log.write(f"reprise: {error}\nreprise: starting again ({restarts} of {config.max_restarts})\n")
+                log.write(f"reprise: {error}\nreprise: restarting ({restarts} of {config.max_restarts})\n")
         _pause(2.0**restarts, progress)
 
 
 def _pause(seconds: float, progress: Progress) -> None:
     until = time.monotonic() + min(seconds, _LONGEST_PAUSE)
     while time.monotonic() < until:
-        progress("starting again", 0, None)
+        progress("restarting", 0, None)
         time.sleep(0.2)
 
 

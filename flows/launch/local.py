@@ -1,4 +1,4 @@
-"""Ranks on this host, started by torchrun, and on those that join it by `reprise join`."""
+"""Ranks under torchrun, on this host and on the hosts that join it with `reprise join`."""
 
 import shlex
 import subprocess
@@ -10,14 +10,14 @@ from flows.launch.hosts import Leader
 from flows.launch.launcher import Launcher
 from flows.launch.torchrun import Rendezvous, local_address
 from flows.run.config import LaunchConfig, RunConfig
+from flows.run.errors import RanksFailedError
 from flows.run.locks import wait_for_ranks_to_end
-from flows.run.rank_errors import RanksFailedError
 from trainer.devices import check_count, resolve
 from trainer.job import Job
 
 
 class LocalLauncher(Launcher):
-    """Ranks under torchrun on this host, and on those that join it."""
+    """Starts ranks under torchrun on this host, and on the hosts that join it."""
 
     def __init__(self, job: Job, name: str, run_folder: Path, config: LaunchConfig) -> None:
         super().__init__(job, name, run_folder, config)
@@ -34,7 +34,7 @@ class LocalLauncher(Launcher):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise ValueError where this host lacks devices for its ranks, or launch.rendezvous is not this host's."""
+        """Raise ValueError if this host lacks devices for its ranks, or launch.rendezvous is not on this host."""
         super().check(config)
         launch = config.launch
         check_count(resolve(config.device), config.parallel.world_size // launch.nodes)
@@ -42,13 +42,13 @@ class LocalLauncher(Launcher):
             local_address(launch.rendezvous, is_head=True)
 
     def plan(self) -> str:
-        """Return torchrun's command, and what is typed on the other hosts."""
+        """Return torchrun's command, and the command for the other hosts."""
         here = shlex.join(torchrun.command(self.job_path, self._rendezvous, is_head=True, address="ADDRESS"))
         others = self.config.nodes - 1
         return here if not others else f"{here}\n# and on {others} more hosts:\nreprise join {self.run_folder}"
 
     def start(self) -> None:
-        """Start this host's ranks once those of an earlier launch are gone, and announce the job to other hosts."""
+        """Start this host's ranks when those of an earlier launch have ended, and announce the job to other hosts."""
         self.write_job()
         wait_for_ranks_to_end(self.job.lock, 60 + self.job.seconds_to_stop)
         if self.config.nodes > 1:
@@ -59,14 +59,14 @@ class LocalLauncher(Launcher):
             )
 
     def poll(self) -> int | None:
-        """Return torchrun's exit code. Raises RanksFailedError where a host that had joined has fallen silent."""
+        """Return torchrun's exit code. Raises RanksFailedError if a joined host no longer sends heartbeats."""
         lost = self._leader.lost_host() if self._leader is not None else None
         if lost is not None:
-            raise RanksFailedError(f"host {lost} has fallen silent; type `reprise join` there again")
+            raise RanksFailedError(f"host {lost} is lost: no heartbeat; run `reprise join` there again")
         return None if self._process is None else self._process.poll()
 
     def stop(self) -> None:
-        """Tell torchrun to stop its ranks, and take the announcement back."""
+        """Make torchrun stop its ranks, and withdraw the announcement."""
         try:
             if self._process is not None:
                 torchrun.stop(self._process, self.job.seconds_to_stop)
@@ -75,5 +75,5 @@ class LocalLauncher(Launcher):
                 self._leader.end()
 
     def describe(self) -> str:
-        """Return whom it waits for."""
+        """Return what the launcher is waiting for."""
         return "starting ranks" if self._leader is None else "starting ranks, and waiting for the other hosts to join"

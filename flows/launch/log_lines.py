@@ -1,4 +1,4 @@
-"""What processes wrote to a run's logs, line by line as it comes, without secrets."""
+"""New lines of a run's logs, without secrets."""
 
 import os
 import re
@@ -9,12 +9,12 @@ _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_KEY|ACCE
 _SECRET_TEXT = re.compile(
     r"\b(hf_|sk-|ghp_|glpat-|AKIA)[A-Za-z0-9_-]{12,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|(?<=\bBearer )\S+"
 )
-# Shorter values, such as "1" or "true", are no secrets and would blot out half of every line.
+# Shorter values, such as "1" or "true", are not secrets, and replacing them would make lines unreadable.
 _SHORTEST_SECRET = 8
 
 
 def redact(line: str, environment: Mapping[str, str]) -> str:
-    """Return `line` with what looks like a secret, or is the value of a variable that bears one, blotted out."""
+    """Return `line` with `***` for anything that looks like a secret, and for values of secret variables."""
     for name, value in environment.items():
         if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name) and value in line:
             line = line.replace(value, "***")
@@ -22,14 +22,14 @@ def redact(line: str, environment: Mapping[str, str]) -> str:
 
 
 class LogTail:
-    """Follows the `*.log` files of a folder from where they ended when this was made."""
+    """Follows the `*.log` files of a folder, starting at their ends when this object is created."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._read = {path: path.stat().st_size for path in folder.glob("*.log")}
 
     def lines(self, limit: int) -> Iterator[str]:
-        """Yield the complete lines that came since the last call, `limit` a file at most, then how many are missing."""
+        """Yield the new complete lines, at most `limit` per file, then how many were left out."""
         for path in sorted(self._folder.glob("*.log")):
             try:
                 with path.open("rb") as file:

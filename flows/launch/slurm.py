@@ -1,6 +1,6 @@
-"""Ranks under Slurm: a job is submitted as a script, followed, and cancelled with the run.
+"""Ranks under Slurm: a job is submitted as a script, monitored, and cancelled with the run.
 
-A launcher that is killed leaves its Slurm job running; the same command finds it again and goes on following it.
+If the launcher is killed, its Slurm job keeps running; the same command finds the job and monitors it again.
 """
 
 import math
@@ -18,12 +18,12 @@ from flows.launch.torchrun import rank_environment
 from flows.run.config import LaunchConfig
 from trainer.job import Job
 
-_SECONDS_BETWEEN_LOOKS = 2.0
-# Once a job is cancelled Slurm kills what is left of it, after half a minute unless it is set up otherwise.
+_SECONDS_BETWEEN_POLLS = 2.0
+# After cancelling a job, Slurm kills its remaining processes, by default after 30 s (KillWait).
 _SECONDS_TO_CANCEL = 45.0
 _KILL_WAIT_SECONDS = 30.0
 _PATIENCE_SECONDS = 60.0
-# A controller that does not answer is no reason to submit a job for the second time.
+# If the controller does not answer, the job counts as active, so that it is not submitted twice.
 _UNREACHABLE = "UNREACHABLE"
 _ACTIVE = (
     _UNREACHABLE,
@@ -39,12 +39,12 @@ _ACTIVE = (
 
 
 def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchConfig) -> str:
-    """Return the script with which `job`, described in `job_path`, is submitted. Every value in it is quoted."""
-    asked, ranks_per_node = launch.slurm, job.parallel.world_size // launch.nodes
-    # One task a node starts all of the node's ranks.
-    cpus = None if asked.names_cpus else asked.cpus_per_rank * ranks_per_node
+    """Return the batch script that submits `job`, described in `job_path`. Every value in it is quoted."""
+    slurm, ranks_per_node = launch.slurm, job.parallel.world_size // launch.nodes
+    # One task per node starts all ranks of the node.
+    cpus = None if slurm.names_cpus else slurm.cpus_per_rank * ranks_per_node
     options = {
-        # Of jobs with one name one runs at a time: what was submitted by a launcher that died is not joined by another.
+        # With `singleton`, only one job of this name runs at a time: none runs beside a job of a killed launcher.
         "job-name": f"reprise-{name}-{fingerprint(str(job.round_folder))[:8]}",
         "dependency": "singleton",
         "nodes": launch.nodes,
@@ -53,18 +53,18 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
         "output": log_path,
         "open-mode": "append",
         "chdir": Path.cwd(),
-        "partition": asked.partition,
-        "account": asked.account,
-        "qos": asked.qos,
-        "gres": asked.gres,
-        "time": asked.time_limit,
-        # At its time limit Slurm tells a job to end, and kills it half a minute later.
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "gres": slurm.gres,
+        "time": slurm.time_limit,
+        # At the time limit, Slurm sends SIGTERM and kills the job 30 s later; ranks that need longer are told earlier.
         "signal": f"TERM@{math.ceil(job.seconds_to_stop)}" if job.seconds_to_stop > _KILL_WAIT_SECONDS else None,
     }
     for key, value in options.items():
-        # A quote does not end with the line in a comment, and what follows a line break would be a command.
+        # Quoting has no effect in comment lines: text after a line break would be run as a command.
         if not str(value).isprintable():
-            raise ValueError(f"{key}: {str(value)!r} holds a control character; choose another path")
+            raise ValueError(f"{key}: {str(value)!r} contains a control character; choose another path")
     lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
     torchrun = [
         *(sys.executable, "-W", "ignore", "-m", "trainer.agent"),
@@ -82,12 +82,12 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
         [
             "#!/bin/bash",
             *lines,
-            # Preempted, or on a node that failed, it is queued again and goes on from its last checkpoint.
+            # After preemption or a node failure, the job is queued again and resumes from its last checkpoint.
             "#SBATCH --requeue",
-            *(f"#SBATCH {option}" for option in asked.options),
+            *(f"#SBATCH {option}" for option in slurm.options),
             "set -euo pipefail",
             *(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
-            # From 22.05 on srun does not take the number of CPUs from the job that it is in.
+            # Since Slurm 22.05, srun does not inherit the number of CPUs from its job.
             'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi',
             'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             f"exec srun --kill-on-bad-exit=1 {shlex.join(str(word) for word in torchrun)} \\",
@@ -100,23 +100,23 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
 
 
 class SlurmLauncher(Launcher):
-    """A job in Slurm's hands: submitted, or found again where a launcher that was killed had submitted it."""
+    """Submits a Slurm job, or finds the one that a killed launcher submitted."""
 
     tools = ("sbatch", "squeue", "scontrol", "scancel")
 
     def __init__(self, job: Job, name: str, run_folder: Path, config: LaunchConfig) -> None:
         super().__init__(job, name, run_folder, config)
         self.id, self.state = "", "PENDING"
-        self._looked = 0.0
+        self._last_poll = 0.0
 
     def plan(self) -> str:
         """Return the script that would be submitted."""
         return script(self.job, self.job_path, self.name, self.log_path, self.config)
 
     def start(self) -> None:
-        """Submit the job, or go on following it where it is submitted already.
+        """Submit the job, or monitor it again if it is already submitted.
 
-        Raises ValueError where Slurm's commands are missing or it refuses the job.
+        Raises ValueError if Slurm's commands are missing or Slurm rejects the job.
         """
         self.check_tools(self.config.kind)
         record = self.job_path.with_name(f"{self.name}.slurm.json")
@@ -127,7 +127,7 @@ class SlurmLauncher(Launcher):
             if known["job"] == content:
                 return
             self.stop()
-        # Not before: the old job might have been about to read it.
+        # Only now, since the old job might still have read it.
         self.write_job()
         path = self.job_path.with_name(f"{self.name}.sbatch")
         path.write_text(self.plan(), encoding="utf-8")
@@ -135,45 +135,45 @@ class SlurmLauncher(Launcher):
         write_json(record, {"id": self.id, "job": content})
 
     def describe(self) -> str:
-        """Return how the job stands, in words."""
+        """Return the job's id and state."""
         return f"Slurm job {self.id}: {self.state.lower()}"
 
     def poll(self) -> int | None:
-        """Return None while the job is queued or running, then 0 where it completed, else 1."""
-        if time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS:
-            self._looked = time.monotonic()
+        """Return None while the job is queued or running, then 0 if it completed, else 1."""
+        if time.monotonic() - self._last_poll > _SECONDS_BETWEEN_POLLS:
+            self._last_poll = time.monotonic()
             self.state = _state(self.id)
         if self.state in _ACTIVE:
             return None
         return 0 if self.state == "COMPLETED" else 1
 
     def stop(self) -> None:
-        """Tell a running job's ranks to save and end, cancel what is still there then, and wait until it is gone.
+        """Make a running job's ranks save and end, then cancel the job, and wait until it has ended.
 
-        Raises ValueError where that cannot be told.
+        Raises ValueError if it may still be running.
         """
         if not self.id or (state := _state(self.id)) not in _ACTIVE:
             return
-        # A controller that does not answer just now is no reason to cut short what ranks save.
+        # If the controller does not answer, the ranks may be running, and still get their time to save.
         if state in (_UNREACHABLE, "RUNNING"):
             _try("scancel", "--signal=TERM", self.id)
             saved_by = time.monotonic() + self.job.seconds_to_stop
             while _state(self.id) in (_UNREACHABLE, "RUNNING") and time.monotonic() < saved_by:
                 time.sleep(0.5)
-        # Whether it was still there is seen below.
+        # Errors are ignored: the loop below checks whether the job is still active.
         _try("scancel", self.id)
         deadline = time.monotonic() + _SECONDS_TO_CANCEL
         while _state(self.id) in _ACTIVE:
             if time.monotonic() > deadline:
                 raise ValueError(
                     f"Slurm job {self.id} may still be running: {_state(self.id).lower()} after "
-                    f"{_SECONDS_TO_CANCEL:.0f} s; look with `squeue`, and end it with `scancel {self.id}`"
+                    f"{_SECONDS_TO_CANCEL:.0f} s; check with `squeue`, and end it with `scancel {self.id}`"
                 )
             time.sleep(0.5)
 
 
 def _state(job_id: str) -> str:
-    """Return Slurm's word for the job's state; UNKNOWN where it has forgotten it."""
+    """Return the job's state in Slurm; UNKNOWN if Slurm no longer lists the job."""
     for command in (
         ("squeue", "--noheader", "--format=JobState=%T", "--jobs", job_id),
         ("scontrol", "--oneliner", "show", "job", job_id),
@@ -194,7 +194,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _try(*command: str) -> None:
-    """Run a command whose effect is looked for afterwards."""
+    """Run a command, ignoring a timeout; the caller checks its effect."""
     with suppress(subprocess.TimeoutExpired):
         _run(*command)
 
@@ -204,12 +204,12 @@ def _ask(*command: str) -> str:
         done = _run(*command)
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"{command[0]}: no answer in {_PATIENCE_SECONDS:.0f} s; see whether Slurm's controller is up (`sinfo`), "
-            "then type the same command again"
+            f"{command[0]}: no answer within {_PATIENCE_SECONDS:.0f} s; check whether Slurm's controller is up "
+            "(`sinfo`), then run the same command again"
         ) from None
     if done.returncode != 0:
         raise ValueError(
-            f"{command[0]}: {' '.join(done.stderr.split())}; correct launch.slurm, whose cpus_per_rank asks for CPUs, "
-            "or ask who runs Slurm"
+            f"{command[0]}: {' '.join(done.stderr.split())}; correct launch.slurm (cpus_per_rank sets the CPUs) or ask "
+            "Slurm's administrator"
         )
     return done.stdout

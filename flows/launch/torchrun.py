@@ -1,4 +1,4 @@
-"""One host's ranks under torchrun: how they are started, over which network they meet, and how they are stopped."""
+"""One host's ranks under torchrun: starting them, choosing the network, and stopping them."""
 
 import logging
 import math
@@ -18,9 +18,9 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where and how the hosts of one attempt at a job meet; `id` tells it from every other attempt.
+    """The rendezvous of the hosts of one attempt at a job; `id` is unique to the attempt.
 
-    seconds_to_stop: what ranks get to save and end once they are told to stop.
+    seconds_to_stop: the time that ranks have to save and end after a stop request.
     """
 
     id: str
@@ -32,13 +32,13 @@ class Rendezvous:
 
 
 def command(job_path: Path, rendezvous: Rendezvous, is_head: bool, address: str) -> list[str]:
-    """Return the command that starts this host's ranks; `address` is the one that other hosts reach it at."""
+    """Return the command that starts this host's ranks; `address` is where other hosts reach it."""
     return [
         *(sys.executable, "-W", "ignore", "-m", "trainer.agent"),
         *("--nnodes", str(rendezvous.num_nodes), "--nproc-per-node", str(rendezvous.processes_per_node)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous.endpoint, "--rdzv-id", rendezvous.id),
         *("--rdzv-conf", f"is_host={int(is_head)},join_timeout={rendezvous.join_seconds}"),
-        # What ranks say comes to the log with their number before it, and to a file of each one's own.
+        # The ranks' output goes to the log, prefixed with the rank, and to one file per rank.
         *("--tee", "3", "--log-dir", str(job_path.with_name("ranks"))),
         *("--local-addr", address, "-m", "trainer.worker", str(job_path)),
     ]
@@ -47,7 +47,7 @@ def command(job_path: Path, rendezvous: Rendezvous, is_head: bool, address: str)
 def start(
     job_path: Path, rendezvous: Rendezvous, is_head: bool, interface: str | None, log: BinaryIO
 ) -> subprocess.Popen[bytes]:
-    """Start this host's ranks, which end with this process, and return torchrun; all they say goes to `log`."""
+    """Return torchrun's process, after starting this host's ranks. They end with this process; output goes to `log`."""
     address, found = ("127.0.0.1", "lo") if rendezvous.num_nodes == 1 else local_address(rendezvous.endpoint, is_head)
     return subprocess.Popen(
         command(job_path, rendezvous, is_head, address),
@@ -63,9 +63,9 @@ def start(
 
 
 def rank_environment(interface: str | None, seconds_to_stop: float) -> dict[str, str]:
-    """Return the environment of ranks that talk over `interface`; what the user has set wins.
+    """Return the environment of ranks that communicate over `interface`; variables set by the user take precedence.
 
-    seconds_to_stop: what torchrun gives them to end once it is told to stop.
+    seconds_to_stop: the time that torchrun gives ranks to end after a stop request.
     """
     environment = dict(os.environ)
     if interface is not None and sys.platform == "linux":
@@ -75,15 +75,15 @@ def rank_environment(interface: str | None, seconds_to_stop: float) -> dict[str,
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("PYTHONWARNINGS", "ignore")
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(seconds_to_stop)))
-    # Whoever reads the log sees which rank speaks.
+    # Shows in the log which rank wrote a line.
     environment.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}]: ")
     return environment
 
 
 def local_address(endpoint: str, is_head: bool) -> tuple[str, str | None]:
-    """Return this host's address on the way to `endpoint`, HOST:PORT, and the network interface that has it.
+    """Return this host's address on the route to `endpoint`, HOST:PORT, and its network interface.
 
-    Raises ValueError where the host's name means nothing, or is another host's on the one that `is_head`.
+    Raises ValueError if the host's name cannot be resolved, or if `is_head` and the endpoint is on another host.
     """
     host, _, port = endpoint.rpartition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -95,7 +95,7 @@ def local_address(endpoint: str, is_head: bool) -> tuple[str, str | None]:
     if is_head and address != target:
         raise ValueError(
             f"launch.rendezvous: {endpoint} is not this host, whose address is {address}; give this host's, "
-            "and type `reprise join RUN` on the others"
+            "and run `reprise join RUN` on the others"
         )
     interfaces = [
         name for name, entries in psutil.net_if_addrs().items() if any(entry.address == address for entry in entries)
@@ -104,9 +104,9 @@ def local_address(endpoint: str, is_head: bool) -> tuple[str, str | None]:
 
 
 def stop(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Tell torchrun and its ranks to save and end; end them after so many seconds if they do not.
+    """Make torchrun and its ranks save and end; kill them after `seconds`.
 
-    A signal that asks for the same meanwhile is raised when it is done.
+    An exception from a signal in the meantime, such as KeyboardInterrupt, is raised at the end.
     """
     if process.poll() is not None:
         return
@@ -121,7 +121,7 @@ def stop(process: subprocess.Popen[bytes], seconds: float) -> None:
         except BaseException as error:  # noqa: BLE001 - raised below
             interruption = error
     if process.poll() is None:
-        _LOG.warning("ranks did not save and end in %.0f s; what came after their last checkpoint is lost", seconds)
+        _LOG.warning("ranks did not save and end within %.0f s; the work since their last checkpoint is lost", seconds)
         process.kill()
         process.wait()
     if interruption is not None:

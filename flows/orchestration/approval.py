@@ -1,7 +1,6 @@
-"""The gate between refining and training: a person sees in Prefect's UI what would be kept, and approves or changes it.
+"""Approval between refining and training: a person reviews the selection in Prefect's UI, and approves or changes it.
 
-A flow that waits holds no process: it is suspended, and run again from the top, and so from the run folder, when it
-is resumed.
+A waiting flow occupies no process: it is suspended, and restarts from the run folder when it is resumed.
 """
 
 from prefect.flow_runs import suspend_flow_run
@@ -18,22 +17,22 @@ from flows.stages.refine import preview
 class Approval(RunInput):
     """What the next round trains on."""
 
-    policy: PolicyName = Field(description="How losses become what is kept (refine.policy).")
+    policy: PolicyName = Field(description="How samples are selected by their losses (refine.policy).")
     sampling_rate: float = Field(gt=0, le=1, description="Share of each shard that is kept (refine.sampling_rate).")
 
 
 def ask(run: Run, round_number: int) -> bool:
-    """Return whether a person has just approved what a round trains on; suspends the flow run until one has.
+    """Return whether a person has just approved what a round trains on; suspends the flow run until then.
 
-    Where nobody needs to be asked, or was asked before, returns False. A flow run without a deployment cannot be
-    suspended: there the mix refuses to be made until `reprise approve`.
+    Returns False if no approval is needed, or it was given before. A flow run without a deployment cannot be suspended:
+    there, the mix stage raises an error until `reprise approve`.
     """
     if not run.awaits_approval(round_number) or not has_deployment():
         return False
     kept = preview(run, round_number)
     approval = suspend_flow_run(
         wait_for_input=Approval.with_initial_data(
-            description=f"## May round {round_number} train on this?\n\n{summary(kept)}",
+            description=f"## Approve this selection for round {round_number}?\n\n{summary(kept)}",
             policy=kept.config.policy,
             sampling_rate=kept.config.sampling_rate,
         ),

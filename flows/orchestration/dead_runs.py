@@ -1,4 +1,4 @@
-"""Flow runs whose process is gone, with nobody left who would have said so: after a reboot, or a killed worker."""
+"""Flow runs whose process ended without reporting it: after a reboot, or a killed worker."""
 
 from uuid import UUID
 
@@ -17,11 +17,11 @@ from prefect.states import Cancelled, Crashed
 
 
 def end_dead_runs(client: SyncPrefectClient, pool: str, worker: str) -> None:
-    """Mark the runs of `pool` that have no process any more as crashed, or cancelled if that was asked for.
+    """Mark the runs of `pool` whose process has ended as crashed, or as cancelled if cancellation was requested.
 
-    Process numbers are this host's only where no other worker than `worker` is online. Where others share the pool,
-    nothing is done here: the automation that `flows.orchestration.serve` makes marks runs without a heartbeat. A run
-    that is alive after all corrects its state (`flows.orchestration.flow_progress`).
+    Process ids are known to be this host's only if `worker` is the only online worker. If other workers share the pool,
+    this does nothing: the automation that `flows.orchestration.serve` creates marks runs without a heartbeat. A run
+    that is marked in error corrects its state (`flows.orchestration.flow_progress`).
     """
     try:
         workers = client.read_workers_for_work_pool(pool)
@@ -38,9 +38,9 @@ def end_dead_runs(client: SyncPrefectClient, pool: str, worker: str) -> None:
         for run in (run for run in runs if run.infrastructure_pid and not _is_alive(run)):
             is_cancelled = run.state is not None and run.state.type == StateType.CANCELLING
             state = Cancelled if is_cancelled else Crashed
-            client.set_flow_run_state(run.id, state(message="Its process is gone."), force=True)
+            client.set_flow_run_state(run.id, state(message="The process has ended."), force=True)
     except httpx.HTTPError:
-        # The server is away; there will be another time.
+        # The server does not answer; the next poll tries again.
         return
 
 
@@ -48,10 +48,10 @@ def _is_alive(run: FlowRun) -> bool:
     assert run.infrastructure_pid is not None
     try:
         process = psutil.Process(int(run.infrastructure_pid.split(":")[-1]))
-        # The number may have gone to another process since.
+        # The process id may have been reused.
         return process.status() != psutil.STATUS_ZOMBIE and _flow_run(process) == run.id
     except (psutil.NoSuchProcess, psutil.AccessDenied):
-        # What we may not look into is another user's, and no flow of ours.
+        # A process that cannot be inspected belongs to another user, so it is not this flow run.
         return False
 
 

@@ -1,4 +1,4 @@
-"""What this machine has, and what it lacks for a run, each lack with its remedy."""
+"""Checks of this machine: what it has, and what a run lacks, with remedies."""
 
 import os
 import platform
@@ -31,27 +31,27 @@ from trainer.devices import (
 from trainer.memory import RankMemory, Workload, checkpoint_bytes, rank_memory
 
 _GIB = 1 << 30
-# What a rank's process takes on its host beside tensors: the interpreter, torch and Megatron, and on an accelerator
-# the driver's part too.
+# Host memory of a rank's process besides tensors: the interpreter, torch and Megatron; with an accelerator, the driver,
+# too.
 _PROCESS_BYTES = _GIB // 2
 _DEVICE_PROCESS_BYTES = 3 * _GIB
-# Of what is allocated and freed in each step, the share that the C library's allocator holds on top (34 % with 30 M
-# parameters in float32).
+# Memory that the C library's allocator holds in addition, as a share of what each step allocates and frees (34 % with
+# 30 M parameters in float32).
 _UNUSED_SHARE = 0.4
-# What the driver, matrix products and collectives take of a device.
+# Device memory of the driver, matrix products and collectives.
 _LIBRARY_BYTES = _GIB
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: `state` is ok, missing (the run needs it) or absent (nothing asked for it)."""
+    """The result of one check: `state` is ok, missing (the run needs it) or absent (the run does not need it)."""
 
     state: str
     text: str
 
 
 def examine(config: RunConfig | None) -> list[Finding]:
-    """Return what this machine has and, where there is a `config`, what a run of it would lack."""
+    """Return what this machine has and, given a `config`, what its run would lack."""
     findings = [*_machine(), *_services()]
     if config is not None:
         findings += _run(config)
@@ -67,14 +67,16 @@ def _machine() -> Iterator[Finding]:
         f"{platform.machine()}, {os.cpu_count()} cores, {memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB "
         "memory free",
     )
-    for is_there, text in describe_devices():
-        yield Finding("ok" if is_there else "absent", text)
+    for exists, text in describe_devices():
+        yield Finding("ok" if exists else "absent", text)
 
 
 def _services() -> Iterator[Finding]:
     url = get_current_settings().api.url
     if url is None:
-        yield Finding("absent", "Prefect server: none configured, runs serve themselves; `reprise serve` starts one")
+        yield Finding(
+            "absent", "Prefect server: none configured, runs start temporary ones; `reprise serve` starts a server"
+        )
     else:
         try:
             version = httpx.get(f"{url}/admin/version", timeout=10).raise_for_status().json()
@@ -89,9 +91,9 @@ def _services() -> Iterator[Finding]:
         launcher = launcher_class(kind)
         missing = launcher.missing_tools()
         if missing:
-            yield Finding("absent", f"launch.kind {kind}: {', '.join(missing)} are not here")
+            yield Finding("absent", f"launch.kind {kind}: {', '.join(missing)} not found")
         elif launcher.tools:
-            yield Finding("ok", f"launch.kind {kind}: {', '.join(launcher.tools)} are here")
+            yield Finding("ok", f"launch.kind {kind}: {', '.join(launcher.tools)} found")
 
 
 def _run(config: RunConfig) -> Iterator[Finding]:
@@ -107,7 +109,7 @@ def _run(config: RunConfig) -> Iterator[Finding]:
     yield _checked("tokenizer and vocabulary", lambda: _check_tokenizer(config))
     for source in config.corpus.sources:
         if source.format == "datasets":
-            yield Finding("ok", f"source {source.name}: {source.path} is looked up when it is read")
+            yield Finding("ok", f"source {source.name}: {source.path} is not checked before it is read")
             continue
         yield _checked(f"source {source.name}: {source.path}", partial(check_source, source))
     yield _checked(f"output: {config.output}", lambda: _check_output(config))
@@ -131,34 +133,36 @@ def _space(config: RunConfig, here: int) -> Iterator[Finding]:
     try:
         workload = _workload(config)
     except ValueError:
-        # The tokenizer's own line says why it cannot be opened.
+        # The tokenizer's own check reports why it cannot be opened.
         return
     yield from (_on_host if _kind(config) == "cpu" else _on_devices)(config, workload, here)
     yield _disk(config, workload)
 
 
 def _on_host(config: RunConfig, workload: Workload, here: int) -> Iterator[Finding]:
-    """Yield whether a host has room for its ranks, which compute there."""
+    """Yield whether a host has memory for its ranks, which compute on the CPU."""
     memory = rank_memory(workload)
     unused = round((memory.activations + memory.logits + memory.workspace) * _UNUSED_SHARE)
     needed = here * (memory.total + unused + _PROCESS_BYTES)
     parts = {**_parts(memory), "allocator": unused, "process": _PROCESS_BYTES}
-    text = f"memory of a host: {_shape(workload)} take {_gib(needed)} GiB; {here} here, of each {_listed(parts)}"
-    yield _judged(text, needed, _free_on_host(config), _remedies(workload, "put fewer ranks on a host"))
+    text = (
+        f"memory of a host: {_shape(workload)} take {_gib(needed)} GiB; {here} on this host, each with {_listed(parts)}"
+    )
+    yield _compare(text, needed, _free_on_host(config), _remedies(workload, "put fewer ranks on a host"))
 
 
 def _on_devices(config: RunConfig, workload: Workload, here: int) -> Iterator[Finding]:
-    """Yield whether a device has room for its rank, and a host for its ranks' processes and what they save."""
+    """Yield whether a device has memory for its rank, and a host for its ranks' processes and their checkpoints."""
     memory = rank_memory(workload)
     needed = memory.total + _LIBRARY_BYTES
     text = f"memory of a device: {_shape(workload)} take {_gib(needed)} GiB; "
     text += _listed({**_parts(memory), "libraries": _LIBRARY_BYTES})
     free = _free_on_device(config, here) if config.launch.launcher_kind.sees_devices else None
-    yield _judged(text, needed, free, _remedies(workload, "raise parallel.tensor or parallel.data"))
+    yield _compare(text, needed, free, _remedies(workload, "raise parallel.tensor or parallel.data"))
     saved = _checkpoint_bytes(workload) * here // config.parallel.world_size
     needed = here * _DEVICE_PROCESS_BYTES + saved
-    text = f"memory of a host: {here} ranks take {_gib(needed)} GiB, {_gib(saved)} of it for what they save"
-    yield _judged(text, needed, _free_on_host(config), "put fewer ranks on a host (launch.nodes)")
+    text = f"memory of a host: {here} ranks take {_gib(needed)} GiB, {_gib(saved)} of it for saving checkpoints"
+    yield _compare(text, needed, _free_on_host(config), "put fewer ranks on a host (launch.nodes)")
 
 
 def _checkpoint_bytes(workload: Workload) -> int:
@@ -175,7 +179,7 @@ def _parameters(workload: Workload) -> int:
 
 
 def _workload(config: RunConfig) -> Workload:
-    """Return what training asks of ranks. Raises ValueError where the tokenizer cannot be opened."""
+    """Return the workload of training. Raises ValueError if the tokenizer cannot be opened."""
     kind = _kind(config)
     precision = resolve_precision(config.train.precision, kind)
     return Workload(
@@ -191,7 +195,7 @@ def _workload(config: RunConfig) -> Workload:
 
 
 def _kind(config: RunConfig) -> str:
-    """Return the kind of device that ranks are to be on, whether it can be used here or not."""
+    """Return the kind of the ranks' device, whether or not it is available here."""
     try:
         return device_kind(config)
     except ValueError:
@@ -199,7 +203,7 @@ def _kind(config: RunConfig) -> str:
 
 
 def _free_on_device(config: RunConfig, here: int) -> int | None:
-    """Return the bytes that each of this host's ranks has on its device, or None where they cannot run here."""
+    """Return the free bytes of the device of each of this host's ranks, or None if they cannot run here."""
     try:
         return least_free_memory(resolve(config.device), here)
     except ValueError:
@@ -207,20 +211,20 @@ def _free_on_device(config: RunConfig, here: int) -> int | None:
 
 
 def _free_on_host(config: RunConfig) -> int | None:
-    """Return the bytes that are free here, or None where ranks run on hosts that are not seen from here."""
+    """Return this host's free bytes, or None if the ranks run on other hosts."""
     return psutil.virtual_memory().available if config.launch.launcher_kind.sees_devices else None
 
 
-def _judged(text: str, needed: int, free: int | None, remedy: str) -> Finding:
-    """Return `text` with what is free, where that is known, and with the remedy where it is less than is needed."""
+def _compare(text: str, needed: int, free: int | None, remedy: str) -> Finding:
+    """Return `text` with the free bytes, if known, and with the remedy if they are fewer than needed."""
     if free is None:
         return Finding("ok", text)
-    text = f"{text}; {_gib(free)} are free"
+    text = f"{text}; {_gib(free)} GiB free"
     return Finding("ok", text) if needed <= free else Finding("missing", f"{text}; {remedy}")
 
 
 def _gib(size: int) -> str:
-    # Small models have parts of megabytes.
+    # Parts of small models take only megabytes.
     return f"{size / _GIB:.1f}" if size >= _GIB // 10 else f"{size / _GIB:.3f}"
 
 
@@ -229,7 +233,7 @@ def _listed(parts: dict[str, int]) -> str:
 
 
 def _parts(memory: RankMemory) -> dict[str, int]:
-    """Return where a rank's memory goes, in bytes."""
+    """Return the parts of a rank's memory, in bytes."""
     return {
         "model states": memory.states,
         "activations": memory.activations,
@@ -239,16 +243,16 @@ def _parts(memory: RankMemory) -> dict[str, int]:
 
 
 def _remedies(workload: Workload, more_room: str) -> str:
-    ways = []
+    remedies = []
     if workload.train.micro_batch_size > 1:
-        ways.append("lower train.micro_batch_size")
+        remedies.append("lower train.micro_batch_size")
     if workload.train.loss_kernel == "reference":
-        ways.append("set train.loss_kernel: chunked")
-    return ", ".join([*ways, f"{more_room}, or make the model smaller"])
+        remedies.append("set train.loss_kernel: chunked")
+    return ", ".join([*remedies, f"{more_room}, or make the model smaller"])
 
 
 def _output_folder(config: RunConfig) -> Path:
-    """Return the folder that run folders are made in, or the one that it would be made in."""
+    """Return the folder of run folders, or its nearest existing parent."""
     folder = Path(config.output).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -258,14 +262,14 @@ def _output_folder(config: RunConfig) -> Path:
 def _check_output(config: RunConfig) -> None:
     folder = _output_folder(config)
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"output: {folder} cannot be written to; give yourself access, or set another output")
+        raise ValueError(f"output: {folder} is not writable; change its permissions, or set another output")
 
 
 def _disk(config: RunConfig, workload: Workload) -> Finding:
     folder = _output_folder(config)
     free = shutil.disk_usage(folder).free
-    # One final checkpoint a round, those kept while a round trains, and the one being written.
+    # One final checkpoint per round, those kept while a round trains, and the one being written.
     checkpoints = config.rounds.num_rounds + config.checkpoint.keep_last + 1
     disk = _checkpoint_bytes(workload) * checkpoints
     text = f"disk: {_gib(disk)} GiB for {checkpoints} checkpoints, and the tokenised corpus, at {folder}"
-    return _judged(text, disk, free, "free some, set another output, or lower checkpoint.keep_last")
+    return _compare(text, disk, free, "free some, set another output, or lower checkpoint.keep_last")

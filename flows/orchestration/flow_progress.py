@@ -1,7 +1,7 @@
-"""A run as Prefect's UI shows it: progress, logs, tables, pictures, events; and the UI's wish to stop it.
+"""A run's progress, logs, tables, pictures and events for Prefect's UI, and its cancellation from there.
 
-Tables, pictures and events are sent from a thread of its own, and kept until the server takes them: a server that is
-away holds up nothing, and finds out later what happened meanwhile.
+Tables, pictures and events are sent from a separate thread, and queued until the server accepts them: a server that
+does not answer delays nothing, and receives them later.
 """
 
 import contextvars
@@ -41,25 +41,25 @@ from flows.stages.stage_order import fingerprint_of
 _SECONDS_BETWEEN_POLLS = 2.0
 _SECONDS_BETWEEN_LINES = 30.0
 _LINES_A_POLL = 20
-# A server that is away for longer than this when the run ends learns of its end from the next run alone.
+# If the server does not answer for longer than this when the run ends, it receives nothing until the next run.
 _PATIENCE_SECONDS = 900.0
 _SECONDS_TO_STOP = 4.0
 _AWAY = (httpx.HTTPError, OSError)
 
-# Sends one thing to the server.
-_Parcel = Callable[[SyncPrefectClient], None]
+# Sends one item to the server.
+_Delivery = Callable[[SyncPrefectClient], None]
 
 
 def has_deployment() -> bool:
-    """Return whether the flow that calls this was submitted to a deployment, rather than called by its owner."""
+    """Return whether the current flow run was submitted to a deployment, rather than called directly."""
     context = FlowRunContext.get()
     return context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None
 
 
 def allowed_folders() -> list[Path]:
-    """Return the folders that a deployment's flows may use: whoever can submit one need not be who owns the machine.
+    """Return the folders that a deployment's flows may use, since its users may not be the machine's owner.
 
-    Without a deployment, the caller is the owner, and the list is empty.
+    Without a deployment, there are no restrictions, and the list is empty.
     """
     if not has_deployment():
         return []
@@ -71,29 +71,29 @@ class RunCancelledError(Exception):
 
 
 class FlowProgress:
-    """Reports the flow run that it is made in, to the terminal and to Prefect; a context manager, and a progress.
+    """Reports the current flow run to the terminal and to Prefect; a context manager and a progress callback.
 
-    As a progress it raises RunCancelledError once the flow run was cancelled: the worker that should have stopped
-    this process may be gone.
+    The callback raises RunCancelledError once the flow run is cancelled, since the worker that should stop this process
+    may have ended.
     """
 
     def __init__(self, run_folder: Path) -> None:
         context = FlowRunContext.get()
         assert context is not None and context.flow_run is not None
         self._id: UUID = context.flow_run.id
-        # A worker's flows have no terminal, and a server of our own has nobody who looks at it.
+        # A worker's flows have no terminal, and nobody can see a temporary server.
         self._terminal = None if has_deployment() else TerminalProgress()
         self._is_shown = not is_private()
         self._name = re.sub("[^a-z0-9]+", "-", run_folder.name.lower()).strip("-")
         self._folder = run_folder
         self._logger = get_run_logger()
         self._tail = LogTail(run_folder / "logs")
-        self._parcels: deque[_Parcel] = deque()
+        self._deliveries: deque[_Delivery] = deque()
         self._progress = _ProgressArtifact()
         self._logged = 0.0
         self._is_cancelled = False
         self._is_over = threading.Event()
-        # The thread talks to the server that this flow talks to.
+        # The copied context makes the thread use this flow's server.
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._work,), daemon=True)
 
     def __enter__(self) -> "FlowProgress":
@@ -110,22 +110,22 @@ class FlowProgress:
             self._terminal.__exit__(kind, error, trace)
         self._is_over.set()
         if self._is_shown:
-            # Prefect sets the flow run's last state right after this, and would give up on a server that is away. Who
-            # is told to stop does not wait.
+            # Prefect sets the flow run's final state right after this, and does not wait for a server that does not
+            # answer. After a signal, do not wait long.
             is_signal = error is not None and not isinstance(error, Exception)
             self._thread.join(timeout=_SECONDS_TO_STOP if is_signal else _PATIENCE_SECONDS)
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
-        """Report that `done` of `total` units of `what` are done; raise RunCancelledError if nobody wants them."""
+        """Report that `done` of `total` units of `what` are done. Raises RunCancelledError after cancellation."""
         if self._is_cancelled:
-            raise RunCancelledError(f"cancelled in Prefect; the run folder {self._folder} can go on from where it is")
+            raise RunCancelledError(f"cancelled in Prefect; the run in {self._folder} can be resumed")
         if self._terminal is not None:
             self._terminal(what, done, total)
         if not self._is_shown:
             return
         task = TaskRunContext.get()
         if task is None:
-            # Of several tasks at once, each of which has a state of its own in the UI.
+            # Several tasks run concurrently; the UI shows the state of each.
             line = f"{what}: {done} of {total}"
         else:
             line = self._progress.note(f"{self._name}-{task.task_run.name}", task.task_run.id, what, done, total)
@@ -134,7 +134,7 @@ class FlowProgress:
             self._logger.info(line)
 
     def completed(self, run: Run, stage: str, round_number: int) -> None:
-        """Show what came of a stage, where there is something to show of it that was not shown before."""
+        """Show the result of a stage, if it has something to show that was not shown before."""
         show = {
             "inherit": self._inherited,
             "score": self._scored,
@@ -150,15 +150,15 @@ class FlowProgress:
             return
         self._announce(run, "round" if stage == "train" else stage, round_number, show(run, round_number))
 
-        def note(client: SyncPrefectClient) -> None:
-            # Written when all of it was sent: after a kill in between it is sent again.
+        def mark_shown(client: SyncPrefectClient) -> None:
+            # Written after everything was sent: if the process is killed before that, it is sent again.
             marker.write_text(identity)
 
-        self._parcels.append(note)
+        self._deliveries.append(mark_shown)
 
     def _inherited(self, run: Run, round_number: int) -> dict[str, Any]:
         rows = tables.inheritance(run)
-        self._show("inheritance", "table", json.dumps(rows), "Layers, and what of each round 1 starts from.")
+        self._show("inheritance", "table", json.dumps(rows), "Layers, and what round 1 inherits of each.")
         return {"teacher": rows[0]["teacher"], "layers": len(rows)}
 
     def _scored(self, run: Run, round_number: int) -> dict[str, Any]:
@@ -166,14 +166,16 @@ class FlowProgress:
         self._show(f"round-{round_number}-losses", "table", json.dumps(rows), "Losses by shard, nats per token.")
         rows = tables.budgets(run, round_number)
         self._show(
-            f"round-{round_number}-budget", "table", json.dumps(rows), "Ways to score, costs in training tokens."
+            f"round-{round_number}-budget", "table", json.dumps(rows), "Scoring budgets, costs in training tokens."
         )
         return {}
 
     def _refined(self, run: Run, round_number: int) -> dict[str, Any]:
         kept = selection_of(run, round_number)
         page = tables.selection_page(run, kept)
-        self._show(f"round-{round_number}-selection", "markdown", page, "What is trained on, and what is dropped.")
+        self._show(
+            f"round-{round_number}-selection", "markdown", page, "Samples that are kept, and samples that are dropped."
+        )
         total = kept.total
         return {"num_kept": total.num_kept, "num_tokens_kept": total.num_tokens_kept, "share_kept": total.share}
 
@@ -183,23 +185,23 @@ class FlowProgress:
         rows = tables.rounds(run)
         self._show("rounds", "table", json.dumps(rows), "The rounds so far.")
         link = f"[Report of {run.folder.name}]({address})\n\n{address}"
-        self._show(f"round-{round_number}-report", "markdown", link, "Where the report is.")
+        self._show(f"round-{round_number}-report", "markdown", link, "Link to the report.")
         return rows[round_number - 1]
 
     def _evaluated(self, run: Run, round_number: int) -> dict[str, Any]:
         write_report(run)
-        self._show("evaluation", "markdown", tables.evaluation_page(run), "What models score in tasks.")
+        self._show("evaluation", "markdown", tables.evaluation_page(run), "Task scores of the models.")
         return tables.scores(run, round_number)
 
     def tried(self, rows: list[dict[str, Any]], page: Page | None = None) -> None:
-        """Show the trials of a search so far and, once there is one, the page of what it found."""
+        """Show the trials of a search so far and, when it exists, the page of results."""
         if not self._is_shown:
             return
-        self._show("trials", "table", json.dumps(rows), "The trials so far, the best first.")
+        self._show("trials", "table", json.dumps(rows), "The trials so far, best first.")
         if page is not None:
             address = _address(page.page)
             content = f"[Report of {self._folder.name}]({address})\n\n{address}\n\n{page.text}"
-            self._show("report", "markdown", content, "What the search found.")
+            self._show("report", "markdown", content, "Results of the search.")
 
     def _show(self, key: str, kind: str, data: str, description: str) -> None:
         artifact = ArtifactCreate(
@@ -209,63 +211,63 @@ class FlowProgress:
         def send(client: SyncPrefectClient) -> None:
             client.create_artifact(artifact)
 
-        self._parcels.append(send)
+        self._deliveries.append(send)
 
     def _announce(self, run: Run, what: str, round_number: int, payload: dict[str, Any]) -> None:
         resource = {"prefect.resource.id": f"reprise.run.{self._name}", "prefect.resource.name": run.folder.name}
         content = {"run": run.folder.name, "folder": str(run.folder), "round": round_number, **payload}
 
         def send(client: SyncPrefectClient) -> None:
-            # Events are sent without an answer: this asks first whether anybody is there.
+            # Sending an event returns no response, so first check that the server answers.
             client.read_flow_run(self._id)
             emit_event(event=f"reprise.{what}.completed", resource=resource, payload=content)
 
-        self._parcels.append(send)
+        self._deliveries.append(send)
 
     def _work(self) -> None:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
             while not self._is_over.wait(_SECONDS_BETWEEN_POLLS):
                 self._poll(client)
-            # Nothing is left unsaid, and the server is there to hear the last word.
+            # Send everything that is left, and make sure that the server answers when Prefect sets the final state.
             while not self._poll(client):
                 time.sleep(_SECONDS_BETWEEN_POLLS)
 
     def _poll(self, client: SyncPrefectClient) -> bool:
-        """Send what there is to send and see whether to stop; return False where the server is away."""
+        """Send the queued items and check for cancellation; return False if the server does not answer."""
         try:
             for line in self._tail.lines(_LINES_A_POLL):
                 self._logger.info(line)
-            while self._parcels:
+            while self._deliveries:
                 try:
-                    self._parcels[0](client)
+                    self._deliveries[0](client)
                 except httpx.HTTPStatusError as error:
                     if not error.response.is_client_error:
                         raise
-                    self._logger.warning("Prefect's server refused what was to be shown: %s", error)
-                self._parcels.popleft()
+                    self._logger.warning("Prefect's server rejected an item: %s", error)
+                self._deliveries.popleft()
             self._progress.send(client, self._id)
-            self._look_at_state(client)
+            self._check_state(client)
         except ObjectNotFound:
-            # The flow run was deleted: nobody wants it any more, and nobody is left to tell.
+            # A deleted flow run counts as cancelled.
             self._is_cancelled = True
         except _AWAY as error:
             self._logger.debug("Prefect's server did not answer: %s", error)
             return False
         return True
 
-    def _look_at_state(self, client: SyncPrefectClient) -> None:
+    def _check_state(self, client: SyncPrefectClient) -> None:
         state = client.read_flow_run(self._id).state
         if state is None:
             return
         if state.type in (StateType.CANCELLING, StateType.CANCELLED):
             self._is_cancelled = True
         elif state.type == StateType.CRASHED and not self._is_over.is_set():
-            # Taken for dead while the server heard nothing of it.
-            client.set_flow_run_state(self._id, Running(message="It is alive."), force=True)
+            # The run was marked as crashed while its heartbeats did not reach the server.
+            client.set_flow_run_state(self._id, Running(message="The run is still running."), force=True)
 
 
 class _ProgressArtifact:
-    """The progress of the task that is running, one artifact a task, sent when it has moved."""
+    """The progress of the running task, one artifact per task, sent when it has changed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -277,7 +279,7 @@ class _ProgressArtifact:
         self._sent: tuple[float, str] | None = None
 
     def note(self, key: str, task: UUID, what: str, done: int, total: int | None) -> str:
-        """Take in how far the task's work is and return it in words."""
+        """Record the task's progress and return it as a line of text."""
         with self._lock:
             if task != self._task:
                 self._key, self._task, self._artifact, self._sent = key, task, None, None
@@ -287,7 +289,7 @@ class _ProgressArtifact:
             return self._line
 
     def send(self, client: SyncPrefectClient, flow_run: UUID) -> None:
-        """Show the progress where it moved since it was last shown."""
+        """Send the progress if it has changed since it was last sent."""
         with self._lock:
             task, content = self._task, (round(self._percent, 1), self._line)
             if task is None or content == self._sent:
@@ -309,7 +311,7 @@ class _ProgressArtifact:
 
 
 def _address(report: Path) -> str:
-    """Return where a browser finds the report: where run folders are served, if they are, else its file."""
+    """Return the report's URL: on the server of run folders if there is one, else of its file."""
     base, folder = os.environ.get("REPRISE_REPORTS_URL"), os.environ.get("REPRISE_REPORTS_FOLDER")
     if base and folder and report.is_relative_to(folder):
         return f"{base}/{report.relative_to(folder).as_posix()}"

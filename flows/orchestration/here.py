@@ -1,4 +1,4 @@
-"""A flow run in this process: with a server, quietly, and with one error where it was cancelled."""
+"""Running a flow in this process: with a server, without Prefect's logs, and with one error after cancellation."""
 
 import atexit
 import os
@@ -6,20 +6,20 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from flows.run.rank_errors import RanksFailedError
+from flows.run.errors import RanksFailedError
 
 T = TypeVar("T")
 
 
 def run_here(run_flow: Callable[[], T]) -> T:
-    """Return what `run_flow` returns, which imports a flow and calls it.
+    """Return the result of `run_flow`, which imports a flow and calls it.
 
-    The flow talks to the configured Prefect server, or to a temporary one. Raises RanksFailedError where it is
-    cancelled in Prefect.
+    The flow uses the configured Prefect server, or a temporary one. Raises RanksFailedError if it is cancelled in
+    Prefect.
     """
-    # On a terminal the progress says what is going on, and one line says what went wrong.
+    # The terminal shows progress and one-line errors instead of Prefect's logs.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-    # Registered before Prefect's own handlers, it runs after them.
+    # Registered before Prefect's own handlers, so that it runs after them.
     atexit.register(_silence)
     from prefect.exceptions import CancelledRun
 
@@ -29,13 +29,13 @@ def run_here(run_flow: Callable[[], T]) -> T:
         try:
             return run_flow()
         except CancelledRun:
-            raise RanksFailedError("cancelled in Prefect; the same command goes on from here") from None
+            raise RanksFailedError("cancelled in Prefect; the same command resumes from here") from None
 
 
 def _silence() -> None:
-    """Drop what is written to standard error from here on: everything was said, and the process is at its end.
+    """Discard what is written to standard error from here on, when the process is about to exit.
 
-    Prefect's threads keep modules alive until then, about which DuckDB's binding writes forty lines.
+    Prefect's threads keep modules alive until the exit, which makes DuckDB's binding write forty lines of warnings.
     """
     sys.stderr.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

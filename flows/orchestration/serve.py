@@ -1,6 +1,6 @@
-"""Everything that an operator needs, from one command: Prefect's server, pool, deployments, a worker, and the reports.
+"""`reprise serve`: Prefect's server, work pool, deployments and a worker, and a web server for the reports.
 
-What dies is started again; when this ends, however that happens, so does what it started.
+Services that end are restarted; all services end with this process, however it ends.
 """
 
 import ctypes
@@ -29,19 +29,20 @@ from flows.orchestration.dead_runs import end_dead_runs
 from flows.orchestration.temporary_server import answers
 
 POOL = "reprise"
-# The queue of the deployments of which one run goes on at a time.
+# The queue of the deployments that are limited to one run at a time.
 _ONE_AT_A_TIME = "production"
 _AUTOMATION = "Mark flow runs that fell silent as crashed"
 _SECONDS_TO_START = 120.0
-_SECONDS_OF_SILENCE = 90
-_SECONDS_BETWEEN_LOOKS = 20.0
-# Most ranks save in 20 seconds, and a flow takes some more to say so; those of large models save on by themselves.
+_HEARTBEAT_TIMEOUT_SECONDS = 90
+_SECONDS_BETWEEN_POLLS = 20.0
+# Most ranks save within 20 seconds, and a flow needs some more to report it; ranks of large models finish saving on
+# their own.
 _SECONDS_TO_STOP = 45.0
 
 
 @dataclass
 class _Service:
-    """A process that is kept running, and its log."""
+    """A process that is restarted when it ends, and its log."""
 
     name: str
     command: list[str]
@@ -53,7 +54,7 @@ class _Service:
     def start(self) -> None:
         self.started.append(time.monotonic())
         with self.log.open("ab") as log:
-            # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
+            # A separate session: Ctrl-C only reaches this process, which then stops the others in order.
             self.process = subprocess.Popen(
                 self.command,
                 env=self.environment,
@@ -61,15 +62,15 @@ class _Service:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509 - one thread, and nothing that takes locks
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - there is one thread, and the function takes no locks
             )
 
     def keep_running(self) -> None:
         if self.process is not None and self.process.poll() is None:
             return
         if len([moment for moment in self.started if time.monotonic() - moment < 60]) >= 5:
-            raise ValueError(f"{self.name} ends whenever it is started; its log is {self.log}")
-        print(f"{self.name} ended; starting it again (log: {self.log})", flush=True)
+            raise ValueError(f"{self.name} ended 5 times within a minute; see its log {self.log}")
+        print(f"{self.name} ended; restarting it (log: {self.log})", flush=True)
         self.start()
 
     def stop(self) -> None:
@@ -84,20 +85,20 @@ class _Service:
 
 
 def _end_with_parent() -> None:
-    # A shell that starts this in its background has had SIGINT ignored, and a worker would then not end at all.
+    # A shell that starts this in the background ignores SIGINT, and a worker that inherits that would never end.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def serve(host: str, port: int, allowed: list[Path]) -> None:
-    """Serve until interrupted: `port` of `host` has Prefect, the port after it the reports of runs/.
+    """Serve until interrupted: Prefect on `port` of `host`, the reports in runs/ on the next port.
 
-    `allowed` are folders that flows may use beside the working one. Raises ValueError where a port is taken or a
-    service does not start.
+    allowed: folders that flows may use besides the working directory. Raises ValueError if a port is taken or a service
+    does not start.
     """
     if not Path("prefect.yaml").is_file():
-        raise ValueError(f"{Path.cwd()}: has no prefect.yaml; start this in the folder of Reprise")
+        raise ValueError(f"{Path.cwd()}: has no prefect.yaml; run this command in Reprise's folder")
     _check_free(host, port)
     _check_free("127.0.0.1", port + 1)
     environment = _environment(host, port, allowed)
@@ -124,23 +125,23 @@ def serve(host: str, port: int, allowed: list[Path]) -> None:
     finally:
         print("stopping", flush=True)
         _stop_flows(services[2])
-        # The worker before the server: it wants to say goodbye.
+        # The worker before the server: it reports its end to the server.
         for service in reversed(services):
             service.stop()
 
 
 def _watch(services: list[_Service], url: str) -> None:
-    """Keep the services running, and the states of runs true, until interrupted."""
+    """Keep the services running, and the states of runs up to date, until interrupted."""
     with temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}):
-        looked = time.monotonic()
+        last_poll = time.monotonic()
         while True:
             time.sleep(1)
             for service in services:
                 service.keep_running()
-            if time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
+            if time.monotonic() - last_poll > _SECONDS_BETWEEN_POLLS:
                 with get_client(sync_client=True) as client:
                     end_dead_runs(client, POOL, _worker_name())
-                looked = time.monotonic()
+                last_poll = time.monotonic()
 
 
 def _worker_name() -> str:
@@ -148,13 +149,13 @@ def _worker_name() -> str:
 
 
 def _stop_flows(worker: _Service) -> None:
-    """Have the flows that run save and end; a worker that is told to stop would kill them."""
+    """Make the running flows save and end, since stopping the worker would kill them."""
     if worker.process is None or worker.process.poll() is not None:
         return
     flows = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(worker.process.pid).children(recursive=True):
-            # What ends just now needs no telling.
+            # The process may end at any moment.
             with suppress(psutil.NoSuchProcess):
                 if "prefect.engine" in process.cmdline():
                     process.terminate()
@@ -169,14 +170,14 @@ def _check_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(
-                f"--port: {host}:{port} cannot be served ({error.strerror}); stop what uses it, or choose another"
+                f"--port: {host}:{port} cannot be used ({error.strerror}); stop what uses it, or choose another port"
             ) from None
 
 
 def _environment(host: str, port: int, allowed: list[Path]) -> dict[str, str]:
-    is_everywhere = host == "0.0.0.0"  # noqa: S104 - asked for
+    is_everywhere = host == "0.0.0.0"  # noqa: S104 - the user asked for it
     reachable = "127.0.0.1" if is_everywhere else host
-    # A browser elsewhere has to ask the host that it has the page from.
+    # A remote browser has to call the API on the host that served the page.
     pages = {"PREFECT_SERVER_UI_API_URL": "/api"} if is_everywhere else {}
     return {
         **os.environ,
@@ -212,11 +213,11 @@ def _wait_for_server(server: _Service, url: str) -> None:
     while time.monotonic() < deadline:
         assert server.process is not None
         if server.process.poll() is not None:
-            raise ValueError(f"Prefect's server ended at once; its log is {server.log}")
+            raise ValueError(f"Prefect's server ended during startup; see its log {server.log}")
         if answers(url):
             return
         time.sleep(0.2)
-    raise ValueError(f"Prefect's server did not start in {_SECONDS_TO_START:.0f} s; its log is {server.log}")
+    raise ValueError(f"Prefect's server did not start within {_SECONDS_TO_START:.0f} s; see its log {server.log}")
 
 
 def _make_pool(client: SyncPrefectClient) -> None:
@@ -231,7 +232,7 @@ def _make_pool(client: SyncPrefectClient) -> None:
 
 
 def _make_automation(client: SyncPrefectClient) -> None:
-    """Have the server mark as crashed what was running and is silent: killed with its worker, or by a reboot."""
+    """Make the server mark flow runs without a heartbeat as crashed: killed with their worker, or by a reboot."""
     ends = [f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Suspended")]
     automation = AutomationCore(
         name=_AUTOMATION,
@@ -242,13 +243,13 @@ def _make_automation(client: SyncPrefectClient) -> None:
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=_SECONDS_OF_SILENCE),
+            within=timedelta(seconds=_HEARTBEAT_TIMEOUT_SECONDS),
         ),
         actions=[
             ChangeFlowRunState(
                 state=StateType.CRASHED,
                 name="Crashed",
-                message=f"Nothing was heard of it for {_SECONDS_OF_SILENCE} seconds.",
+                message=f"No heartbeat for {_HEARTBEAT_TIMEOUT_SECONDS} seconds.",
                 force=True,
             )
         ],

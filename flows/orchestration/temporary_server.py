@@ -1,6 +1,6 @@
-"""A Prefect server for runs that have none: served from a thread, so that it ends with its process, however that ends.
+"""A temporary Prefect server in a thread, for runs without a server. It ends with its process, however that ends.
 
-The temporary server that Prefect starts by itself is a process of its own, which outlives a killed flow.
+The temporary server that Prefect itself starts is a separate process, which outlives a killed flow.
 """
 
 import os
@@ -21,21 +21,21 @@ _is_private = False
 
 
 def is_private() -> bool:
-    """Return whether flows of this process report to a server that nobody else sees and that ends with them."""
+    """Return whether this process uses its own temporary server."""
     return _is_private
 
 
 @contextmanager
 def server() -> Iterator[None]:
-    """Make sure that flows find a server: the one that is configured, else one of our own on the loopback interface."""
-    global _is_private  # noqa: PLW0603 - there is one server a process
+    """Provide a server for flows: the configured one, else a temporary one on the loopback interface."""
+    global _is_private  # noqa: PLW0603 - there is one server per process
     url = get_current_settings().api.url
     if url is not None:
         if answers(url):
             yield
             return
         if "PREFECT_API_URL" in os.environ:
-            print(f"no Prefect server answers at {url}; this run will not be seen there", file=sys.stderr)
+            print(f"no Prefect server answers at {url}; this run will not be visible there", file=sys.stderr)
     listener = socket.create_server(("127.0.0.1", 0))
     app = create_app(ephemeral=True, final=True)
     served = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
@@ -45,8 +45,8 @@ def server() -> Iterator[None]:
     while not served.started:
         if not thread.is_alive() or time.monotonic() > deadline:
             raise ValueError(
-                "Prefect's server did not start; see PREFECT_HOME's disk and database, "
-                "or start one with `prefect server start` and set PREFECT_API_URL"
+                "Prefect's server did not start; check the disk and the database of PREFECT_HOME, "
+                "or start a server with `prefect server start` and set PREFECT_API_URL"
             )
         time.sleep(0.05)
     _is_private = True
@@ -60,7 +60,7 @@ def server() -> Iterator[None]:
 
 
 def answers(url: str) -> bool:
-    """Return whether a server answers at `url`, its API's address."""
+    """Return whether a server answers at the API address `url`."""
     try:
         return httpx.get(f"{url}/health", timeout=10).is_success
     except httpx.HTTPError:

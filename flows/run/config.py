@@ -1,4 +1,4 @@
-"""The configuration of a whole run: every section, where it is read from, and what it refuses."""
+"""The configuration of a run: its sections, reading it from YAML, and its validation."""
 
 import difflib
 import glob
@@ -25,7 +25,7 @@ from data_scoring.refine.refine_config import RefineConfig
 from flows.run.launcher_kinds import LAUNCHER_KINDS, LauncherKind
 from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig, check_layout
 
-# The text that every machine with Python has: what a run has where nothing else is named, and so what the demo has.
+# Text that comes with every Python installation: the default sources, which the demo uses.
 _DEMO_SOURCES = (
     SourceConfig(name="topics", format="python", path="topics"),
     SourceConfig(name="docstrings", format="python", path="docstrings", max_documents=150),
@@ -40,85 +40,89 @@ SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@+-]+$")]
 
 
 class RoundsConfig(Config):
-    """How many rounds are trained, and whether a person has a say between them."""
+    """How many rounds are trained, and whether selections need approval."""
 
-    num_rounds: int = Field(default=2, ge=1, le=100, description="Rounds; each but the last is scored and refined.")
+    num_rounds: int = Field(
+        default=2, ge=1, le=100, description="Number of rounds; all but the last are scored and refined."
+    )
     approval: bool = Field(
         default=False,
-        description="Wait after each refining until someone has seen what would be kept and approved or changed it.",
+        description="Wait before each round after the first until a person has approved or changed its selection.",
     )
 
 
 class SlurmConfig(Config):
-    """What Slurm is asked for, for launch.kind slurm."""
+    """The resources to request from Slurm, for launch.kind slurm."""
 
     partition: SlurmWord | None = Field(default=None, description="Partition (sbatch --partition).")
-    account: SlurmWord | None = Field(default=None, description="Account that is charged (sbatch --account).")
+    account: SlurmWord | None = Field(default=None, description="Account to charge (sbatch --account).")
     qos: SlurmWord | None = Field(default=None, description="Quality of service (sbatch --qos).")
-    gres: SlurmWord | None = Field(default=None, description="Devices a node, such as gpu:8 (sbatch --gres).")
+    gres: SlurmWord | None = Field(default=None, description="Devices per node, such as gpu:8 (sbatch --gres).")
     cpus_per_rank: int = Field(
         default=4,
         ge=1,
         le=1024,
-        description="CPUs a rank: a node is asked for so many times its ranks (sbatch --cpus-per-task); not used "
-        "where options name --cpus-per-task or --cpus-per-gpu.",
+        description="CPUs per rank; sbatch --cpus-per-task is this times the node's ranks. Ignored if options has "
+        "--cpus-per-task or --cpus-per-gpu.",
     )
     time_limit: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]{1,2})?(:[0-9]{2}){0,2}$")] | None = Field(
-        default=None, description="Time limit a stage, D-HH:MM:SS (sbatch --time); a stage cut off is submitted again."
+        default=None,
+        description="Time limit of a stage, D-HH:MM:SS (sbatch --time); a stage that reaches it is submitted again.",
     )
     options: tuple[Annotated[str, Field(pattern=_SBATCH_OPTION)], ...] = Field(
         default=(),
-        description="Other options of sbatch, such as --constraint=a100 or --exclusive; those that name files or "
-        "users are refused.",
+        description="Other sbatch options, such as --constraint=a100 or --exclusive; options that name files or "
+        "users are rejected.",
     )
 
     @property
     def names_cpus(self) -> bool:
-        """Return whether the other options say how many CPUs there are to be."""
+        """Return whether the other options set the number of CPUs."""
         return any(option.startswith(("--cpus-per-task", "--cpus-per-gpu")) for option in self.options)
 
 
 class LaunchConfig(Config):
-    """Where ranks are started, and how often again."""
+    """Where ranks are started, and how often they are restarted."""
 
     kind: Annotated[str, OneOf(lambda: LAUNCHER_KINDS)] = Field(
         default="local",
         description=f"{'; '.join(f'{name}: {kind.description}' for name, kind in LAUNCHER_KINDS.items())}.",
     )
-    nodes: int = Field(default=1, ge=1, le=10_000, description="Hosts; they share the run folder, under one path.")
+    nodes: int = Field(default=1, ge=1, le=10_000, description="Hosts; all see the run folder at the same path.")
     processes_per_node: int | None = Field(
-        default=None, ge=1, le=1024, description="Ranks a host; null: all ranks by the number of hosts."
+        default=None, ge=1, le=1024, description="Ranks per host; null: all ranks divided by the number of hosts."
     )
     rendezvous: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+:[0-9]{1,5}$")] | None = Field(
-        default=None, description="HOST:PORT of this host, where the others meet it, for kind local with several nodes."
+        default=None, description="HOST:PORT of the rendezvous on this host, for kind local with several nodes."
     )
     rendezvous_port: int = Field(
-        default=29_400, ge=1024, le=65_535, description="Port of the first host that ranks meet at, for kind slurm."
+        default=29_400, ge=1024, le=65_535, description="Port of the rendezvous on the first node, for kind slurm."
     )
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(
-        default=None, description="Network interface that ranks talk over; null: the one that leads to the rendezvous."
+        default=None,
+        description="Network interface for communication between ranks; null: the one that routes to the rendezvous.",
     )
-    join_minutes: float = Field(default=30.0, gt=0, le=1e5, description="Minutes to wait for hosts that are missing.")
+    join_minutes: float = Field(default=30.0, gt=0, le=1e5, description="Minutes to wait for all hosts to join.")
     max_restarts: int = Field(
         default=3, ge=0, le=1000,
-        description="Times in a row, without a new checkpoint, that a stage that lost ranks or hosts starts again.",
+        description="Consecutive restarts, without a new checkpoint in between, of a stage that lost ranks or hosts.",
     )  # fmt: skip
     slurm: SlurmConfig = SlurmConfig()
 
     @property
     def launcher_kind(self) -> LauncherKind:
-        """Return what is known of the launcher that `kind` names."""
+        """Return the description of the launcher that `kind` names."""
         return LAUNCHER_KINDS[self.kind]
 
     def check(self, num_ranks: int) -> None:
-        """Raise ValueError where `num_ranks` cannot be divided among the nodes, or these could not meet."""
+        """Raise ValueError if `num_ranks` does not match the nodes, or if the nodes lack a rendezvous."""
         if num_ranks % self.nodes or self.processes_per_node not in (None, num_ranks // self.nodes):
             raise ValueError(
-                f"launch.nodes: parallel makes {num_ranks} processes, which {self.nodes} nodes with "
-                f"{self.processes_per_node or 'the same number of'} processes each do not; change one of them"
+                f"launch.nodes: {self.nodes} nodes with {self.processes_per_node or 'an equal number of'} processes "
+                f"each do not match the {num_ranks} processes of parallel; change one of them"
             )
         if self.launcher_kind.is_joined and self.nodes > 1 and self.rendezvous is None:
-            raise ValueError("launch.rendezvous: several nodes need a place to meet; give this host's HOST:PORT")
+            raise ValueError("launch.rendezvous: not set, but several nodes need it; give this host's HOST:PORT")
 
 
 class RunConfig(Config):
@@ -126,13 +130,13 @@ class RunConfig(Config):
 
     name: Annotated[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None, FREE] = Field(
         default=None,
-        description="Name of the run and of its folder, which may be renamed; null: run- and what identifies the "
-        "configuration, so that the same one goes on and another starts anew.",
+        description="Name of the run and of its folder, which may be renamed; null: run- and a fingerprint of the "
+        "configuration, so that the same configuration resumes and another one starts a new run.",
     )
     output: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$"), FREE] = Field(
-        default="runs", description="Folder that holds run folders, which may be moved."
+        default="runs", description="Folder of the run folders; it may be moved."
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of everything drawn at random.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of all random numbers.")
     device: Annotated[Literal["auto", "cuda", "npu", "cpu"], FREE] = Field(
         default="auto", description="Device that ranks run on."
     )
@@ -146,7 +150,7 @@ class RunConfig(Config):
     score: ScoreConfig = ScoreConfig()
     refine: RefineConfig = RefineConfig()
     rounds: Annotated[RoundsConfig, FREE] = RoundsConfig()
-    # What its tasks score is made anew where it changes; what they are decides the mix where they are removed from it.
+    # A change only repeats the evaluation, unless contamination is `remove`: then the items decide the mix.
     eval: Annotated[EvalConfig, Decides(unless=("contamination", "remove"))] = EvalConfig()
 
     @model_validator(mode="after")
@@ -156,23 +160,25 @@ class RunConfig(Config):
         names = [source.name for source in self.corpus.sources]
         for rule in self.refine.sources:
             if rule.name not in names:
-                raise ValueError(f"refine.sources: {rule.name!r} is no source; the corpus has {', '.join(names)}")
+                raise ValueError(f"refine.sources: {rule.name!r} is not a source; choose from {', '.join(names)}")
         if all(any(rule.name == name and rule.from_round > 1 for rule in self.refine.sources) for name in names):
-            raise ValueError("refine.sources: every source joins after round 1, which so has nothing to train on")
+            raise ValueError(
+                "refine.sources: all sources join after round 1, which has nothing to train on; lower one from_round"
+            )
         self.launch.check(self.parallel.world_size)
         if (prefix_of(self.score.budget) or 0) > self.corpus.seq_length:
             raise ValueError(
                 f"score.budget: {self.score.budget} is more than the corpus.seq_length of {self.corpus.seq_length}; "
-                "lower it, or take full"
+                "lower it, or set full"
             )
         if self.eval.contamination != "off" and not self.eval.asked:
             raise ValueError(
-                f"eval.contamination: {self.eval.contamination!r} has no items to look for; name eval.tasks, or set off"
+                f"eval.contamination: {self.eval.contamination!r} needs evaluation items; set eval.tasks, or set off"
             )
         if not self.launch.launcher_kind.sees_devices and self.device == "auto":
             raise ValueError(
-                f"device: the devices of the nodes are not seen from here with launch.kind {self.launch.kind}; "
-                "say cuda, npu or cpu, not 'auto'"
+                f"device: 'auto' cannot detect the nodes' devices with launch.kind {self.launch.kind}; "
+                "set cuda, npu or cpu"
             )
         return self
 
@@ -180,36 +186,37 @@ class RunConfig(Config):
         budget = self.score.budget
         if SEEN_LOSS in self.refine.columns and budget != "full":
             raise ValueError(
-                f"score.budget: {budget!r} gives other losses than policy {self.refine.policy} needs, which compares "
-                "those of whole samples with seen losses; set full"
+                f"score.budget: {budget!r} does not give the losses of whole samples, which policy "
+                f"{self.refine.policy} compares with seen losses; set full"
             )
         if budget == "seen" and any(rule.from_round > 1 for rule in self.refine.sources):
             raise ValueError(
-                "score.budget: 'seen' knows nothing of a source that joins later (refine.sources); take another budget"
+                "score.budget: 'seen' has no losses for sources that join later (refine.sources); set another budget"
             )
         if budget == "seen" and self.train.max_tokens is not None:
             raise ValueError(
-                "score.budget: 'seen' knows nothing of what train.max_tokens leaves out; take another budget"
+                "score.budget: 'seen' has no losses for samples that train.max_tokens leaves out; set another budget"
             )
         if budget == "seen" and self.eval.removes:
             raise ValueError(
-                "score.budget: 'seen' knows nothing of what eval.contamination: remove leaves out; take another budget"
+                "score.budget: 'seen' has no losses for samples that eval.contamination: remove leaves out; set "
+                "another budget"
             )
         prefix = prefix_of(budget)
         if prefix is not None and prefix < self.refine.min_tokens:
             raise ValueError(
-                f"score.budget: {budget!r} scores fewer tokens than refine.min_tokens {self.refine.min_tokens} asks "
-                "for; change one of them"
+                f"score.budget: {budget!r} scores fewer tokens than refine.min_tokens {self.refine.min_tokens} "
+                "requires; change one of them"
             )
 
     @property
     def resolved_train(self) -> TrainConfig:
-        """Return `train` with its batch in samples and its learning rates as numbers."""
+        """Return `train` with its batch size in samples and its learning rates as numbers."""
         return self.train.resolve(self.corpus.seq_length)
 
     @property
     def run_name(self) -> str:
-        """Return the run's name: the given one, else one that every configuration with the same results has."""
+        """Return `name`, or else a name derived from all fields that decide results."""
         if self.name is not None:
             return self.name
         values = flatten(self.model_dump())
@@ -224,7 +231,7 @@ class RunConfig(Config):
 def read_config(path: Path, overrides: list[str]) -> RunConfig:
     """Return the configuration in the YAML file `path` with `overrides`, such as refine.sampling_rate=0.3, applied.
 
-    Raises ValueError, a line for each mistake, naming file and field.
+    Raises ValueError, with a line for each mistake that names file and field.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -233,18 +240,18 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}); repair it") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds no configuration; write fields such as name: and corpus:")
+        raise ValueError(f"{path}: not a configuration; write fields such as name: and corpus:")
     for override in overrides:
         _apply(values, override)
     for field in ("name", "corpus"):
-        # Their defaults are for trying it out; a file is written with something in mind.
+        # The defaults of these fields are only for trying out the deployment.
         if field not in values:
             raise ValueError(f"{path}: {field}: field required; add it")
     return parse_config(values, str(path))
 
 
 def override(config: RunConfig, overrides: list[str]) -> RunConfig:
-    """Return `config` with `overrides`, such as refine.policy=top, applied. Raises ValueError for wrong ones."""
+    """Return `config` with `overrides`, such as refine.policy=top, applied. Raises ValueError for invalid ones."""
     values = config.model_dump()
     for each in overrides:
         _apply(values, each)
@@ -252,12 +259,12 @@ def override(config: RunConfig, overrides: list[str]) -> RunConfig:
 
 
 def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
-    """Return the configuration that `values` spell; `origin` names them in errors, which are ValueErrors."""
+    """Return the configuration in `values`. Raises ValueError for invalid values; the message starts with `origin`."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         details = error.errors()
-        # A list counts as too short when its entries are wrong; the entries' own mistakes are what to mend.
+        # Invalid entries also make a list count as too short; only the entries' own errors are shown.
         places = [detail["loc"] for detail in details]
         shown = [
             detail
@@ -283,7 +290,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(detail: Any) -> str:
-    # What is in angle brackets tells apart the forms that a field may have, and is no part of its name.
+    # Parts in angle brackets distinguish the forms of a field, and are not part of its name.
     location = [str(part) for part in detail["loc"] if not str(part).startswith("<")]
     field = ".".join(location)
     if detail["type"] == "extra_forbidden":
@@ -309,7 +316,7 @@ def _fields_of(location: list[str]) -> list[str]:
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return a line for each field in which `new` differs from `old` and which decides results in either of them."""
+    """Return a line for each field that decides results in `old` or `new` and differs between them."""
     before, after = (
         flatten({**config.model_dump(), "train": config.resolved_train.model_dump()}) for config in (old, new)
     )
@@ -350,7 +357,7 @@ def check_paths(config: RunConfig, allowed: list[Path]) -> None:
         if path is not None:
             check_path(field, path, allowed)
     for number, source in enumerate(config.corpus.sources):
-        # A hub name and a kind of Python's text are no paths.
+        # Names of hub data sets and kinds of Python text are not paths.
         if source.format != "python" and (source.format != "datasets" or Path(source.path).exists()):
             check_path(f"corpus.sources.{number}.path", source.path, allowed)
 
@@ -358,7 +365,7 @@ def check_paths(config: RunConfig, allowed: list[Path]) -> None:
 def check_path(field: str, path: str, allowed: list[Path]) -> None:
     """Raise ValueError where `path`, the value of `field`, lies outside the `allowed` folders, links resolved."""
     if "://" in path or "::" in path or path.startswith("~"):
-        raise ValueError(f"{field}: {path!r} is no plain path, which is all that flows may use here; give one")
+        raise ValueError(f"{field}: {path!r} is not a plain path; deployed flows may only use plain paths; give one")
     for place in [path, *glob.glob(path, recursive=True)]:  # noqa: PTH207 - as the sources are read
         _check_inside(field, path, Path(place).resolve(), allowed)
 
@@ -367,6 +374,6 @@ def _check_inside(field: str, path: str, resolved: Path, allowed: list[Path]) ->
     if not any(resolved.is_relative_to(folder.resolve()) for folder in allowed):
         places = ", ".join(str(folder.resolve()) for folder in allowed)
         raise ValueError(
-            f"{field}: {path!r} lies outside of what flows may use here ({places}); choose a path inside, "
-            "or allow the folder where the worker starts (`reprise serve --allow FOLDER`)"
+            f"{field}: {path!r} lies outside the folders that flows may use ({places}); choose a path inside, "
+            "or allow the folder when starting the worker (`reprise serve --allow FOLDER`)"
         )

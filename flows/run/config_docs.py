@@ -21,10 +21,10 @@ from flows.run.config import RunConfig
 PATH = Path("docs/configuration.md")
 _HEAD = """# Configuration
 
-Every field of a run's YAML file. Paths are relative to the folder that the command is typed in. An unknown
-field is an error. A field can be overridden on the command line: `--set refine.sampling_rate=0.3`.
+Every field of a run's YAML file. Paths are relative to the working directory. Unknown fields are errors. Fields can be
+overridden on the command line: `--set refine.sampling_rate=0.3`.
 
-A file has to name its run (`name`) and its sources (`corpus`); their defaults are for trying the deployment out.
+A file has to set `name` and `corpus`; their defaults are only for trying out the deployment.
 
 """
 _TABLE = """| Field | Type and bounds | Default | May change | Meaning |
@@ -39,16 +39,19 @@ def page() -> str:
 
 
 def _changes() -> str:
-    """Return the paragraph about what a run that goes on may change."""
+    """Return the paragraph about the fields that may change when a run is resumed."""
     free = {unless: [f"`{name}`" for name in names] for unless, names in _free_fields().items()}
     always = free.pop("")
-    text = f"A run that goes on may change {', '.join(always[:-1])} and {always[-1]}, which decide no round's results"
+    text = (
+        f"When a run is resumed, {', '.join(always[:-1])} and {always[-1]} may change, which do not affect any round's "
+        "results"
+    )
     text += "".join(f", and {' and '.join(names)} unless {unless}" for unless, names in free.items())
     return f"{textwrap.fill(f'{text}. Any other change needs another `name`.', 120, break_on_hyphens=False)}\n\n"
 
 
 def _free_fields() -> dict[str, list[str]]:
-    """Return the names of the fields and whole sections that may change, by what that depends on."""
+    """Return the names of the fields and whole sections that may change, by their condition."""
     names: dict[str, list[str]] = {}
     for name in _leaves(RunConfig, ""):
         found = find_mark(RunConfig, name)
@@ -65,7 +68,7 @@ def _leaves(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _unless(found: tuple[str, Decides]) -> str:
-    """Return when a free field decides results nonetheless, in words; empty where it never does."""
+    """Return the condition under which a free field affects results, in words; empty if there is none."""
     path, mark = found
     return f"`{path}.{mark.unless[0]}` is {mark.unless[1]}" if mark.unless else ""
 
@@ -100,7 +103,7 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _inner(annotation: Any) -> tuple[type[BaseModel] | None, str]:
-    """Return the section that a field holds, and what its name ends with where it holds several."""
+    """Return the section that a field holds, and the suffix of its name if it holds several."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, ""
     if get_origin(annotation) is tuple:
@@ -109,7 +112,7 @@ def _inner(annotation: Any) -> tuple[type[BaseModel] | None, str]:
 
 
 def _plain(annotation: Any) -> Any:
-    """Return an annotation without what is annotated to it."""
+    """Return an annotation without its metadata."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 

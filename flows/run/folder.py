@@ -1,4 +1,4 @@
-"""The run folder: where everything of a run lies, what of it is complete, and who may write to it."""
+"""The run folder: the paths of a run's files, the completion records, and approvals."""
 
 import importlib.metadata
 import platform
@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duc
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its configuration and its folder. What is done is read from the folder, never remembered."""
+    """A run: its configuration and its folder. Completion is always read from the folder, never cached."""
 
     config: RunConfig
     folder: Path
@@ -34,43 +34,43 @@ class Run:
         return self.folder / "rounds" / str(round_number)
 
     def corpus(self) -> Corpus:
-        """Return the prepared corpus, opened. Raises ValueError where it is not complete."""
+        """Return the prepared corpus, opened. Raises ValueError if it is not complete."""
         return Corpus(self.corpus_folder)
 
     def refine_config(self, round_number: int) -> RefineConfig:
-        """Return how a round is refined: as the configuration says, unless another way was approved."""
+        """Return a round's refine configuration: the run's, with the approved changes."""
         approval = self.approval(round_number)
         if approval is None:
             return self.config.refine
         return RefineConfig.model_validate({**self.config.refine.model_dump(), **approval})
 
     def approval(self, round_number: int) -> dict[str, Any] | None:
-        """Return the fields of `refine` with which a round's selection was approved, or None where it was not yet."""
+        """Return the approved fields of `refine` for a round, or None if it is not approved yet."""
         approval: dict[str, Any] | None = read_json(self._record_path("approval", round_number))
         return approval
 
     def awaits_approval(self, round_number: int) -> bool:
-        """Return whether somebody has to approve what a round trains on before it does."""
+        """Return whether a round's selection still needs approval."""
         return round_number > 1 and self.config.rounds.approval and self.approval(round_number) is None
 
     def approve(self, round_number: int, policy: str, sampling_rate: float) -> None:
-        """Record that a round may train on what `policy` and `sampling_rate` keep.
+        """Approve that a round trains on what `policy` and `sampling_rate` keep.
 
-        Raises ValueError where the policy needs what the configuration does not say.
+        Raises ValueError if the policy needs a field that the configuration does not set.
         """
         approval = {"policy": policy, "sampling_rate": sampling_rate}
         RefineConfig.model_validate({**self.config.refine.model_dump(), **approval})
         write_json(self._record_path("approval", round_number), approval)
 
     def recorded(self, stage: str, round_number: int) -> str | None:
-        """Return the fingerprint that a stage was completed with, or None where it was not."""
+        """Return the fingerprint that a stage was completed with, or None if it was not completed."""
         record = read_json(self._record_path(stage, round_number))
         return None if record is None else str(record["fingerprint"])
 
     def record(self, stage: str, round_number: int, identity: str, started: float) -> None:
         """Write the completion record of a stage with the fingerprint `identity`.
 
-        started: when it began, in seconds since the epoch.
+        started: its start time, in seconds since the epoch.
         """
         now = time.time()
         content = {
@@ -81,7 +81,7 @@ class Run:
         write_json(self._record_path(stage, round_number), content)
 
     def forget(self, stage: str, round_number: int) -> None:
-        """Delete the completion record of a stage, which so is done anew."""
+        """Delete the completion record of a stage, so that it is repeated."""
         self._record_path(stage, round_number).unlink(missing_ok=True)
 
     def _record_path(self, stage: str, round_number: int) -> Path:
@@ -89,19 +89,19 @@ class Run:
 
 
 def open_run(config: RunConfig) -> Run:
-    """Return the run of `config`, its folder made or, where it is there, checked to be made by the same configuration.
+    """Return the run of `config`, after creating its folder or checking an existing one.
 
-    Raises ValueError, naming the fields that differ, where the folder is another run's.
+    Raises ValueError, naming the fields that differ, if the folder was created by another configuration.
     """
     folder = config.folder.absolute()
     path = folder / "run.yaml"
-    # Until there is a corpus nothing depends on the configuration, and correcting it is what an error asked for.
+    # Before there is a corpus, nothing depends on the configuration: the user may have corrected it after an error.
     if path.exists() and (folder / "corpus" / "manifest.json").exists():
         different = differences(read_run(folder).config, config)
         if different:
             raise ValueError(
-                f"{path}: this folder was made by another configuration ({'; '.join(different)}); "
-                "set another name, or take the fields back, or delete the folder"
+                f"{path}: this folder was created by another configuration ({'; '.join(different)}); "
+                "set another name, restore the fields, or delete the folder"
             )
     content = {"config": config.model_dump(mode="json"), "versions": package_versions()}
     with writing(path) as temporary:
@@ -110,7 +110,7 @@ def open_run(config: RunConfig) -> Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Return the run in `folder`. Raises ValueError where there is none."""
+    """Return the run in `folder`. Raises ValueError if there is none."""
     path = folder / "run.yaml"
     if not path.is_file():
         raise ValueError(f"{folder}: not a run folder (it has no run.yaml); start one with `reprise run CONFIG.yaml`")
@@ -119,6 +119,6 @@ def read_run(folder: Path) -> Run:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python, Reprise and what its results depend on."""
+    """Return the versions of Python, Reprise and the packages that results depend on."""
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {"reprise": importlib.metadata.version("reprise"), "python": platform.python_version(), **versions}

@@ -1,6 +1,6 @@
-"""The kinds of launchers: a row each, with what configuration has to know of it.
+"""The kinds of launchers: one row each, with the properties that the configuration depends on.
 
-To add a launcher, say for Kubernetes: write its class, a `flows.launch.launcher.Launcher`, in a file of its own, and
+To add a launcher, for example for Kubernetes, write a subclass of `flows.launch.launcher.Launcher` in a new file, and
 add a row here.
 """
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LauncherKind:
-    """A way to start ranks.
+    """A kind of launcher.
 
-    launcher: where its class is, module:class; it is imported when it is first used.
+    launcher: its class, as module:class; it is imported at first use.
     description: how it starts ranks, for the user.
-    sees_devices: whether ranks run on this host, or on hosts like it, so that this host's devices and memory tell what
-        they have. If not, the configuration has to name the device.
-    is_joined: whether several hosts have to join by `reprise join`, which need launch.rendezvous to meet.
+    sees_devices: whether ranks run on this host or on hosts like it, so that this host's devices and memory represent
+        theirs. If not, the configuration has to name the device.
+    is_joined: whether other hosts join with `reprise join`, which requires launch.rendezvous.
     """
 
     launcher: str
@@ -27,7 +27,7 @@ class LauncherKind:
 LAUNCHER_KINDS = {
     "local": LauncherKind(
         launcher="flows.launch.local:LocalLauncher",
-        description="torchrun here, and on the hosts that `reprise join` it",
+        description="torchrun on this host, and on the hosts that `reprise join` it",
         sees_devices=True,
         is_joined=True,
     ),

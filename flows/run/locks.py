@@ -1,4 +1,4 @@
-"""Locks: who may write to a run folder, and whether ranks of an earlier launch still live."""
+"""Locks: exclusive access to a run folder, and waiting for ranks of an earlier launch."""
 
 import fcntl
 import os
@@ -13,9 +13,9 @@ from data_scoring.base.files import remove_leftovers
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes off the run in `folder`. The lock ends with the process that holds it, however that ends.
+    """Lock the run in `folder` against other processes. The lock is released when the process ends, however it ends.
 
-    Raises ValueError, naming the process, where another one holds it.
+    Raises ValueError, naming the process, if another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -24,7 +24,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode()
-            raise ValueError(f"{folder}: in use by {holder}; wait for it to end or stop it") from None
+            raise ValueError(f"{folder}: in use by {holder}; wait for it to end, or stop it") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         evaluated = (place for place in folder.glob("rounds/*/evaluation/**/") if place.is_dir())
@@ -37,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a living process is at work on the run in `folder`."""
+    """Return whether a running process holds the lock of the run in `folder`."""
     try:
         descriptor = os.open(folder / ".lock", os.O_RDONLY)
     except FileNotFoundError:
@@ -52,9 +52,9 @@ def is_locked(folder: Path) -> bool:
 
 
 def wait_for_ranks_to_end(path: Path, seconds: float) -> None:
-    """Wait until no rank of an earlier launch holds the lock at `path`, which all ranks share, any more.
+    """Wait until no rank of an earlier launch holds the lock at `path`, which all ranks share.
 
-    Ranks end with their launcher once they have saved. Raises ValueError where one still lives after `seconds`.
+    Ranks end after their launcher, once they have saved. Raises ValueError if one is still running after `seconds`.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -1,4 +1,4 @@
-"""A model on disk that others start from: a round of a run, or a folder made by `reprise import hf`."""
+"""A model on disk to start from: a round of a run, or a folder created by `reprise import hf`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ MODEL, ORIGIN = "model.yaml", "import.json"
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A trained model: its shape, its weights, and the tokenizer that it reads with.
+    """A trained model: its configuration, its weights and its tokenizer.
 
-    round_number: the round of the run that it ended, None for one that was imported. vocab_size: the tokenizer's
-    entries. end_of_document: the token that ends documents, where the tokenizer does not tell.
+    round_number: the round that the model was trained in; None if it was imported. vocab_size: the tokenizer's entries.
+    end_of_document: the token that ends documents, if the tokenizer does not define one.
     """
 
     place: Path
@@ -33,32 +33,32 @@ class StoredModel:
 
     @property
     def identity(self) -> str:
-        """Return what stands for the model: its weights, and what is computed with them."""
+        """Return the model's fingerprint: of its weights, and of the fields that affect inference."""
         computed = deciding(self.config, INFERENCE, keep_neutral=True)
         return fingerprint("model", checksum(self.checkpoint / RECORD), computed)
 
 
 def find_model(place: Path, round_number: int | None = None) -> StoredModel:
-    """Return the model that a round of the run in `place`, by default the last, ended with, or that is in the folder.
+    """Return the final model of a round (default: the last) of the run in `place`, or the model in the folder `place`.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
-    # What is made of it says where it is from, wherever that is read.
+    # Results record the model's path, and may be read from another working directory.
     place = place.absolute()
     if (place / MODEL).is_file():
         if round_number is not None:
-            raise ValueError(f"--round: goes with a run folder, which {place} is not; leave it out")
+            raise ValueError(f"--round: needs a run folder, which {place} is not; omit it")
         return _read_folder(place)
     if not (place / "run.yaml").is_file():
         raise ValueError(
-            f"{place}: holds no model; give a run's folder, or one that `reprise import hf` has made (with {MODEL})"
+            f"{place}: has no model; give a run folder, or a folder that `reprise import hf` created (with {MODEL})"
         )
     run = read_run(place)
     found, checkpoint = _find_round(place, round_number)
     corpus = run.corpus()
     vocab_size = int(read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size))
     end = run.config.tokenizer.end_of_document
-    # Where its own weights came from says nothing about the parts that are cut from it.
+    # Where the model's own weights came from does not matter to models that start from it.
     config = run.config.model.model_copy(update={"inherit": None, "start_from": None})
     return StoredModel(place, found, config, checkpoint, corpus.tokenizer_path, vocab_size, end)
 
@@ -67,7 +67,7 @@ def _read_folder(place: Path) -> StoredModel:
     try:
         config = ModelConfig.model_validate(yaml.safe_load((place / MODEL).read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValidationError) as error:
-        raise ValueError(f"{place / MODEL}: describes no model ({' '.join(str(error).split())}); repair it") from None
+        raise ValueError(f"{place / MODEL}: invalid model ({' '.join(str(error).split())}); repair it") from None
     checkpoints = list_checkpoints(place / "checkpoint")
     tokenizers = [path for path in (place / "tokenizer.json", place / "tokenizer.model") if path.is_file()]
     if not checkpoints or not tokenizers:
@@ -79,23 +79,23 @@ def _read_folder(place: Path) -> StoredModel:
 
 
 def find_checkpoint(place: Path, round_number: int | None) -> Path:
-    """Return the checkpoint that is meant by `place`, which is one, or a run: the last of a round, or of the last.
+    """Return `place` if it is a checkpoint, or, if it is a run, the last checkpoint of a round (default: the last).
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     if not (place / "run.yaml").is_file():
         if round_number is not None:
-            raise ValueError(f"--round: goes with a run folder, which {place} is not; leave it out")
+            raise ValueError(f"--round: needs a run folder, which {place} is not; omit it")
         return place
     return _find_round(place, round_number)[1]
 
 
 def _find_round(place: Path, round_number: int | None) -> tuple[int, Path]:
-    """Return a round of the run in `place`, by default the last that has a checkpoint, with its last checkpoint."""
+    """Return a round of the run in `place` (default: the last that has a checkpoint), and its last checkpoint."""
     rounds = sorted(int(path.name) for path in (place / "rounds").glob("[0-9]*"))
     for number in reversed(rounds) if round_number is None else [round_number]:
         checkpoints = list_checkpoints(place / "rounds" / str(number) / "checkpoint")
         if checkpoints:
             return number, checkpoints[-1]
     which = "no round has" if round_number is None else f"round {round_number} does not have"
-    raise ValueError(f"{place}: {which} a checkpoint; train it first, or give a step-… folder")
+    raise ValueError(f"{place}: {which} a checkpoint; train the round first, or give a step-… folder")

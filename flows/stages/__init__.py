@@ -1,4 +1,4 @@
-"""The stages of a run, a file each: what a stage needs, what decides its result, when it is asked for, and the work.
+"""The stages of a run, one file each: when a stage applies, what it needs, what decides its result, and its work.
 
 No HTML, no Prefect.
 """

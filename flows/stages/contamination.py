@@ -1,4 +1,4 @@
-"""The stage `contamination`: which training samples hold parts of the run's evaluation items."""
+"""The stage `contamination`: the training samples that overlap with the run's evaluation items."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,24 +17,24 @@ from flows.stages.stage import Stage, Stages
 
 
 class Contamination(Stage):
-    """List the samples that overlap with evaluation items, before the first mix, where `eval.contamination` asks."""
+    """List the samples that overlap with evaluation items, before the first mix, if `eval.contamination` is set."""
 
     name = "contamination"
 
     def round_number(self, config: RunConfig, place: int) -> int | None:
-        """Return 0, of the whole run, before round 1's mix."""
+        """Return 0 (the whole run) before round 1's mix, if `eval.contamination` is set."""
         return 0 if place == 1 and config.eval.contamination != "off" else None
 
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
-        """Return the corpus and the overlap that is looked for; the items themselves are known once they are read."""
+        """Return the corpus and the length of the overlap; the items themselves are unknown before they are read."""
         return [stages.run.corpus().fingerprint, stages.run.config.eval.contamination_ngram]
 
     def is_complete(self, stages: Stages, round_number: int) -> bool:
-        """Return whether a list of overlapping samples is there, of whatever items."""
+        """Return whether a list of overlapping samples exists, for any items."""
         return contaminated_samples(stages.run) is not None
 
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
-        """List the overlapping samples, unless a list of the same items is there."""
+        """List the overlapping samples, unless a list for the same items exists."""
         return list_contaminated(stages.run, item_texts(stages.run), progress)
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
@@ -43,10 +43,10 @@ class Contamination(Stage):
 
 
 def list_contaminated(run: Run, items: Iterable[ItemText], progress: Progress) -> bool:
-    """List which training samples hold parts of evaluation items; return whether there was anything left to do.
+    """List the training samples that overlap with evaluation items; return whether there was anything left to do.
 
-    With eval.contamination: remove, `items` decide what is trained on: a run goes on with the same ones, or with others
-    that overlap with the same samples.
+    With eval.contamination: remove, `items` decide what is trained on: a run can only resume with the same items, or
+    with items that overlap with the same samples.
     """
     config = run.config
     corpus = run.corpus()
@@ -59,18 +59,18 @@ def list_contaminated(run: Run, items: Iterable[ItemText], progress: Progress) -
 
 
 def contaminated_samples(run: Run) -> str | None:
-    """Return what identifies the samples that overlap with evaluation items, or None where they were not listed."""
+    """Return the fingerprint of the samples that overlap with evaluation items, or None if they were not listed."""
     corpus = run.corpus()
     return samples_fingerprint(corpus.folder, corpus.fingerprint, run.config.eval.contamination_ngram)
 
 
 def samples_to_leave_out(run: Run) -> Path | None:
-    """Return the file that lists the samples to leave out, or None where none are. Raises ValueError without it."""
+    """Return the file that lists the samples to leave out, or None if none are. Raises ValueError if it is missing."""
     if not run.config.eval.removes:
         return None
     if contaminated_samples(run) is None:
         raise ValueError(
             f"{run.folder}: eval.contamination: remove needs the list of samples that overlap with evaluation items, "
-            f"which is missing; run `reprise run {run.folder}`, which does all that is missing"
+            f"which does not exist; run `reprise run {run.folder}`, which does all missing stages"
         )
     return contamination_path(run.corpus_folder)

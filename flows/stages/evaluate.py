@@ -1,4 +1,4 @@
-"""The stage `evaluate`: what the model that a round ended with scores in evaluation tasks."""
+"""The stage `evaluate`: the task scores of a round's final model."""
 
 import importlib.metadata
 from pathlib import Path
@@ -13,22 +13,22 @@ from flows.evaluation.rounds import RoundEvaluation
 from flows.run.config import RunConfig
 from flows.stages.stage import Stage, Stages
 
-# Changes with what an item's prompts, its scores, or their files are.
+# Incremented when prompts, scores or their files change.
 _FORMAT = 1
 
 
 class Evaluate(Stage):
-    """Score the model of a round in the tasks of `eval.tasks`."""
+    """Evaluate a round's final model on the tasks of `eval.tasks`."""
 
     name = "evaluate"
-    help = "score models in evaluation tasks"
+    help = "evaluate models on tasks"
 
     def round_number(self, config: RunConfig, place: int) -> int | None:
-        """Return every round, where tasks are asked for."""
+        """Return every round, if the configuration names tasks."""
         return place if place and config.eval.asked else None
 
     def is_needed(self, config: RunConfig) -> bool:
-        """Return False: scores in tasks decide nothing, and may be asked for when everything else is done."""
+        """Return False: no other stage needs task scores, which may be added after everything else is done."""
         return False
 
     def needs(self, config: RunConfig, round_number: int) -> list[tuple[str, int]]:
@@ -36,7 +36,7 @@ class Evaluate(Stage):
         return [("train", round_number)]
 
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
-        """Return the model, and what it is asked: the tasks, and the files that they are read from."""
+        """Return the model, the tasks, and the files that they are read from."""
         config = stages.run.config.eval
         names = resolve_names(config.asked)
         files = [] if config.data is None else item_files(names, Path(config.data))
@@ -45,16 +45,16 @@ class Evaluate(Stage):
         return [stages.fingerprint("train", round_number), _FORMAT, prompts, names, config.limit, contents]
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
-        """Have ranks answer the tasks, and score the answers."""
+        """Answer the tasks on the run's ranks, and score the answers."""
         evaluation = RoundEvaluation(stages.run, round_number, stages.fingerprint("train", round_number))
         questions = evaluation.ask(stages.run.config.eval, progress)
         evaluation.score(questions, progress)
 
 
 def evaluate_otherwise(stages: Stages, round_number: int, config: EvalConfig, progress: Progress) -> list[str]:
-    """Score the model that a round ended with as `config` says, not the run's own configuration.
+    """Evaluate a round's final model with `config` instead of the run's own configuration.
 
-    Returns the tasks of the run's own that were so scored on other items: its stage makes their scores anew.
+    Returns the run's own tasks that were scored on other items; their scores are recomputed by the stage `evaluate`.
     """
     run = stages.run
     stages.require("train", round_number)

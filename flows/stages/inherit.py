@@ -1,4 +1,4 @@
-"""The stage `inherit`: what round 1 starts from, cut out of a larger model."""
+"""The stage `inherit`: round 1's initial checkpoint, pruned from a larger model."""
 
 from typing import Any
 
@@ -10,22 +10,22 @@ from trainer.checkpoint_folder import list_checkpoints
 
 
 class Inherit(Stage):
-    """Measure the larger model, choose its layers and neurons, and cut the checkpoint that round 1 starts from."""
+    """Measure the larger model, choose its layers and neurons, and write the checkpoint that round 1 starts from."""
 
     name = "inherit"
 
     def round_number(self, config: RunConfig, place: int) -> int | None:
-        """Return 1 where `model.inherit` names a larger model."""
+        """Return 1 before round 1, if `model.inherit` names a larger model."""
         return 1 if place == 1 and config.model.inherits else None
 
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
-        """Return the corpus that is measured over, the model, and the seed."""
+        """Return the corpus to measure on, the model, and the seed."""
         config = stages.run.config
         model = deciding(config.model, self.name, keep_neutral=True)
         return [stages.run.corpus().fingerprint, model, config.seed]
 
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
-        """Cut the checkpoint anew, too, where the larger model has changed and training has not begun."""
+        """Write the checkpoint; write it again if the larger model has changed and training has not begun."""
         from flows.inheritance.initial_checkpoint import is_current
 
         has_begun = bool(list_checkpoints(stages.run.round_folder(1) / "checkpoint"))
@@ -34,7 +34,7 @@ class Inherit(Stage):
         return super().do(stages, round_number, progress)
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
-        """Cut the checkpoint."""
+        """Write the checkpoint."""
         from flows.inheritance.initial_checkpoint import make_start
 
         make_start(stages.run, stages.fingerprint(self.name, round_number), progress)

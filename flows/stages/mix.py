@@ -1,4 +1,4 @@
-"""The stage `mix`: the samples that a round trains on, in their order."""
+"""The stage `mix`: the samples that a round trains on, in training order."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from flows.stages.stage import Stage, Stages
 
 
 class Mix(Stage):
-    """Mix everything in round 1, and what the round's selection keeps later."""
+    """Mix everything in round 1, and the round's selection in later rounds."""
 
     name = "mix"
 
@@ -22,26 +22,26 @@ class Mix(Stage):
         return place or None
 
     def needs(self, config: RunConfig, round_number: int) -> list[tuple[str, int]]:
-        """Return the round's selection, after the first round."""
+        """Return the round's selection, from round 2 on."""
         return [("refine", round_number)] if round_number > 1 else []
 
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
-        """Return the selection or, in round 1, the corpus and what is left out of it."""
+        """Return the selection or, in round 1, the corpus and the samples that are left out."""
         run = stages.run
         before = stages.fingerprint("refine", round_number) if round_number > 1 else _everything(stages)
         return [before, run.corpus().fingerprint, run.config.seed, round_number]
 
     def waits_for(self, run: Run, round_number: int) -> str | None:
-        """Return that the round's selection has to be approved, where `rounds.approval` asks for it."""
+        """Return the command that approves the round's selection, if `rounds.approval` requires it."""
         return f"approval: reprise approve {run.folder}" if run.awaits_approval(round_number) else None
 
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
-        """Mix. Raises ValueError where the selection has to be approved first."""
+        """Mix. Raises ValueError if the selection has to be approved first."""
         run = stages.run
         if run.awaits_approval(round_number) and not self.is_complete(stages, round_number):
             raise ValueError(
-                f"rounds.approval: what round {round_number} trains on waits to be approved; look at it with "
-                f"`reprise refine {run.folder} --dry-run`, then `reprise approve {run.folder}`"
+                f"rounds.approval: the selection of round {round_number} is not approved yet; review it with "
+                f"`reprise refine {run.folder} --dry-run`, then run `reprise approve {run.folder}`"
             )
         return super().do(stages, round_number, progress)
 
@@ -58,7 +58,7 @@ class Mix(Stage):
 
 
 def _everything(stages: Stages) -> str:
-    """Return what identifies the samples of round 1."""
+    """Return the fingerprint of the samples of round 1."""
     config = stages.run.config
     before = stages.fingerprint("prepare", 0)
     late = sorted(rule.name for rule in config.refine.sources if rule.from_round > 1)

@@ -1,4 +1,4 @@
-"""The stage `prepare`: text to a corpus of shards, after everything has been checked that can be by then."""
+"""The stage `prepare`: checks of the machine and the configuration, then text to a corpus of shards."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from flows.stages.stage import Stage, Stages
 
 
 class Prepare(Stage):
-    """Tokenise the text, hold out the validation set, cut shards. The corpus' manifest is its completion record."""
+    """Tokenise the text, hold out the validation set, pack shards. The corpus' manifest is the completion record."""
 
     name = "prepare"
-    help = "make the corpus"
+    help = "prepare the corpus"
 
     def round_number(self, config: RunConfig, place: int) -> int | None:
         """Return 0, before the first round."""
@@ -34,13 +34,13 @@ class Prepare(Stage):
         return [deciding(config.corpus, self.name), deciding(config.tokenizer, self.name), config.seed]
 
     def is_complete(self, stages: Stages, round_number: int) -> bool:
-        """Return whether the corpus was made with the inputs that it would have now."""
+        """Return whether the corpus was prepared with the current inputs."""
         manifest = read_json(stages.run.corpus_folder / "manifest.json")
         return manifest is not None and manifest["stage_fingerprint"] == stages.fingerprint(self.name, 0)
 
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
-        """Make the corpus, unless it is there; check first, in either case, what the later stages need."""
-        # What is not there is best known before hours of tokenising.
+        """Prepare the corpus, unless it exists; in either case, first check the requirements of the later stages."""
+        # Fail before hours of tokenising.
         check_machine(stages.run.config)
         if self.is_complete(stages, round_number):
             return False
@@ -49,7 +49,7 @@ class Prepare(Stage):
         return True
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
-        """Make the corpus."""
+        """Prepare the corpus."""
         from flows.inheritance.teacher import check_inheritance
         from trainer.checkpoint_shapes import check_start
 
@@ -58,7 +58,7 @@ class Prepare(Stage):
         if config.eval.asked:
             check_items(config.eval)
         if config.model.start_from is not None:
-            # A tokenizer that is yet to be trained has as many entries as its text lets it have.
+            # The vocabulary of a tokenizer that is not trained yet is unknown: it depends on the text.
             vocab_size = None if config.tokenizer.path is None else _tokenizer_size(config)
             check_start(Path(config.model.start_from), config.model, vocab_size)
         identity = stages.fingerprint(self.name, 0)
@@ -66,7 +66,7 @@ class Prepare(Stage):
 
 
 def check_machine(config: RunConfig) -> None:
-    """Raise ValueError where devices, tools, kernels, the tokenizer or reference losses are missing for a run."""
+    """Raise ValueError if devices, tools, kernels, the tokenizer or reference losses are missing for a run."""
     from trainer.devices import check_layers
 
     launcher.check(config)
@@ -78,7 +78,7 @@ def check_machine(config: RunConfig) -> None:
 
 
 def check_kernels(config: RunConfig) -> None:
-    """Raise ValueError where training or scoring asks for a kernel that is not installed or not for the device."""
+    """Raise ValueError if training or scoring uses a kernel that is not installed or does not support the device."""
     from trainer.devices import check_kernel
 
     for field, kernel, other in (
@@ -91,21 +91,21 @@ def check_kernels(config: RunConfig) -> None:
 
 
 def check_vocabulary(config: RunConfig) -> None:
-    """Raise ValueError where the tokenizer cannot be opened, or has more entries than the model's vocabulary."""
+    """Raise ValueError if the tokenizer cannot be opened, or has more entries than the model's vocabulary."""
     if config.model.vocab_size is None:
         return
     vocab_size = _tokenizer_size(config)
     if config.model.vocab_size < vocab_size:
         raise ValueError(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}; "
-            "raise it, or leave it out"
+            "raise it, or remove it"
         )
 
 
 def vocabulary_size(config: RunConfig) -> int:
-    """Return the entries of the model's vocabulary, as far as can be told before there is a corpus.
+    """Return the size of the model's vocabulary before there is a corpus.
 
-    A tokenizer that is yet to be trained may come out smaller.
+    For a tokenizer that is not trained yet, this is an upper bound.
     """
     return config.model.vocab_size or _tokenizer_size(config)
 

@@ -1,4 +1,4 @@
-"""The stage `refine`: which samples a round trains on, selected by the losses of the round before."""
+"""The stage `refine`: the samples that a round trains on, selected by the losses of the previous round."""
 
 import tempfile
 from pathlib import Path
@@ -23,21 +23,21 @@ from flows.stages.stage import Stage, Stages
 
 
 class Refine(Stage):
-    """Select the samples of a round, shard by shard, each with the reason why it is kept or not."""
+    """Select the samples of a round, shard by shard, and record why each is kept or not."""
 
     name = "refine"
     help = "select what a round trains on and make its mix"
 
     def round_number(self, config: RunConfig, place: int) -> int | None:
-        """Return every round but the first."""
+        """Return every round except the first."""
         return place if place > 1 else None
 
     def needs(self, config: RunConfig, round_number: int) -> list[tuple[str, int]]:
-        """Return the scores of the round before."""
+        """Return the scores of the previous round."""
         return [("score", round_number - 1)]
 
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
-        """Return the losses (the reference's too, where the policy uses them), how the round is refined, the seed."""
+        """Return the losses (with the reference's, if the policy uses them), the refine configuration and the seed."""
         run = stages.run
         config = run.refine_config(round_number)
         inputs = [
@@ -52,7 +52,7 @@ class Refine(Stage):
         return inputs
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
-        """Select."""
+        """Write the selection."""
         run, config = stages.run, stages.run.refine_config(round_number)
         check_losses(run, round_number - 1, config)
         duplicates = _near_duplicates(run, config, progress, run.corpus_folder)
@@ -61,9 +61,9 @@ class Refine(Stage):
 
 
 def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> SelectionSummary:
-    """Return what refining for `round_number` with `config`, by default the run's own, would keep, writing nothing.
+    """Return what refining for `round_number` with `config` (default: the run's own) would keep; writes nothing.
 
-    The round before has to be scored.
+    The previous round has to be scored.
     """
     config = config or run.refine_config(round_number)
     check_losses(run, round_number - 1, config)
@@ -73,12 +73,12 @@ def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> 
 
 
 def selection_of(run: Run, round_number: int) -> SelectionSummary:
-    """Return what the selection of a refined round keeps."""
+    """Return the summary of a refined round's selection."""
     return summarise_selection(draw_of(run, round_number, run.refine_config(round_number)), run.corpus().samples_path)
 
 
 def draw_of(run: Run, round_number: int, config: RefineConfig, duplicates: Path | None = None) -> Draw:
-    """Return what the samples of a round are drawn from; `duplicates` is the file that lists near duplicates."""
+    """Return the inputs of a round's draw; `duplicates` is the file that lists near duplicates."""
     corpus = run.corpus()
     return Draw(
         rounds=run.folder / "rounds",
@@ -92,7 +92,7 @@ def draw_of(run: Run, round_number: int, config: RefineConfig, duplicates: Path 
 
 
 def _near_duplicates(run: Run, config: RefineConfig, progress: Progress, folder: Path) -> Path | None:
-    """Return the file that lists near duplicates, made in `folder` unless the run has it, or None if none is needed."""
+    """Return the file of near duplicates, written to `folder` unless the run has it, or None if none is needed."""
     if config.near_duplicates is None:
         return None
     name = f"near-duplicates-{config.near_duplicates:g}.parquet"
@@ -104,26 +104,26 @@ def _near_duplicates(run: Run, config: RefineConfig, progress: Progress, folder:
 
 
 def check_reference(refine: RefineConfig) -> None:
-    """Raise ValueError where there are no losses of the reference model."""
+    """Raise ValueError if there are no losses of the reference model."""
     if not losses_path(Path(str(refine.reference)), 0).exists():
         raise ValueError(
-            f"refine.reference: {refine.reference!r} holds no losses; name a round's folder that was scored, such as "
+            f"refine.reference: {refine.reference!r} has no losses; give the folder of a scored round, such as "
             "runs/large/rounds/1"
         )
 
 
 def check_losses(run: Run, round_number: int, refine: RefineConfig) -> None:
-    """Raise ValueError where the losses after a round are not of one origin, or not what `refine` can decide by.
+    """Raise ValueError if the losses after a round have different origins, or `refine` cannot use them.
 
-    Those of a reference model have to be of the same corpus and scored alike; and losses that are compared with seen
-    losses, which are of whole samples, have to be of whole samples too.
+    A reference model's losses must be of the same corpus and scored in the same way. Losses that are compared with seen
+    losses must be of whole samples, as those are.
     """
     corpus, folder = run.corpus(), run.round_folder(round_number)
     origin = _origin(folder, corpus)
     if SEEN_LOSS in refine.columns and origin.budget != "full":
         raise ValueError(
-            f"refine.policy: {refine.policy} compares losses with seen losses, and round {round_number} was scored by "
-            f"{origin.budget} (score.budget); take another policy, or score by full in a run of another name"
+            f"refine.policy: {refine.policy} compares losses with seen losses, but round {round_number} was scored "
+            f"with score.budget {origin.budget}; set another policy, or score with full in a run with another name"
         )
     if REFERENCE_LOSS in refine.columns:
         check_reference(refine)
@@ -133,7 +133,7 @@ def check_losses(run: Run, round_number: int, refine: RefineConfig) -> None:
             if mine != theirs:
                 raise ValueError(
                     f"refine.reference: {refine.reference!r} was scored with {field} {theirs!r} and this run with "
-                    f"{mine!r}; score both alike"
+                    f"{mine!r}; score both in the same way"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The stage `score`: every sample's loss after a round, in full, by a prefix, by seen losses, or as calibrated."""
+"""The stage `score`: the loss of every sample under the model of a round, within `score.budget`."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,13 +29,13 @@ from trainer.jobs import CalibrateJob, ScoreJob
 
 
 class Score(Stage):
-    """Give every sample of every shard its loss under the model of a round, as `score.budget` says."""
+    """Compute the loss of every sample of every shard under a round's model, within `score.budget`."""
 
     name = "score"
-    help = "score every sample under the model of a round"
+    help = "compute every sample's loss under the model of a round"
 
     def round_number(self, config: RunConfig, place: int) -> int | None:
-        """Return the round before: its model scores what the round at `place` is drawn from."""
+        """Return the previous round: the round at `place` is selected by the losses of its model."""
         return place - 1 if place > 1 else None
 
     def needs(self, config: RunConfig, round_number: int) -> list[tuple[str, int]]:
@@ -47,9 +47,9 @@ class Score(Stage):
         return [stages.fingerprint("train", round_number), deciding(stages.run.config.score, self.name)]
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
-        """Score on the run's ranks, and note in budget.parquet what that costs.
+        """Score on the run's ranks, and record the cost in budget.parquet.
 
-        What is there already of the same checkpoint, corpus, tokenizer, precision and budget is kept.
+        Existing losses with the same checkpoint, corpus, tokenizer, precision and budget are kept.
         """
         run = stages.run
         scoring = _Scoring(
@@ -84,7 +84,7 @@ class _Scoring:
         return self.run.round_folder(self.round_number)
 
     def calibrate(self, progress: Progress) -> list[Candidate]:
-        """Return what each way to score costs and misses, measured on a few samples."""
+        """Return the cost and the accuracy of each budget, measured on a few samples."""
         run, corpus = self.run, self.run.corpus()
         origin = origin_of(run, self.round_number, self.trained, "full")
         identity = self._identity("calibration", origin)
@@ -121,12 +121,12 @@ class _Scoring:
         launcher.launch(job, run.folder, f"score-{self.round_number}", progress, run.config.launch)
 
     def _identity(self, what: str, origin: Origin) -> str:
-        """Return the fingerprint of results: losses in another precision, say, are computed again, not mixed in."""
+        """Return the fingerprint of results, so that losses of another origin, such as precision, are not reused."""
         return fingerprint(what, self.identity, asdict(origin))
 
 
 def origin_of(run: Run, round_number: int, trained: str, budget: str) -> Origin:
-    """Return what losses after a round depend on, scored by `budget` on the devices that the run has now.
+    """Return the origin of losses after a round, scored with `budget` on the run's current devices.
 
     trained: the fingerprint of the round's training.
     """

@@ -1,4 +1,4 @@
-"""What a stage is: when it is asked for, what it needs, what decides its result, and its work."""
+"""The interface of a stage: when it applies, what it needs, what decides its result, and its work."""
 
 import time
 from abc import ABC, abstractmethod
@@ -13,11 +13,11 @@ from flows.run.folder import Run
 
 
 class Stage(ABC):
-    """One stage of a run. It reads files of the run folder and writes others; its completion record comes last.
+    """One stage of a run. It reads and writes files of the run folder; its completion record is written last.
 
     name: of its record, `<name>.json` in the folder of its round, and of its command, task and status.
-    help: what `reprise <name>` does, or None where the stage has no command. Such a stage is done with the command of
-    the stage before it in its round, or else with the next one.
+    help: what `reprise <name>` does, or None if the stage has no command. Such a stage is done by the command of the
+    stage before it in its round, or else by the command of the next one.
     """
 
     name: str
@@ -25,9 +25,9 @@ class Stage(ABC):
 
     @abstractmethod
     def round_number(self, config: RunConfig, place: int) -> int | None:
-        """Return the round that the stage works on at `place`, or None where it is not asked for there.
+        """Return the round that the stage works on at `place`, or None if it does not apply there.
 
-        place: 0 before the first round, then the number of the round that is made.
+        place: 0 before the first round, then the number of the round.
         """
 
     def is_needed(self, config: RunConfig) -> bool:
@@ -40,20 +40,20 @@ class Stage(ABC):
 
     @abstractmethod
     def inputs(self, stages: "Stages", round_number: int) -> list[Any]:
-        """Return what decides the stage's result: values of the configuration, and fingerprints of what it reads."""
+        """Return what decides the stage's result: values of the configuration, and fingerprints of its input files."""
 
     def is_complete(self, stages: "Stages", round_number: int) -> bool:
-        """Return whether the stage was completed with the inputs that it would have now."""
+        """Return whether the stage was completed with the current inputs."""
         return stages.run.recorded(self.name, round_number) == stages.fingerprint(self.name, round_number)
 
     def waits_for(self, run: Run, round_number: int) -> str | None:
-        """Return what a person has to do before the stage can be done, or None."""
+        """Return what a person has to do before the stage can run, or None."""
         return None
 
     def do(self, stages: "Stages", round_number: int, progress: Progress) -> bool:
         """Complete the stage; return whether there was anything left to do.
 
-        Raises ValueError where a stage that it needs is not complete.
+        Raises ValueError if a stage that it needs is not complete.
         """
         if self.is_complete(stages, round_number):
             return False
@@ -67,30 +67,30 @@ class Stage(ABC):
 
     @abstractmethod
     def work(self, stages: "Stages", round_number: int, progress: Progress) -> None:
-        """Do the stage's work. What an interrupted attempt left is taken up again or replaced."""
+        """Do the stage's work. Files of an interrupted attempt are reused or replaced."""
 
 
 class Stages:
-    """The stages of one run: which of them are complete, and completing them."""
+    """The stages of one run: checks and completes them."""
 
     def __init__(self, run: Run, table: Sequence[Stage]) -> None:
         self.run = run
         self._table = {stage.name: stage for stage in table}
 
     def fingerprint(self, name: str, round_number: int) -> str:
-        """Return what identifies a stage's inputs."""
+        """Return the fingerprint of a stage's inputs."""
         return fingerprint(name, *self._table[name].inputs(self, round_number))
 
     def is_complete(self, name: str, round_number: int) -> bool:
-        """Return whether a stage was completed with the inputs that it would have now."""
+        """Return whether a stage was completed with the current inputs."""
         return self._table[name].is_complete(self, round_number)
 
     def require(self, name: str, round_number: int) -> None:
-        """Raise ValueError where a stage is not complete."""
+        """Raise ValueError if a stage is not complete."""
         if not self.is_complete(name, round_number):
             raise ValueError(
                 f"{self.run.folder}: {name} of round {round_number} is not complete; "
-                f"run `reprise run {self.run.folder}`, which does all that is missing"
+                f"run `reprise run {self.run.folder}`, which does all missing stages"
             )
 
     def complete(self, name: str, round_number: int, progress: Progress) -> bool:

@@ -15,13 +15,13 @@ from flows.stages.score import Score
 from flows.stages.stage import Stage, Stages
 from flows.stages.train import Train
 
-# A stage of your own is a class in a file of its own, and an entry here.
+# To add a stage, write its class in a new file, and add an entry here.
 STAGES: list[Stage] = [Prepare(), Contamination(), Inherit(), Score(), Refine(), Mix(), Train(), Evaluate()]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage's work on a round; `place` is 0 before the first round, then the number of the round that it is for."""
+    """A stage's work on a round; `place` is 0 before the first round, then the number of the round that needs it."""
 
     stage: Stage
     round_number: int
@@ -29,30 +29,30 @@ class Step:
 
     @property
     def name(self) -> str:
-        """Return the name that status and Prefect show, such as `train 2`."""
+        """Return the name shown by status and Prefect, such as `train 2`."""
         return f"{self.stage.name} {self.round_number}" if self.round_number else self.stage.name
 
 
 def steps_of(config: RunConfig) -> list[Step]:
-    """Return what a run does, in order."""
+    """Return the steps of a run, in order."""
     return [step for place in range(config.rounds.num_rounds + 1) for step in steps_at(config, place)]
 
 
 def steps_at(config: RunConfig, place: int) -> list[Step]:
-    """Return what a run does before the first round (`place` 0), or to make the round `place`."""
+    """Return the steps of a run before the first round (`place` 0), or for the round `place`."""
     numbers = ((stage, stage.round_number(config, place)) for stage in STAGES)
     return [Step(stage, number, place) for stage, number in numbers if number is not None]
 
 
 def steps_to_train(config: RunConfig, round_number: int) -> list[Step]:
-    """Return what has to be done until a round is trained."""
+    """Return the steps that are needed to train a round, including that training."""
     steps = [step for place in range(round_number + 1) for step in steps_at(config, place)]
     [last] = [number for number, step in enumerate(steps) if (step.stage.name, step.place) == ("train", round_number)]
     return [step for step in steps[: last + 1] if step.stage.is_needed(config)]
 
 
 def steps_of_command(config: RunConfig, command: str, place: int) -> list[Step]:
-    """Return what `reprise <command>` does at `place`: its stage, and those beside it that have no command."""
+    """Return the steps of `reprise <command>` at `place`: its stage, and adjacent stages without a command."""
     steps = steps_at(config, place)
     with_command = [number for number, step in enumerate(steps) if step.stage.help is not None]
     chosen = []
@@ -70,18 +70,18 @@ def stages_of(run: Run) -> Stages:
 
 
 def fingerprint_of(run: Run, stage: str, round_number: int = 0) -> str:
-    """Return what identifies a stage's inputs: its configuration, and the fingerprints of what it reads."""
+    """Return the fingerprint of a stage's inputs: its configuration, and the fingerprints of its input files."""
     return stages_of(run).fingerprint(stage, round_number)
 
 
 def is_complete(run: Run, stage: str, round_number: int = 0) -> bool:
-    """Return whether a stage was completed with the inputs that it would have now."""
+    """Return whether a stage was completed with the current inputs."""
     return stages_of(run).is_complete(stage, round_number)
 
 
 def complete(run: Run, stage: str, round_number: int, progress: Progress) -> bool:
     """Complete a stage; return whether there was anything left to do.
 
-    Raises ValueError where a stage that it needs is not complete.
+    Raises ValueError if a stage that it needs is not complete.
     """
     return stages_of(run).complete(stage, round_number, progress)

@@ -1,4 +1,4 @@
-"""What is done, what is running and what has failed, told from run folders alone."""
+"""The status of a run's stages (done, running, failed), read from its folder."""
 
 import time
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from trainer.rank_errors import root_cause
 
 @dataclass(frozen=True)
 class StageStatus:
-    """How a stage stands: `state` is done, running, failed, stopped or waiting; `detail` says how far or why."""
+    """The status of a stage: `state` is done, running, failed, stopped or waiting; `detail` says how far or why."""
 
     name: str
     state: str
@@ -23,7 +23,7 @@ class StageStatus:
 
 
 def read_status(folder: Path) -> list[StageStatus]:
-    """Return the stages of the run in `folder`, in order, up to its last round."""
+    """Return the status of all stages of the run in `folder`, in order."""
     run = read_run(folder)
     rows: list[StageStatus] = []
     not_done: list[Step] = []
@@ -41,9 +41,9 @@ def is_done(folder: Path) -> bool:
 
 
 def _step_status(run: Run, step: Step, not_done: list[Step]) -> StageStatus:
-    """Return how a step stands after those before it, of which some are not done."""
+    """Return the status of a step; `not_done` are the earlier steps that are not done."""
     stage, number = step.stage, step.round_number
-    # A step that no later one needs may be done last.
+    # Earlier steps that no later step needs may still be open.
     is_possible = not any(each.stage.is_needed(run.config) for each in not_done)
     if is_possible and is_complete(run, stage.name, number):
         return StageStatus(step.name, "done", _duration(run, stage.name, number))
@@ -78,4 +78,4 @@ def _saved(run: Run, stage: str, number: int) -> str:
     if not checkpoints:
         return ""
     record = read_checkpoint_record(checkpoints[-1])
-    return f"the last checkpoint is of step {record['step']:,} of {record['num_steps']:,}"
+    return f"last checkpoint at step {record['step']:,} of {record['num_steps']:,}"

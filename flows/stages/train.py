@@ -1,4 +1,4 @@
-"""The stage `train`: a round over its mix, from the weights that the round before ended with."""
+"""The stage `train`: a round over its mix, starting from the final weights of the previous round."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from trainer.jobs import TrainJob
 
 
 class Train(Stage):
-    """Train a round, and evaluate the model meanwhile where `eval.every_steps` asks for it."""
+    """Train a round, with in-training evaluation if `eval.every_steps` is set."""
 
     name = "train"
     help = "train a round"
@@ -30,7 +30,7 @@ class Train(Stage):
         return place or None
 
     def needs(self, config: RunConfig, round_number: int) -> list[tuple[str, int]]:
-        """Return the round's mix, and what its weights start from."""
+        """Return the round's mix, and the stage that gives its initial weights."""
         needed = [("mix", round_number)]
         if round_number > 1:
             needed.append(("train", round_number - 1))
@@ -41,7 +41,7 @@ class Train(Stage):
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
         """Return the mix, and the configuration of model and training.
 
-        The mix stands for the round before as well, which this one starts from: it was scored with its weights.
+        The mix also represents the previous round, which this one starts from: its weights gave the losses.
         """
         return [stages.fingerprint("mix", round_number), *training_inputs(stages.run.config)]
 
@@ -63,7 +63,7 @@ class Train(Stage):
 
 
 def training_inputs(config: RunConfig) -> list[dict[str, Any]]:
-    """Return what of the model's and training's configuration decides the weights that a round ends with."""
+    """Return the fields of the model's and training's configuration that decide a round's final weights."""
     return [deciding(section, "train") for section in (config.model, config.resolved_train)]
 
 
@@ -74,7 +74,7 @@ def launch_plan(config: RunConfig) -> str:
 
 
 def _start_of(run: Run, round_number: int) -> Path | None:
-    """Return the checkpoint that a round starts from, or None where it starts from random weights."""
+    """Return the checkpoint that a round starts from, or None if it starts from random weights."""
     from flows.inheritance.initial_checkpoint import inherited_checkpoint
     from trainer.checkpoint_shapes import check_start
 
@@ -97,7 +97,7 @@ def _train_job(
 
     config = run.config
     fields = job_fields(run, round_number, identity)
-    # A tokenizer that the corpus was prepared with need not be there any more.
+    # The configured tokenizer may be gone once the corpus, which has a copy, is prepared.
     vocab_size = config.model.vocab_size or (
         run.corpus().vocab_size if (run.corpus_folder / "manifest.json").exists() else vocabulary_size(config)
     )

@@ -16,7 +16,7 @@ import torch
 import trainer.checkpoint_folder
 from benchmarks.plain_model import read_checkpoint
 from data_scoring.refine.training_mix import write_mix
-from flows.run.rank_errors import RanksFailedError
+from flows.run.errors import RanksFailedError
 from tests.conftest import TINY_CHECKPOINT, TINY_TRAIN, Ranks, read_rows
 from trainer.checkpoint_folder import (
     RECORD,
@@ -173,7 +173,7 @@ def stop_training(ranks: Ranks, name: str, checkpoint: CheckpointConfig, is_time
     (ranks.folder / "progress.json").unlink(missing_ok=True)
     thread = threading.Thread(target=stop, daemon=True)
     thread.start()
-    with pytest.raises(RanksFailedError, match="left no error"):
+    with pytest.raises(RanksFailedError, match="without recording an error"):
         train(Ranks(ranks.corpus, ranks.folder), name, checkpoint)
     thread.join()
     return ranks.folder / name

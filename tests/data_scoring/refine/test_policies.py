@@ -16,7 +16,7 @@ from data_scoring.refine.policies import POLICIES, Policy
 from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.refine_shards import refine, selection_path
 from flows.cli.main import main
-from flows.experiments.compare import compare, needs_losses, policy_sweep
+from flows.experiments.compare import compare, needs_losses, policy_comparison
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import read_run
 from tests.conftest import read_rows
@@ -65,7 +65,7 @@ def test_a_score_that_is_not_finite_is_named(added: Policy, tmp_path: Path) -> N
     tokens = np.ones(SIZE)
     tokens[7] = 0
     write_shard(tmp_path / "1", tokens)
-    with pytest.raises(ValueError, match=rf"refine\.policy: {NAME}: what it gives for sample 7 of shard 0 is no"):
+    with pytest.raises(ValueError, match=rf"refine\.policy: {NAME}: the score of sample 7 of shard 0 is no"):
         refine(draw_of(tmp_path), "refined", silent)
 
 
@@ -90,7 +90,7 @@ def test_the_command_line_and_comparisons_take_it(
 ) -> None:
     fakes = fake_ranks(monkeypatch)
     config = parse_config(values(write_texts(tmp_path), tmp_path / "runs"), "test")
-    page = compare(config, policy_sweep(f"{NAME},random"), 1, None, silent).page
+    page = compare(config, policy_comparison(f"{NAME},random"), 1, None, silent).page
     assert [job for job in fakes.jobs if "base" not in job] == [f"{NAME}-seed-0 train-2", "random-seed-0 train-2"]
     run = read_run(page.parent / f"{NAME}-seed-0")
     assert needs_losses(run.config.refine)

@@ -203,7 +203,7 @@ def test_the_first_mix_ends_at_its_tokens(tmp_path: Path) -> None:
     assert sorted(whole) == list(range(6))
     assert order(10 + first + 10 + second) == [first, second]
     assert order(10 + first + 10 + second - 1) == [first]
-    with pytest.raises(ValueError, match=r"train\.max_tokens: 3 is less than the mix's first sample has"):
+    with pytest.raises(ValueError, match=r"train\.max_tokens: 3 is less than the tokens of the mix's first sample"):
         order(3)
 
 
@@ -212,7 +212,7 @@ def test_missing_and_incomplete_losses_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shard=0000\.parquet: no such file; score the round"):
         refine(draw, "refined", silent)
     write_losses(tmp_path / "1", 0, np.ones(4))
-    with pytest.raises(ValueError, match=r"\(4, 4\) rows and losses where the shard has 5 samples"):
+    with pytest.raises(ValueError, match=r"\(4, 4\) rows and losses, but the shard has 5 samples"):
         refine(draw, "refined", silent)
     losses_path(tmp_path / "1", 0).write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"shard=0000\.parquet: cannot be read"):

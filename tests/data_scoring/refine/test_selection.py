@@ -208,12 +208,12 @@ def test_a_source_joins_when_it_is_told_to(rounds: Path) -> None:
 
 
 def test_floors_above_the_sampling_rate_are_refused(rounds: Path) -> None:
-    with pytest.raises(ValueError, match=r"floors \(at_least\) ask for \d+ samples of a shard .* keeps 300"):
+    with pytest.raises(ValueError, match=r"floors \(at_least\) require \d+ samples of a shard .* keeps 300"):
         selected(draw_of(rounds, sampling_rate=0.1, sources=(SourceRule(name="a", at_least=0.5),)))
 
 
 def test_a_score_that_is_no_number_is_refused(rounds: Path) -> None:
-    with pytest.raises(ValueError, match=r"'ln\(loss - 3\)': what it gives for sample \d+ of shard 1 is no finite"):
+    with pytest.raises(ValueError, match=r"'ln\(loss - 3\)': the score of sample \d+ of shard 1 is not finite"):
         selected(draw_of(rounds, policy="sql", sql="ln(loss - 3)"))
 
 

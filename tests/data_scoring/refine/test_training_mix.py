@@ -32,7 +32,9 @@ def test_a_limit_of_tokens_cuts_the_order_before_the_sample_that_exceeds_it(tmp_
         count = write_mix(tmp_path / "cut", lengths, 1, 2, int(limit))
         assert count == (totals <= limit).sum()
         assert pq.read_table(tmp_path / "cut").equals(whole.slice(0, count))
-    with pytest.raises(ValueError, match=r"refine.max_tokens: 2 is less than the mix's first sample has; raise it"):
+    with pytest.raises(
+        ValueError, match=r"refine.max_tokens: 2 is less than the tokens of the mix's first sample; raise it"
+    ):
         write_mix(tmp_path / "none", "select 0 as shard, 0 as sample, 3 as num_tokens", 1, 2, 2)
     assert not list(tmp_path.glob("*none*"))
 

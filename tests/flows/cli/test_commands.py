@@ -39,7 +39,7 @@ def test_a_run_made_by_another_configuration_is_refused(config: Path, capsys: py
     assert main(["prepare", str(config)]) == 0
     before = (config.parent / "runs" / "x" / "run.yaml").read_bytes()
     assert main(["prepare", str(config), "--set", "seed=1"]) == 1
-    assert "this folder was made by another configuration (seed: 0 there, 1 here)" in one_line(capsys)
+    assert "this folder was created by another configuration (seed: 0 there, 1 here)" in one_line(capsys)
     assert (config.parent / "runs" / "x" / "run.yaml").read_bytes() == before
 
 
@@ -125,7 +125,7 @@ def test_doctor_names_what_is_missing(config: Path, capsys: pytest.CaptureFixtur
          "memory of a host: ", "disk: "),
         missing, strict=True,
     )] == [True] * 5  # fmt: skip
-    assert "5 of what it needs are missing here" in err
+    assert "5 requirements missing on this machine" in err
 
 
 def test_a_dry_run_of_the_launch_starts_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,12 +147,12 @@ def test_slurm_that_is_not_there_is_named(
 
 def test_serving_needs_its_folder_and_a_free_port(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve"]) == 1
-    assert "has no prefect.yaml; start this in the folder of Reprise" in one_line(capsys)
+    assert "has no prefect.yaml; run this command in Reprise's folder" in one_line(capsys)
     (config.parent / "prefect.yaml").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 1
-    assert f"--port: 127.0.0.1:{port} cannot be served (Address already in use); stop what uses it" in one_line(capsys)
+    assert f"--port: 127.0.0.1:{port} cannot be used (Address already in use); stop what uses it" in one_line(capsys)
 
 
 @pytest.fixture

@@ -61,8 +61,8 @@ def test_parameters_are_counted_with_the_tokenizer_that_is_named(
     ("arguments", "message"),
     [
         (["gpt"], "error: model: 'gpt' is neither a file nor a preset; choose one of pangu-pi-1b, "),
-        (["llama", "--set", "seed=1"], "error: --set: overrides go with a configuration file; give one"),
-        (["llama", "--vocab-size", "0"], "error: --vocab-size: 0 is no vocabulary; give 2 or more"),
+        (["llama", "--set", "seed=1"], "error: --set: overrides need a configuration file; give one"),
+        (["llama", "--vocab-size", "0"], "error: --vocab-size: 0 is too small; give 2 or more"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def test_generated_text_ends_before_its_stop_string_and_sampling_is_refused(read
     assert (request.max_new_tokens, request.stop) == (7, ("\n", "falls"))
     [tokens] = reader.tokenizer.encode_batch([" goes on until it falls"])
     assert asked.respond([one], [tokens]) == [" goes on until it "]
-    with pytest.raises(ValueError, match="some: asks for sampling"):
+    with pytest.raises(ValueError, match="some: requests sampling"):
         reader.read([instance("generate_until", "the loss", {"do_sample": True, "temperature": 1.0})])
 
 

@@ -13,7 +13,7 @@ from flows.cli.main import main
 from flows.evaluation import rounds
 from flows.evaluation.rounds import RoundEvaluation, training_questions
 from flows.evaluation.scores import _combine, _standard_error
-from flows.experiments.compare import compare, init_sweep
+from flows.experiments.compare import compare, init_comparison
 from flows.report.run_report import write_report
 from flows.report.tables import evaluation_page
 from flows.run.config import RunConfig, parse_config
@@ -177,7 +177,7 @@ def test_other_scores_do_not_stand_for_the_run_s_own(
     assert {row.name: row.state for row in read_status(run.folder)}["evaluate 1"] == "done"
     capsys.readouterr()
     assert main(["evaluate", folder, "--limit", "1"]) == 0
-    assert "scores of piqa are now of other items than the run's own" in capsys.readouterr().err
+    assert "the scores of piqa are now for other items than the run's" in capsys.readouterr().err
     states = {row.name: row.state for row in read_status(run.folder)}
     assert (states["train 1"], states["evaluate 1"]) == ("done", "stopped")
     assert query(run.folder, "select num_items from final_scores where task = 'piqa'").fetchall() == [(1,)]
@@ -214,7 +214,7 @@ def test_the_command_prints_the_table(
     assert "x, round 1  50.0 ±50.0  100.0 ±0.0" in capsys.readouterr().out
     assert duckdb.sql(f"select count(*) from '{folder}/rounds/1/evaluation/*/scores/*.parquet'").fetchall() == [(2,)]
     for arguments, message in (
-        (["--round", "3"], "--round: '3' is no round of"),
+        (["--round", "3"], "--round: '3' is not a trained round of"),
         (["--tasks", "mmlu,squad"], "evaluate: eval.tasks.1: input should be 'paper', 'ablation', 'ceval'"),
         (["--data", str(tmp_path / "nowhere")], "nowhere"),
     ):
@@ -240,7 +240,7 @@ def test_items_that_are_missing_are_told_before_anything_is_made(
 
 def test_compared_arms_are_scored(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
     config = configure(texts, tmp_path, data, tasks=["boolq", "piqa"])
-    page = compare(config, init_sweep("constant,gpt2"), 2, None, silent)
+    page = compare(config, init_comparison("constant,gpt2"), 2, None, silent)
     assert fakes.asked == ["boolq", "piqa"] * 4
     lines = " ".join(page.text.split())
     assert "## Scores in tasks" in lines
@@ -250,9 +250,9 @@ def test_compared_arms_are_scored(texts: Path, tmp_path: Path, data: Path, fakes
     scores = page.page.with_name(f"{page.page.stem}-scores.parquet")
     rows = duckdb.sql(f"select seed, arm, task, score, chance from '{scores}' order by all limit 2").fetchall()
     assert rows == [(0, "constant", "boolq", 0.5, 0.5), (0, "constant", "piqa", 1.0, 0.5)]
-    compare(config, init_sweep("constant,gpt2"), 2, None, silent)
+    compare(config, init_comparison("constant,gpt2"), 2, None, silent)
     assert len(fakes.asked) == 8
     # Of one seed errors are over items: of 1 and 0, 1/2; of the mean of two tasks, half of that.
-    lines = " ".join(compare(config, init_sweep("constant,gpt2"), 1, None, silent).text.split())
+    lines = " ".join(compare(config, init_comparison("constant,gpt2"), 1, None, silent).text.split())
     assert "with standard errors over items" in lines
     assert "| constant | **50.0** ± 50.0 | **100.0** ± 0.0 | **75.0** ± 25.0 |" in lines

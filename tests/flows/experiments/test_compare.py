@@ -15,7 +15,14 @@ from data_scoring.base.progress import silent
 from data_scoring.refine.training_mix import Mix
 from flows.cli.main import main
 from flows.display.result_page import span
-from flows.experiments.compare import compare, init_sweep, policy_sweep, rate_sweep, round_sweep, share
+from flows.experiments.compare import (
+    compare,
+    init_comparison,
+    policy_comparison,
+    rate_comparison,
+    round_comparison,
+    share,
+)
 from flows.experiments.compare_report import write_comparison
 from flows.experiments.compare_results import BASE, RESULTS, open_results
 from flows.run.config import RunConfig
@@ -71,7 +78,7 @@ def test_means_and_paired_differences_are_those_computed_by_hand(config: RunConf
 
 
 def test_policies_train_on_equal_tokens_from_the_same_round(config: RunConfig, fakes: FakeRanks) -> None:
-    comparison = compare(config, policy_sweep("loss,random"), 2, None, silent)
+    comparison = compare(config, policy_comparison("loss,random"), 2, None, silent)
     folder = comparison.page.parent
     assert folder == Path(config.output) / "x-compare"
     corpora = [corpus_tokens(folder / f"base-seed-{seed}") for seed in range(2)]
@@ -92,31 +99,33 @@ def test_policies_train_on_equal_tokens_from_the_same_round(config: RunConfig, f
 def test_a_stopped_comparison_goes_on_and_repeats_nothing(
     config: RunConfig, fakes: FakeRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = policy_sweep("loss,random")
+    comparison = policy_comparison("loss,random")
     fakes.fails_at = "random-seed-0 train-2"
     with pytest.raises(ValueError, match="killed"):
-        compare(config, sweep, 1, None, silent)
+        compare(config, comparison, 1, None, silent)
     done = ["base-seed-0 train-1", "base-seed-0 score-1", "loss-seed-0 train-2", "random-seed-0 train-2"]
     assert fakes.jobs == done
     fakes.jobs, fakes.fails_at = [], ""
-    page = compare(config, sweep, 1, None, silent).page
+    page = compare(config, comparison, 1, None, silent).page
     assert fakes.jobs == ["random-seed-0 train-2"]
     assert "One seed shows no spread" in page.read_text()
     first, base = (page.parent / f"{arm}-seed-0" / "rounds" / "1" / "mix.parquet" for arm in ("loss", "base"))
     assert first.stat().st_ino == base.stat().st_ino
     fakes.jobs = []
-    compare(config, policy_sweep("random"), 1, read_run(page.parent / "loss-seed-0").config.refine.max_tokens, silent)
+    compare(
+        config, policy_comparison("random"), 1, read_run(page.parent / "loss-seed-0").config.refine.max_tokens, silent
+    )
     assert fakes.jobs == []
     with pytest.raises(ValueError, match=r"another configuration \(refine.max_tokens: \d+ there, 160 here\)"):
-        compare(config, sweep, 1, 160, silent)
+        compare(config, comparison, 1, 160, silent)
     with pytest.raises(
-        ValueError, match=r"--tokens: 9999999 is more than arm (loss|random) keeps in seed 0, \d+; give"
+        ValueError, match=r"--tokens: 9999999 is more than the \d+ that arm (loss|random) keeps for seed 0; lower"
     ):
-        compare(config, sweep, 1, 9_999_999, silent)
+        compare(config, comparison, 1, 9_999_999, silent)
 
 
 def test_initialisations_train_a_first_round_of_their_own_over_one_corpus(config: RunConfig, fakes: FakeRanks) -> None:
-    page = compare(config, init_sweep("constant,gpt2"), 2, 300, silent)
+    page = compare(config, init_comparison("constant,gpt2"), 2, 300, silent)
     folder = page.page.parent
     assert fakes.jobs == [f"init-{name}-seed-{seed} train-1" for seed in (0, 1) for name in ("constant", "gpt2")]
     mixes = {(folder / f"init-{name}-seed-0" / "rounds/1/mix.parquet").read_bytes() for name in ("constant", "gpt2")}
@@ -134,12 +143,12 @@ def test_initialisations_train_a_first_round_of_their_own_over_one_corpus(config
     assert "## Difference to arm gpt2, paired by seed" in text and "| a | +0.2000 ± 0.0000, 0 of 2 |" in text
     assert "Cost" not in text and f"Seeds 0 to 1. In each seed all arms train on {span(least, most)} predicted" in text
     fakes.jobs = []
-    compare(config, init_sweep("constant,gpt2"), 2, 300, silent)
+    compare(config, init_comparison("constant,gpt2"), 2, 300, silent)
     assert fakes.jobs == []
 
 
 def test_sampling_rates_and_rounds_share_what_they_can(config: RunConfig, fakes: FakeRanks) -> None:
-    page = compare(config, rate_sweep("1,0,0.5"), 1, None, silent).page
+    page = compare(config, rate_comparison("1,0,0.5"), 1, None, silent).page
     total = corpus_tokens(page.parent / "base-seed-0")
     assert [job for job in fakes.jobs if "base" not in job] == ["rate-0.5-seed-0 train-2", "rate-1-seed-0 train-2"]
     with open_results(page.with_suffix(".parquet"), ["0", "0.5", "1"]) as results:
@@ -149,7 +158,7 @@ def test_sampling_rates_and_rounds_share_what_they_can(config: RunConfig, fakes:
     assert (costs[0], costs[2]) == ((0, 0, 0), (total, 0, total))
     assert costs[1][1:] == (scoring, costs[1][0] + scoring)
     fakes.jobs = []
-    page = compare(config, round_sweep("1,3,2"), 1, None, silent).page
+    page = compare(config, round_comparison("1,3,2"), 1, None, silent).page
     assert fakes.jobs == ["rounds-2-seed-0 train-2", "rounds-3-seed-0 score-2", "rounds-3-seed-0 train-3"]
     with open_results(page.with_suffix(".parquet"), ["1", "2", "3"]) as results:
         scored = results.sql("select scoring_cost from costs order by arm").fetchall()
@@ -180,12 +189,12 @@ def test_sharing_is_all_or_nothing_and_copies_where_there_are_no_links(
     ("arguments", "message"),
     [
         (["--policies", "loss,best"], "--policies: 'best' is none of loss, loss_batch, top, band"),
-        (["--policies", ","], "--policies: names nothing; give a list with commas"),
-        (["--sampling-rates", "0,2"], "--sampling-rates: '0,2' is not within 0 and 1"),
-        (["--sampling-rates", "half"], "--sampling-rates: 'half' is no list of numbers"),
-        (["--inits", "gpt2,zeros"], "--inits: 'zeros' is none of constant, gpt2, internlm; give some of them"),
-        (["--rounds", "1.5"], "--rounds: '1.5' holds a fraction of a round"),
-        (["--rounds", "2", "--tokens", "9"], "--tokens: goes with --policies"),
+        (["--policies", ","], "--policies: the list is empty; give comma-separated values"),
+        (["--sampling-rates", "0,2"], "--sampling-rates: '0,2' is not between 0 and 1"),
+        (["--sampling-rates", "half"], "--sampling-rates: 'half' is not a list of numbers"),
+        (["--inits", "gpt2,zeros"], "--inits: 'zeros' is not an initialisation; choose from constant, gpt2, internlm"),
+        (["--rounds", "1.5"], "--rounds: '1.5' contains a fraction"),
+        (["--rounds", "2", "--tokens", "9"], "--tokens: only valid with --policies"),
         (["--rounds", "2", "--seeds", "0"], "--seeds: 0 is less than 1"),
     ],
 )

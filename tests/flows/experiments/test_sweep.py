@@ -319,10 +319,10 @@ def test_work_runs_at_once_within_the_limit_and_stops_together() -> None:
     ("arguments", "message"),
     [
         (["--parameters", "1e3"], "--parameters: 1,000 is less than the smallest model of these ranges has, "),
-        (["--parameters", "6e4", "--depth", "two"], "--depth: 'two' is no range; write LEAST-MOST, such as 9-40"),
+        (["--parameters", "6e4", "--depth", "two"], "--depth: 'two' is not a range; write MIN-MAX, such as 9-40"),
         (["--parameters", "6e4", "--depth", "9-4"], "--depth: 9-4 ends before it begins; swap the two"),
         (["--parameters", "6e4", "--expansion", "1-99"], "--expansion: Input should be less than or equal to 64"),
-        (["--parameters", "6e4", "--jobs", "0"], "--jobs: 0 is less than 1; give more"),
+        (["--parameters", "6e4", "--jobs", "0"], "--jobs: 0 is less than 1; raise it"),
     ],
 )
 def test_mistakes_are_named(

@@ -18,7 +18,7 @@ from data_scoring.base.progress import silent
 from data_scoring.config import padded_vocab_size
 from data_scoring.ledger import query
 from flows.cli.main import main
-from flows.experiments.compare import compare, inherit_sweep, init_sweep
+from flows.experiments.compare import compare, inherit_comparison, init_comparison
 from flows.experiments.compare_results import curves_path
 from flows.inheritance import initial_checkpoint as inheritance
 from flows.inheritance.layer_importance import keep_layers
@@ -241,9 +241,7 @@ def test_what_cannot_be_inherited_is_one_line(config: RunConfig, teacher: Run, t
         f"tokenizer.path: {other.tokenizer} is neither the tokenizer of model.inherit.from "
     )
     nowhere = student(config, teacher, **{"from": str(tmp_path / "nowhere")})
-    assert refused(nowhere).startswith(
-        f"model.inherit.from: {tmp_path / 'nowhere'}: holds no model; give a run's folder"
-    )
+    assert refused(nowhere).startswith(f"model.inherit.from: {tmp_path / 'nowhere'}: has no model; give a run folder")
     assert refused(student(config, teacher, layers=[0, 9])) == (
         "model.inherit.layers: 9 is no layer of the larger model, which has 0 to 3; choose from these"
     )
@@ -274,8 +272,8 @@ def test_methods_are_compared_from_the_same_layers_measured_once(
 
     monkeypatch.setattr(inheritance, "measure_importance", measure)
     monkeypatch.setattr(inheritance, "keep_layers", lambda path, num_layers: (1, 2))
-    sweep = inherit_sweep("base,l1,l2", student(config, teacher, layers="auto").model.inherit)
-    page = compare(student(config, teacher, layers="auto"), sweep, 2, 300, silent)
+    comparison = inherit_comparison("base,l1,l2", student(config, teacher, layers="auto").model.inherit)
+    page = compare(student(config, teacher, layers="auto"), comparison, 2, 300, silent)
     assert measured == ["corpus-seed-0"]
     assert [job for job in fakes.jobs if "train" not in job] == []
     folder = page.page.parent
@@ -291,22 +289,22 @@ def test_methods_are_compared_from_the_same_layers_measured_once(
     assert "## Difference to arm base, paired by seed" in page.text
     assert "the larger model" in page.text and "4 layers of width 32, 4 heads, FFN 48" in page.text
     assert "its layers 1, 2, counted from 0, those whose removal costs most" in page.text
-    assert compare(student(config, teacher, layers="auto"), sweep, 2, 300, silent).text == page.text
+    assert compare(student(config, teacher, layers="auto"), comparison, 2, 300, silent).text == page.text
     # An arm is as it is whichever others there are, and not of another larger model than they are.
     fewer = student(config, teacher, layers="auto")
     jobs = len(fakes.jobs)
-    compare(fewer, inherit_sweep("base", fewer.model.inherit), 2, 300, silent)
-    compare(fewer, inherit_sweep("l2,base", fewer.model.inherit), 2, 300, silent)
+    compare(fewer, inherit_comparison("base", fewer.model.inherit), 2, 300, silent)
+    compare(fewer, inherit_comparison("l2,base", fewer.model.inherit), 2, 300, silent)
     assert len(fakes.jobs) == jobs
     [checkpoint] = list_checkpoints(teacher.round_folder(1) / "checkpoint")
     shutil.rmtree(checkpoint)
     write_random_weights(teacher.config.model, teacher.corpus().vocab_size, checkpoint, seed=4)
     with pytest.raises(
-        ValueError, match=r"inherit-l1-seed-0: began with another larger model than there is now; delete"
+        ValueError, match=r"inherit-l1-seed-0: the larger model has changed since this run started; delete"
     ):
-        compare(fewer, sweep, 2, 300, silent)
-    with pytest.raises(ValueError, match=r"model.inherit: initialisations are compared from random weights; leave it"):
-        compare(student(config, teacher), init_sweep("gpt2,constant"), 1, 300, silent)
+        compare(fewer, comparison, 2, 300, silent)
+    with pytest.raises(ValueError, match=r"model.inherit: initialisations are compared from random weights; remove it"):
+        compare(student(config, teacher), init_comparison("gpt2,constant"), 1, 300, silent)
 
 
 def test_the_command_needs_something_to_inherit_from(
@@ -315,7 +313,7 @@ def test_the_command_needs_something_to_inherit_from(
     path = tmp_path / "c.yaml"
     path.write_text(f"name: x\noutput: {tmp_path}\ncorpus: {{sources: [{{name: a, path: {tmp_path}}}]}}\n")
     assert main(["inherit", "compare", str(path)]) == 1
-    assert "model.inherit: names no larger model to inherit from; add one" in capsys.readouterr().err
+    assert "model.inherit: not set; name a larger model to inherit from" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -190,19 +190,19 @@ def test_what_cannot_be_measured_is_one_line(
         assert main(["inherit", "importance", str(place), *more]) == 1
         return one_line(capsys)
 
-    assert "nowhere: holds no model" in error(tmp_path / "nowhere")
-    assert "--layers: '6' is no number of layers from 1 to the teacher's 5" in error(run.folder, "--layers", "2,6")
-    assert "--layers: '0' is no number of layers from 1" in error(run.folder, "--layers", "0")
-    assert "--layers: 'x' is no number of layers" in error(run.folder, "--layers", "3,x")
+    assert "nowhere: has no model" in error(tmp_path / "nowhere")
+    assert "--layers: '6' is not a number of layers from 1 to the teacher's 5" in error(run.folder, "--layers", "2,6")
+    assert "--layers: '0' is not a number of layers from 1" in error(run.folder, "--layers", "0")
+    assert "--layers: 'x' is not a number of layers" in error(run.folder, "--layers", "3,x")
     assert "--samples: 100000 is more than the" in error(run.folder, "--samples", "100000")
     assert "--samples: 0 is less than 1" in error(run.folder, "--samples", "0")
-    assert "is no run and has no corpus" in error(teacher)
-    assert "--round: goes with a run folder" in error(teacher, "--round", "1")
+    assert "is not a run and has no corpus" in error(teacher)
+    assert "--round: needs a run folder" in error(teacher, "--round", "1")
     path = tmp_path / "other.yaml"
     for other in ({}, {"path": str(run.corpus().tokenizer_path)}, {"path": "nowhere.json"}):
         path.write_text(yaml.safe_dump({**corpus_config, "tokenizer": other}))
         message = error(teacher, "--config", str(path))
-        assert f"is not the tokenizer of the teacher; set it to {teacher / 'tokenizer.json'}" in message
+        assert f"is not the teacher's tokenizer; set it to {teacher / 'tokenizer.json'}" in message
     path.write_text(yaml.safe_dump({**corpus_config, "parallel": {"pipeline": 4}}))
     assert "parallel.pipeline: 4 does not divide model.num_layers 2" in error(teacher, "--config", str(path))
     assert not (teacher / "importance" / "skips.parquet").exists()

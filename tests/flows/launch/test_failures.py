@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.run.rank_errors import RanksFailedError
+from flows.run.errors import RanksFailedError
 from tests.conftest import Ranks
 from tests.flows.launch.failing_job import FailingJob
 from trainer.job import Job
@@ -23,7 +23,7 @@ def test_a_killed_rank_is_the_cause_of_what_the_others_say(ranks: Ranks) -> None
     with pytest.raises(RanksFailedError) as raised:
         ranks.launch(failing(ranks, "SIGKILL", data=2), "killed")
     assert str(raised.value) == (
-        "rank 1 was killed by SIGKILL (out of memory?); the same command goes on from the last checkpoint "
+        "rank 1 was killed by SIGKILL (out of memory?); the same command resumes from the last checkpoint "
         f"(log: {log_of(ranks, 'killed')})"
     )
 

@@ -86,7 +86,7 @@ def test_two_hosts_train_as_one_and_a_lost_one_is_waited_for(tmp_path: Path, hos
     follower = on(second, tmp_path, "join", "runs/two")
     assert leader.wait(600) == 0, (tmp_path / f"{first}.log").read_text()
     assert follower.wait(600) == 0, (tmp_path / f"{second}.log").read_text()
-    assert "starting again (1 of 3)" in (run / "logs" / "train-1.log").read_text()
+    assert "restarting (1 of 3)" in (run / "logs" / "train-1.log").read_text()
     alone = on(first, tmp_path, "run", "config.yaml", "--set", "name=alone")
     assert alone.wait(600) == 0, (tmp_path / f"{first}.log").read_text()
     for file, columns in (("seen", ("step", "shard", "sample", "loss")), ("losses", ("sample", "loss"))):

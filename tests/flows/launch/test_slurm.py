@@ -224,11 +224,11 @@ def test_a_controller_that_is_away_is_waited_for(
         ("COMPLETED", "echo JobState=COMPLETED", 0),
     ):
         answers("squeue", answer)
-        found._looked = 0.0
+        found._last_poll = 0.0
         assert (found.poll(), found.state) == (code, state)
     answers("squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
     answers("scontrol", "echo JobId=7 JobState=COMPLETED Reason=None")
-    found._looked = 0.0
+    found._last_poll = 0.0
     assert found.poll() == 0
 
 
@@ -248,7 +248,7 @@ def test_options_that_name_files_or_users_are_refused(option: str) -> None:
 
 
 def test_a_line_break_in_a_path_is_no_command(ranks: Ranks, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"output: '.*\\ntouch x' holds a control character"):
+    with pytest.raises(ValueError, match=r"output: '.*\\ntouch x' contains a control character"):
         script(
             ranks.job("broken"), tmp_path / "job.json", "train-1", tmp_path / "a\ntouch x", LaunchConfig(kind="slurm")
         )

@@ -37,7 +37,7 @@ def test_form_start_artifacts_and_cancel(place: Place, page: Any) -> None:
     deployment = place.ask("deployments/name/multi-round/demo")["id"]
     page.goto(f"{ui}/deployments/deployment/{deployment}/run")
     page.get_by_text("Name of the run and of its folder").wait_for(timeout=30_000)
-    for text in ("Seed of everything drawn at random.", "Share of each shard that is kept (paper: 0.5)."):
+    for text in ("Seed of all random numbers.", "Share of each shard that is kept (paper: 0.5)."):
         assert page.get_by_text(text).count() == 1
     keep(page, "prefect-form", place)
     field = page.get_by_text("Name of the run and of its folder").locator("xpath=following::textarea[1]")

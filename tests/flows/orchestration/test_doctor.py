@@ -50,20 +50,20 @@ def test_seven_billion_parameters_fit_on_eight_devices(machine: list[int]) -> No
     assert "6,738.4 M parameters on 8 ranks take 73.0 GiB; model states 47.1, activations 23.5, logits 1.5," in text
     # 14 bytes a parameter are saved.
     state, text = line(seven_billion(), "memory of a host: ")
-    assert (state, "87.9 of it for what they save" in text) == ("ok", True)
+    assert (state, "87.9 of it for saving checkpoints" in text) == ("ok", True)
 
 
 def test_what_does_not_fit_is_told_with_what_to_change(machine: list[int]) -> None:
     state, text = line(seven_billion(micro_batch_size=2), "memory of a device: ")
     assert state == "missing"
     assert text.endswith(
-        "; 79.0 are free; lower train.micro_batch_size, set train.loss_kernel: chunked, raise parallel.tensor or "
+        "; 79.0 GiB free; lower train.micro_batch_size, set train.loss_kernel: chunked, raise parallel.tensor or "
         "parallel.data, or make the model smaller"
     )
     machine[5] = 60 * GIB
     state, text = line(seven_billion(loss_kernel="chunked"), "memory of a device: ")
     assert state == "missing"
-    assert text.endswith("; 60.0 are free; raise parallel.tensor or parallel.data, or make the model smaller")
+    assert text.endswith("; 60.0 GiB free; raise parallel.tensor or parallel.data, or make the model smaller")
 
 
 def test_a_device_that_no_rank_takes_does_not_count(machine: list[int]) -> None:
@@ -82,7 +82,7 @@ def test_ranks_on_cpu_share_the_memory_of_their_host(monkeypatch: pytest.MonkeyP
     config = configured(device="cpu", model={"preset": "llama-2m"}, parallel={"data": 8}, launch=launch)
     config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"seq_length": 64})})
     found, text = line(config, "memory of a host: ")
-    assert (found, f"; {8 // nodes} here, of each model states" in text) == (state, True)
+    assert (found, f"; {8 // nodes} on this host, each with model states" in text) == (state, True)
     assert ("put fewer ranks on a host" in text) == (state == "missing")
 
 

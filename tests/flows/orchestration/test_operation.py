@@ -139,7 +139,7 @@ def test_approval_is_asked_for_and_taken(place: Place) -> None:
     folder = place.folder / "runs" / "gated"
     wait_for("the flow's end", lambda: not is_locked(folder))
     description = str(place.ask(f"flow_runs/{run}/input/{keyset(place, run)}-description"))
-    assert "May round 2 train on this?" in description
+    assert "Approve this selection for round 2?" in description
     answer = place.ask(f"flow_runs/{run}/resume", {"run_input": {"policy": "random", "sampling_rate": 0.25}})
     assert answer["status"] == "ACCEPT", answer
     place.wait(run, "Completed")

@@ -137,7 +137,7 @@ def test_bad_values_are_refused_at_submission(served: Place) -> None:
 def test_paths_do_not_escape(served: Place) -> None:
     run = served.submit({"name": "escape", "output": "../elsewhere"})
     served.wait(run, "Failed")
-    assert "output: '../elsewhere' lies outside of what flows may use here" in served.message(run)
+    assert "output: '../elsewhere' lies outside the folders that flows may use" in served.message(run)
     assert not (served.folder.parent / "elsewhere").exists()
 
 
@@ -284,12 +284,12 @@ def test_a_round_waits_for_its_approval(
     )
     assert "among the hardest" in capsys.readouterr().out
     assert main(["refine", str(run), "--dry-run", "--set", "seed=2"]) == 1
-    assert "takes overrides of refine alone" in capsys.readouterr().err
+    assert "can only override refine" in capsys.readouterr().err
     assert not (run / "rounds" / "2").exists()
     assert main(["refine", str(run), "--sampling-rate", "0.25"]) == 1
-    assert "--policy, --sampling-rate, --temperature: go with --dry-run" in capsys.readouterr().err
+    assert "--policy, --sampling-rate, --temperature: only valid with --dry-run" in capsys.readouterr().err
     assert main(["refine", str(run)]) == 1
-    assert "what round 2 trains on waits to be approved; look at it with `reprise refine" in capsys.readouterr().err
+    assert "the selection of round 2 is not approved yet; review it with `reprise refine" in capsys.readouterr().err
     assert {row.name: row.state for row in read_status(run)}["mix 2"] == "waiting"
     assert main(["approve", str(run), "--sampling-rate", "2"]) == 1
     assert "--sampling-rate: Input should be less than or equal to 1 (it is 2.0)" in capsys.readouterr().err

@@ -36,24 +36,24 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["train.lr={rule: scaled, increment_rat: 1}"], "train.lr.increment_rat: unknown field; did you mean incr"),
         ("", ["train.global_batch_tokens=4000"], "train.global_batch_tokens: 4000 is not a multiple of corpus.seq_"),
         ("", ["train.lr={rule: scaled}", "train.min_lr=0.01"], "train.lr: 6.4e-06 for batches of 4096 tokens is not"),
-        ("", ["score.budget=seen", "train.max_tokens=9"], "score.budget: 'seen' knows nothing of what train.max_tok"),
+        ("", ["score.budget=seen", "train.max_tokens=9"], "score.budget: 'seen' has no losses for samples that train"),
         ("name: [", [], "not valid YAML"),
-        ("- a", [], "holds no configuration"),
+        ("- a", [], "not a configuration"),
         ("", ['output="a\\nb"'], "output: string should match pattern"),
         ("name: ../up", [], "name: string should match pattern"),
-        ("", ["launch.nodes=2"], "launch.nodes: parallel makes 1 processes, which 2 nodes with the same number of"),
-        ("", ["launch.nodes=2", "parallel.data=2"], "launch.rendezvous: several nodes need a place to meet; give this"),
-        ("", ["launch.kind=slurm"], "device: the devices of the nodes are not seen from here with launch.kind slurm"),
+        ("", ["launch.nodes=2"], "launch.nodes: 2 nodes with an equal number of processes each do not match the 1"),
+        ("", ["launch.nodes=2", "parallel.data=2"], "launch.rendezvous: not set, but several nodes need it; give this"),
+        ("", ["launch.kind=slurm"], "device: 'auto' cannot detect the nodes' devices with launch.kind slurm"),
         ("", ["launch.kind=pbs"], "launch.kind: input should be 'local' or 'slurm' (it is 'pbs')"),
-        ("", ["score.budget=seen", "refine.policy=forgetting"], "score.budget: 'seen' gives other losses than policy"),
+        ("", ["score.budget=seen", "refine.policy=forgetting"], "score.budget: 'seen' does not give the losses of"),
         ("", ["score.budget=prefix:8", "refine.min_tokens=9"], "score.budget: 'prefix:8' scores fewer tokens than"),
-        ("refine: {sources: [{name: a, from_round: 2}]}", ["score.budget=seen"], "'seen' knows nothing of a source"),
+        ("refine: {sources: [{name: a, from_round: 2}]}", ["score.budget=seen"], "'seen' has no losses for sources"),
         ("", ["refine.policy=sql"], "refine.sql: policy sql needs an expression; give one"),
         ("", ["refine.policy=excess"], "refine.reference: policy excess needs a reference model's losses; name the"),
         ("", ["refine.sql=random()"], "refine.sql: random() in 'random()' is not allowed"),
         ("", ["refine.policy=band", "refine.drop_hardest=0.6"], "refine.drop_hardest: 0.6 and sampling_rate 0.5 add"),
-        ("refine: {sources: [{name: b}]}", [], "refine.sources: 'b' is no source; the corpus has a"),
-        ("refine: {sources: [{name: a, from_round: 2}]}", [], "refine.sources: every source joins after round 1"),
+        ("refine: {sources: [{name: b}]}", [], "refine.sources: 'b' is not a source; choose from a"),
+        ("refine: {sources: [{name: a, from_round: 2}]}", [], "refine.sources: all sources join after round 1"),
         ("refine: {sources: [{name: a, at_least: 0.5, at_most: 0.1}]}", [], "at_least: 0.5 is above at_most 0.1"),
         ("", ["launch.rendezvous=host"], "launch.rendezvous: string should match pattern"),
     ],
@@ -178,11 +178,11 @@ def test_paths_outside_of_what_is_allowed_are_refused(tmp_path: Path, monkeypatc
         config("l*/*.txt"),
         config("a.jsonl", tokenizer={"path": "../t.json"}),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="lies outside of what flows may use here"):
+        with pytest.raises(ValueError, match="lies outside the folders that flows may use"):
             check_paths(bad, allowed)
         check_paths(bad, [*allowed, Path("/")])
     for url in ("file:///etc/passwd", "~/a.jsonl", "zip://a::file:///b", "https://example.org/a.jsonl"):
-        with pytest.raises(ValueError, match="is no plain path"):
+        with pytest.raises(ValueError, match="is not a plain path"):
             check_paths(config(url), [Path("/")])
 
 

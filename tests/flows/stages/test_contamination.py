@@ -117,7 +117,7 @@ def test_a_report_leaves_a_run_as_it_is(texts: Path, tmp_path: Path, fakes: Fake
     assert "are trained on like all others (eval.contamination)" in section(report)
     assert section(off) == ""
     with pytest.raises(
-        ValueError, match=r"made by another configuration .*eval\.contamination: 'report' there, 'remove'"
+        ValueError, match=r"created by another configuration .*eval\.contamination: 'report' there, 'remove'"
     ):
         open_run(config_of(texts, tmp_path))
 
@@ -135,7 +135,9 @@ def test_evaluation_decides_what_is_trained_only_where_it_removes(texts: Path, t
     unnamed = [config.model_copy(update={"name": None}).run_name for config in (plain, report, remove, shorter)]
     assert unnamed[0] == unnamed[1]
     assert len(set(unnamed)) == 3
-    with pytest.raises(ValueError, match=r"score\.budget: 'seen' knows nothing of what eval\.contamination: remove"):
+    with pytest.raises(
+        ValueError, match=r"score\.budget: 'seen' has no losses for samples that eval\.contamination: remove"
+    ):
         config_of(texts, tmp_path, score={"budget": "seen"})
     with pytest.raises(ValueError, match=r"eval\.contamination_ngram: input should be greater than or equal to 5"):
         config_of(texts, tmp_path, eval={"contamination_ngram": 4})

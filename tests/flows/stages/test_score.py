@@ -180,9 +180,11 @@ def test_losses_that_cannot_be_compared_are_refused_before_anything_is_drawn(
     monkeypatch.setattr(launcher, "launch", Launches())
     run = open_trained(prepared, folder, {"budget": "prefix:8"})
     complete(run, "score", 1, silent)
-    with pytest.raises(ValueError, match=r"refine.policy: forgetting compares .* round 1 was scored by prefix:8"):
+    with pytest.raises(
+        ValueError, match=r"refine.policy: forgetting compares .* round 1 was scored with score.budget prefix:8"
+    ):
         preview(run, 2, RefineConfig(policy="forgetting"))
-    with pytest.raises(ValueError, match="holds no losses; name a round's folder that was scored"):
+    with pytest.raises(ValueError, match="has no losses; give the folder of a scored round"):
         preview(run, 2, RefineConfig(policy="excess", reference=str(tmp_path / "none")))
     reference = tmp_path / "reference"
     shutil.copytree(run.round_folder(1), reference)
@@ -196,6 +198,6 @@ def test_losses_that_cannot_be_compared_are_refused_before_anything_is_drawn(
         write_parquet(path, table, "scored in full")
     assert fingerprint_of(excess, "refine", 2) != before
     with pytest.raises(
-        ValueError, match="was scored with budget 'full' and this run with 'prefix:8'; score both alike"
+        ValueError, match="was scored with budget 'full' and this run with 'prefix:8'; score both in the same way"
     ):
         preview(run, 2, alike)
