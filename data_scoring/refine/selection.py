@@ -248,7 +248,8 @@ def _find_places(
                 as status
             from ranked
         ), decided as (
-            select *, row_number() over (partition by status order by {order}) <= {cuts.contested} as is_won from labelled
+            select *, row_number() over (partition by status order by {order}) <= {cuts.contested} as is_won
+            from labelled
         )
         select category, key, bits, sample, false as is_contested from decided
         where status = 'kept' or (status = 'contested' and is_won)
