@@ -212,7 +212,7 @@ def too_little(folder: Path) -> None:
         (not_json, r"a.jsonl:2: not valid JSON .* at column 10\); repair the line, or set corpus.on_bad_record: skip"),
         (not_utf8, r"a.jsonl:3: not UTF-8 \(byte 0xe9 at column 14\); convert the file"),
         (no_field, r"a.jsonl:1: no field 'text'; set text_field"),
-        (empty, r"corpus.sources.a.path: holds no text"),
+        (empty, r"corpus.sources.a.path: has no text"),
         (one_document, r"fewer than two distinct documents"),
         (too_little, r"only 1 training samples of 16 tokens for 4 shards; add text, or lower corpus.seq_length"),
     ],

@@ -188,7 +188,7 @@ def test_sharing_is_all_or_nothing_and_copies_where_there_are_no_links(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policies", "loss,best"], "--policies: 'best' is none of loss, loss_batch, top, band"),
+        (["--policies", "loss,best"], "--policies: 'best' is not a policy; choose from loss, loss_batch, top, band"),
         (["--policies", ","], "--policies: the list is empty; give comma-separated values"),
         (["--sampling-rates", "0,2"], "--sampling-rates: '0,2' is not between 0 and 1"),
         (["--sampling-rates", "half"], "--sampling-rates: 'half' is not a list of numbers"),

@@ -1,6 +1,9 @@
 """The one list of stages: its order by configuration, and a stage of one's own in everything that reads it."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from flows.run.config import RunConfig, parse_config
 from flows.run.folder import read_run
 from flows.stages.stage_order import STAGES, is_complete, steps_of, steps_of_command, steps_to_train
 from flows.stages.status import read_status
+from tests import ROOT
 from tests.flows.fakes import FakeRanks, values
 from tests.flows.stages.own_stage import CountTokens
 
@@ -65,12 +69,15 @@ def test_the_order_is_that_of_the_configuration(texts: Path, tmp_path: Path) -> 
 
 
 def test_a_stage_of_ones_own_is_a_stage_of_every_run(
-    own_stage: None, texts: Path, tmp_path: Path, fakes: FakeRanks, capsys: pytest.CaptureFixture[str]
+    own_stage: None, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values(texts, tmp_path)))
-    # The flow, with a Prefect server of its own.
-    assert main(["run", str(path)]) == 0
+    # The flow has a process and a Prefect server of its own.
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.flows.stages.run_with_own_stage", str(path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     run = read_run(tmp_path / "x")
     expected = ["prepare", "mix 1", "count 1", "train 1", "score 1", "refine 2", "mix 2", "count 2", "train 2"]
     rows = {row.name: row.state for row in read_status(run.folder)}
