@@ -121,7 +121,7 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_one(
     whole = tokens_path.read_bytes()
     stride = 2 * (ranks.corpus.seq_length + 1)
     tokens_path.write_bytes(whole[: stride * sample] + b"\xff\xff" + whole[stride * sample + 2 :])
-    with pytest.raises(ValueError, match=rf"shard-{shard:04d}.bin: corrupt: sample {sample} of shard {shard} holds"):
+    with pytest.raises(ValueError, match=rf"shard-{shard:04d}.bin: corrupt: sample {sample} of shard {shard} has"):
         damaged.train("moved", (2, 2, 1), start_from, make_mix, checkpoint)
     assert [path.name for path in list_checkpoints(tmp_path / "moved" / "checkpoint")] == ["step-00000003"]
     tokens_path.write_bytes(whole)

@@ -262,9 +262,9 @@ def test_status_tells_what_is_done_from_the_folder_alone(unbroken: Path) -> None
     assert (states["train 1"], states["score 1"], states["refine 2"]) == ("done", "running", "waiting")
 
 
-def test_the_same_command_on_a_finished_run_does_nothing(workplace: Path, unbroken: Path) -> None:
+def test_the_same_command_on_a_finished_run_does_nothing(workplace: Path, served: Place, unbroken: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (unbroken / "rounds").rglob("*") if path.is_file()}
-    finish(start(workplace, "--set", "name=unbroken"))
+    finish(start(workplace, "--set", "name=unbroken", server=served.api))
     assert before == {path: path.stat().st_mtime_ns for path in (unbroken / "rounds").rglob("*") if path.is_file()}
 
 
