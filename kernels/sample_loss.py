@@ -1,4 +1,7 @@
-"""Sums of token losses per sample."""
+"""Per-sample losses: sums of token losses.
+
+Under tensor parallelism, `kernels.linear_cross_entropy` gives every rank the whole token losses.
+"""
 
 import torch
 from torch import Tensor

@@ -6,8 +6,8 @@ from flows.display.figures import render
 from flows.display.html import html_figure, html_table
 from flows.evaluation.results import chance_rows, columns_of, read_chance, read_items, read_rows
 from flows.evaluation.results_table import render_table
+from flows.report.curves import score_curves
 from flows.report.pictures import save_picture
-from flows.report.plots import score_curves
 from flows.run.folder import Run
 
 _CAPTION = (

@@ -11,10 +11,11 @@ from data_scoring.ledger import refresh_ledger
 from flows.display.figures import render_figure
 from flows.display.html import html_figure, html_page, html_table
 from flows.report.contamination_section import contamination
+from flows.report.curves import forgetting_curve, kept_by_source, loss_curves
 from flows.report.evaluation_section import evaluation
 from flows.report.pictures import figure, save_picture
-from flows.report.plots import forgetting_curve, kept_by_source, loss_curves, selection_histograms
 from flows.report.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
+from flows.report.shard_histograms import selection_histograms
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 

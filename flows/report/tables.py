@@ -10,7 +10,8 @@ from flows.display.figures import Plot, render
 from flows.display.markdown import markdown_table
 from flows.evaluation.results import chance_rows, columns_of, read_chance, read_items, read_rows
 from flows.evaluation.results_table import render_table
-from flows.report.plots import loss_curves, score_curves, selection_histograms
+from flows.report.curves import loss_curves, score_curves
+from flows.report.shard_histograms import selection_histograms
 from flows.run.folder import Run
 
 

@@ -1,24 +1,20 @@
-"""The report's plots, each from an aggregate query of the ledger."""
-
-import math
+"""The report's curves and bars, each from an aggregate query of the ledger."""
 
 import duckdb
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_scoring.evaluation.tasks import TASKS
 from flows.display.figures import Plot
 
 matplotlib.use("Agg")
-_KEPT, _DROPPED = "#0072b2", "#bbbbbb"
+KEPT_COLOR, DROPPED_COLOR = "#0072b2", "#bbbbbb"
 _SEEN, _RESCORED = "#e69f00", "#0072b2"
 _ROUND_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
-_MOST_SHARDS = 16
-_BINS = 40
-_LOSS = "loss (nats per token)"
+NUM_BINS = 40
+LOSS_LABEL = "loss (nats per token)"
 
 
 def loss_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
@@ -55,7 +51,7 @@ def loss_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
             label=f"round {number}, validation",
         )
     axes.set_xlabel("tokens trained on (millions)")
-    axes.set_ylabel(_LOSS)
+    axes.set_ylabel(LOSS_LABEL)
     axes.legend()
     return figure
 
@@ -80,10 +76,10 @@ def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
     for axes, task in zip(grid.flat, tasks, strict=False):
         mine = found["task"] == task.name
         tokens, score, error = (np.asarray(found[name][mine], float) for name in ("tokens", "score", "error"))
-        axes.fill_between(tokens, score - error, score + error, color=_KEPT, alpha=0.2, linewidth=0)
-        axes.plot(tokens, score, color=_KEPT)
+        axes.fill_between(tokens, score - error, score + error, color=KEPT_COLOR, alpha=0.2, linewidth=0)
+        axes.plot(tokens, score, color=KEPT_COLOR)
         ends = np.asarray(found["is_end"][mine], bool)
-        axes.plot(tokens[ends], score[ends], "o", color=_KEPT, markeredgecolor="black")
+        axes.plot(tokens[ends], score[ends], "o", color=KEPT_COLOR, markeredgecolor="black")
         axes.axhline(float(found["chance"][mine][0]), color="gray", linestyle=":")
         axes.set_title(task.title)
     for axes in grid.flat[len(tasks) :]:
@@ -94,64 +90,12 @@ def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
     return figure
 
 
-def selection_histograms(round_number: int) -> Plot:
-    """Return the plot of each shard's losses, of samples kept and dropped for `round_number`."""
-
-    def plot(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
-        [bounds] = ledger.sql(
-            f"""select quantile_cont(loss, 0.001), quantile_cont(loss, 0.999), max(shard) + 1
-            from selection where round = {round_number}"""
-        ).fetchall()
-        if bounds[0] is None:
-            return None
-        low, high, num_shards = float(bounds[0]), float(bounds[1]), int(bounds[2])
-        width = max((high - low) / _BINS, 1e-6)
-        rows = ledger.sql(
-            f"""select shard, greatest(0, least({_BINS - 1}, floor((loss - {low}) / {width})))::int as bin,
-                count(*) filter (kept) as kept, count(*) filter (not kept) as dropped
-            from selection where round = {round_number} and shard < {_MOST_SHARDS} group by all"""
-        ).fetchnumpy()
-        shown = min(num_shards, _MOST_SHARDS)
-        columns = min(4, shown)
-        figure, grid = plt.subplots(
-            math.ceil(shown / columns),
-            columns,
-            figsize=(9, 2.1 * math.ceil(shown / columns)),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
-        )
-        for shard, axes in enumerate(grid.flat):
-            if shard >= shown:
-                axes.set_visible(False)
-                continue
-            _draw_histogram(axes, rows, shard, low, width)
-        grid.flat[0].legend(fontsize=8)
-        figure.supxlabel(f"{_LOSS[0].upper()}{_LOSS[1:]}", fontsize=10)
-        figure.supylabel("samples", fontsize=10)
-        return figure
-
-    return plot
-
-
-def _draw_histogram(axes: Axes, rows: dict[str, np.ndarray], shard: int, low: float, width: float) -> None:
-    chosen = rows["shard"] == shard
-    heights = np.zeros((2, _BINS))
-    for row, name in enumerate(("kept", "dropped")):
-        heights[row, rows["bin"][chosen]] = rows[name][chosen]
-    places = low + width * np.arange(_BINS)
-    axes.bar(places, heights[0], width, align="edge", color=_KEPT, label="kept")
-    axes.bar(places, heights[1], width, bottom=heights[0], align="edge", color=_DROPPED, label="dropped")
-    axes.set_title(f"shard {shard}")
-
-
 def forgetting_curve(round_number: int) -> Plot:
     """Return the plot of seen loss and re-scored loss along the training order of `round_number` (paper: figure 9)."""
 
     def plot(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
         rows = ledger.sql(
-            f"""select floor({_BINS} * (step - 1) / last)::int as part, avg(seen_loss) as seen, avg(loss) as loss,
+            f"""select floor({NUM_BINS} * (step - 1) / last)::int as part, avg(seen_loss) as seen, avg(loss) as loss,
                 min(step) as first, max(step) as final
             from (select *, max(step) over () as last from forgetting where round = {round_number})
             group by part order by part"""
@@ -163,7 +107,7 @@ def forgetting_curve(round_number: int) -> Plot:
         axes.plot(middle, rows["seen"], color=_SEEN, label="seen loss: in the step that trained on the sample")
         axes.plot(middle, rows["loss"], color=_RESCORED, label="re-scored loss: by the model at the end of the round")
         axes.set_xlabel("step of the round that trained on the sample")
-        axes.set_ylabel(_LOSS)
+        axes.set_ylabel(LOSS_LABEL)
         axes.legend()
         return figure
 
@@ -183,8 +127,8 @@ def kept_by_source(round_number: int) -> Plot:
             return None
         figure, axes = plt.subplots(figsize=(9, 0.7 + 0.45 * len(rows)))
         names = [row[0] for row in rows]
-        axes.barh(names, [100] * len(rows), color=_DROPPED)
-        axes.barh(names, [row[1] for row in rows], color=_KEPT)
+        axes.barh(names, [100] * len(rows), color=DROPPED_COLOR)
+        axes.barh(names, [row[1] for row in rows], color=KEPT_COLOR)
         for place, (_, share, total, kept) in enumerate(rows):
             axes.text(101, place, f"{share:.1f} %  ({kept:,} of {total:,})", va="center", fontsize=9)
         axes.set_xlim(0, 100)
