@@ -63,18 +63,23 @@ class TrainJob(Job):
         return (checkpoints[-1].name,) if checkpoints else ()
 
 
-class ScoreJob(TrainedModelJob):
-    """Compute the loss of every sample of every shard under the model of `weights`."""
+class LossJob(TrainedModelJob):
+    """A job that writes losses of samples under the model of `weights`."""
 
     score: ScoreConfig
-    origin: Origin = Field(description="Origin that the losses files record.")
-    prefix: int | None = Field(default=None, description="Tokens of each sample that are scored; null: all.")
+    origin: Origin = Field(description="Origin that the files of losses record.")
 
     def kernels(self) -> "Kernels":
         """Return the kernels that losses are computed with."""
         from trainer.model import Kernels
 
         return Kernels(scoring=self.score.loss_kernel, activation=self.activation_kernel)
+
+
+class ScoreJob(LossJob):
+    """Compute the loss of every sample of every shard under the model of `weights`."""
+
+    prefix: int | None = Field(default=None, description="Tokens of each sample that are scored; null: all.")
 
     def use(self, context: RankContext) -> None:
         """Score all shards; see `data_scoring.losses.shard_scoring.score_shards`."""
@@ -91,18 +96,10 @@ class ScoreJob(TrainedModelJob):
         return tuple(len(list(folder.glob("*.parquet"))) for folder in (losses, losses / "parts"))
 
 
-class CalibrateJob(TrainedModelJob):
+class CalibrateJob(LossJob):
     """Score a random set of samples in full and by prefixes under the model of `weights`."""
 
-    score: ScoreConfig
-    origin: Origin = Field(description="Origin that the calibration set's file records.")
     round_number: int = Field(description="Number of the round; the draw depends on it and on the seed.")
-
-    def kernels(self) -> "Kernels":
-        """Return the kernels that losses are computed with."""
-        from trainer.model import Kernels
-
-        return Kernels(scoring=self.score.loss_kernel, activation=self.activation_kernel)
 
     def use(self, context: RankContext) -> None:
         """Score the drawn samples; see `data_scoring.losses.calibration.calibrate`."""

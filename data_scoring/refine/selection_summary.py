@@ -68,7 +68,7 @@ def dry_run(draw: Draw, samples_path: Path) -> SelectionSummary:
             chosen = select(connection, draw, limits, shard)
             random = select(connection, by_chance, limits, shard, "random")
             _count(connection, draw, samples_path, shard, chosen, random)
-        return _summarise(connection, draw, is_compared=True)
+        return _summarise(connection, draw)
 
 
 def summarise_selection(draw: Draw, samples_path: Path) -> SelectionSummary:
@@ -76,8 +76,8 @@ def summarise_selection(draw: Draw, samples_path: Path) -> SelectionSummary:
     with _counting(draw.config.memory_gb) as connection:
         for shard in range(len(draw.num_samples)):
             chosen = f"from read_parquet({literal(selection_path(draw.target, shard))})"
-            _count(connection, draw, samples_path, shard, chosen, chosen)
-        return _summarise(connection, draw, is_compared=False)
+            _count(connection, draw, samples_path, shard, chosen)
+        return _summarise(connection, draw)
 
 
 @contextmanager
@@ -92,15 +92,22 @@ def _counting(memory_gb: float) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def _count(
-    connection: duckdb.DuckDBPyConnection, draw: Draw, samples_path: Path, shard: int, chosen: str, random: str
+    connection: duckdb.DuckDBPyConnection,
+    draw: Draw,
+    samples_path: Path,
+    shard: int,
+    chosen: str,
+    random: str | None = None,
 ) -> None:
-    """Count a shard's samples; `chosen` and `random` are the SQL of two selections from it."""
+    """Count a shard's samples; `chosen` is the SQL of a selection from it, `random` that of one to compare with."""
+    chance = "null" if random is None else "count(*) filter (chosen.kept and random.kept)"
+    compared = "" if random is None else f"join ({random}) as random using (sample)"
     connection.execute(f"""
         insert into parts
         select {shard}, source, count(*), count(*) filter (chosen.kept),
             sum(num_tokens) filter (chosen.kept), sum(chosen.loss), sum(chosen.loss) filter (chosen.kept),
-            count(*) filter (chosen.kept and random.kept), count(*) filter (chosen.kept and mix.sample notnull)
-        from ({chosen}) as chosen join ({random}) as random using (sample)
+            {chance}, count(*) filter (chosen.kept and mix.sample notnull)
+        from ({chosen}) as chosen {compared}
         join (select sample, source, num_tokens from read_parquet({literal(samples_path)})
             where shard = {shard}) using (sample)
         left join (select sample from read_parquet({literal(draw.scored / "mix.parquet")})
@@ -109,10 +116,9 @@ def _count(
     connection.execute(f"insert into reasons select reason, kept, count(*) from ({chosen}) group by all")
 
 
-def _summarise(connection: duckdb.DuckDBPyConnection, draw: Draw, is_compared: bool) -> SelectionSummary:
+def _summarise(connection: duckdb.DuckDBPyConnection, draw: Draw) -> SelectionSummary:
     [total] = _parts(connection, "'all'")
     [(chance, last)] = connection.sql("select sum(chance), sum(last) from parts").fetchall()
-    random_overlap = int(chance) / total.num_kept if total.num_kept else math.nan
     return SelectionSummary(
         config=draw.config,
         round_number=draw.round_number,
@@ -122,9 +128,14 @@ def _summarise(connection: duckdb.DuckDBPyConnection, draw: Draw, is_compared: b
         reasons=connection.sql(
             "select reason, kept, sum(n)::bigint as n from reasons group by all order by n desc, reason"
         ).fetchall(),
-        random_overlap=random_overlap if is_compared else None,
-        last_mix_overlap=int(last) / total.num_kept if total.num_kept else math.nan,
+        random_overlap=None if chance is None else _share(chance, total),
+        last_mix_overlap=_share(last, total),
     )
+
+
+def _share(count: int, total: Part) -> float:
+    """Return the share of the kept samples, NaN if none is kept."""
+    return int(count) / total.num_kept if total.num_kept else math.nan
 
 
 def _without_losses(config: RefineConfig) -> RefineConfig:

@@ -57,7 +57,7 @@ def steps_of_command(config: RunConfig, command: str, place: int) -> list[Step]:
     with_command = [number for number, step in enumerate(steps) if step.stage.help is not None]
     chosen = []
     for number, step in enumerate(steps):
-        before = [place for place in with_command if place <= number]
+        before = [each for each in with_command if each <= number]
         owner = steps[before[-1] if before else with_command[0]]
         if owner.stage.name == command:
             chosen.append(step)
