@@ -45,8 +45,15 @@ def root_cause(folder: Path) -> RankError | None:
     An error that the user can fix comes first, then a killed rank, since the others only report that they lost it.
     Among equals, the earliest comes first.
     """
-    errors = [RankError(**read_json(path)) for path in folder.glob("rank-*.json")]
-    return min(errors, key=_precedence, default=None)
+    return min(map(_read_error, folder.glob("rank-*.json")), key=_precedence, default=None)
+
+
+def _read_error(path: Path) -> RankError:
+    content = read_json(path)
+    # Versions before 0.8 wrote is_user_error under this name; a run that failed then still shows its error.
+    if "is_users" in content:
+        content["is_user_error"] = content.pop("is_users")
+    return RankError(**content)
 
 
 def _precedence(error: RankError) -> tuple[bool, bool, float]:

@@ -80,7 +80,7 @@ class Leader:
         self._heartbeat.beat()
         for path in self._folder.glob("*.json"):
             content = read_json(path)
-            if content is None or content["rendezvous"] != self._rendezvous.id:
+            if content is None or content.get("rendezvous") != self._rendezvous.id:
                 continue
             if self._monitor.silence(path, content) > _HEARTBEAT_TIMEOUT_SECONDS:
                 path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Of the errors that ranks leave, the one that the others follow from."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def test_the_cause_comes_before_its_consequences(tmp_path: Path, errors: list[Ra
     found = root_cause(tmp_path)
     assert (None if found is None else found.rank) == rank
     assert found is None or found in errors
+
+
+def test_an_error_that_0_7_left_is_read(tmp_path: Path) -> None:
+    content = {"rank": 1, "time": 2.0, "kind": "ValueError", "is_users": True, "message": "lower it", "traceback": "T"}
+    (tmp_path / "rank-00001.json").write_text(json.dumps(content))
+    assert root_cause(tmp_path) == RankError(1, 2.0, "ValueError", True, "lower it", "T")
 
 
 def test_only_what_takes_memory_away_is_said_to() -> None:

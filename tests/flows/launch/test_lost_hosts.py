@@ -31,6 +31,9 @@ def test_silence_is_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert Rendezvous(**announced["rendezvous"]) == MEETING
     # Who joined an attempt before this one is nobody's loss.
     say(tmp_path, "before", 1)
+    # Nor is a host whose file 0.7 left behind, which calls the rendezvous otherwise.
+    left = tmp_path / "logs" / "nodes" / "h3-8.json"
+    left.write_text(json.dumps({"host": "h3", "meeting": "now", "beat": 1}))
     for _ in range(3):
         clock[0] += 25
         assert leader.lost_host() is None
