@@ -152,7 +152,9 @@ class Jobs:
 
     def common(self, name: str, model: ModelConfig = TINY_MODEL) -> dict[str, Any]:
         common = Ranks(self.corpus, self.folder)._common(self.place(name), (1, 1, 1), model)
-        return {**common, "parallel": self.parallel, "precision": "bfloat16"}
+        # Ranks that work alone, at the same time, must not write one file.
+        progress = self.place(name).with_suffix(".progress.json")
+        return {**common, "parallel": self.parallel, "precision": "bfloat16", "progress": progress}
 
     def score(self, name: str, weights: Path, model: ModelConfig = TINY_MODEL) -> None:
         score = ScoreConfig(micro_batch_size=16)
