@@ -50,6 +50,7 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
                     # The approval may have changed the policy or the rate.
                     _complete(run, "refine", step.round_number, progress)
                 _complete(run, step.stage.name, step.round_number, progress)
+            stages_of(run).verify(progress)
             return report(run)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
@@ -98,6 +99,7 @@ def refine_dry_run(
     if (allowed := allowed_folders()) and refine.reference is not None:
         check_path("refine.reference", refine.reference, allowed)
     stages_of(run).require("score", round_number - 1)
+    stages_of(run).verify()
     page = summary(preview(run, round_number, refine))
     create_markdown_artifact(
         page, key=f"dry-run-round-{round_number}", description=f"{run_folder}: nothing was written"

@@ -27,15 +27,22 @@ _PARAM_STATE = "param_state"
 def find_usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
     """Return the last intact checkpoint in `folder`, or None. Every rank must call this.
 
-    Removes half-written checkpoints and those of another fingerprint; renames damaged ones (`set_aside`).
+    Removes half-written checkpoints; renames damaged ones (`set_aside`). Raises ValueError if a checkpoint has another
+    fingerprint: other training made it, which is not this training's to delete.
     """
+    for path in list_checkpoints(folder):
+        if _has_other_fingerprint(path, fingerprint):
+            raise ValueError(
+                f"{path}: was trained with another configuration, mix or initial checkpoint; move {folder.parent} away "
+                "to keep it, or delete it, and the same command trains the round again"
+            )
     is_first = torch.distributed.get_rank() == 0
     if is_first:
         for leftover in folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover)
         for path in folder.glob("step-*"):
-            if not (path / RECORD).exists() or _has_other_fingerprint(path, fingerprint):
-                shutil.rmtree(path)
+            if not (path / RECORD).exists():
+                _LOG.warning("%s: its %s is missing; set aside as %s", path, RECORD, set_aside(path).name)
     torch.distributed.barrier()
     for checkpoint in reversed(list_checkpoints(folder)):
         damage = _find_damage_together(checkpoint)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from data_scoring.base.files import commit, read_json, write_json
+from data_scoring.base.files import commit, read_json, write_json, write_record
 
 RECORD = "reprise.json"
 _MEASURED = ".measured-"
@@ -97,7 +97,7 @@ def seal_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
             f"{checkpoint / changed[0]}: the disk does not return what was written to it; earlier checkpoints are "
             "kept; check the disk, then run the same command again to resume from them"
         )
-    write_json(checkpoint / RECORD, {**record, "files": dict(sorted(files.items()))})
+    write_record(checkpoint / RECORD, {**record, "files": dict(sorted(files.items()))})
 
 
 def complete_checkpoint(
@@ -129,18 +129,23 @@ def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
         files = read_checkpoint_record(checkpoint)["files"]
         sizes = {str(name): (int(entry["bytes"]), int(entry["crc32"])) for name, entry in files.items()}
     except ValueError:
-        return f"{RECORD} is not valid JSON"
+        return f"{RECORD} is damaged"
     except (LookupError, TypeError, AttributeError):
         return f"{RECORD} has no checksums, as in version 0.1"
-    for name in sorted(sizes)[part::parts]:
-        path = checkpoint / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != sizes[name][0]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {sizes[name][0]:,}"
-        if _measure(path) != sizes[name]:
-            return f"{name} differs from what was written"
-    return None
+    unlisted = sorted({path.name for path in checkpoint.iterdir()} - {RECORD} - sizes.keys())
+    if unlisted or not sizes:
+        return f"{RECORD} does not list {unlisted[0] if unlisted else 'any file'}"
+    found = (_damage_of(checkpoint / name, sizes[name]) for name in sorted(sizes)[part::parts])
+    return next((damage for damage in found if damage is not None), None)
+
+
+def _damage_of(path: Path, expected: tuple[int, int]) -> str | None:
+    """Return what is wrong with a file of the size and checksum `expected`, or None."""
+    if not path.exists():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected[0]:
+        return f"{path.name} has {path.stat().st_size:,} bytes instead of {expected[0]:,}"
+    return f"{path.name} differs from what was written" if _measure(path) != expected else None
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from data_scoring.base.files import read_json, write_json
+from data_scoring.base.files import read_json, write_record
 from data_scoring.base.progress import Progress
 from data_scoring.config import Config
 from data_scoring.corpus.corpus import Corpus
@@ -112,7 +112,7 @@ class TrainedModelJob(Job):
 def write_job(job: Job, path: Path) -> None:
     """Write `job` to `path`, with the name of its class, module:class, as `class`."""
     kind = type(job)
-    write_json(path, {"class": f"{kind.__module__}:{kind.__qualname__}", **job.model_dump(mode="json")})
+    write_record(path, {"class": f"{kind.__module__}:{kind.__qualname__}", **job.model_dump(mode="json")})
 
 
 def read_job(path: Path) -> Job:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from data_scoring.base.files import fingerprint, write_json
+from data_scoring.base.files import fingerprint, write_record
 from data_scoring.config import Config, LossKernel, ScoreConfig
 from data_scoring.losses.calibration import calibrate, candidate_prefixes, draw_from
 from data_scoring.losses.origin import Origin
@@ -183,7 +183,7 @@ class GenerateJob(TrainedModelJob):
         )
         if context.is_writer:
             settings = {"fingerprint", "batch_size", "num_prompt_tokens", "num_new_tokens", "device", "parallel"}
-            write_json(self.round_folder / "generation.json", {**self.model_dump(include=settings), **measured})
+            write_record(self.round_folder / "generation.json", {**self.model_dump(include=settings), **measured})
 
 
 class AblationJob(TrainedModelJob):

@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from data_scoring.base.files import write_json
+from data_scoring.base.files import write_record
 from data_scoring.base.progress import ProgressFile, silent
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.calibration import draw_from
@@ -62,7 +62,7 @@ def learn_masks(job: "MaskJob", corpus: Corpus, model: Any) -> None:
         settings = {"num_samples", "batch_size", "steps", "lr", "first_temperature", "last_temperature", "seed"}
         content = {"part": _part(masks, units, job).model_dump(), "losses": losses}
         content |= {"fingerprint": job.fingerprint, "settings": job.model_dump(include=settings)}
-        write_json(job.round_folder / "masks.json", content)
+        write_record(job.round_folder / "masks.json", content)
 
 
 def _part(masks: Masks, units: Tensor, job: "MaskJob") -> PruningPlan:

@@ -16,13 +16,15 @@ from data_scoring.corpus.corpus import Corpus
 from trainer.devices import Device, initialise, resolve_precision
 from trainer.job import Job, RankContext, read_job
 from trainer.pickles import allow_plain_pickles_only
-from trainer.rank_errors import RankError, leave_error
+from trainer.rank_errors import RankError, leave_error, release_space, reserve_space
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
 
 def main(job_path: Path) -> None:
     """Run the job that `job_path` describes, as one of its ranks."""
     job = read_job(job_path)
+    rank = int(os.environ.get("RANK", "0"))
+    reserve_space(job.errors, rank)
     allow_plain_pickles_only()
     stop = StopRequest()
     end_with_launcher(job, stop)
@@ -35,6 +37,8 @@ def main(job_path: Path) -> None:
         if not stop.is_made:
             _report(job, error)
         raise
+    finally:
+        release_space(job.errors, rank)
 
 
 def _run(job: Job, stop: StopRequest) -> None:

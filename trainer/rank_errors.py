@@ -1,11 +1,14 @@
 """The errors that ranks write for their launcher, one file per rank."""
 
 import json
+import os
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_scoring.base.files import read_json
+
+_RESERVED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,41 @@ class RankError:
     is_killed: bool = False
 
 
+def reserve_space(folder: Path, rank: int) -> None:
+    """Reserve disk space in `folder`, which must exist, for the error of a rank: it may be that the disk is full."""
+    descriptor = os.open(_reserved(folder, rank), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        # Written, not only allocated, since not all file systems support that.
+        os.write(descriptor, bytes(_RESERVED_BYTES))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def release_space(folder: Path, rank: int | None = None) -> None:
+    """Release the space that a rank reserved in `folder`, by default every rank, including ranks that were killed."""
+    for path in folder.glob(".rank-*.reserved") if rank is None else [_reserved(folder, rank)]:
+        path.unlink(missing_ok=True)
+
+
 def leave_error(folder: Path, error: RankError) -> None:
-    """Write the error of a rank into `folder`, which must exist."""
-    (folder / f"rank-{error.rank:05d}.json").write_text(json.dumps(asdict(error)), encoding="utf-8")
+    """Write the error of a rank into `folder`, which must exist, using the reserved space."""
+    temporary = _reserved(folder, error.rank)
+    # JSON takes up to six bytes per character.
+    kept = _RESERVED_BYTES // 14
+    shortened = replace(error, message=error.message[:kept], traceback=error.traceback[-kept:])
+    content = json.dumps(asdict(shortened)).encode()
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(descriptor, content, 0)
+        os.ftruncate(descriptor, len(content))
+    finally:
+        os.close(descriptor)
+    temporary.rename(folder / f"rank-{error.rank:05d}.json")
+
+
+def _reserved(folder: Path, rank: int) -> Path:
+    return folder / f".rank-{rank:05d}.reserved"
 
 
 def killed(rank: int, signal_number: int, time: float) -> RankError:

@@ -1,14 +1,17 @@
 """Training's output for the ledger: one row per step, each sample's loss when trained on, and validation losses."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_scoring.base.parquet import parquet_fingerprint, write_parquet
+from data_scoring.base.files import checksum
+from data_scoring.base.parquet import parquet_fingerprint, read_parquet, write_parquet
+from data_scoring.losses.seen_losses import list_seen_losses
 
 STEPS = pa.schema(
     [
@@ -28,25 +31,52 @@ _SEEN = pa.schema([("step", pa.int32()), ("shard", pa.int32()), ("sample", pa.in
 
 
 class RowLog:
-    """A Parquet file with a few rows per step, which one rank rewrites completely on each flush."""
+    """A Parquet file with a few rows per step, which one rank rewrites completely on each flush.
 
-    def __init__(self, path: Path, schema: pa.Schema, fingerprint: str, up_to_step: int) -> None:
+    Raises ValueError if it lacks rows of the steps up to `up_to_step`, from which training resumes: `digest` is what
+    `flush` returned after that step, or None if a version before 0.9 saved the checkpoint.
+    """
+
+    def __init__(
+        self, path: Path, schema: pa.Schema, fingerprint: str, up_to_step: int, digest: str | None = None
+    ) -> None:
         self._path, self._schema, self._fingerprint = path, schema, fingerprint
         self._old = schema.empty_table()
-        if parquet_fingerprint(path) == fingerprint:
+        if up_to_step and parquet_fingerprint(path) == fingerprint:
+            table = read_parquet(path)
             # Rows after the checkpoint that training resumes from will be recomputed.
-            self._old = pq.read_table(path, filters=[("step", "<=", up_to_step)]).replace_schema_metadata(None)
+            self._old = table.filter(pc.less_equal(table["step"], up_to_step)).cast(schema)
+        if digest is not None and _digest(self._old) != digest:
+            raise _damaged(path, up_to_step)
         self._new: list[dict[str, Any]] = []
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row, to be written by the next flush."""
         self._new.append(row)
 
-    def flush(self) -> None:
-        """Write all rows."""
+    def flush(self) -> str:
+        """Return a digest of all rows, after writing them."""
         self._old = pa.concat_tables([self._old, pa.Table.from_pylist(self._new, self._schema)])
         self._new = []
         write_parquet(self._path, self._old, self._fingerprint)
+        return _digest(self._old)
+
+
+def _digest(table: pa.Table) -> str:
+    """Return a digest of a table's values, which does not depend on how they are stored."""
+    digest = hashlib.blake2b(digest_size=16)
+    for column in table.columns:
+        values = column.to_pylist() if column.type == pa.string() else column.to_numpy()
+        digest.update("\0".join(values).encode() if isinstance(values, list) else values.tobytes())
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, step: int) -> ValueError:
+    return ValueError(
+        f"{path}: damaged or missing: it does not hold what training wrote until step {step}, from which it would "
+        f"resume; restore it from a copy, or delete {path.parent if path.suffix == '.parquet' else path} to train the "
+        "round again"
+    )
 
 
 class SeenLog:
@@ -65,10 +95,10 @@ class SeenLog:
         """Add one step's samples, [n] each."""
         self._columns.append((np.full(len(samples), step), shards, samples, losses))
 
-    def flush(self) -> None:
-        """Write the rows added since the last flush."""
+    def flush(self) -> dict[str, str]:
+        """Return the checksum of the file that holds the rows added since the last flush, by its name; {} if none."""
         if not self._columns:
-            return
+            return {}
         columns = [np.concatenate(parts) for parts in zip(*self._columns, strict=True)]
         first = int(columns[0][0])
         arrays = [
@@ -77,10 +107,18 @@ class SeenLog:
         path = self._folder / f"step={first:08d}-replica={self._replica:04d}.parquet"
         write_parquet(path, pa.table(arrays, schema=_SEEN), self._fingerprint)
         self._columns = []
+        return {path.name: checksum(path)}
 
 
-def remove_seen_after(folder: Path, step: int) -> None:
-    """Delete the seen losses of steps after `step`, which will be repeated."""
-    for path in folder.glob("step=*.parquet"):
-        if int(path.name.split("=")[1].split("-")[0]) > step:
+def prepare_seen(round_folder: Path, step: int, checksums: dict[str, str] | None) -> None:
+    """Delete the seen losses of steps after `step`, which will be repeated.
+
+    Raises ValueError if a file of the earlier steps, whose `checksums` are given, is damaged or missing.
+    """
+    for path in list_seen_losses(round_folder):
+        if int(path.name.split("=")[1].split("-")[0]) > step or (checksums is not None and path.name not in checksums):
             path.unlink()
+    for name, expected in (checksums or {}).items():
+        path = round_folder / "seen" / name
+        if not path.exists() or checksum(path) != expected:
+            raise _damaged(path, step)

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_scoring.base.files import fingerprint
-from data_scoring.base.parquet import parquet_fingerprint, write_parquet
+from data_scoring.base.parquet import is_intact, parquet_fingerprint, read_parquet, write_parquet
 
 Tokens = NDArray[np.int32]
 
@@ -98,7 +97,7 @@ def fingerprint_requests(requests: Iterable[Request]) -> str:
 def write_requests(path: Path, requests: Sequence[Request]) -> None:
     """Write requests to `path`, unless it already holds them."""
     identity = fingerprint_requests(requests)
-    if parquet_fingerprint(path) == identity:
+    if is_intact(path, identity):
         return
     rows: list[dict[str, Any]] = [
         {"context": request.context, "continuation": request.continuation}
@@ -114,7 +113,7 @@ def read_requests(path: Path) -> list[Request]:
     """Return the requests in `path`. Raises ValueError if there is no such file."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; write the task's requests there before a model is asked")
-    table = pq.read_table(path)
+    table = read_parquet(path)
     contexts, continuations = _lists(table["context"]), _lists(table["continuation"])
     is_likelihood = table["continuation"].is_valid().to_pylist()
     requests: list[Request] = []
@@ -168,7 +167,7 @@ def identify_answers(model: str, requests: Path) -> str:
 
 def has_answers(path: Path, identity: str) -> bool:
     """Return whether `path` holds the answers with the fingerprint `identity`."""
-    return parquet_fingerprint(path) == identity
+    return is_intact(path, identity)
 
 
 def write_answers(path: Path, answers: Sequence[Answer], identity: str) -> None:
@@ -179,7 +178,7 @@ def write_answers(path: Path, answers: Sequence[Answer], identity: str) -> None:
 
 def read_answers(path: Path) -> list[Answer]:
     """Return the answers in `path`, in the order of their requests."""
-    rows = pq.read_table(path).to_pylist()
+    rows = read_parquet(path).to_pylist()
     return [
         LogLikelihood(row["log_likelihood"], row["is_greedy"]) if row["tokens"] is None else row["tokens"]
         for row in rows

@@ -28,7 +28,7 @@ from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig
 from trainer.evaluate import answer_tasks
 from trainer.forward import read_microbatches, run_schedule
-from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, remove_seen_after
+from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, prepare_seen
 from trainer.requests import identify_answers, requests_path
 from trainer.saver import CheckpointSaver
 from trainer.score import ModelScorer, is_writer, validate
@@ -63,7 +63,7 @@ def train_round(job: "TrainJob", corpus: Corpus, model: torch.nn.Module, bf16: b
     step = int(record["step"])
     is_asynchronous = {"always": True, "never": False, "auto": job.device != "cpu"}[job.checkpoint.asynchronous]
     saver = CheckpointSaver(checkpoints, job.checkpoint.keep_last, is_asynchronous)
-    run = _Round(job, corpus, mix, state, _Logs(job, step), saver, stop, num_steps)
+    run = _Round(job, corpus, mix, state, _Logs(job, record), saver, stop, num_steps)
     if record["is_validation_due"]:
         run.validate(step)
     with stop.heeded():
@@ -118,26 +118,47 @@ def wrap(model: Any, bf16: bool, is_sharded: bool) -> DistributedDataParallel:
 
 
 class _Logs:
-    """The records of a round, each opened only on the ranks that write it."""
+    """The records of a round, each opened only on the ranks that write it.
 
-    def __init__(self, job: "TrainJob", step: int) -> None:
-        folder = job.round_folder
+    checkpoint: the record of the checkpoint that training resumes from. Raises ValueError if the records are not as
+    they were when it was saved.
+    """
+
+    def __init__(self, job: "TrainJob", checkpoint: dict[str, Any]) -> None:
+        folder, step = job.round_folder, int(checkpoint["step"])
+        # Checkpoints of versions before 0.9 do not have it.
+        known = checkpoint.get("logs", {})
+        self._checksums: dict[str, str] = known.get("seen", {})
         if torch.distributed.get_rank() == 0:
-            remove_seen_after(folder / "seen", step)
+            prepare_seen(folder, step, known.get("seen"))
         torch.distributed.barrier()
         self.steps = self.validation = self.seen = self.progress = None
         if is_writer():
-            self.steps = RowLog(folder / "steps.parquet", STEPS, job.fingerprint, step)
-            self.validation = RowLog(folder / "validation.parquet", VALIDATION, job.fingerprint, step)
+            self.steps = RowLog(folder / "steps.parquet", STEPS, job.fingerprint, step, known.get("steps"))
+            # A validation that is due after the checkpoint's step may have been recorded since.
+            before = step - checkpoint["is_validation_due"]
+            path = folder / "validation.parquet"
+            self.validation = RowLog(path, VALIDATION, job.fingerprint, before, known.get("validation"))
             self.progress = ProgressFile(job.progress)
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
             self.seen = SeenLog(folder / "seen", parallel_state.get_data_parallel_rank(), job.fingerprint)
 
-    def flush(self) -> None:
-        """Write all records to disk; called before a checkpoint, so that it never precedes its records."""
-        for log in (self.steps, self.validation, self.seen):
-            if log is not None:
-                log.flush()
+    def flush(self) -> dict[str, Any]:
+        """Return digests of all records, the same on all ranks, after writing them to disk.
+
+        Called before a checkpoint, so that it never precedes its records.
+        """
+        mine: dict[str, Any] = {}
+        if self.steps is not None and self.validation is not None:
+            mine = {"steps": self.steps.flush(), "validation": self.validation.flush()}
+        seen = {} if self.seen is None else self.seen.flush()
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, (mine, seen))
+        digests: dict[str, Any] = {}
+        for theirs, files in gathered:
+            digests |= theirs
+            self._checksums |= files
+        return {**digests, "seen": dict(sorted(self._checksums.items()))}
 
 
 @dataclass
@@ -180,8 +201,8 @@ class _Round:
 
     def save(self, step: int, is_waiting: bool, is_validation_due: bool) -> None:
         """Save the state after `step`, flushing all records first."""
-        self.logs.flush()
         record = {
+            "logs": self.logs.flush(),
             "fingerprint": self.job.fingerprint,
             "num_steps": self.num_steps,
             "vocab_size": self.corpus.vocab_size,

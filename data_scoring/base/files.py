@@ -6,10 +6,13 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+# The key of a record's own checksum.
+_SEAL = "record_checksum"
 
 
 @contextmanager
@@ -73,17 +76,28 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`, or None if the file does not exist.
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write `record` to `path` as JSON, atomically, with a checksum that `read_json` verifies."""
+    write_json(path, {**record, _SEAL: fingerprint(record)})
 
-    Raises ValueError, naming the file and the remedy, if it is not JSON.
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value in `path`, without its checksum, or None if the file does not exist.
+
+    Raises ValueError, naming the file and the remedy, if it is not JSON, or was changed after `write_record` wrote it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); delete it and run the same command again") from None
+    if isinstance(content, dict) and content.pop(_SEAL, None) not in (None, fingerprint(content)):
+        raise ValueError(
+            f"{path}: damaged: its checksum differs from its content; restore it from a copy, or delete it and run the "
+            "same command again"
+        )
+    return content
 
 
 def fingerprint(*parts: Any) -> str:

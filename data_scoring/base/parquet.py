@@ -1,4 +1,4 @@
-"""Parquet files that carry the fingerprint of their inputs."""
+"""Parquet files that carry the fingerprint of their inputs, and checksums of their pages."""
 
 from pathlib import Path
 
@@ -11,15 +11,52 @@ FINGERPRINT_KEY = b"reprise.fingerprint"
 
 
 def parquet_fingerprint(path: Path) -> str | None:
-    """Return the fingerprint stored in a results file, or None if there is no such file."""
+    """Return the fingerprint stored in a results file, or None if there is no such file.
+
+    Raises ValueError if the file cannot be read.
+    """
     if not path.exists():
         return None
-    metadata = pq.read_schema(path).metadata or {}
-    return str(metadata.get(FINGERPRINT_KEY, b"").decode())
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        return str(metadata.get(FINGERPRINT_KEY, b"").decode())
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise damaged(path, error) from None
+
+
+def is_intact(path: Path, fingerprint: str) -> bool:
+    """Return whether `path` carries `fingerprint` and its pages are as they were written; reads the whole file."""
+    if not path.exists():
+        return False
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            stored = (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"")
+            if stored != fingerprint.encode():
+                return False
+            for _ in file.iter_batches():
+                pass
+    except (pa.ArrowException, OSError):
+        return False
+    return True
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """Return the table in a results file, without metadata. Raises ValueError if it is damaged or missing."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read().replace_schema_metadata(None)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    """Return the error for a results file that cannot be read because of `error`."""
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(f"{path}: damaged or missing ({reason}); restore it from a copy, or delete it and run again")
 
 
 def write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
     """Write `table` to `path` atomically, carrying `fingerprint`."""
     metadata = {**(table.schema.metadata or {}), FINGERPRINT_KEY: fingerprint.encode()}
     with writing(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(metadata), temporary)
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, write_page_checksum=True)

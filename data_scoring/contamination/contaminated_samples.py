@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_scoring.base.files import fingerprint
-from data_scoring.base.parquet import parquet_fingerprint, write_parquet
+from data_scoring.base.parquet import is_intact, parquet_fingerprint, write_parquet
 from data_scoring.base.progress import Progress
 from data_scoring.contamination.item_ngrams import ItemIndex, index_items
 from data_scoring.contamination.ngrams import split_units
@@ -71,7 +71,7 @@ def write_contamination(
         raise ValueError("eval.contamination: there are no items to look for; name tasks that have items, or set off")
     pairs_path, items_path = contamination_path(folder), contaminated_items_path(folder)
     identity = f"{_origin(order.corpus.fingerprint, ngram)}-{fingerprint([asdict(item) for item in listed])}"
-    if parquet_fingerprint(pairs_path) == parquet_fingerprint(items_path) == identity:
+    if is_intact(pairs_path, identity) and is_intact(items_path, identity):
         return False
     index = index_items(listed, ngram)
     overlaps = find_overlaps(order, tokenizer, index, progress)

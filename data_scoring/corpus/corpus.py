@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_scoring.base.files import allow_open_files, checksum, fingerprint, read_json
+from data_scoring.base.checksums import WrittenFile
+from data_scoring.base.files import allow_open_files, fingerprint, read_json
 from data_scoring.corpus.indexed import IndexedTokens, open_indexed
 
 FORMAT_VERSION = 1
@@ -44,7 +45,8 @@ class Corpus:
                 f"{FORMAT_VERSION}; prepare the corpus again in a new run folder"
             )
         self.manifest: dict[str, Any] = manifest
-        self.fingerprint: str = fingerprint(manifest)
+        # The checksums of `files` follow from the rest; manifests of earlier versions lack them.
+        self.fingerprint: str = fingerprint({key: value for key, value in manifest.items() if key != "files"})
         self.seq_length: int = manifest["seq_length"]
         self.vocab_size: int = manifest["vocab_size"]
         self.num_shards = len(manifest["shards"])
@@ -98,16 +100,20 @@ class Corpus:
             )
         return Batch(tokens, num_tokens)
 
-    def verify(self, shard: int) -> None:
-        """Raise ValueError if the checksums of the files of `shard` differ from those in the manifest."""
-        for prefix, part in zip(self._paths(shard), self._entry(shard)["parts"], strict=True):
-            for ending, expected in part["checksums"].items():
-                path = Path(f"{prefix}{ending}")
-                if not path.exists() or checksum(path) != expected:
-                    raise ValueError(
-                        f"{path}: corrupt: its checksum differs from the manifest's; restore it from a copy, "
-                        f"or delete {self.folder} and prepare again"
-                    )
+    def files(self) -> dict[Path, WrittenFile]:
+        """Return the corpus' files, and the source files that it uses in place, as the manifest lists them."""
+        return {
+            **{
+                self.folder / name: WrittenFile(entry["checksum"], entry["bytes"])
+                for name, entry in self.manifest.get("files", {}).items()
+            },
+            **{
+                Path(f"{self.folder / part['prefix']}{ending}"): WrittenFile(expected)
+                for entry in [self.manifest["validation"], *self.manifest["shards"]]
+                for part in entry["parts"]
+                for ending, expected in part["checksums"].items()
+            },
+        }
 
     def _entry(self, shard: int) -> dict[str, Any]:
         entry: dict[str, Any] = self.manifest["validation"] if shard == VALIDATION else self.manifest["shards"][shard]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_scoring.base.files import checksum, fingerprint, read_json, remove_leftovers, write_json, writing
+from data_scoring.base.files import checksum, fingerprint, read_json, remove_leftovers, write_record, writing
 from data_scoring.base.progress import Progress
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus.corpus import FORMAT_VERSION
@@ -72,9 +72,14 @@ def prepare_corpus(
         "vocab_size": opened.vocab_size,
         "end_of_document": opened.end_of_document,
         "tokenizer": tokenizer_path.name,
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "checksum": checksum(path)}
+            for path in (tokenizer_path, folder / "samples.parquet", folder / "rejects.jsonl")
+            if path.exists()
+        },
         **entries,
     }
-    write_json(folder / "manifest.json", manifest)
+    write_record(folder / "manifest.json", manifest)
 
 
 def _check(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:
@@ -109,7 +114,7 @@ def _make_tokenizer(
     record = read_json(record_path)
     if record is None or record["fingerprint"] != identity or not path.exists() or record["checksum"] != checksum(path):
         path = install_tokenizer(config, _all_documents(texts, progress), seed, folder)
-        write_json(record_path, {"fingerprint": identity, "checksum": checksum(path)})
+        write_record(record_path, {"fingerprint": identity, "checksum": checksum(path)})
     return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_scoring.base.files import read_json, write_json, writing
+from data_scoring.base.files import read_json, write_record, writing
 from data_scoring.base.progress import Progress
 from data_scoring.base.read_ahead import read_ahead
 from data_scoring.corpus.indexed import token_dtype
@@ -51,7 +51,7 @@ def stage_source(text: SourceText, tokenizer: Tokenizer, fingerprint: str, progr
             documents = read_ahead(batch_documents(text.documents()))
             counts = _tokenise(name, documents, tokenizer, tokens_file, documents_file, progress)
         record = {"fingerprint": fingerprint, **counts, "rejected": text.num_rejected()}
-        write_json(record_path, record)
+        write_record(record_path, record)
     text.forget()
     counts = {key: value for key, value in record.items() if key != "fingerprint"}
     return StagedSource(name, tokens_path, documents_path, counts)

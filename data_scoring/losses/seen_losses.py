@@ -7,11 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_scoring.base.files import remove_leftovers
-from data_scoring.base.parquet import parquet_fingerprint
+from data_scoring.base.parquet import is_intact
 from data_scoring.base.sql import literal
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.origin import Origin
 from data_scoring.losses.shard_scoring import losses_path, write_losses
+
+
+def list_seen_losses(round_folder: Path) -> list[Path]:
+    """Return the files of a round's seen losses, in order."""
+    return sorted((round_folder / "seen").glob("step=*.parquet"))
 
 
 def last_seen(rounds_folder: Path, round_number: int, where: str) -> str:
@@ -46,7 +51,7 @@ def write_seen_losses(
     remove_leftovers(round_folder / "losses")
     for shard in range(corpus.num_shards):
         path = losses_path(round_folder, shard)
-        if parquet_fingerprint(path) != fingerprint:
+        if not is_intact(path, fingerprint):
             samples, losses = _seen_losses(round_folder.parent, round_number, shard)
             count = corpus.num_samples(shard)
             if len(samples) < count:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_scoring.base.files import remove_leftovers
-from data_scoring.base.parquet import parquet_fingerprint, write_parquet
+from data_scoring.base.parquet import is_intact, read_parquet, write_parquet
 from data_scoring.base.progress import Progress
 from data_scoring.base.read_ahead import read_ahead
 from data_scoring.corpus.corpus import Corpus
@@ -181,12 +181,12 @@ class LossFiles:
 
     def _find_start(self, shard: int, parts: list[Path]) -> int:
         count = self._corpus.num_samples(shard)
-        if parquet_fingerprint(losses_path(self._round_folder, shard)) == self._fingerprint:
+        if is_intact(losses_path(self._round_folder, shard), self._fingerprint):
             self._drop(parts)
             return count
         start = 0
         for path in parts:
-            if path == self._part_path(shard, start) and parquet_fingerprint(path) == self._fingerprint:
+            if path == self._part_path(shard, start) and is_intact(path, self._fingerprint):
                 start += int(pq.read_metadata(path).num_rows)
             else:
                 path.unlink()
@@ -219,7 +219,7 @@ class LossFiles:
         losses = np.empty(self._corpus.num_samples(shard), np.float32)
         parts = self._list_parts().get(shard, [])
         for path in parts:
-            table = pq.read_table(path)
+            table = read_parquet(path)
             losses[table["sample"].to_numpy()] = table["loss"].to_numpy()
         for samples, values in self._waiting:
             losses[samples] = values
@@ -264,8 +264,6 @@ def _unscored(corpus: Corpus, scorer: Scorer, starts: NDArray[np.int64], longest
     for shard, start in enumerate(starts.tolist()):
         if start == corpus.num_samples(shard):
             continue
-        if scorer.is_writer:
-            corpus.verify(shard)
         lengths = corpus.lengths(shard)
         samples = longest_first(lengths)[start:]
         yield from cut_blocks(np.full(len(samples), shard), samples, lengths[samples], scorer.block_size, longest)

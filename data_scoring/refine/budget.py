@@ -155,6 +155,11 @@ def choose(candidates: Iterable[Candidate], min_correlation: float) -> Candidate
     return min(eligible, key=lambda candidate: candidate.cost_tokens)
 
 
+def budget_path(round_folder: Path) -> Path:
+    """Return the path of the candidates and the choice."""
+    return round_folder / "budget.parquet"
+
+
 def write_budget(
     round_folder: Path, candidates: Iterable[Candidate], chosen: str, calibration_tokens: int | None, fingerprint: str
 ) -> None:
@@ -163,7 +168,7 @@ def write_budget(
             for candidate in candidates]  # fmt: skip
     if calibration_tokens is not None:
         rows.append({"candidate": CALIBRATION, "cost_tokens": calibration_tokens, "chosen": False})
-    write_parquet(round_folder / "budget.parquet", pa.Table.from_pylist(rows, _BUDGET), fingerprint)
+    write_parquet(budget_path(round_folder), pa.Table.from_pylist(rows, _BUDGET), fingerprint)
 
 
 def calibration_cost(round_folder: Path) -> int:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from rensa import RMinHash
 
-from data_scoring.base.parquet import parquet_fingerprint, write_parquet
+from data_scoring.base.parquet import is_intact, write_parquet
 from data_scoring.base.progress import Progress
 from data_scoring.base.sql import bounded
 from data_scoring.corpus.corpus import Corpus
@@ -34,7 +34,7 @@ def write_near_duplicates(corpus: Corpus, threshold: float, path: Path, memory_g
     (128 hashes, and 17 bytes for each band of them), and 16 bytes of memory for each pair that shares a band. An
     existing file of the same corpus is kept.
     """
-    if parquet_fingerprint(path) == corpus.fingerprint:
+    if is_intact(path, corpus.fingerprint):
         return
     sizes = [corpus.num_samples(shard) for shard in range(corpus.num_shards)]
     first = np.cumsum([0, *sizes])

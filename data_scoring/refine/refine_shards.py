@@ -6,8 +6,8 @@ depend on row order, threads or processes. A policy replaces the loss by another
 
 from pathlib import Path
 
-from data_scoring.base.files import remove_leftovers, writing
-from data_scoring.base.parquet import FINGERPRINT_KEY, parquet_fingerprint
+from data_scoring.base.files import checksum, read_json, remove_leftovers, write_record, writing
+from data_scoring.base.parquet import FINGERPRINT_KEY
 from data_scoring.base.progress import Progress
 from data_scoring.base.sql import bounded, literal, writing_errors
 from data_scoring.refine.candidates import Draw, Limits, find_limits
@@ -32,7 +32,16 @@ def refine(draw: Draw, fingerprint: str, progress: Progress) -> None:
     (draw.target / "selection").mkdir(parents=True, exist_ok=True)
     remove_leftovers(draw.target / "selection")
     paths = [selection_path(draw.target, shard) for shard in range(len(draw.num_samples))]
-    missing = [shard for shard, path in enumerate(paths) if parquet_fingerprint(path) != fingerprint]
+    record_path = draw.target / "selection" / "shards.json"
+    record = read_json(record_path)
+    if record is None or record["fingerprint"] != fingerprint:
+        record = {"fingerprint": fingerprint, "checksums": {}}
+    checksums: dict[str, str] = record["checksums"]
+    missing = [
+        shard
+        for shard, path in enumerate(paths)
+        if path.name not in checksums or not path.exists() or checksum(path) != checksums[path.name]
+    ]
     if not missing:
         return
     with bounded(draw.target, draw.config.memory_gb) as connection:
@@ -40,6 +49,8 @@ def refine(draw: Draw, fingerprint: str, progress: Progress) -> None:
         limits = find_limits(connection, draw)
     for place, shard in enumerate(missing):
         _refine_shard(draw, limits, shard, paths[shard], fingerprint)
+        checksums[paths[shard].name] = checksum(paths[shard])
+        write_record(record_path, record)
         progress("refining (shards)", len(paths) - len(missing) + place + 1, len(paths))
 
 
@@ -82,9 +93,11 @@ def mix_selection(path: Path, draw: Draw, samples_path: Path) -> int:
 
     With `refine.max_tokens`, the mix ends before the sample that would exceed it; `samples_path` lists tokens.
     """
-    files, config = draw.target / "selection" / "*.parquet", draw.config
-    shard = r"regexp_extract(filename, 'shard=(\d+)', 1)::int"
-    query = f"select {shard} as shard, sample from read_parquet({literal(files)}, filename = true) where kept"
+    config, shards = draw.config, range(len(draw.num_samples))
+    query = " union all ".join(
+        f"select {shard} as shard, sample from read_parquet({literal(selection_path(draw.target, shard))}) where kept"
+        for shard in shards
+    )
     if config.max_tokens is not None:
         query = f"select * from ({query}) join read_parquet({literal(samples_path)}) using (shard, sample)"
     return write_mix(path, query, draw.seed, draw.round_number, config.max_tokens, config.memory_gb)

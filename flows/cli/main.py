@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         "folder", type=Path, nargs="?", default=Path("runs"), help="folder of run folders (default: runs)"
     )
     runs.set_defaults(command=_runs)
+    verify = commands.add_parser("verify", help="compare every file of a run with its recorded checksum")
+    verify.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    verify.set_defaults(command=_verify)
     report = commands.add_parser("report", help="write the report of a run, complete or not")
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
     report.set_defaults(command=_report)
@@ -136,10 +139,28 @@ def _runs(options: argparse.Namespace) -> None:
         print(f"{folder.name:<20} {sum(row.state == 'done' for row in rows)} of {len(rows)} stages  {state}")
 
 
+def _verify(options: argparse.Namespace) -> None:
+    from flows.display.terminal_progress import TerminalProgress
+    from flows.stages.stage_order import STAGES
+    from flows.stages.verification import examine
+
+    run, damaged = read_run(options.run), 0
+    with TerminalProgress() as progress:
+        found = list(examine(run, STAGES, progress))
+    for what, damage in found:
+        print(f"damaged  {damage}" if damage else f"ok       {what}")
+        damaged += bool(damage)
+    if damaged:
+        raise ValueError(f"{options.run}: {damaged} of its files are damaged; see the lines above")
+
+
 def _report(options: argparse.Namespace) -> None:
     from flows.report.run_report import write_report
+    from flows.stages.stage_order import stages_of
 
-    print(f"report: {write_report(read_run(options.run))}")
+    run = read_run(options.run)
+    stages_of(run).verify()
+    print(f"report: {write_report(run)}")
 
 
 def _sql(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, override, read_config
-from flows.run.folder import Run, open_run, read_run
+from flows.run.folder import VERIFIED, Run, open_run, read_run
 from flows.run.locks import locked
 from flows.stages.stage_order import STAGES, Step, is_complete, steps_at, steps_of_command
 
@@ -47,6 +47,12 @@ def _add_stage(commands: Any, stage: str, text: str) -> None:
 def _add_target(command: argparse.ArgumentParser) -> None:
     command.add_argument("target", type=Path, metavar="CONFIG_OR_RUN", help="YAML configuration, or a run folder")
     command.add_argument(
+        "--verify",
+        choices=["changed", "full"],
+        default="changed",
+        help="files that are read to verify their checksums: those that changed since they were verified, or all",
+    )
+    command.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
     )
 
@@ -54,6 +60,12 @@ def _add_target(command: argparse.ArgumentParser) -> None:
 def _add_draw(command: argparse.ArgumentParser, prefix: str) -> None:
     command.add_argument("--policy", choices=[*POLICIES], help=f"{prefix}override refine.policy")
     command.add_argument("--sampling-rate", type=float, help=f"{prefix}override refine.sampling_rate")
+
+
+def _forget_verified(options: argparse.Namespace, config: RunConfig) -> None:
+    """With --verify full, make the run's stages read every file that they verify."""
+    if options.verify == "full":
+        (config.folder / VERIFIED).unlink(missing_ok=True)
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
@@ -74,6 +86,8 @@ def _run(options: argparse.Namespace) -> None:
 
         print(launch_plan(config))
         return
+
+    _forget_verified(options, config)
 
     def run_flow() -> Any:
         from flows.pipeline import multi_round
@@ -99,6 +113,7 @@ def _stage(options: argparse.Namespace) -> None:
                 "configuration instead"
             )
     config = _config(options)
+    _forget_verified(options, config)
     with locked(config.folder), TerminalProgress() as progress:
         run = open_run(config)
         number, steps = _steps(run, options.stage, getattr(options, "round", None))
@@ -156,6 +171,7 @@ def _preview(options: argparse.Namespace) -> None:
         run = replace(run, config=override(run.config, options.set))
     number = _next_to_train(run) if options.round is None else options.round
     stages_of(run).require("score", number - 1)
+    stages_of(run).verify()
     print(summary(preview(run, number, _draw(run.refine_config(number), options))))
 
 

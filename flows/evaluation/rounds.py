@@ -2,7 +2,7 @@
 
 `evaluation/` of the run folder holds the requests to all models, one file per task. A round's
 `evaluation/step-<number>/` holds the answers after that step, and their scores in scores/, items/ and unscorable/, one
-file per task each, which the ledger's views of these names read.
+file per task each, which the ledger's views of these names read. Its files.json lists the checksums of all of them.
 """
 
 import time
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_scoring.base.files import fingerprint
+from data_scoring.base.files import fingerprint, write_record
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
 from data_scoring.ledger import refresh_ledger
@@ -24,6 +24,7 @@ from trainer.jobs import RepeatedEvaluation
 from trainer.requests import has_answers, identify_answers, requests_path
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+_RECORD = "files.json"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ class RoundEvaluation:
         In-training answers are scored again as well, since labels may have been corrected.
         """
         folder = self._last_folder()
+        self._forget(folder)
         for number, question in enumerate(questions):
             progress("scoring answers (tasks)", number, len(questions))
             write_scores(question, folder, is_end=True)
+        self._record(folder)
         progress("scoring answers (tasks)", len(questions), len(questions))
         self.score_training(questions, anew=True)
         refresh_ledger(self.run.folder)
@@ -76,11 +79,13 @@ class RoundEvaluation:
         """Delete answers and scores that this training would not give: with other inputs, or to other questions."""
         for folder in self.folder.glob("step-*"):
             known = {question.task.name for question in questions if self._has_answers(question, folder)}
+            self._forget(folder)
             # Delete scores before their answers, so that an interruption leaves no scores without answers.
             for place in [*(folder / kind for kind in reversed(WORTH)), folder]:
                 for path in place.glob("*.parquet"):
                     if path.stem not in known:
                         path.unlink()
+            self._record(folder)
 
     def scoring_in_training(self, questions: Sequence[Question], progress: Progress) -> Progress:
         """Return a progress callback for the round's training, which also scores answers soon after they are given."""
@@ -99,15 +104,30 @@ class RoundEvaluation:
 
     def score_training(self, questions: Sequence[Question], anew: bool = False) -> None:
         """Score the in-training answers that have no scores yet; with `anew`, all of them."""
-        scored = 0
+        is_any_scored = False
         for folder in sorted(self.folder.glob("step-*")):
+            is_scored = False
             for question in questions:
                 is_wanted = anew or not requests_path(folder / "scores", question.task.name).exists()
                 if is_wanted and self._has_answers(question, folder):
+                    self._forget(folder)
                     write_scores(question, folder, is_end=False)
-                    scored += 1
-        if scored:
+                    is_scored = True
+            if is_scored:
+                self._record(folder)
+            is_any_scored |= is_scored
+        if is_any_scored:
             refresh_ledger(self.run.folder)
+
+    def _forget(self, folder: Path) -> None:
+        """Delete the record of the files in `folder`, which are about to change."""
+        (folder / _RECORD).unlink(missing_ok=True)
+
+    def _record(self, folder: Path) -> None:
+        """Record the checksums of the answers and scores in `folder`."""
+        places = (folder, *(folder / kind for kind in WORTH))
+        files = sorted(path for place in places for path in place.glob("*.parquet"))
+        write_record(folder / _RECORD, {"files": self.run.measured(files)})
 
     def _ask(self, names: tuple[str, ...], progress: Progress) -> None:
         """Answer the named tasks with the round's final model, unless the answers exist."""
@@ -136,6 +156,11 @@ class RoundEvaluation:
             return False
         model = fingerprint(self.trained, int(folder.name.removeprefix("step-")))
         return has_answers(requests_path(folder, name), identify_answers(model, requests_path(requests, name)))
+
+
+def evaluation_records(run: Run, round_number: int) -> list[Path]:
+    """Return the records of the files of a round's evaluations, one for each step."""
+    return sorted(evaluation_folder(run, round_number).glob(f"step-*/{_RECORD}"))
 
 
 def training_questions(run: Run, progress: Progress) -> list[Question]:

@@ -26,7 +26,7 @@ from flows.experiments.trials import (
     final_losses,
     named,
     prepare_corpus,
-    share,
+    share_run,
     train_trial,
     trial_config,
     with_tokens,
@@ -277,8 +277,8 @@ def _train_arm(config: RunConfig, before: Run, progress: Progress) -> Run:
     """Return the arm's run, after training the rounds that follow those of `before`."""
     progress = named(config, progress)
     with locked(config.folder):
-        for part in ("corpus", *(f"rounds/{number}" for number in range(1, before.config.rounds.num_rounds + 1))):
-            share(before.folder / part, config.folder / part)
+        rounds = (f"rounds/{number}" for number in range(1, before.config.rounds.num_rounds + 1))
+        share_run(before, config.folder, ["corpus", *rounds], progress)
         run = open_run(config)
         for step in steps_to_train(config, config.rounds.num_rounds):
             if step.place > 1:

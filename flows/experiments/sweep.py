@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_scoring.base.field_effects import deciding
-from data_scoring.base.files import read_json, write_json
+from data_scoring.base.files import read_json, write_record
 from data_scoring.base.progress import Progress
 from data_scoring.evaluation.tasks import resolve_names
 from data_scoring.ledger import query
@@ -51,7 +51,7 @@ def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
             f"{folder}: holds another search ({', '.join(different)}); set another name, or delete the folder"
         )
     corpus = prepare_corpus(config, folder, "corpus", config.seed, progress)
-    write_json(folder / _RECORD, wanted)
+    write_record(folder / _RECORD, wanted)
     return corpus
 
 

@@ -7,7 +7,7 @@ each other, and views over the rows can be read while trials are running.
 import contextvars
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_scoring.base.files import commit
+from data_scoring.base.files import commit, writing
 from data_scoring.base.parquet import parquet_fingerprint, write_parquet
 from data_scoring.base.progress import Progress
 from data_scoring.ledger import query
@@ -25,9 +25,9 @@ from data_scoring.refine.near_duplicates import SCRATCH
 from flows.evaluation.results import SCORE
 from flows.run.config import RunConfig, parse_config
 from flows.run.errors import RanksFailedError
-from flows.run.folder import Run, open_run
+from flows.run.folder import VERIFIED, Run, open_run
 from flows.run.locks import locked
-from flows.stages.stage_order import complete, fingerprint_of, steps_to_train
+from flows.stages.stage_order import complete, fingerprint_of, stages_of, steps_to_train
 
 # Errors that end one trial and do not affect the others.
 TRIAL_ERRORS = (ValueError, RanksFailedError)
@@ -123,7 +123,7 @@ def prepare_corpus(config: RunConfig, folder: Path, name: str, seed: int, progre
 def train_trial(config: RunConfig, corpus: Run, progress: Progress) -> Run:
     """Return the trial's run, after training its round over the corpus of the run `corpus`."""
     with locked(config.folder):
-        share(corpus.corpus_folder, config.folder / "corpus")
+        share_run(corpus, config.folder, ["corpus"], progress)
         run = open_run(config)
         for step in steps_to_train(config, 1):
             complete(run, step.stage.name, step.round_number, progress)
@@ -273,6 +273,20 @@ class _Board:
     def lines(self) -> list[str]:
         """Return a line for each running piece of work."""
         return list(self._lines.values())
+
+
+def share_run(source: Run, target: Path, parts: Iterable[str], progress: Progress) -> None:
+    """Copy parts of a finished run to the run folder `target` (see `share`), after verifying them.
+
+    Raises ValueError if a file of the run is damaged.
+    """
+    stages_of(source).verify(progress)
+    for part in parts:
+        share(source.folder / part, target / part)
+    # What the runs share on disk is not read again to verify it for each of them.
+    if (source.folder / VERIFIED).exists() and not (target / VERIFIED).exists():
+        with writing(target / VERIFIED) as temporary:
+            shutil.copyfile(source.folder / VERIFIED, temporary)
 
 
 def share(source: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data_scoring.base.files import fingerprint, read_json, write_json
+from data_scoring.base.files import fingerprint, read_json, write_record
 from data_scoring.base.parquet import parquet_fingerprint, write_parquet
 from data_scoring.base.progress import Progress
 from flows.inheritance.layer_importance import keep_layers, measure_importance
@@ -220,4 +220,4 @@ def _write_lineage(folder: Path, teacher: StoredModel, inherit: InheritConfig, p
         for layer, teacher_layer in enumerate(part.layers)
     ]
     write_parquet(folder / "lineage.parquet", pa.Table.from_pylist(rows, LINEAGE), teacher.identity)
-    write_json(folder / "part.json", part.model_dump(mode="json"))
+    write_record(folder / "part.json", part.model_dump(mode="json"))

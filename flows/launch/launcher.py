@@ -18,6 +18,7 @@ from flows.run.config import LaunchConfig, RunConfig
 from flows.run.errors import RanksFailedError
 from flows.run.launcher_kinds import LAUNCHER_KINDS
 from trainer.job import Job, write_job
+from trainer.rank_errors import release_space
 
 _LONGEST_PAUSE = 60.0
 _HERE = LaunchConfig(max_restarts=0)
@@ -147,6 +148,7 @@ def _attempt(launcher: Launcher, progress: Progress) -> None:
     job.errors.mkdir(parents=True, exist_ok=True)
     for stale in [*job.errors.glob("rank-*.json"), job.progress]:
         stale.unlink(missing_ok=True)
+    release_space(job.errors)
     try:
         launcher.start()
         while (code := launcher.poll()) is None:
@@ -155,6 +157,7 @@ def _attempt(launcher: Launcher, progress: Progress) -> None:
         _follow(launcher, progress)
     finally:
         launcher.stop()
+        release_space(job.errors)
     if code != 0:
         raise_failure(job.errors, f"{launcher.describe()}; exit code {code}", launcher.log_path)
 

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from data_scoring.base.files import fingerprint, read_json, write_json
+from data_scoring.base.files import fingerprint, read_json, write_record
 from flows.launch.launcher import Launcher
 from flows.launch.torchrun import rank_environment
 from flows.run.config import LaunchConfig
@@ -132,7 +132,7 @@ class SlurmLauncher(Launcher):
         path = self.job_path.with_name(f"{self.name}.sbatch")
         path.write_text(self.plan(), encoding="utf-8")
         self.id = _ask("sbatch", "--parsable", str(path)).split(";")[0].strip()
-        write_json(record, {"id": self.id, "job": content})
+        write_record(record, {"id": self.id, "job": content})
 
     def describe(self) -> str:
         """Return the job's id and state."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from data_scoring.base.files import making, write_json
+from data_scoring.base.files import making, write_json, write_record
 from flows.models.hugging_face_tokenizers import ORIGINAL, TOKENIZER_FILES, give_tokenizer, take_tokenizer
 from flows.run.folder import read_run
 from flows.run.stored_model import MODEL, ORIGIN, StoredModel, find_model
@@ -61,7 +61,7 @@ def import_model(source: Path, output: Path, end_of_document: str | None = None)
             "notes": notes,
             "reprise": importlib.metadata.version("reprise"),
         }
-        write_json(folder / ORIGIN, origin)
+        write_record(folder / ORIGIN, origin)
         (folder / ORIGINAL).mkdir()
         for name in _BESIDE:
             if (source / name).is_file():

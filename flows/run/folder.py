@@ -3,17 +3,23 @@
 import importlib.metadata
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from data_scoring.base.files import read_json, write_json, writing
+from data_scoring.base.checksums import FileVerifier, WrittenFile
+from data_scoring.base.files import fingerprint, read_json, write_record, writing
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, differences, parse_config
 
+# Format of run.yaml: from 2 on, it ends with its checksum.
+_FORMAT = 2
+# Remembers which files were verified since they last changed.
+VERIFIED = ".verified.json"
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
 
 
@@ -46,7 +52,7 @@ class Run:
 
     def approval(self, round_number: int) -> dict[str, Any] | None:
         """Return the approved fields of `refine` for a round, or None if it is not approved yet."""
-        approval: dict[str, Any] | None = read_json(self._record_path("approval", round_number))
+        approval: dict[str, Any] | None = read_json(self.record_path("approval", round_number))
         return approval
 
     def awaits_approval(self, round_number: int) -> bool:
@@ -60,32 +66,55 @@ class Run:
         """
         approval = {"policy": policy, "sampling_rate": sampling_rate}
         RefineConfig.model_validate({**self.config.refine.model_dump(), **approval})
-        write_json(self._record_path("approval", round_number), approval)
+        write_record(self.record_path("approval", round_number), approval)
 
     def recorded(self, stage: str, round_number: int) -> str | None:
         """Return the fingerprint that a stage was completed with, or None if it was not completed."""
-        record = read_json(self._record_path(stage, round_number))
+        record = read_json(self.record_path(stage, round_number))
         return None if record is None else str(record["fingerprint"])
 
-    def record(self, stage: str, round_number: int, identity: str, started: float) -> None:
-        """Write the completion record of a stage with the fingerprint `identity`.
+    def record(self, stage: str, round_number: int, identity: str, started: float, files: Iterable[Path]) -> None:
+        """Write the completion record of a stage with the fingerprint `identity` and the checksums of its `files`.
 
         started: its start time, in seconds since the epoch.
         """
-        now = time.time()
+        seconds = time.time() - started
         content = {
             "fingerprint": identity,
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "seconds": round(now - started, 3),
+            "seconds": round(seconds, 3),
+            "files": self.measured(files),
         }
-        write_json(self._record_path(stage, round_number), content)
+        write_record(self.record_path(stage, round_number), content)
+
+    def measured(self, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+        """Return the size and checksum of each file as a record lists them, by its path in the run folder."""
+        return {
+            path.relative_to(self.folder).as_posix(): {"bytes": written.num_bytes, "checksum": written.checksum}
+            for path, written in self.verifier().measure(files).items()
+        }
+
+    def recorded_files(self, record: Path) -> dict[Path, WrittenFile]:
+        """Return the files that `record` lists; empty if it does not exist, or was written before version 0.9."""
+        content = read_json(record) or {}
+        return {
+            self.folder / name: WrittenFile(str(entry["checksum"]), int(entry["bytes"]))
+            for name, entry in content.get("files", {}).items()
+        }
+
+    def verifier(self) -> FileVerifier:
+        """Return the verifier of the run's files."""
+        return FileVerifier(self.folder / VERIFIED)
 
     def forget(self, stage: str, round_number: int) -> None:
         """Delete the completion record of a stage, so that it is repeated."""
-        self._record_path(stage, round_number).unlink(missing_ok=True)
+        self.record_path(stage, round_number).unlink(missing_ok=True)
 
-    def _record_path(self, stage: str, round_number: int) -> Path:
-        return self.round_folder(round_number) / f"{stage}.json"
+    def record_path(self, stage: str, round_number: int) -> Path:
+        """Return the path of a stage's completion record; that of `prepare` is the corpus' manifest."""
+        if stage == "prepare":
+            return self.corpus_folder / "manifest.json"
+        return (self.round_folder(round_number) if round_number else self.corpus_folder) / f"{stage}.json"
 
 
 def open_run(config: RunConfig) -> Run:
@@ -103,7 +132,8 @@ def open_run(config: RunConfig) -> Run:
                 f"{path}: this folder was created by another configuration ({'; '.join(different)}); "
                 "set another name, restore the fields, or delete the folder"
             )
-    content = {"config": config.model_dump(mode="json"), "versions": package_versions()}
+    content = {"format": _FORMAT, "config": config.model_dump(mode="json"), "versions": package_versions()}
+    content["checksum"] = fingerprint(content)
     with writing(path) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return Run(config, folder)
@@ -114,8 +144,25 @@ def read_run(folder: Path) -> Run:
     path = folder / "run.yaml"
     if not path.is_file():
         raise ValueError(f"{folder}: not a run folder (it has no run.yaml); start one with `reprise run CONFIG.yaml`")
-    values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return Run(parse_config(values["config"], str(path)), folder.absolute())
+    return Run(parse_config(_read_settings(path), str(path)), folder.absolute())
+
+
+def _read_settings(path: Path) -> Any:
+    """Return the configuration in run.yaml. Raises ValueError if the file is incomplete or was changed."""
+    remedy = (
+        "restore it from a copy, or delete it and run `reprise run` with the run's configuration file, "
+        "which writes it again"
+    )
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: not valid YAML ({' '.join(str(error).split())}); {remedy}") from None
+    if not isinstance(values, dict) or not {"config", "versions"} <= values.keys():
+        raise ValueError(f"{path}: damaged: it is incomplete; {remedy}")
+    checksum = values.pop("checksum", None)
+    if (checksum is None and "format" in values) or checksum not in (None, fingerprint(values)):
+        raise ValueError(f"{path}: damaged, or edited: its checksum differs from its content; {remedy}")
+    return values["config"]
 
 
 def package_versions() -> dict[str, str]:

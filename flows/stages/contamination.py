@@ -1,11 +1,17 @@
 """The stage `contamination`: the training samples that overlap with the run's evaluation items."""
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from data_scoring.base.progress import Progress
-from data_scoring.contamination.contaminated_samples import contamination_path, samples_fingerprint, write_contamination
+from data_scoring.contamination.contaminated_samples import (
+    contaminated_items_path,
+    contamination_path,
+    samples_fingerprint,
+    write_contamination,
+)
 from data_scoring.corpus.reading_order import ReadingOrder
 from data_scoring.evaluation.items import ItemText
 from data_scoring.ledger import refresh_ledger
@@ -29,13 +35,24 @@ class Contamination(Stage):
         """Return the corpus and the length of the overlap; the items themselves are unknown before they are read."""
         return [stages.run.corpus().fingerprint, stages.run.config.eval.contamination_ngram]
 
+    def files(self, run: Run, round_number: int) -> list[Path]:
+        """Return the list of overlapping samples, and that of the items."""
+        return [contamination_path(run.corpus_folder), contaminated_items_path(run.corpus_folder)]
+
     def is_complete(self, stages: Stages, round_number: int) -> bool:
         """Return whether a list of overlapping samples exists, for any items."""
         return contaminated_samples(stages.run) is not None
 
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
         """List the overlapping samples, unless a list for the same items exists."""
-        return list_contaminated(stages.run, item_texts(stages.run), progress)
+        run, started = stages.run, time.time()
+        stages.verify(progress)
+        run.forget(self.name, round_number)
+        is_new = list_contaminated(run, item_texts(run), progress)
+        identity = contaminated_samples(run)
+        assert identity is not None
+        run.record(self.name, round_number, identity, started, self.files(run, round_number))
+        return is_new
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """List the overlapping samples."""

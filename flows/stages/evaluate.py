@@ -11,6 +11,7 @@ from data_scoring.evaluation.items import item_files
 from data_scoring.evaluation.tasks import resolve_names
 from flows.evaluation.rounds import RoundEvaluation
 from flows.run.config import RunConfig
+from flows.run.folder import Run
 from flows.stages.stage import Stage, Stages
 
 # Incremented when prompts, scores or their files change.
@@ -44,6 +45,10 @@ class Evaluate(Stage):
         contents = [[path.name, checksum(path)] for path in files]
         return [stages.fingerprint("train", round_number), _FORMAT, prompts, names, config.limit, contents]
 
+    def files(self, run: Run, round_number: int) -> list[Path]:
+        """Return nothing: answers and scores have a record in each step's folder (`flows.evaluation.rounds`)."""
+        return []
+
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Answer the tasks on the run's ranks, and score the answers."""
         evaluation = RoundEvaluation(stages.run, round_number, stages.fingerprint("train", round_number))
@@ -58,6 +63,7 @@ def evaluate_otherwise(stages: Stages, round_number: int, config: EvalConfig, pr
     """
     run = stages.run
     stages.require("train", round_number)
+    stages.verify(progress)
     evaluation = RoundEvaluation(run, round_number, stages.fingerprint("train", round_number))
     questions, own = evaluation.ask(config, progress), run.config.eval
     replaced: list[str] = []

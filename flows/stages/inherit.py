@@ -1,10 +1,12 @@
 """The stage `inherit`: round 1's initial checkpoint, pruned from a larger model."""
 
+from pathlib import Path
 from typing import Any
 
 from data_scoring.base.field_effects import deciding
 from data_scoring.base.progress import Progress
 from flows.run.config import RunConfig
+from flows.run.folder import Run
 from flows.stages.stage import Stage, Stages
 from trainer.checkpoint_folder import list_checkpoints
 
@@ -23,6 +25,12 @@ class Inherit(Stage):
         config = stages.run.config
         model = deciding(config.model, self.name, keep_neutral=True)
         return [stages.run.corpus().fingerprint, model, config.seed]
+
+    def files(self, run: Run, round_number: int) -> list[Path]:
+        """Return the lineage and the measurements; the checkpoint has a record of its own."""
+        from flows.inheritance.initial_checkpoint import inheritance_folder
+
+        return sorted(path for path in inheritance_folder(run).iterdir() if path.is_file())
 
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
         """Write the checkpoint; write it again if the larger model has changed and training has not begun."""

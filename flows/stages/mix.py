@@ -1,5 +1,6 @@
 """The stage `mix`: the samples that a round trains on, in training order."""
 
+from pathlib import Path
 from typing import Any
 
 from data_scoring.base.files import fingerprint
@@ -30,6 +31,10 @@ class Mix(Stage):
         run = stages.run
         before = stages.fingerprint("refine", round_number) if round_number > 1 else _everything(stages)
         return [before, run.corpus().fingerprint, run.config.seed, round_number]
+
+    def files(self, run: Run, round_number: int) -> list[Path]:
+        """Return the mix."""
+        return [run.round_folder(round_number) / "mix.parquet"]
 
     def waits_for(self, run: Run, round_number: int) -> str | None:
         """Return the command that approves the round's selection, if `rounds.approval` requires it."""

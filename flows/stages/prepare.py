@@ -14,6 +14,7 @@ from flows.evaluation.questions import check_items
 from flows.launch import launcher
 from flows.launch.job_fields import device_kind
 from flows.run.config import RunConfig
+from flows.run.folder import Run
 from flows.stages.refine import check_reference
 from flows.stages.stage import Stage, Stages
 
@@ -33,10 +34,23 @@ class Prepare(Stage):
         config = stages.run.config
         return [deciding(config.corpus, self.name), deciding(config.tokenizer, self.name), config.seed]
 
+    def files(self, run: Run, round_number: int) -> list[Path]:
+        """Return the files of the corpus."""
+        return list(run.corpus().files())
+
     def is_complete(self, stages: Stages, round_number: int) -> bool:
-        """Return whether the corpus was prepared with the current inputs."""
-        manifest = read_json(stages.run.corpus_folder / "manifest.json")
-        return manifest is not None and manifest["stage_fingerprint"] == stages.fingerprint(self.name, 0)
+        """Return whether the corpus was prepared with the current inputs.
+
+        Raises ValueError if it was prepared with others: training on it may have begun.
+        """
+        path = stages.run.record_path(self.name, 0)
+        manifest = read_json(path)
+        if manifest is not None and manifest["stage_fingerprint"] != stages.fingerprint(self.name, 0):
+            raise ValueError(
+                f"{path}: the corpus was prepared with another configuration; set another name, restore the "
+                "configuration of corpus and tokenizer, or delete the run folder"
+            )
+        return manifest is not None
 
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
         """Prepare the corpus, unless it exists; in either case, first check the requirements of the later stages."""

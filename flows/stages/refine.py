@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_scoring.base.field_effects import deciding
-from data_scoring.base.parquet import parquet_fingerprint
+from data_scoring.base.parquet import is_intact, parquet_fingerprint
 from data_scoring.base.progress import Progress, silent
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.origin import Origin, check_origins
@@ -14,7 +14,7 @@ from data_scoring.refine.candidates import Draw
 from data_scoring.refine.near_duplicates import write_near_duplicates
 from data_scoring.refine.policies import REFERENCE_LOSS, SEEN_LOSS
 from data_scoring.refine.refine_config import RefineConfig
-from data_scoring.refine.refine_shards import refine
+from data_scoring.refine.refine_shards import refine, selection_path
 from data_scoring.refine.selection_summary import SelectionSummary, dry_run, summarise_selection
 from flows.run.config import RunConfig
 from flows.run.folder import Run
@@ -50,6 +50,12 @@ class Refine(Stage):
             shards, reference = range(run.config.corpus.num_shards), Path(str(config.reference))
             inputs.append([parquet_fingerprint(losses_path(reference, shard)) for shard in shards])
         return inputs
+
+    def files(self, run: Run, round_number: int) -> list[Path]:
+        """Return the selection from each shard, and the list of near duplicates, if there is one."""
+        folder, config = run.round_folder(round_number), run.refine_config(round_number)
+        duplicates = [] if config.near_duplicates is None else [_duplicates_path(run.corpus_folder, config)]
+        return [*(selection_path(folder, shard) for shard in range(run.corpus().num_shards)), *duplicates]
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Write the selection."""
@@ -95,12 +101,15 @@ def _near_duplicates(run: Run, config: RefineConfig, progress: Progress, folder:
     """Return the file of near duplicates, written to `folder` unless the run has it, or None if none is needed."""
     if config.near_duplicates is None:
         return None
-    name = f"near-duplicates-{config.near_duplicates:g}.parquet"
     corpus = run.corpus()
-    has_it = parquet_fingerprint(run.corpus_folder / name) == corpus.fingerprint
-    path = (run.corpus_folder if has_it else folder) / name
+    has_it = is_intact(_duplicates_path(run.corpus_folder, config), corpus.fingerprint)
+    path = _duplicates_path(run.corpus_folder if has_it else folder, config)
     write_near_duplicates(corpus, config.near_duplicates, path, config.memory_gb, progress)
     return path
+
+
+def _duplicates_path(folder: Path, config: RefineConfig) -> Path:
+    return folder / f"near-duplicates-{config.near_duplicates:g}.parquet"
 
 
 def check_reference(refine: RefineConfig) -> None:

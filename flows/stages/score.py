@@ -6,14 +6,16 @@ from typing import Any
 
 from data_scoring.base.field_effects import deciding
 from data_scoring.base.files import checksum, fingerprint
-from data_scoring.base.parquet import parquet_fingerprint
+from data_scoring.base.parquet import is_intact
 from data_scoring.base.progress import Progress
 from data_scoring.config import prefix_of
 from data_scoring.losses.calibration import calibration_path
 from data_scoring.losses.origin import Origin
 from data_scoring.losses.seen_losses import write_seen_losses
+from data_scoring.losses.shard_scoring import losses_path
 from data_scoring.refine.budget import (
     Candidate,
+    budget_path,
     calibration_cost,
     choose,
     measure_candidates,
@@ -45,6 +47,13 @@ class Score(Stage):
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
         """Return the model and the budget."""
         return [stages.fingerprint("train", round_number), deciding(stages.run.config.score, self.name)]
+
+    def files(self, run: Run, round_number: int) -> list[Path]:
+        """Return the losses of each shard, the budget and, if it was measured, the calibration."""
+        folder = run.round_folder(round_number)
+        losses = [losses_path(folder, shard) for shard in range(run.corpus().num_shards)]
+        calibration = [calibration_path(folder)] if run.config.score.budget == "auto" else []
+        return [*losses, *calibration, budget_path(folder)]
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Score on the run's ranks, and record the cost in budget.parquet.
@@ -88,7 +97,7 @@ class _Scoring:
         run, corpus = self.run, self.run.corpus()
         origin = origin_of(run, self.round_number, self.trained, "full")
         identity = self._identity("calibration", origin)
-        if parquet_fingerprint(calibration_path(self.folder)) != identity:
+        if not is_intact(calibration_path(self.folder), identity):
             job = CalibrateJob(
                 **job_fields(run, self.round_number, identity),
                 score=run.config.score,

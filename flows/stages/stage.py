@@ -3,13 +3,15 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from data_scoring.base.files import fingerprint
-from data_scoring.base.progress import Progress
+from data_scoring.base.progress import Progress, silent
 from data_scoring.ledger import refresh_ledger
 from flows.run.config import RunConfig
 from flows.run.folder import Run
+from flows.stages import verification
 
 
 class Stage(ABC):
@@ -42,6 +44,14 @@ class Stage(ABC):
     def inputs(self, stages: "Stages", round_number: int) -> list[Any]:
         """Return what decides the stage's result: values of the configuration, and fingerprints of its input files."""
 
+    @abstractmethod
+    def files(self, run: Run, round_number: int) -> list[Path]:
+        """Return the files that the stage has written, whose checksums go into its record."""
+
+    def how_to_repeat(self, run: Run, round_number: int) -> str:
+        """Return what a person has to delete for the stage to write a damaged file again."""
+        return f"delete it and {run.record_path(self.name, round_number)} to write it again"
+
     def is_complete(self, stages: "Stages", round_number: int) -> bool:
         """Return whether the stage was completed with the current inputs."""
         return stages.run.recorded(self.name, round_number) == stages.fingerprint(self.name, round_number)
@@ -53,16 +63,20 @@ class Stage(ABC):
     def do(self, stages: "Stages", round_number: int, progress: Progress) -> bool:
         """Complete the stage; return whether there was anything left to do.
 
-        Raises ValueError if a stage that it needs is not complete.
+        Raises ValueError if a stage that it needs is not complete, or if a file that a stage has written is damaged.
         """
         if self.is_complete(stages, round_number):
             return False
         for name, number in self.needs(stages.run.config, round_number):
             stages.require(name, number)
-        started = time.time()
+        stages.verify(progress)
+        run, started = stages.run, time.time()
+        # An interrupted repetition must not leave new files beside the checksums of the old ones.
+        run.forget(self.name, round_number)
         self.work(stages, round_number, progress)
-        stages.run.record(self.name, round_number, stages.fingerprint(self.name, round_number), started)
-        refresh_ledger(stages.run.folder)
+        identity = stages.fingerprint(self.name, round_number)
+        run.record(self.name, round_number, identity, started, self.files(run, round_number))
+        refresh_ledger(run.folder)
         return True
 
     @abstractmethod
@@ -92,6 +106,10 @@ class Stages:
                 f"{self.run.folder}: {name} of round {round_number} is not complete; "
                 f"run `reprise run {self.run.folder}`, which does all missing stages"
             )
+
+    def verify(self, progress: Progress = silent) -> None:
+        """Raise ValueError if a file that a stage has written is damaged or missing; see `verification.verify`."""
+        verification.verify(self.run, [*self._table.values()], progress)
 
     def complete(self, name: str, round_number: int, progress: Progress) -> bool:
         """Complete a stage; return whether there was anything left to do."""

@@ -7,6 +7,7 @@ from typing import Any
 from data_scoring.base.field_effects import deciding
 from data_scoring.base.progress import Progress
 from data_scoring.config import padded_vocab_size
+from data_scoring.losses.seen_losses import list_seen_losses
 from flows.evaluation.questions import Question, check_items
 from flows.evaluation.rounds import RoundEvaluation, training_questions
 from flows.launch import launcher
@@ -44,6 +45,15 @@ class Train(Stage):
         The mix also represents the previous round, which this one starts from: its weights gave the losses.
         """
         return [stages.fingerprint("mix", round_number), *training_inputs(stages.run.config)]
+
+    def files(self, run: Run, round_number: int) -> list[Path]:
+        """Return the logs; checkpoints have records of their own, and so have answers and scores."""
+        folder = run.round_folder(round_number)
+        return [folder / "steps.parquet", folder / "validation.parquet", *list_seen_losses(folder)]
+
+    def how_to_repeat(self, run: Run, round_number: int) -> str:
+        """Return that the round's folder has to be deleted: its logs were written during training."""
+        return f"delete {run.round_folder(round_number)} to train the round again"
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Train on the run's ranks."""

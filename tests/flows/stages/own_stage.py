@@ -1,11 +1,13 @@
 """A stage of one's own, as a user would write it: how many words the samples of a mix hold, before a round trains."""
 
+from pathlib import Path
 from typing import Any
 
 from data_scoring.base.files import write_json
 from data_scoring.base.progress import Progress
 from data_scoring.refine.training_mix import Mix
 from flows.run.config import RunConfig
+from flows.run.folder import Run
 from flows.stages.stage import Stage, Stages
 
 
@@ -26,6 +28,10 @@ class CountTokens(Stage):
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
         """Return the mix."""
         return [stages.fingerprint("mix", round_number)]
+
+    def files(self, run: Run, round_number: int) -> list[Path]:
+        """Return the count."""
+        return [run.round_folder(round_number) / "tokens.json"]
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Count."""

@@ -65,7 +65,7 @@ def open_trained(prepared: Path, folder: Path, score: dict[str, object]) -> Run:
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "reprise.json").write_text(json.dumps({"step": 9}))
     write_seen(run.round_folder(1), 1, everything(run.corpus()))
-    run.record("train", 1, fingerprint_of(run, "train", 1), 0.0)
+    run.record("train", 1, fingerprint_of(run, "train", 1), 0.0, [])
     return run
 
 

@@ -1,0 +1,124 @@
+"""Verification of a run's files: each is what its stage wrote, by the checksum in the stage's record."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_scoring.base.checksums import WrittenFile
+from data_scoring.base.progress import Progress, silent
+from flows.evaluation.rounds import evaluation_records
+from flows.run.folder import VERIFIED, Run
+from trainer.checkpoint_folder import RECORD
+from trainer.checkpoint_folder import find_damage as find_damage_in_checkpoint
+
+if TYPE_CHECKING:
+    from flows.stages.stage import Stage
+
+_MOST_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files that one record of a run lists, and the stage and round that wrote them."""
+
+    stage: "Stage"
+    round_number: int
+    record: Path
+    files: Mapping[Path, WrittenFile]
+
+    @property
+    def name(self) -> str:
+        """Return the name of the stage and round, as `reprise status` shows it."""
+        return f"{self.stage.name} {self.round_number}" if self.round_number else self.stage.name
+
+
+def written_files(run: Run, table: Sequence["Stage"]) -> list[Written]:
+    """Return the files of all records of a run, in the order of its stages; records of version 0.8 list no files."""
+    return [_read(run, *each) for each in _records(run, table)]
+
+
+def _records(run: Run, table: Sequence["Stage"]) -> Iterator[tuple["Stage", int, Path]]:
+    # The last round may be scored, too, although no later round is selected by its losses.
+    for place in range(run.config.rounds.num_rounds + 2):
+        for stage in table:
+            number = stage.round_number(run.config, place)
+            if number is not None:
+                yield stage, number, run.record_path(stage.name, number)
+                if stage.name == "train":
+                    yield from ((stage, number, record) for record in evaluation_records(run, number))
+
+
+def _read(run: Run, stage: "Stage", round_number: int, record: Path) -> Written:
+    if stage.name == "prepare":
+        return Written(stage, round_number, record, run.corpus().files() if record.exists() else {})
+    return Written(stage, round_number, record, run.recorded_files(record))
+
+
+def find_damage(run: Run, written: Sequence[Written], progress: Progress = silent) -> dict[Path, str]:
+    """Return what is wrong with each file that is not as its stage wrote it; empty if all are."""
+    files = {path: entry for each in written for path, entry in each.files.items()}
+    return run.verifier().find_damage(files, progress)
+
+
+def verify(run: Run, table: Sequence["Stage"], progress: Progress = silent) -> None:
+    """Raise ValueError if a file that a stage has written is damaged or missing.
+
+    Files that were verified and have not changed since are not read again. Checkpoints are not included: they are
+    verified whenever they are loaded.
+    """
+    written = written_files(run, table)
+    damage = find_damage(run, written, progress)
+    if damage:
+        shown = [describe(run, written, path, reason) for path, reason in list(damage.items())[:_MOST_SHOWN]]
+        others = f"; and {len(damage) - len(shown)} more files" if len(damage) > len(shown) else ""
+        raise ValueError(f"{'; '.join(shown)}{others}; `reprise verify {run.folder}` lists everything")
+
+
+def describe(run: Run, written: Sequence[Written], path: Path, reason: str) -> str:
+    """Return one line about a damaged file: what is wrong, how to repair it, and which stages depend on it."""
+    [owner, *_] = [each for each in written if path in each.files]
+    later = dependents(run, written, owner)
+    return (
+        f"{path}: damaged since {owner.name} wrote it: {reason}; restore it from a copy, or "
+        f"{owner.stage.how_to_repeat(run, owner.round_number)}"
+        f"{'; completed stages that depend on it: ' + ', '.join(later) if later else ''}"
+    )
+
+
+def dependents(run: Run, written: Sequence[Written], owner: Written) -> list[str]:
+    """Return the completed stages that depend on what `owner` wrote, directly or through other stages."""
+    affected = {(owner.stage.name, owner.round_number)}
+    names = []
+    for each in written:
+        key = (each.stage.name, each.round_number)
+        needs = {*each.stage.needs(run.config, each.round_number), ("prepare", 0)}
+        if key not in affected and needs & affected and each.record.exists():
+            affected.add(key)
+            names.append(each.name)
+    return names
+
+
+def examine(run: Run, table: Sequence["Stage"], progress: Progress = silent) -> Iterator[tuple[str, str]]:
+    """Yield what each record and each checkpoint of a run covers, and a line for each damaged file ("" if none is).
+
+    Reads every file, whether it was verified before or not.
+    """
+    (run.folder / VERIFIED).unlink(missing_ok=True)
+    written: list[Written] = []
+    for stage, number, record in _records(run, table):
+        try:
+            written.append(_read(run, stage, number, record))
+        except ValueError as error:
+            yield str(record), str(error)
+    damage = find_damage(run, written, progress)
+    for each in written:
+        if each.record.exists():
+            what = f"{len(each.files)} files" if each.files else "no checksums recorded"
+            yield f"{each.record}: {what}", ""
+            for path in each.files.keys() & damage.keys():
+                yield str(path), describe(run, written, path, damage[path])
+    for checkpoint in sorted(run.folder.glob("rounds/*/**/checkpoint/step-*")):
+        found = find_damage_in_checkpoint(checkpoint) if (checkpoint / RECORD).exists() else f"{RECORD} is missing"
+        remedy = f"restore it from a copy, or delete {checkpoint.parent.parent} to train the round again"
+        yield str(checkpoint), f"{checkpoint}: damaged: {found}; {remedy}" if found else ""
