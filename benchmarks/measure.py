@@ -65,6 +65,16 @@ def ratio(speeds: dict[str, list[float]], name: str, baseline: str) -> dict[str,
     }
 
 
+def spread(claim: str, values: list[float]) -> dict[str, Any]:
+    """Return the median, minimum and maximum of `values`."""
+    return {
+        "claim": claim,
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
 def device_seconds(kind: str, work: Callable[[], object], turns: int = 10) -> float:
     """Return the median seconds of `work` on a device of `kind`, `cuda`, `npu` or `cpu`, after warm-up."""
     seconds = []

@@ -4,7 +4,6 @@ import fcntl
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
+from benchmarks.measure import spread
 from data_scoring.base.files import read_json
 from data_scoring.base.progress import silent
 from flows.report.run_report import write_report
@@ -36,15 +36,6 @@ TINY: dict[str, Any] = {
     "train": {"global_batch_size": 4},
     "checkpoint": {"every_steps": EVERY_STEPS},
 }  # fmt: skip
-
-
-def _spread(claim: str, values: list[float]) -> dict[str, Any]:
-    return {
-        "claim": claim,
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }
 
 
 def run_stages(config: RunConfig) -> Path:
@@ -80,8 +71,8 @@ def prefect_overhead(folder: Path) -> list[dict[str, Any]]:
                 work()
                 seconds[name].append(time.perf_counter() - started)
     return [
-        _spread("pipeline with nothing to do through Prefect / plain function calls", _ratios(seconds)),
-        _spread("seconds that Prefect adds to a pipeline of 8 tasks", _differences(seconds)),
+        spread("pipeline with nothing to do through Prefect / plain function calls", _ratios(seconds)),
+        spread("seconds that Prefect adds to a pipeline of 8 tasks", _differences(seconds)),
     ]
 
 
@@ -116,10 +107,10 @@ def stopping(folder: Path) -> list[dict[str, Any]]:
                 lost[way].append(max(0, done - _saved(run)))
                 _wait(lambda: _lock_is_free(run / ".lock"))
     return [
-        _spread("seconds from a cancel in Prefect to the last rank's end (a checkpoint is saved)", ends["cancel"]),
-        _spread("seconds from a SIGKILL of the flow to the last rank's end", ends["kill"]),
-        _spread(f"steps lost by a cancel / steps between checkpoints ({EVERY_STEPS})", _shares(lost["cancel"])),
-        _spread(f"steps lost by a SIGKILL / steps between checkpoints ({EVERY_STEPS})", _shares(lost["kill"])),
+        spread("seconds from a cancel in Prefect to the last rank's end (a checkpoint is saved)", ends["cancel"]),
+        spread("seconds from a SIGKILL of the flow to the last rank's end", ends["kill"]),
+        spread(f"steps lost by a cancel / steps between checkpoints ({EVERY_STEPS})", _shares(lost["cancel"])),
+        spread(f"steps lost by a SIGKILL / steps between checkpoints ({EVERY_STEPS})", _shares(lost["kill"])),
     ]
 
 

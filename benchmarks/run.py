@@ -18,13 +18,14 @@ import torch
 from benchmarks.contamination import contamination
 from benchmarks.evaluation import evaluation
 from benchmarks.head import head
-from benchmarks.measure import measure_in_turns, ratio, single_rank, topics
+from benchmarks.measure import TURNS, measure_in_turns, ratio, single_rank, spread, topics
 from benchmarks.operation import prefect_overhead, stopping
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
 from benchmarks.scale import scale
 from data_scoring.base.files import read_json, write_json
 from data_scoring.losses.shard_scoring import Block
-from flows.run.folder import package_versions
+from flows.run.folder import VERIFIED, package_versions, read_run
+from flows.stages.stage_order import stages_of, steps_of
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 
 RESULTS = Path("benchmarks/results")
@@ -92,7 +93,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
 
 
 def demo(folder: Path) -> list[dict[str, Any]]:
-    """Return the seconds of the demo in total and outside its training and scoring stages."""
+    """Return the seconds of the demo in total, outside training and scoring, and for verifying its files."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "flows.cli.main", "run", "configs/demo.yaml", "--set", f"output={folder}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -105,8 +106,26 @@ def demo(folder: Path) -> list[dict[str, Any]]:
             "seconds": round(seconds, 1),
             "outside": round(seconds - stages, 1),
             "median": round((seconds - stages) / seconds, 3),
-        }
+        },
+        spread(
+            "demo: seconds for checksums (every file read once, and looked at before every stage) / seconds in all",
+            [each / seconds for each in _verification(folder / "demo")],
+        ),
     ]
+
+
+def _verification(folder: Path) -> list[float]:
+    """Return the seconds that a run's stages spend on checksums, measured again on its finished files."""
+    run, turns = read_run(folder), []
+    stages, num_stages = stages_of(run), len(steps_of(run.config))
+    for _ in range(TURNS):
+        (folder / VERIFIED).unlink(missing_ok=True)
+        started = time.perf_counter()
+        stages.verify()
+        all_read = time.perf_counter()
+        stages.verify()
+        turns.append(all_read - started + num_stages * (time.perf_counter() - all_read))
+    return turns
 
 
 BENCHMARKS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {

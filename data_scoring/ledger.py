@@ -294,6 +294,8 @@ def refresh_ledger(run_folder: Path) -> Path:
             _create(connection, name, view.comment, view.columns, _select(run_folder, view))
         for name, (comment, columns, sql) in DERIVED.items():
             _create(connection, name, comment, columns, sql)
+        # Closing the connection writes the file, too, but ignores errors such as a full disk.
+        connection.execute("checkpoint")
     return path
 
 

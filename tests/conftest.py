@@ -85,6 +85,10 @@ _LONGEST = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="kills of tests/flows/cli/test_random_kills.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first: the processes of pytest-xdist then end together, and none waits for another's."""
     places = {name: place for place, name in enumerate(_LONGEST)}

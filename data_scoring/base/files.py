@@ -25,8 +25,10 @@ def writing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         commit(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
 
 

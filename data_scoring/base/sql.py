@@ -19,7 +19,7 @@ def writing_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+    except (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.FatalException) as error:
         other = ValueError(f"{path}: cannot be written ({' '.join(str(error).split())}); fix this and run again")
         raise disk_error(str(error), path) or other from None
 

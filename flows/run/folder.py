@@ -95,12 +95,8 @@ class Run:
         }
 
     def recorded_files(self, record: Path) -> dict[Path, WrittenFile]:
-        """Return the files that `record` lists; empty if it does not exist, or was written before version 0.9."""
-        content = read_json(record) or {}
-        return {
-            self.folder / name: WrittenFile(str(entry["checksum"]), int(entry["bytes"]))
-            for name, entry in content.get("files", {}).items()
-        }
+        """Return the files that `record` lists; see the function of this name."""
+        return {self.folder / name: written for name, written in recorded_files(record).items()}
 
     def verifier(self) -> FileVerifier:
         """Return the verifier of the run's files."""
@@ -115,6 +111,18 @@ class Run:
         if stage == "prepare":
             return self.corpus_folder / "manifest.json"
         return (self.round_folder(round_number) if round_number else self.corpus_folder) / f"{stage}.json"
+
+
+def recorded_files(record: Path) -> dict[str, WrittenFile]:
+    """Return the files that a completion record lists, by their paths in the run folder.
+
+    Empty if the record does not exist, or was written before version 0.9.
+    """
+    content = read_json(record) or {}
+    return {
+        name: WrittenFile(str(entry["checksum"]), int(entry["bytes"]))
+        for name, entry in content.get("files", {}).items()
+    }
 
 
 def open_run(config: RunConfig) -> Run:

@@ -57,6 +57,9 @@ def find_model(place: Path, round_number: int | None = None) -> StoredModel:
     found, checkpoint = _find_round(place, round_number)
     corpus = run.corpus()
     vocab_size = int(read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size))
+    tokenizer = {path: written for path, written in corpus.files().items() if path == corpus.tokenizer_path}
+    for path, reason in run.verifier().find_damage(tokenizer).items():
+        raise ValueError(f"{path}: damaged since it was written: {reason}; restore it from a copy")
     end = run.config.tokenizer.end_of_document
     # Where the model's own weights came from does not matter to models that start from it.
     config = run.config.model.model_copy(update={"inherit": None, "start_from": None})

@@ -17,7 +17,7 @@ from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.refine_shards import refine, selection_path
 from data_scoring.refine.selection_summary import SelectionSummary, dry_run, summarise_selection
 from flows.run.config import RunConfig
-from flows.run.folder import Run
+from flows.run.folder import Run, recorded_files
 from flows.stages.contamination import samples_to_leave_out
 from flows.stages.stage import Stage, Stages
 
@@ -136,6 +136,7 @@ def check_losses(run: Run, round_number: int, refine: RefineConfig) -> None:
         )
     if REFERENCE_LOSS in refine.columns:
         check_reference(refine)
+        _verify_reference(run, Path(str(refine.reference)))
         reference = _origin(Path(str(refine.reference)), corpus)
         for field in ("tokenizer", "precision", "budget"):
             mine, theirs = getattr(origin, field), getattr(reference, field)
@@ -144,6 +145,19 @@ def check_losses(run: Run, round_number: int, refine: RefineConfig) -> None:
                     f"refine.reference: {refine.reference!r} was scored with {field} {theirs!r} and this run with "
                     f"{mine!r}; score both in the same way"
                 )
+
+
+def _verify_reference(run: Run, round_folder: Path) -> None:
+    """Raise ValueError if the losses of a reference model are not as its scoring wrote them."""
+    files = {
+        round_folder / "losses" / Path(name).name: written
+        for name, written in recorded_files(round_folder / "score.json").items()
+        if Path(name).parent.name == "losses"
+    }
+    for path, reason in run.verifier().find_damage(files).items():
+        raise ValueError(
+            f"refine.reference: {path}: damaged since it was written: {reason}; restore it, or score again there"
+        )
 
 
 def _origin(round_folder: Path, corpus: Corpus) -> Origin:

@@ -169,6 +169,8 @@ def test_a_mix_of_scores_is_refused(prepared: Path, folder: Path, monkeypatch: p
     table = pq.read_table(path)
     metadata = {key: value.replace(b"float32", b"bfloat16") for key, value in table.schema.metadata.items()}
     pq.write_table(table.replace_schema_metadata(metadata), path)
+    # As if scoring had written it so.
+    run.record("score", 1, fingerprint_of(run, "score", 1), 0.0, [])
     for look in (lambda: complete(run, "refine", 2, silent), lambda: preview(run, 2)):
         with pytest.raises(ValueError, match=r"shard=0001.parquet: .*: precision is 'bfloat16' here and 'float3"):
             look()
