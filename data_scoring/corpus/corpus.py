@@ -52,8 +52,8 @@ class Corpus:
         self.num_shards = len(manifest["shards"])
         self.num_validation_samples: int = manifest["validation"]["num_samples"]
         self._parts: dict[int, list[IndexedTokens]] = {}
-        # A mapped pair takes three descriptors: each memory map holds one of its own.
-        allow_open_files(3 * sum(len(entry["parts"]) for entry in [manifest["validation"], *manifest["shards"]]))
+        # Each file of a mapped pair takes a descriptor.
+        allow_open_files(2 * sum(len(entry["parts"]) for entry in [manifest["validation"], *manifest["shards"]]))
 
     @property
     def tokenizer_path(self) -> Path:

@@ -1,44 +1,104 @@
 """An existing Megatron corpus used in place: each shard is a new index file over its `.bin` files."""
 
+import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_scoring.base.files import checksum, writing
-from data_scoring.corpus.indexed import IndexedTokens, open_indexed, write_index
+from data_scoring.base.progress import Progress
+from data_scoring.corpus.indexed import IndexedTokens, write_index
 from data_scoring.corpus.packing import ShardAssignment, Stream
 
 _Described = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
+@dataclass(frozen=True)
+class InPlaceSource:
+    """The tokens of a source, in the order of its index, as one stretch of the file `tokens_path`.
+
+    first_byte: where the stretch starts; checksum: that of the file.
+    """
+
+    name: str
+    tokens_path: Path
+    dtype: np.dtype
+    first_byte: int
+    num_tokens: int
+    checksum: str
+
+    def entry(self) -> dict[str, Any]:
+        """Return the source's entry in the manifest."""
+        return {"name": self.name, "train_tokens": self.num_tokens, "first_byte": self.first_byte}
+
+
+def open_in_place(
+    name: str, indexed: IndexedTokens, vocab_size: int, folder: Path, progress: Progress
+) -> InPlaceSource:
+    """Return the source `name`, whose tokens are the sequences of `indexed`, concatenated in the index's order.
+
+    They stay where they are if they follow each other in the `.bin`. Otherwise, as windows over them would not be
+    contiguous, they are copied to `folder`. Raises ValueError if there are none, or if one is outside the vocabulary.
+    """
+    stretches = list(islice(indexed.stretches(), 2))
+    if not stretches:
+        raise ValueError(f"corpus.sources.{name}.path: {indexed.prefix}.idx lists no tokens; remove the source")
+    if len(stretches) == 1:
+        path, first_byte = Path(f"{indexed.prefix}.bin").resolve(), stretches[0][0]
+        digest = _read_all(name, indexed, vocab_size, None, progress)
+        if path.stat().st_size != indexed.num_tokens * indexed.dtype.itemsize:
+            digest = checksum(path)
+    else:
+        path, first_byte = folder / f"tokens-{name}.bin", 0
+        with writing(path) as temporary, temporary.open("wb") as file:
+            digest = _read_all(name, indexed, vocab_size, file, progress)
+    return InPlaceSource(name, path, indexed.dtype, first_byte, indexed.num_tokens, digest)
+
+
+def _read_all(name: str, indexed: IndexedTokens, vocab_size: int, copy: IO[bytes] | None, progress: Progress) -> str:
+    """Check every token, write it to `copy` if there is one, and return the checksum of all."""
+    digest, done, total = hashlib.blake2b(digest_size=16), 0, indexed.num_tokens
+    for block in indexed.blocks():
+        smallest, largest = int(block.min()), int(block.max())
+        if smallest < 0 or largest >= vocab_size:
+            raise ValueError(
+                f"{indexed.prefix}.bin: source {name} has token {smallest if smallest < 0 else largest}, but "
+                f"tokenizer.path has only {vocab_size} tokens; give the tokenizer that tokenised it"
+            )
+        digest.update(block.data)
+        if copy is not None:
+            copy.write(block.data)
+        done += len(block)
+        progress(f"{'checking' if copy is None else 'copying'} {name} (tokens)", done, total)
+    return digest.hexdigest()
+
+
 def assign_in_place(
-    prefixes: list[tuple[str, Path]], sample_length: int, validation_fraction: float, num_shards: int, seed: int
-) -> tuple[ShardAssignment, list[IndexedTokens]]:
-    """Return the assignment of samples, windows of `sample_length` tokens over each (name, prefix), and the corpora.
+    sources: list[InPlaceSource], sample_length: int, validation_fraction: float, num_shards: int, seed: int
+) -> ShardAssignment:
+    """Return the assignment of samples, windows of `sample_length` tokens over each source.
 
     Windows rather than documents are held out, and duplicates stay: dropping a document would mean copying the tokens.
     """
-    corpora = [open_indexed(prefix) for _, prefix in prefixes]
-    streams = [
-        Stream(name, int(corpus.lengths.sum(dtype=np.int64)), sample_length)
-        for (name, _), corpus in zip(prefixes, corpora, strict=True)
-    ]
+    streams = [Stream(source.name, source.num_tokens, sample_length) for source in sources]
     total = sum(stream.num_samples for stream in streams)
-    return ShardAssignment(streams, num_shards, seed, max(1, round(total * validation_fraction))), corpora
+    return ShardAssignment(streams, num_shards, seed, max(1, round(total * validation_fraction)))
 
 
 def index_in_place(
-    assignment: ShardAssignment, corpora: list[IndexedTokens], folder: Path
+    assignment: ShardAssignment, in_place: list[InPlaceSource], folder: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Write one index file per source for each shard; return the manifest entries of validation set and shards."""
-    validation = _index_parts("validation", assignment.held_out, assignment, corpora, folder)
+    validation = _index_parts("validation", assignment.held_out, assignment, in_place, folder)
     shards = []
     for shard in range(assignment.num_shards):
-        entry = _index_parts(f"shard-{shard:04d}", partial(assignment.samples, shard), assignment, corpora, folder)
+        entry = _index_parts(f"shard-{shard:04d}", partial(assignment.samples, shard), assignment, in_place, folder)
         shards.append({"num_samples": entry["num_samples"], "parts": entry["parts"]})
     return validation, shards
 
@@ -47,26 +107,32 @@ def _index_parts(
     name: str,
     describe: Callable[[], Iterator[_Described]],
     assignment: ShardAssignment,
-    corpora: list[IndexedTokens],
+    in_place: list[InPlaceSource],
     folder: Path,
 ) -> dict[str, Any]:
     parts, sources = [], []
-    for number, (stream, corpus) in enumerate(zip(assignment.streams, corpora, strict=True)):
+    for number, (stream, tokens) in enumerate(zip(assignment.streams, in_place, strict=True)):
         count = sum(int((source == number).sum()) for source, _, _ in describe())
-        itemsize = corpus.tokens.itemsize
 
         def chunks(
-            number: int = number, stride: int = stream.sample_length * itemsize
+            number: int = number,
+            first: int = tokens.first_byte,
+            stride: int = stream.sample_length * tokens.dtype.itemsize,
         ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
             for source, within, lengths in describe():
-                yield lengths[source == number], within[source == number] * stride
+                yield lengths[source == number], first + within[source == number] * stride
 
         prefix = f"{name}-{stream.name}"
         with writing(folder / f"{prefix}.idx") as temporary:
-            write_index(temporary, corpus.tokens.dtype, count, chunks())
+            write_index(temporary, tokens.dtype, count, chunks())
         with writing(folder / f"{prefix}.bin") as temporary:
-            temporary.symlink_to(Path(f"{corpus.prefix}.bin").resolve())
-        # Only the index gets a checksum: hashing the existing tokens would cost more than reading them.
-        parts.append({"prefix": prefix, "checksums": {".idx": checksum(folder / f"{prefix}.idx")}})
+            # A copy is beside its shards, wherever the folder is moved.
+            is_copy = tokens.tokens_path.parent == folder
+            temporary.symlink_to(tokens.tokens_path.name if is_copy else tokens.tokens_path)
+        checksums = {".idx": checksum(folder / f"{prefix}.idx")}
+        if name == "validation":
+            # All shards share the file of tokens, which is verified once.
+            checksums[".bin"] = tokens.checksum
+        parts.append({"prefix": prefix, "checksums": checksums})
         sources.append({"name": stream.name, "num_samples": count})
     return {"num_samples": sum(part["num_samples"] for part in sources), "sources": sources, "parts": parts}

@@ -13,7 +13,7 @@ from data_scoring.base.files import checksum, fingerprint, read_json, remove_lef
 from data_scoring.base.progress import Progress
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus.corpus import FORMAT_VERSION
-from data_scoring.corpus.in_place import assign_in_place, index_in_place
+from data_scoring.corpus.in_place import assign_in_place, index_in_place, open_in_place
 from data_scoring.corpus.indexed import token_dtype
 from data_scoring.corpus.packing import (
     ShardAssignment,
@@ -24,7 +24,7 @@ from data_scoring.corpus.packing import (
     pack_validation,
 )
 from data_scoring.corpus.source_text import SourceText
-from data_scoring.corpus.sources import check_source, megatron_prefix, resolve_format
+from data_scoring.corpus.sources import check_source, open_megatron, resolve_format
 from data_scoring.corpus.tokenise import StagedSource, stage_source
 from data_scoring.tokenizer.tokenizer import Tokenizer, install_tokenizer, open_tokenizer
 
@@ -61,7 +61,7 @@ def prepare_corpus(
     tokenizer_path = _make_tokenizer(tokenizer, texts, seed, folder, progress)
     opened = open_tokenizer(tokenizer_path, tokenizer.end_of_document)
     if in_place:
-        entries = _prepare_in_place(corpus, opened, seed, folder)
+        entries = _prepare_in_place(corpus, opened, seed, folder, progress)
     else:
         entries = _prepare_from_text(corpus, texts, opened, tokenizer_path, seed, folder, progress)
     shutil.rmtree(staging)
@@ -183,22 +183,21 @@ def _collect_rejects(staged: list[StagedSource], staging: Path, target: Path) ->
                         shutil.copyfileobj(lines, out)
 
 
-def _prepare_in_place(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int, folder: Path) -> dict[str, Any]:
-    prefixes = [(source.name, megatron_prefix(source)) for source in corpus.sources]
-    assignment, corpora = assign_in_place(
-        prefixes, corpus.seq_length + 1, corpus.validation_fraction, corpus.num_shards, seed
-    )
-    for (name, prefix), tokens in zip(prefixes, corpora, strict=True):
-        largest = int(tokens.tokens[: 1 << 20].max(initial=0))
-        if largest >= tokenizer.vocab_size:
-            raise ValueError(
-                f"{prefix}.bin: source {name} has token {largest}, but tokenizer.path has only "
-                f"{tokenizer.vocab_size} tokens; give the tokenizer that tokenised it"
-            )
-    validation, shards = index_in_place(assignment, corpora, folder)
+def _prepare_in_place(
+    corpus: CorpusConfig, tokenizer: Tokenizer, seed: int, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    sources = [
+        open_in_place(source.name, open_megatron(source), tokenizer.vocab_size, folder, progress)
+        for source in corpus.sources
+    ]
+    assignment = assign_in_place(sources, corpus.seq_length + 1, corpus.validation_fraction, corpus.num_shards, seed)
+    validation, shards = index_in_place(assignment, sources, folder)
     _write_samples(assignment, folder / "samples.parquet", grouped=True)
-    sources = [{"name": stream.name, "train_tokens": stream.num_tokens} for stream in assignment.streams]
-    return {"sources": sources, "validation": validation, "shards": shards}
+    return {
+        "sources": [source.entry() for source in sources],
+        "validation": validation,
+        "shards": shards,
+    }
 
 
 def _write_samples(assignment: ShardAssignment, path: Path, grouped: bool = False) -> None:

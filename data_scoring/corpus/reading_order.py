@@ -58,16 +58,22 @@ class ReadingOrder:
             yield batch.tokens.reshape(-1)[: int((batch.num_tokens + 1).sum())]
 
     def _blocks_in_place(self, source: int) -> Iterator[NDArray[np.integer]]:
-        # Every part of a source is an index over all its tokens.
+        # Every part of a source is an index over the file of all its tokens.
         part = self.corpus.parts(0)[source]
-        for start in range(0, self._assignment.streams[source].num_tokens, _CHUNK_TOKENS):
-            tokens = part.tokens[start : min(start + _CHUNK_TOKENS, self._assignment.streams[source].num_tokens)]
+        num_tokens, itemsize = self._assignment.streams[source].num_tokens, part.dtype.itemsize
+        for start in range(0, num_tokens, _CHUNK_TOKENS):
+            count = min(_CHUNK_TOKENS, num_tokens - start)
+            tokens = part.read(self._first_byte(source) + start * itemsize, count)
             if tokens.max() >= self.corpus.vocab_size or tokens.min() < 0:
                 raise ValueError(
                     f"{part.prefix}.bin: has a token outside the vocabulary of {self.corpus.vocab_size}; give the "
                     "tokenizer that it was tokenised with"
                 )
             yield tokens
+
+    def _first_byte(self, source: int) -> int:
+        # Corpora used in place that version 0.8 made start at the first byte.
+        return int(self.corpus.manifest["sources"][source].get("first_byte", 0))
 
     def locate(self, source: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the shard of each of a source's samples and its number there, [n] int64 each; -1 for held-out ones."""
@@ -83,7 +89,7 @@ class ReadingOrder:
             parts = self.corpus.parts(shard)
             first = sum(len(part.lengths) for part in parts[:source])
             part = parts[source]
-            pointers = samples[mine] * self.sample_length * part.tokens.itemsize
+            pointers = self._first_byte(source) + samples[mine] * self.sample_length * part.dtype.itemsize
             order = np.argsort(pointers)
             rows = np.flatnonzero(np.isin(part.pointers, pointers))
             found = np.searchsorted(pointers[order], part.pointers[rows])

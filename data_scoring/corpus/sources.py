@@ -13,7 +13,7 @@ import pyarrow as pa
 from fsspec.core import get_fs_token_paths
 
 from data_scoring.config import SourceConfig
-from data_scoring.corpus.indexed import open_indexed
+from data_scoring.corpus.indexed import IndexedTokens, open_indexed
 from data_scoring.corpus.python_text import KINDS, read_python_text
 
 if TYPE_CHECKING:
@@ -56,17 +56,18 @@ def resolve_format(source: SourceConfig) -> str:
     )
 
 
-def megatron_prefix(source: SourceConfig) -> Path:
-    """Return the path prefix, without extension, of a source in Megatron's format."""
+def open_megatron(source: SourceConfig) -> IndexedTokens:
+    """Return the indexed tokens of a source in Megatron's format, of at most `max_documents` documents."""
     path = Path(source.path)
-    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    indexed = open_indexed(path.with_suffix("") if path.suffix in (".bin", ".idx") else path)
+    return indexed if source.max_documents is None else indexed.first_documents(source.max_documents)
 
 
 def check_source(source: SourceConfig) -> None:
     """Raise ValueError if `source` cannot be read at all."""
     kind = resolve_format(source)
     if kind == "megatron":
-        open_indexed(megatron_prefix(source))
+        open_megatron(source)
     elif kind == "python":
         if source.path not in KINDS:
             raise ValueError(
