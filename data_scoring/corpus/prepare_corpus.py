@@ -145,9 +145,13 @@ def _prepare_from_text(
         )
         for text in texts
     ]
-    for source in staged:
+    for source, text in zip(staged, texts, strict=True):
         if source.counts["documents"] == 0:
-            raise ValueError(f"corpus.sources.{source.name}.path: has no text; remove the source or correct its path")
+            first = text.first_rejected()
+            skipped = "" if first is None else f" ({source.counts['rejected']} bad records were skipped, first {first})"
+            raise ValueError(
+                f"corpus.sources.{source.name}.path: has no text{skipped}; remove the source or correct its path"
+            )
     _collect_rejects(staged, staging, folder / "rejects.jsonl")
     results = assign_roles(staged, corpus.validation_fraction, seed)
     sample_length = corpus.seq_length + 1

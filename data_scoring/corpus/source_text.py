@@ -1,5 +1,6 @@
 """The text of one source, read and parsed once: text that trains a tokenizer is kept until it is tokenised."""
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -49,6 +50,14 @@ class SourceText:
             return 0
         with self._rejects_path.open("rb") as lines:
             return sum(1 for _ in lines)
+
+    def first_rejected(self) -> str | None:
+        """Return file, line and reason of the first malformed record that was skipped, if there is one."""
+        if self.num_rejected() == 0:
+            return None
+        with self._rejects_path.open(encoding="utf-8") as lines:
+            first = json.loads(lines.readline())
+        return f"{first['file']}:{first['line']}: {first['reason']}"
 
     def forget(self) -> None:
         """Delete the kept documents."""

@@ -1,23 +1,25 @@
-"""Documents from the user's sources, read as a stream through the `datasets` library."""
+"""Documents from the user's sources, read as a stream."""
 
-import gzip
+import io
 import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pyarrow as pa
-from fsspec.core import get_fs_token_paths
+import pyarrow.parquet as pq
 
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.indexed import IndexedTokens, open_indexed
+from data_scoring.corpus.json_records import checked_text, decode, read_records, record_text
 from data_scoring.corpus.python_text import KINDS, read_python_text
+from data_scoring.corpus.source_files import ending_of, format_of, match_path, open_contents, open_file
 
 if TYPE_CHECKING:
     import datasets
+
+_T = TypeVar("_T")
 
 # Called with (file, line or row, reason); raises or records.
 BadRecord = Callable[[str, int, str], None]
@@ -27,14 +29,8 @@ LARGEST_DOCUMENT_BYTES = 256 << 20
 
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 4 << 20
-# Size of a read; it takes several times that in memory.
-_CHUNK_BYTES = 1 << 20
+_CHUNK = 1 << 20
 _BATCH_ROWS = 64
-
-_FORMAT_OF_ENDING = {
-    ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
-    ".txt": "text", ".text": "text", ".md": "text", ".rst": "text", ".bin": "megatron", ".idx": "megatron",
-}  # fmt: skip
 
 
 def resolve_format(source: SourceConfig) -> str:
@@ -46,13 +42,13 @@ def resolve_format(source: SourceConfig) -> str:
         return source.format
     if Path(f"{source.path}.idx").exists():
         return "megatron"
-    endings = {_ending(name) for name in matching_files(source)}
-    formats = {_FORMAT_OF_ENDING[ending] for ending in endings if ending in _FORMAT_OF_ENDING}
+    names = matching_files(source)
+    formats = {kind for name in names if (kind := format_of(name)) is not None}
     if len(formats) == 1:
         return formats.pop()
     raise ValueError(
         f"corpus.sources.{source.name}.format: cannot tell the format of {source.path!r} from the endings "
-        f"{sorted(endings)}; set format to jsonl, text, parquet, datasets or megatron"
+        f"{sorted({ending_of(name) for name in names})}; set format to jsonl, text, parquet, datasets or megatron"
     )
 
 
@@ -83,16 +79,12 @@ def read_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[s
     A malformed record is passed to `on_bad_record` with its file and line (row, for Parquet), and skipped.
     """
     kind = resolve_format(source)
-    readers = {"jsonl": _read_jsonl, "text": _read_text, "parquet": _read_rows, "datasets": _read_rows}
     if kind == "python":
         texts: Iterator[str] = read_python_text(source.path)
     else:
+        readers = {"jsonl": _read_jsonl, "text": _read_text, "parquet": _read_parquet, "datasets": _read_dataset}
         texts = readers[kind](source, on_bad_record)
-    with _naming(source):
-        for number, text in enumerate(texts):
-            if source.max_documents is not None and number >= source.max_documents:
-                return
-            yield text
+    yield from islice(texts, source.max_documents)
 
 
 def batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -127,22 +119,35 @@ class Rejects:
 
 
 @contextmanager
-def _naming(source: SourceConfig) -> Iterator[None]:
-    """Convert library errors about a file's format into a ValueError that names the source."""
+def _naming(source: SourceConfig, file: str) -> Iterator[None]:
+    """Convert whatever a library raises while it reads `file` into a ValueError that names it."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowInvalid, ImportError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # noqa: BLE001 (what libraries raise for damaged files is not documented)
+        is_denied = isinstance(error, PermissionError)
+        name = error.filename if isinstance(error, PermissionError) and error.filename else file
         raise ValueError(
-            f"corpus.sources.{source.name}.path: {source.path!r} cannot be read ({reason}); "
-            "repair or replace the file, or set another format"
+            f"corpus.sources.{source.name}.path: {name!r} cannot be read ({_reason(error)}); "
+            + ("give yourself access to it" if is_denied else "repair or replace the file, or set another format")
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return what `error` says, on one line."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    return reason[:200] or type(error).__name__
+
+
+def _reading(source: SourceConfig, file: str, rows: Iterator[_T]) -> Iterator[_T]:
+    """Yield `rows`, which a library reads from `file`; its errors name the file."""
+    with _naming(source, file):
+        yield from rows
 
 
 def matching_files(source: SourceConfig) -> list[str]:
     """Return the names of the files that match a source's path. Raises ValueError if there are none."""
-    with _naming(source):
-        names = _match(source.path)
+    with _naming(source, source.path):
+        names = match_path(source.path)
     if not names:
         raise ValueError(
             f"corpus.sources.{source.name}.path: no file matches {source.path!r}; "
@@ -151,106 +156,62 @@ def matching_files(source: SourceConfig) -> list[str]:
     return names
 
 
-def _match(path: str) -> list[str]:
-    if Path(path).is_dir():
-        names = sorted(str(file) for file in Path(path).rglob("*") if file.is_file() and file.name[0] != ".")
-    else:
-        fs, _, names = get_fs_token_paths(path)
-        names = sorted(name for name in names if fs.exists(name))
-        if "://" in path:
-            names = [fs.unstrip_protocol(name) for name in names]
-    return names
-
-
-def _ending(name: str) -> str:
-    endings = [ending for ending in Path(name).suffixes if ending not in (".gz", ".zst", ".bz2", ".xz")]
-    return endings[-1].lower() if endings else ""
-
-
-def _raw_rows(files: list[str], sample_by: str) -> Iterator[bytes]:
-    import datasets
-
-    # Latin-1 maps bytes to characters and back without loss, so that errors can name lines that are not UTF-8.
-    rows = datasets.load_dataset(
-        "text",
-        data_files=files,
-        split="train",
-        streaming=True,
-        sample_by=sample_by,
-        encoding="latin-1",
-        chunksize=_CHUNK_BYTES,
-    )
-    # A batch is held in memory: one document at a time if files are documents, else at most the lines of one read.
-    for batch in rows.iter(batch_size=1 if sample_by == "document" else _BATCH_ROWS):
-        for text in batch["text"]:
-            yield text.encode("latin-1")
+def _opened(file: str) -> Iterator[io.TextIOWrapper]:
+    """Yield the content of a file, or of each member of an archive, as text whose lines end with a line feed."""
+    for content in open_contents(file):
+        # Latin-1 maps bytes to characters and back without loss, so that errors can name lines that are not UTF-8.
+        yield io.TextIOWrapper(content, encoding="latin-1")
 
 
 def _read_jsonl(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
     for file in matching_files(source):
-        for number, line in enumerate(_raw_rows([file], "line"), start=1):
-            if not line.strip():
+        records = (record for content in _opened(file) for record in read_records(content))
+        for number, record in _reading(source, file, records):
+            if not record.strip():
                 continue
             try:
-                yield _json_text(line, source.text_field)
+                yield record_text(record.encode("latin-1"), source.text_field)
             except ValueError as error:
                 on_bad_record(file, number, str(error))
 
 
-def _json_text(line: bytes, field: str) -> str:
-    try:
-        record = json.loads(_decode(line))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno}); repair the line") from None
-    if not isinstance(record, dict) or field not in record:
-        raise ValueError(f"no field {field!r}; set text_field to the field that holds the text")
-    return _checked_text(record[field], field)
-
-
-def _checked_text(text: Any, field: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"field {field!r} is {type(text).__name__}, not a string; set text_field to the text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"field {field!r} holds half of a surrogate pair, which is no text; repair the line") from None
-    return text
-
-
-def _decode(line: bytes) -> str:
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}); convert the file to UTF-8"
-        ) from None
-
-
 def _read_text(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
-    files = matching_files(source)
-    if source.document == "file":
-        for file in files:
-            if Path(file).exists() and Path(file).stat().st_size > LARGEST_DOCUMENT_BYTES:
+    splits = {"file": _whole, "paragraph": _paragraphs, "line": _lines}
+    for file in matching_files(source):
+        raws = (raw.encode("latin-1") for content in _opened(file) for raw in splits[source.document](content))
+        for number, raw in enumerate(_reading(source, file, raws), start=1):
+            if len(raw) > LARGEST_DOCUMENT_BYTES and source.document == "file":
                 raise ValueError(
-                    f"{file}: {Path(file).stat().st_size >> 20} MB in one document; "
+                    f"{file}: over {LARGEST_DOCUMENT_BYTES >> 20} MB in one document; "
                     f"set corpus.sources.{source.name}.document to paragraph or line"
                 )
-        numbered = ((file, 1, text) for file, text in zip(files, _raw_rows(files, "document"), strict=True))
-    else:
-        numbered = (
-            (file, number, text)
-            for file in files
-            for number, text in enumerate(_raw_rows([file], source.document), start=1)
-        )
-    for file, number, raw in numbered:
-        try:
-            text = _decode(raw)
-        except ValueError as error:
-            # For whole files, report the line of the error; otherwise, the number of the line or paragraph.
-            line = number if source.document != "file" else _line_of_first_bad_byte(raw)
-            on_bad_record(file, line, str(error))
-        else:
-            yield text
+            try:
+                text = decode(raw)
+            except ValueError as error:
+                # For whole files, report the line of the error; otherwise, the number of the line or paragraph.
+                line = number if source.document != "file" else _line_of_first_bad_byte(raw)
+                on_bad_record(file, line, str(error))
+            else:
+                yield text
+
+
+def _whole(content: io.TextIOWrapper) -> Iterator[str]:
+    yield content.read(LARGEST_DOCUMENT_BYTES + 1)
+
+
+def _lines(content: io.TextIOWrapper) -> Iterator[str]:
+    for line in content:
+        yield line.removesuffix("\n")
+
+
+def _paragraphs(content: io.TextIOWrapper) -> Iterator[str]:
+    """Yield what blank lines separate."""
+    rest = ""
+    while block := content.read(_CHUNK):
+        *paragraphs, rest = (rest + block + content.readline()).split("\n\n")
+        yield from filter(None, paragraphs)
+    if rest:
+        yield rest
 
 
 def _line_of_first_bad_byte(raw: bytes) -> int:
@@ -262,35 +223,79 @@ def _line_of_first_bad_byte(raw: bytes) -> int:
     raise AssertionError("every line is UTF-8")
 
 
-def _read_rows(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
-    row_number = 0
-    for batch in _open_rows(source).iter(batch_size=_BATCH_ROWS):
-        if source.text_field not in batch:
-            raise ValueError(
-                f"{source.path}: no column {source.text_field!r} among {sorted(batch)}; "
-                f"set corpus.sources.{source.name}.text_field to the column that holds the text"
-            )
-        for value in batch[source.text_field]:
-            row_number += 1
+def _read_parquet(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
+    field = source.text_field
+    for file in matching_files(source):
+        with ExitStack() as stack:
+            with _naming(source, file):
+                opened = stack.enter_context(open_file(file))
+                # With a buffer, and nothing read ahead, memory does not depend on the size of row groups.
+                parquet = pq.ParquetFile(opened, buffer_size=_CHUNK, pre_buffer=False, page_checksum_verification=True)
+                num_rows, names = parquet.metadata.num_rows, parquet.schema_arrow.names
+            if num_rows == 0:
+                continue
+            if names.count(field) != 1:
+                raise _wrong_column(source, file, names)
+            rows = _reading(source, file, _parquet_values(parquet, field))
+            yield from _texts(file, rows, field, on_bad_record)
+
+
+def _parquet_values(parquet: pq.ParquetFile, field: str) -> Iterator[Any]:
+    """Yield the values of the column `field`; for one that is not UTF-8, the error."""
+    num_rows = 0
+    for batch in parquet.iter_batches(_BATCH_ROWS, columns=[field], use_threads=False):
+        for scalar in batch.column(batch.schema.names.index(field)):
             try:
-                yield _checked_text(value, source.text_field)
-            except ValueError as error:
-                on_bad_record(source.path, row_number, str(error))
+                yield scalar.as_py()
+            except UnicodeDecodeError as error:
+                yield error
+        num_rows += len(batch)
+    if num_rows != parquet.metadata.num_rows:
+        raise ValueError(f"it has {num_rows} rows, but its footer says {parquet.metadata.num_rows}")
 
 
-def _open_rows(source: SourceConfig) -> "datasets.IterableDataset | datasets.Dataset":
+def _read_dataset(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
+    field = source.text_field
+    batches = _reading(source, source.path, iter(_open_dataset(source).iter(batch_size=_BATCH_ROWS)))
+
+    def rows() -> Iterator[Any]:
+        for batch in batches:
+            if field not in batch:
+                raise _wrong_column(source, source.path, list(batch))
+            yield from batch[field]
+
+    yield from _texts(source.path, rows(), field, on_bad_record)
+
+
+def _wrong_column(source: SourceConfig, file: str, names: list[str]) -> ValueError:
+    count = names.count(source.text_field)
+    return ValueError(
+        f"{file}: {f'{count} columns' if count else 'no column'} {source.text_field!r} among {sorted(names)}; "
+        f"set corpus.sources.{source.name}.text_field to the column that holds the text"
+    )
+
+
+def _texts(file: str, rows: Iterable[Any], field: str, on_bad_record: BadRecord) -> Iterator[str]:
+    """Yield the values of `rows` that are text."""
+    for number, value in enumerate(rows, start=1):
+        try:
+            if isinstance(value, UnicodeDecodeError):
+                raise ValueError(f"field {field!r} is not UTF-8; convert it to UTF-8")
+            yield checked_text(value, field)
+        except ValueError as error:
+            on_bad_record(file, number, str(error))
+
+
+def _open_dataset(source: SourceConfig) -> "datasets.IterableDataset | datasets.Dataset":
     import datasets
 
-    if resolve_format(source) == "parquet":
-        return datasets.load_dataset("parquet", data_files=matching_files(source), split="train", streaming=True)
-    if (Path(source.path) / "state.json").exists():
-        return datasets.load_from_disk(source.path)
     try:
+        if (Path(source.path) / "state.json").exists():
+            return datasets.load_from_disk(source.path)
         return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # noqa: BLE001 (what the library raises depends on the hub and the data set's files)
         raise ValueError(
-            f"corpus.sources.{source.name}.path: datasets cannot load {source.path!r} ({reason}); "
+            f"corpus.sources.{source.name}.path: datasets cannot load {source.path!r} ({_reason(error)}); "
             "check the name, subset and split"
         ) from None
 
@@ -301,6 +306,7 @@ def stamp_files(source: SourceConfig) -> list[tuple[str, int, int]]:
     if kind == "python":
         return []
     # Files on a hub are not checked.
-    names = sorted(map(str, Path(source.path).rglob("*"))) if kind == "datasets" else matching_files(source)
+    is_on_hub = kind == "datasets" and not Path(source.path).exists()
+    names = [] if is_on_hub else matching_files(source)
     stats = [(name, Path(name).stat()) for name in names if Path(name).exists()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

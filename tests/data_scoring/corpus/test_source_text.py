@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_scoring.base.progress import silent
-from data_scoring.config import CorpusConfig, TokenizerConfig
+from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
 from data_scoring.corpus import sources
 from data_scoring.corpus.prepare_corpus import prepare_corpus
 from data_scoring.corpus.source_text import SourceText
@@ -34,15 +34,15 @@ def texts(tmp_path: Path) -> CorpusConfig:
 def read(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many records were read of each file."""
     counts: dict[str, int] = {}
-    raw_rows = sources._raw_rows
+    reading = sources._reading
 
-    def count(files: list[str], sample_by: str) -> Iterator[bytes]:
-        for row in raw_rows(files, sample_by):
-            name = Path(files[0]).name
+    def count(source: SourceConfig, file: str, rows: Iterator[object]) -> Iterator[object]:
+        for row in reading(source, file, rows):
+            name = Path(file).name
             counts[name] = counts.get(name, 0) + 1
             yield row
 
-    monkeypatch.setattr(sources, "_raw_rows", count)
+    monkeypatch.setattr(sources, "_reading", count)
     return counts
 
 
