@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 from fsspec.core import url_to_fs
 
@@ -47,7 +46,7 @@ def match_path(path: str) -> list[str]:
         return sorted(_files_below([str(place)]))
     if place.is_file():
         return [str(place.absolute())]
-    if not _WILDCARDS.search(path):
+    if not has_wildcards(path):
         return []
     parts = place.absolute().parts
     matches = set(_match_parts(parts[0], parts[1:]))
@@ -55,6 +54,11 @@ def match_path(path: str) -> list[str]:
     # Links last: a folder that is reachable without one keeps the name that it has without.
     folders.sort(key=os.path.islink)
     return sorted({name for name in matches if Path(name).is_file()}.union(_files_below(folders)))
+
+
+def has_wildcards(path: str) -> bool:
+    """Return whether `path` has a character that is special in patterns."""
+    return _WILDCARDS.search(path) is not None
 
 
 def _match_parts(root: str, parts: Sequence[str]) -> Iterator[str]:
@@ -65,15 +69,12 @@ def _match_parts(root: str, parts: Sequence[str]) -> Iterator[str]:
     part, rest = parts[0], parts[1:]
     place = os.path.join(root, part)  # noqa: PTH118 - names may have bytes that are not UTF-8
     # Brackets may be part of a name. A name with an asterisk or question mark matches itself.
-    if not _WILDCARDS.search(part) or (os.path.lexists(place) and not re.search("[*?]", part)):
+    if not has_wildcards(part) or (os.path.lexists(place) and not re.search("[*?]", part)):
         if os.path.lexists(place):
             yield from _match_parts(place, rest)
     elif part == "**":
-        if rest and Path(root).is_dir():
-            for folder, _ in _walk([root]):
-                yield from _match_parts(folder, rest)
-        elif not rest:
-            yield root
+        for folder, _ in _walk([root] if Path(root).is_dir() else []):
+            yield from _match_parts(folder, rest or ["*"])
     elif Path(root).is_dir():
         for name in os.listdir(root):  # noqa: PTH208
             if fnmatch.fnmatchcase(name, part):
@@ -118,7 +119,7 @@ def _walk(folders: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 def _match_url(url: str) -> list[str]:
     fs, path = url_to_fs(url)
-    names = [path] if fs.exists(path) else fs.glob(path) if _WILDCARDS.search(path) else []
+    names = [path] if fs.exists(path) else fs.glob(path) if has_wildcards(path) else []
     files = {file for name in names for file in (fs.find(name) if fs.info(name)["type"] == "directory" else [name])}
     # What follows in a chain, such as zip://*.jsonl::a.zip, is lost in the file system's own names.
     _, chain, rest = url.partition("::")
@@ -140,7 +141,8 @@ def open_file(name: str) -> IO[bytes]:
     """Return a file of `match_path`, opened, as it is stored."""
     if Path(name).exists():
         return Path(name).open("rb")
-    file: IO[bytes] = fsspec.open(name, "rb", expand=False).open()
+    fs, path = url_to_fs(name)
+    file: IO[bytes] = fs.open(path, "rb")
     return file
 
 

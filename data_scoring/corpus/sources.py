@@ -14,7 +14,7 @@ from data_scoring.config import SourceConfig
 from data_scoring.corpus.indexed import IndexedTokens, open_indexed
 from data_scoring.corpus.json_records import checked_text, decode, read_records, record_text
 from data_scoring.corpus.python_text import KINDS, read_python_text
-from data_scoring.corpus.source_files import ending_of, format_of, match_path, open_contents, open_file
+from data_scoring.corpus.source_files import ending_of, format_of, has_wildcards, match_path, open_contents, open_file
 
 if TYPE_CHECKING:
     import datasets
@@ -289,8 +289,16 @@ def _texts(file: str, rows: Iterable[Any], field: str, on_bad_record: BadRecord)
 def _open_dataset(source: SourceConfig) -> "datasets.IterableDataset | datasets.Dataset":
     import datasets
 
+    path = Path(source.path)
+    is_saved = (path / "state.json").exists()
+    if path.is_dir() and not is_saved and has_wildcards(str(path.resolve())):
+        # It reads another folder, whose name matches, or none.
+        raise ValueError(
+            f"corpus.sources.{source.name}.path: datasets takes the brackets, asterisks or question marks of "
+            f"{str(path.resolve())!r} for a pattern; rename the folder, or set format to jsonl, text or parquet"
+        )
     try:
-        if (Path(source.path) / "state.json").exists():
+        if is_saved:
             return datasets.load_from_disk(source.path)
         return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
     except Exception as error:  # noqa: BLE001 (what the library raises depends on the hub and the data set's files)

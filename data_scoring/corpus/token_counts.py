@@ -10,6 +10,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow.dataset
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -132,9 +133,11 @@ def count_corpus(corpus: Corpus, end_of_document: int, folder: Path, progress: P
 def texts_of(corpus: Corpus, source: str, tokenizer: Tokenizer, num_bytes: int, seed: int) -> Iterator[str]:
     """Yield random samples of a source of a prepared corpus, decoded, until they exceed `num_bytes`."""
     # A token is rarely shorter than a byte; the factor of 4 leaves a margin.
-    query = f"""select shard, sample from {literal(str(corpus.samples_path))} where source = {literal(source)}
+    query = f"""select shard, sample from samples where source = {literal(source)}
         order by hash(shard, sample, {seed}) limit {1 + 4 * num_bytes // corpus.seq_length}"""
     with duckdb.connect() as connection:
+        # DuckDB itself would take brackets in the path for a pattern, and folders called key=value for columns.
+        connection.register("samples", pyarrow.dataset.dataset(corpus.samples_path))
         rows = connection.execute(query).fetchnumpy()
     total = 0
     for shard, sample in zip(rows["shard"], rows["sample"], strict=True):
