@@ -45,9 +45,11 @@ def read_records(file: IO[str]) -> Iterator[tuple[int, str]]:
 
 
 def _is_complete(line: str) -> bool:
+    """Return whether the array that starts on `line` ends there, too."""
     try:
-        json.loads(line.removeprefix(_BOM))
-    except (ValueError, RecursionError):
+        for _ in _elements([line], 1):
+            pass
+    except ValueError:
         return False
     return True
 

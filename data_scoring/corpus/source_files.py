@@ -53,7 +53,20 @@ def match_path(path: str) -> list[str]:
     folders = sorted(name for name in matches if Path(name).is_dir())
     # Links last: a folder that is reachable without one keeps the name that it has without.
     folders.sort(key=os.path.islink)
-    return sorted({name for name in matches if Path(name).is_file()}.union(_files_below(folders)))
+    return _distinct({name for name in matches if Path(name).is_file()}.union(_files_below(folders)))
+
+
+def _distinct(names: set[str]) -> list[str]:
+    """Return `names`, sorted, without those that lead through links to the folder of another one."""
+    real = {folder: os.path.realpath(folder) for folder in {os.path.dirname(name) for name in names}}  # noqa: PTH120
+    kept: dict[tuple[str, str], str] = {}
+    for name in sorted(names, key=lambda name: (name.count("/"), name)):
+        folder, file = os.path.split(name)
+        if folder == real[folder]:
+            kept[real[folder], file] = name
+        else:
+            kept.setdefault((real[folder], file), name)
+    return sorted(kept.values())
 
 
 def has_wildcards(path: str) -> bool:
