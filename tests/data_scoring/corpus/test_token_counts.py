@@ -1,6 +1,7 @@
 """Token counts: of sources, resumed after a kill, and of a corpus that is tokenised already."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -127,6 +128,15 @@ def test_a_prepared_corpus_is_counted_as_it_lies(
     # Those that no document ends in.
     assert any(text in document for text in texts for document in documents)
     assert list(texts_of(tiny_corpus, "one", tokenizer, 2000, seed=3)) == texts
+
+
+def test_samples_are_found_whatever_the_folder_is_called(
+    tiny_corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    expected = list(texts_of(tiny_corpus, "two", tokenizer, 2000, seed=3))
+    for name in ("source=one", "shard=0", "corpus[1]", "corpus*", "it's"):
+        shutil.copytree(tiny_corpus.folder, tmp_path / name)
+        assert list(texts_of(Corpus(tmp_path / name), "two", tokenizer, 2000, seed=3)) == expected
 
 
 def test_lengths_are_measured_on_all_or_on_a_sample(tiny_corpus: Corpus, tokenizer: Tokenizer) -> None:
