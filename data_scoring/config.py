@@ -34,9 +34,9 @@ class SourceConfig(Config):
     )
     path: str = Field(
         min_length=1,
-        description="File, folder or, if there is no such file, glob; folders are read at any depth, links followed. For "
-        "format datasets a hub name or local dataset; for format megatron the prefix of a .bin/.idx pair; for format "
-        "python one of topics, docstrings, source.",
+        description="File, folder or, if there is none of that name, glob; folders are read at any depth, links "
+        "followed. For format datasets a hub name or local dataset; for format megatron the prefix of a .bin/.idx "
+        "pair; for format python one of topics, docstrings, source.",
     )
     format: Literal["auto", "jsonl", "text", "parquet", "datasets", "megatron", "python"] = Field(
         default="auto", description="How to read the path; auto decides by the file name's suffix."
