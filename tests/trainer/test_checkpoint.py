@@ -126,11 +126,14 @@ def test_any_change_of_any_file_is_found(checkpoint: Path) -> None:
         (checkpoint / name).unlink()
         assert find_damage(checkpoint) == f"{name} is missing"
         (checkpoint / name).write_bytes(whole)
-    for record, damage in (
-        ("{", "is not valid JSON"),
+    record = (checkpoint / RECORD).read_text()
+    for text, damage in (
+        ("{", "is damaged"),
+        (record.replace('"step": ', '"step": 1'), "is damaged"),
         ('{"files": {"a": 1}}', "has no checksums, as in version 0.1"),
+        ('{"files": {}}', f"does not list {min(names)}"),
     ):
-        (checkpoint / RECORD).write_text(record)
+        (checkpoint / RECORD).write_text(text)
         assert find_damage(checkpoint) == f"{RECORD} {damage}"
 
 

@@ -8,7 +8,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from trainer.agent import killed_rank
-from trainer.rank_errors import RankError, killed, leave_error, root_cause
+from trainer.rank_errors import RankError, killed, leave_error, release_space, reserve_space, root_cause
 
 
 def raised(rank: int, time: float, is_user_error: bool = False) -> RankError:
@@ -33,6 +33,22 @@ def test_the_cause_comes_before_its_consequences(tmp_path: Path, errors: list[Ra
     found = root_cause(tmp_path)
     assert (None if found is None else found.rank) == rank
     assert found is None or found in errors
+
+
+def test_an_error_needs_no_space_that_is_not_reserved(tmp_path: Path) -> None:
+    """It is written into the file that was reserved, whatever its text takes, and no file of it is left."""
+    reserve_space(tmp_path, 3)
+    [reserved] = tmp_path.iterdir()
+    inode, blocks = reserved.stat().st_ino, reserved.stat().st_blocks
+    leave_error(tmp_path, RankError(3, 1.0, "OSError", True, "\x00" * 10**6, "é" * 10**6))
+    [left] = tmp_path.iterdir()
+    assert (left.name, left.stat().st_ino) == ("rank-00003.json", inode)
+    assert left.stat().st_blocks <= blocks
+    found = root_cause(tmp_path)
+    assert found is not None and found.message.strip("\x00") == "" and len(found.message) > 1000
+    reserve_space(tmp_path, 4)
+    release_space(tmp_path)
+    assert list(tmp_path.iterdir()) == [left]
 
 
 def test_an_error_that_0_7_left_is_read(tmp_path: Path) -> None:
