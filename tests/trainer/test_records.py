@@ -14,9 +14,10 @@ from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_
 
 
 def flip_a_byte(path: Path) -> None:
-    """Flip a byte of the first page of values: the end of a file holds what has no effect on them."""
-    content = bytearray(path.read_bytes())
-    content[60] ^= 1
+    """Flip the last byte of the values of the last column, since not every byte of a file has an effect on them."""
+    content, group = bytearray(path.read_bytes()), pq.read_metadata(path).row_group(0)
+    column = group.column(group.num_columns - 1)
+    content[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 1] ^= 1
     path.write_bytes(content)
 
 
