@@ -4,7 +4,6 @@ Services that end are restarted; all services end with this process, however it 
 """
 
 import ctypes
-import os
 import signal
 import socket
 import subprocess
@@ -12,28 +11,23 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import psutil
-from prefect.automations import AutomationCore
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import EventTrigger, Posture
-from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+from prefect.client.orchestration import get_client
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
 
-from flows.orchestration.dead_runs import end_dead_runs
+from flows.orchestration.dead_runs import DeadRuns
+from flows.orchestration.environment import served_environment
 from flows.orchestration.temporary_server import answers
+from flows.orchestration.work_pool import POOL, make_pool
 
-POOL = "reprise"
-# The queue of the deployments that are limited to one run at a time.
-_ONE_AT_A_TIME = "production"
-_AUTOMATION = "Mark flow runs that fell silent as crashed"
 _SECONDS_TO_START = 120.0
-_HEARTBEAT_TIMEOUT_SECONDS = 90
 _SECONDS_BETWEEN_POLLS = 20.0
 # Most ranks save within 20 seconds, and a flow needs some more to report it; ranks of large models finish saving on
 # their own.
@@ -92,7 +86,7 @@ def _end_with_parent() -> None:
 
 
 def serve(host: str, port: int, allowed: list[Path]) -> None:
-    """Serve until interrupted: Prefect on `port` of `host`, the reports in runs/ on the next port.
+    """Serve until interrupted: Prefect on `port` of `host`, the reports in runs/ on the next port of this machine.
 
     allowed: folders that flows may use besides the working directory. Raises ValueError if a port is taken or a service
     does not start.
@@ -101,25 +95,26 @@ def serve(host: str, port: int, allowed: list[Path]) -> None:
         raise ValueError(f"{Path.cwd()}: has no prefect.yaml; run this command in Reprise's folder")
     _check_free(host, port)
     _check_free("127.0.0.1", port + 1)
-    environment = _environment(host, port, allowed)
+    environment = served_environment(host, port, allowed)
     services = _services(host, port, environment)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    # For this process's own requests, which also stop retrying after an answer is missing.
+    settings = {PREFECT_API_URL: environment["PREFECT_API_URL"], PREFECT_CLIENT_MAX_RETRIES: 0}
+    if "PREFECT_API_AUTH_STRING" in environment:
+        settings[PREFECT_API_AUTH_STRING] = environment["PREFECT_API_AUTH_STRING"]
     try:
         for service in services[:2]:
             service.start()
-        with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
+        with temporary_settings(settings):
             _wait_for_server(services[0], environment["PREFECT_API_URL"])
+            dead_runs = DeadRuns(POOL, _worker_name())
             with get_client(sync_client=True) as client:
-                _make_pool(client)
-                _make_automation(client)
-                end_dead_runs(client, POOL, _worker_name())
+                make_pool(client)
+                dead_runs.clean_up(client)
             _deploy(environment)
-        services[2].start()
-        print(f"Prefect: http://{host}:{port}\nReports: http://127.0.0.1:{port + 1}", flush=True)
-        if port != 4200:
-            print(f"In other terminals: export PREFECT_API_URL={environment['PREFECT_API_URL']}", flush=True)
-        print("Start a run there, or with: prefect deployment run 'multi-round/demo' --watch", flush=True)
-        _watch(services, environment["PREFECT_API_URL"])
+            services[2].start()
+            print(_greeting(environment, port), flush=True)
+            _watch(services, dead_runs)
     except KeyboardInterrupt:
         pass
     finally:
@@ -130,18 +125,33 @@ def serve(host: str, port: int, allowed: list[Path]) -> None:
             service.stop()
 
 
-def _watch(services: list[_Service], url: str) -> None:
+def _greeting(environment: dict[str, str], port: int) -> str:
+    url, home = environment["PREFECT_API_URL"], environment["PREFECT_HOME"]
+    exports = [f"PREFECT_API_URL={url}"] if port != 4200 or "127.0.0.1" not in url else []
+    lines = [
+        f"Prefect: {url.removesuffix('/api')} (its home, with its database: {home})",
+        f"Reports: {environment['REPRISE_REPORTS_URL']}/NAME/report.html, of runs/NAME",
+    ]
+    if "PREFECT_API_AUTH_STRING" in environment:
+        exports.append("PREFECT_API_AUTH_STRING=PASSWORD")
+        lines.append(f"Its pages ask for the password: that of PREFECT_API_AUTH_STRING, or else in {home}/password")
+    if exports:
+        lines.append(f"In other terminals: export {' '.join(exports)}")
+    lines.append("Start a run there, or with: prefect deployment run 'multi-round/demo' --watch")
+    return "\n".join(lines)
+
+
+def _watch(services: list[_Service], dead_runs: DeadRuns) -> None:
     """Keep the services running, and the states of runs up to date, until interrupted."""
-    with temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}):
-        last_poll = time.monotonic()
-        while True:
-            time.sleep(1)
-            for service in services:
-                service.keep_running()
-            if time.monotonic() - last_poll > _SECONDS_BETWEEN_POLLS:
-                with get_client(sync_client=True) as client:
-                    end_dead_runs(client, POOL, _worker_name())
-                last_poll = time.monotonic()
+    last_poll = time.monotonic()
+    while True:
+        time.sleep(1)
+        for service in services:
+            service.keep_running()
+        if time.monotonic() - last_poll > _SECONDS_BETWEEN_POLLS:
+            with get_client(sync_client=True) as client:
+                dead_runs.end(client)
+            last_poll = time.monotonic()
 
 
 def _worker_name() -> str:
@@ -164,7 +174,7 @@ def _stop_flows(worker: _Service) -> None:
 
 
 def _check_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -174,37 +184,16 @@ def _check_free(host: str, port: int) -> None:
             ) from None
 
 
-def _environment(host: str, port: int, allowed: list[Path]) -> dict[str, str]:
-    is_everywhere = host == "0.0.0.0"  # noqa: S104 - the user asked for it
-    reachable = "127.0.0.1" if is_everywhere else host
-    # A remote browser has to call the API on the host that served the page.
-    pages = {"PREFECT_SERVER_UI_API_URL": "/api"} if is_everywhere else {}
-    return {
-        **os.environ,
-        **pages,
-        "PWD": str(Path.cwd()),
-        "PREFECT_API_URL": f"http://{reachable}:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        "REPRISE_ALLOW": os.pathsep.join(str(folder.resolve()) for folder in allowed),
-        "REPRISE_REPORTS_URL": f"http://127.0.0.1:{port + 1}",
-        "REPRISE_REPORTS_FOLDER": str(Path("runs").resolve()),
-    }
-
-
 def _services(host: str, port: int, environment: dict[str, str]) -> list[_Service]:
-    logs = get_current_settings().home / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs = Path(environment["PREFECT_HOME"]) / "logs"
+    logs.mkdir(exist_ok=True)
     Path("runs").mkdir(exist_ok=True)
-    prefect = [sys.executable, "-m", "prefect"]
+    python = [sys.executable, "-m"]
     commands = {
-        "server": [*prefect, "server", "start", "--host", host, "--port", str(port)],
-        "reports": [
-            *(sys.executable, "-m", "http.server", str(port + 1)), *("--bind", "127.0.0.1", "--directory", "runs")
-        ],
-        "worker": [*prefect, "worker", "start", "--pool", POOL, "--name", _worker_name()],
-    }  # fmt: skip
+        "server": [*python, "flows.orchestration.prefect_server", "--host", host, "--port", str(port)],
+        "reports": [*python, "flows.orchestration.report_server", "runs", str(port + 1)],
+        "worker": [*python, "prefect", "worker", "start", "--pool", POOL, "--name", _worker_name()],
+    }
     return [_Service(name, command, logs / f"{name}.log", environment) for name, command in commands.items()]
 
 
@@ -218,44 +207,6 @@ def _wait_for_server(server: _Service, url: str) -> None:
             return
         time.sleep(0.2)
     raise ValueError(f"Prefect's server did not start within {_SECONDS_TO_START:.0f} s; see its log {server.log}")
-
-
-def _make_pool(client: SyncPrefectClient) -> None:
-    try:
-        client.read_work_pool(POOL)
-    except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-    try:
-        client.read_work_queue_by_name(_ONE_AT_A_TIME, work_pool_name=POOL)
-    except ObjectNotFound:
-        client.create_work_queue(_ONE_AT_A_TIME, concurrency_limit=1, work_pool_name=POOL)
-
-
-def _make_automation(client: SyncPrefectClient) -> None:
-    """Make the server mark flow runs without a heartbeat as crashed: killed with their worker, or by a reboot."""
-    ends = [f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Suspended")]
-    automation = AutomationCore(
-        name=_AUTOMATION,
-        trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *ends},
-            match={"prefect.resource.id": ["prefect.flow-run.*"]},
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=timedelta(seconds=_HEARTBEAT_TIMEOUT_SECONDS),
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                name="Crashed",
-                message=f"No heartbeat for {_HEARTBEAT_TIMEOUT_SECONDS} seconds.",
-                force=True,
-            )
-        ],
-    )
-    if not client.read_automations_by_name(_AUTOMATION):
-        client.create_automation(automation)
 
 
 def _deploy(environment: dict[str, str]) -> None:
