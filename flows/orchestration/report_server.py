@@ -46,7 +46,7 @@ class ReportServer:
     def _find(self, address: str) -> Path | None:
         """Return the file at the decoded `address`, or None if it is not to be served."""
         asked = Path(address.lstrip("/"))
-        if "\0" in address or not _is_served(asked):
+        if "\0" in address or address != f"/{asked.as_posix()}" or not _is_served(asked):
             return None
         try:
             path = (self._folder / asked).resolve(strict=True)

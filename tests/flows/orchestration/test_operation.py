@@ -92,7 +92,7 @@ def test_a_server_that_is_away_for_minutes_ends_nothing(place: Place, unbroken: 
     folder = place.training("away")
     assert place.server is not None
     place.server.send_signal(signal.SIGSTOP)
-    for server in place.processes("prefect", "server", "start"):
+    for server in place.processes("prefect_server"):
         server.kill()
     time.sleep(180)
     assert place.processes("flow_run") or is_locked(folder) or (folder / "report.html").exists()
