@@ -26,7 +26,7 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from prefect.states import Running
+from prefect.states import Cancelled, Running
 
 from flows.display.result_page import Page
 from flows.display.terminal_progress import Pace, TerminalProgress
@@ -45,6 +45,7 @@ _LINES_A_POLL = 20
 _PATIENCE_SECONDS = 900.0
 _SECONDS_TO_STOP = 4.0
 _AWAY = (httpx.HTTPError, OSError)
+_CANCELLED = "cancelled in Prefect; the run in {} can be resumed"
 
 # Sends one item to the server.
 _Delivery = Callable[[SyncPrefectClient], None]
@@ -92,6 +93,7 @@ class FlowProgress:
         self._progress = _ProgressArtifact()
         self._logged = 0.0
         self._is_cancelled = False
+        self._is_stopped = False
         self._is_over = threading.Event()
         # The copied context makes the thread use this flow's server.
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._work,), daemon=True)
@@ -108,17 +110,17 @@ class FlowProgress:
     ) -> None:
         if self._terminal is not None:
             self._terminal.__exit__(kind, error, trace)
+        self._is_stopped = error is not None and not isinstance(error, Exception)
         self._is_over.set()
         if self._is_shown:
             # Prefect sets the flow run's final state right after this, and does not wait for a server that does not
             # answer. After a signal, do not wait long.
-            is_signal = error is not None and not isinstance(error, Exception)
-            self._thread.join(timeout=_SECONDS_TO_STOP if is_signal else _PATIENCE_SECONDS)
+            self._thread.join(timeout=_SECONDS_TO_STOP if self._is_stopped else _PATIENCE_SECONDS)
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         """Report that `done` of `total` units of `what` are done. Raises RunCancelledError after cancellation."""
         if self._is_cancelled:
-            raise RunCancelledError(f"cancelled in Prefect; the run in {self._folder} can be resumed")
+            raise RunCancelledError(_CANCELLED.format(self._folder))
         if self._terminal is not None:
             self._terminal(what, done, total)
         if not self._is_shown:
@@ -231,6 +233,15 @@ class FlowProgress:
             # Send everything that is left, and make sure that the server answers when Prefect sets the final state.
             while not self._poll(client):
                 time.sleep(_SECONDS_BETWEEN_POLLS)
+            if self._is_stopped and self._is_cancelled:
+                self._confirm_cancellation(client)
+
+    def _confirm_cancellation(self, client: SyncPrefectClient) -> None:
+        """Set the state after the ranks have stopped: a worker that cancels does so half a minute after the process."""
+        try:
+            client.set_flow_run_state(self._id, Cancelled(message=_CANCELLED.format(self._folder)))
+        except (*_AWAY, ObjectNotFound) as error:
+            self._logger.debug("Prefect's server did not answer: %s", error)
 
     def _poll(self, client: SyncPrefectClient) -> bool:
         """Send the queued items and check for cancellation; return False if the server does not answer."""
