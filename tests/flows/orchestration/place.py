@@ -97,8 +97,11 @@ class Place:
             return True
 
     def submit(self, config: dict[str, Any], deployment: str = "multi-round/demo", **parameters: Any) -> str:
+        return self.start_run(deployment, config=config, **parameters)
+
+    def start_run(self, deployment: str, **parameters: Any) -> str:
         found = self.ask(f"deployments/name/{deployment}")
-        wanted = {"parameters": {"config": config, **parameters}, "state": {"type": "SCHEDULED"}}
+        wanted = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
         return str(self.ask(f"deployments/{found['id']}/create_flow_run", wanted)["id"])
 
     def cancel(self, run: str) -> None:
@@ -113,7 +116,10 @@ class Place:
     def artifacts(self, run: str) -> list[dict[str, Any]]:
         return list(self.ask("artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}}))
 
-    def ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
+    def delete(self, path: str) -> None:
+        httpx.delete(f"{self.api}/{path}", timeout=30).raise_for_status()
+
+    def ask(self, path: str, content: Any = None) -> Any:
         """Return what the server answers to GET, or to POST of `content`; asked again, as clients do, where it is busy.
 
         Its SQLite refuses what it cannot lock, and the server then says 503.
