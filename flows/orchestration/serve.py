@@ -129,12 +129,12 @@ def _greeting(environment: dict[str, str], port: int) -> str:
     url, home = environment["PREFECT_API_URL"], environment["PREFECT_HOME"]
     exports = [f"PREFECT_API_URL={url}"] if port != 4200 or "127.0.0.1" not in url else []
     lines = [
-        f"Prefect: {url.removesuffix('/api')} (its home, with its database: {home})",
+        f"Prefect: {url.removesuffix('/api')} (its home: {home})",
         f"Reports: {environment['REPRISE_REPORTS_URL']}/NAME/report.html, of runs/NAME",
     ]
     if "PREFECT_API_AUTH_STRING" in environment:
         exports.append("PREFECT_API_AUTH_STRING=PASSWORD")
-        lines.append(f"Its pages ask for the password: that of PREFECT_API_AUTH_STRING, or else in {home}/password")
+        lines.append(f"Its pages ask for the password, which you have set, or else is in {home}/password")
     if exports:
         lines.append(f"In other terminals: export {' '.join(exports)}")
     lines.append("Start a run there, or with: prefect deployment run 'multi-round/demo' --watch")

@@ -20,7 +20,9 @@ from prefect.server.api.server import create_app
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
+    PREFECT_SERVER_ANALYTICS_ENABLED,
     PREFECT_SERVER_API_AUTH_STRING,
+    PREFECT_SERVER_CSRF_PROTECTION_ENABLED,
     get_current_settings,
     temporary_settings,
 )
@@ -57,6 +59,8 @@ def server() -> Iterator[None]:
         PREFECT_API_URL: f"http://127.0.0.1:{listener.getsockname()[1]}/api",
         PREFECT_API_AUTH_STRING: password,
         PREFECT_SERVER_API_AUTH_STRING: password,
+        PREFECT_SERVER_CSRF_PROTECTION_ENABLED: False,
+        PREFECT_SERVER_ANALYTICS_ENABLED: False,
     }
     with temporary_settings(private):
         app = Guard(create_app(ephemeral=True, final=True), own_names("127.0.0.1"))

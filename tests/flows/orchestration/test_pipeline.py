@@ -29,6 +29,7 @@ from flows.stages.status import read_status
 from tests.conftest import read_rows
 from tests.flows.equal_runs import assert_equal_runs
 from tests.flows.orchestration.place import Place
+from tests.flows.orchestration.web import WEBSOCKET, ask
 from trainer.checkpoint_folder import list_checkpoints
 
 CONFIG = """
@@ -133,6 +134,37 @@ def test_bad_values_are_refused_at_submission(served: Place) -> None:
         served.submit({"refine": {"sampling_rate": 7}})
     with pytest.raises(AssertionError, match=r"'hardest' is not one of \[.*'loss', .*'random', 'all'"):
         served.submit({"refine": {"policy": "hardest"}})
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "same-site"}],
+    ids=str,
+)
+def test_other_sites_are_refused(served: Place, unbroken: Path, headers: dict[str, str | None]) -> None:
+    flow = json.dumps({"name": "foreign"})
+    for sent in (headers, {**headers, "Content-Type": "application/json"}, {**headers, "Content-Type": "text/plain"}):
+        assert ask(served.port, "/api/flows/", sent, "POST", flow).status == 403
+    for path in ("/api/events/in", "/api/events/out", "/api/logs/out", "/api/task_runs/subscriptions/scheduled"):
+        assert ask(served.port, path, {**WEBSOCKET, **headers}).status == 403
+        assert ask(served.port, path, WEBSOCKET).status == 101
+    for path in ("/", "/api/version", "/ui-settings", "/docs"):
+        assert ask(served.port, path, headers).status == 403
+    assert ask(served.port + 1, "/unbroken/report.html", headers).status == 403
+    assert ask(served.port + 1, "/unbroken/report.html").status == 200
+    assert "foreign" not in {flow["name"] for flow in served.ask("flows/filter", {})}
+
+
+@pytest.mark.parametrize("name", ["command", "env", "working_dir", "env.PATH"])
+def test_deployments_cannot_choose_what_the_worker_executes(served: Place, name: str) -> None:
+    demo = served.ask("deployments/name/multi-round/demo")
+    chosen = {"job_variables": {name: "x"}}
+    with pytest.raises(AssertionError, match=f"Additional properties are not allowed .'{name}' was unexpected"):
+        served.ask("deployments/", {"name": "bad", "flow_id": demo["flow_id"], "work_pool_name": "reprise", **chosen})
+    with pytest.raises(AssertionError, match=f"Additional properties are not allowed .'{name}' was unexpected"):
+        served.ask(f"deployments/{demo['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}, **chosen})
+    template = served.ask("work_pools/reprise")["base_job_template"]
+    assert template["job_configuration"].keys() == {"name", "labels", "stream_output"}
 
 
 def test_paths_do_not_escape(served: Place) -> None:
