@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-import duckdb
-
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
 from data_scoring.evaluation.tasks import TASKS
+from data_scoring.ledger import open_ledger
 from flows.evaluation.results_table import Row
 from flows.run.config import parse_config
 from flows.run.folder import Run, read_run
@@ -119,7 +118,7 @@ def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:
     chances: dict[str, float] = {}
     rows = []
     for run, numbers in chosen:
-        with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        with open_ledger(run.folder) as ledger:
             chances |= read_chance(ledger)
             rows += read_rows(ledger, run.folder.name, numbers)
     return [*chance_rows(chances), *rows]
@@ -132,7 +131,7 @@ def _print_details(run: Run, numbers: list[int], stream: TextIO) -> None:
     from flows.evaluation.results_table import print_wide
 
     for number in numbers:
-        with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        with open_ledger(run.folder) as ledger:
             details = read_details(ledger, number)
             reasons = ledger.sql(
                 f"""select task, reason, count(*), min(item) from unscorable where round = {number}
