@@ -295,7 +295,7 @@ def equal_tokens(config: RunConfig, bases: list[Run], arms: tuple[Arm, ...], wan
     reached = {}
     for base in bases:
         for arm in arms:
-            draw = RefineConfig.model_validate({**base.config.refine.model_dump(), **arm.refine, "max_tokens": None})
+            draw = RefineConfig.model_validate({**dict(base.config.refine), **arm.refine, "max_tokens": None})
             reached[arm.name, base.config.seed] = preview(base, 2, draw).total.num_tokens_kept
     (name, seed), least = min(reached.items(), key=lambda item: item[1])
     if wanted is None:

@@ -83,7 +83,7 @@ def trial_config(config: RunConfig, folder: Path, trial: Trial, seed: int) -> Ru
     values["rounds"] |= {"num_rounds": trial.num_rounds, "approval": False}
     for section, fields in trial.values.items():
         values[section] |= fields
-    return parse_config(values, f"trial {trial.name}")
+    return parse_config(values, f"trial {trial.name}", config.base)
 
 
 def with_tokens(config: RunConfig, tokens: int | None) -> RunConfig:
@@ -92,7 +92,7 @@ def with_tokens(config: RunConfig, tokens: int | None) -> RunConfig:
         return config
     values = config.model_dump()
     values["train"]["max_tokens"] = tokens
-    return parse_config(values, "--tokens")
+    return parse_config(values, "--tokens", config.base)
 
 
 def check_trained(rows: list[dict[str, Any]], page: Path) -> None:
