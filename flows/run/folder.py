@@ -12,6 +12,7 @@ import yaml
 
 from data_scoring.base.checksums import FileVerifier, WrittenFile
 from data_scoring.base.files import fingerprint, read_json, write_record, writing
+from data_scoring.base.sql import check_path
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, differences, parse_config
@@ -131,6 +132,7 @@ def open_run(config: RunConfig) -> Run:
     Raises ValueError, naming the fields that differ, if the folder was created by another configuration.
     """
     folder = config.folder.absolute()
+    check_path(folder)
     path = folder / "run.yaml"
     # Before there is a corpus, nothing depends on the configuration: the user may have corrected it after an error.
     if path.exists() and (folder / "corpus" / "manifest.json").exists():

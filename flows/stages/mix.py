@@ -45,9 +45,10 @@ class Mix(Stage):
         """Mix. Raises ValueError if the selection has to be approved first."""
         run = stages.run
         if run.awaits_approval(round_number) and not self.is_complete(stages, round_number):
+            folder = quote(str(run.folder))
             raise ValueError(
                 f"rounds.approval: the selection of round {round_number} is not approved yet; review it with "
-                f"`reprise refine {quote(str(run.folder))} --dry-run`, then run `reprise approve {quote(str(run.folder))}`"
+                f"`reprise refine {folder} --dry-run`, then run `reprise approve {folder}`"
             )
         return super().do(stages, round_number, progress)
 
