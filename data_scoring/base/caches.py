@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 
@@ -44,4 +45,14 @@ def _is_writable(path: str) -> bool:
     folder = Path(expanded)
     while not os.path.lexists(folder):
         folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    return _takes_files(folder)
+
+
+@cache
+def _takes_files(folder: Path) -> bool:
+    # Permissions alone do not say: the file system may be read-only, or its server may not trust this user.
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

@@ -372,7 +372,7 @@ def check_path(field: str, path: str, allowed: list[Path]) -> None:
             f"{field}: {typed(path)!r} is not a plain path; deployed flows may only use plain paths; give one"
         )
     for place in [path, *glob.glob(path, recursive=True)]:  # noqa: PTH207 - as the sources are read
-        _check_inside(field, path, Path(place).resolve(), allowed)
+        _check_inside(field, str(typed(path)), Path(place).resolve(), allowed)
 
 
 def _check_inside(field: str, path: str, resolved: Path, allowed: list[Path]) -> None:
