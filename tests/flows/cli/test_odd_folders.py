@@ -11,7 +11,7 @@ import yaml
 from data_scoring.ledger import open_ledger, refresh_ledger
 from flows.cli.main import main
 from flows.run.folder import read_run
-from tests.flows.fakes import FakeRanks, fake_ranks, values, write_texts
+from tests.flows.fakes import FakeRanks, fake_ranks, values
 
 _EVERYTHING = 'it\'s "a" [b] c* d? {e,f} 100%s größe\n#1 $HOME;&|<b>[bold]`'
 # A folder of run folders from whose parts another run, column or number would be taken.
@@ -44,11 +44,6 @@ def results(run: Path) -> list[Any]:
     tables = [pq.read_table(run / "rounds" / name).to_pylist() for name in ("1/mix.parquet", "2/mix.parquet")]
     with open_ledger(run) as ledger:
         return [*tables, *(ledger.sql(query).fetchall() for query in _COUNTS)]
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
