@@ -9,7 +9,7 @@ from typing import Any
 import duckdb
 
 from data_scoring.base.databases import replacing_views
-from data_scoring.base.sql import SHARD_OF_FILE, literal, read_parquet
+from data_scoring.base.sql import SHARD_OF_FILE, literal, parquet_rows
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, run_folder: Path) -> No
 
 def _select(run_folder: Path, view: View) -> str:
     if any(run_folder.glob(view.files)):
-        return f"select {view.selected} from {read_parquet(run_folder, view.files, options='filename = true')}"
+        return f"select {view.selected} from {parquet_rows(run_folder, view.files, options='filename = true')}"
     empty = ", ".join(f"null::{kind} as {name}" for name, (kind, _) in view.columns.items())
     return f"select {empty} where false"
 

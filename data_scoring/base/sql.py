@@ -55,7 +55,7 @@ def literal(value: object) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-def read_parquet(place: Path | Iterable[Path], pattern: str | None = None, *, options: str = "") -> str:
+def parquet_rows(place: Path | Iterable[Path], pattern: str | None = None, *, options: str = "") -> str:
     """Return the SQL relation of the rows of Parquet files; their paths are literal, whatever they contain.
 
     place: a file, several files, or, with `pattern`, a folder. pattern: a glob of files in that folder; only this is a

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from data_scoring.base.databases import replacing_views
 from data_scoring.base.parquet import write_parquet
-from data_scoring.base.sql import literal, read_parquet
+from data_scoring.base.sql import literal, parquet_rows
 from flows.experiments.trials import TRIAL
 
 FACTORS = ("depth", "width", "expansion")
@@ -65,7 +65,7 @@ def write_views(folder: Path) -> Path:
 
 
 def _create_views(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    trials = read_parquet(folder, "*/trial.parquet", options="union_by_name = true")
+    trials = parquet_rows(folder, "*/trial.parquet", options="union_by_name = true")
     for name, (comment, sql) in _VIEWS.items():
         connection.execute(f"create view {name} as {sql.format(trials=trials)}")
         connection.execute(f"comment on view {name} is {literal(comment)}")

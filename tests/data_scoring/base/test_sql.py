@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_scoring.base.sql import bounded, check_path, copy_to_parquet, read_parquet
+from data_scoring.base.sql import bounded, check_path, copy_to_parquet, parquet_rows
 
 ROOT = Path(__file__).parents[3]
 # A name, and others beside it that it matches if it is taken for a pattern.
@@ -48,7 +48,7 @@ def test_nothing_but_the_named_file_is_read(name: str, tmp_path: Path) -> None:
         write(tmp_path / decoy / "part=1.parquet", 2)
     columns = "select x, source, lr, shard, filename from"
     expected = [(1, "mine", 0.1, 1, str(file))]
-    for place in (read_parquet(file), read_parquet([file]), read_parquet(file.parent, "part=*.parquet")):
+    for place in (parquet_rows(file), parquet_rows([file]), parquet_rows(file.parent, "part=*.parquet")):
         assert duckdb.sql(f"{columns} {place}").fetchall() == expected
 
 
@@ -70,19 +70,19 @@ def test_a_link_on_the_way_is_followed_before_its_parent(tmp_path: Path) -> None
     write(tmp_path / "real" / "a[1].parquet", 1)
     (tmp_path / "real" / "deep").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
-    assert duckdb.sql(f"select x from {read_parquet(tmp_path / 'link' / '..' / 'a[1].parquet')}").fetchall() == [(1,)]
+    assert duckdb.sql(f"select x from {parquet_rows(tmp_path / 'link' / '..' / 'a[1].parquet')}").fetchall() == [(1,)]
 
 
 def test_relative_paths_do_not_depend_on_how_they_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("~/x.parquet", "s3:/x.parquet", "http:/x.parquet"):
         write(tmp_path / name, 1)
-        assert duckdb.sql(f"select x from {read_parquet(Path(name))}").fetchall() == [(1,)]
+        assert duckdb.sql(f"select x from {parquet_rows(Path(name))}").fetchall() == [(1,)]
 
 
 @pytest.mark.parametrize(("name", "what"), [("a\\b", "a backslash"), ("a\udcffb", "bytes that are not UTF-8")])
 def test_what_no_quoting_helps_is_refused_in_a_line(name: str, what: str, tmp_path: Path) -> None:
-    for use in (check_path, read_parquet, lambda path: copy_to_parquet("select 1", path, "compression zstd")):
+    for use in (check_path, parquet_rows, lambda path: copy_to_parquet("select 1", path, "compression zstd")):
         with pytest.raises(ValueError, match=what) as raised:
             use(tmp_path / name)
         assert "\n" not in str(raised.value)
