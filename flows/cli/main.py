@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     runs.set_defaults(command=_runs)
     verify = commands.add_parser("verify", help="compare every file of a run with its recorded checksum")
-    verify.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    verify.add_argument("run", type=path, metavar="RUN", help="run folder")
     verify.set_defaults(command=_verify)
     report = commands.add_parser("report", help="write the report of a run, complete or not")
     report.add_argument("run", type=path, metavar="RUN", help="run folder")
