@@ -1,11 +1,14 @@
 """Configuration sections of the corpus, its tokenizer, scoring and evaluation."""
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_scoring.base.field_effects import FREE
+from data_scoring.base.user_paths import USER_PATH, UserPath
 from data_scoring.evaluation.tasks import TaskName
 
 # How token losses are computed from the model's last hidden states; `kernels.linear_cross_entropy` holds them.
@@ -26,20 +29,25 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
 
+def _is_name(fields: Mapping[str, Any], path: Path) -> bool:
+    """Return whether a source names a kind of Python text or a data set on the hub, not a path."""
+    return fields.get("format") == "python" or (fields.get("format") == "datasets" and not path.exists())
+
+
 class SourceConfig(Config):
     """One named source of text."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
         description="Name that losses and reports are grouped by."
     )
-    path: str = Field(
+    format: Literal["auto", "jsonl", "text", "parquet", "datasets", "megatron", "python"] = Field(
+        default="auto", description="How to read the path; auto decides by the file name's suffix."
+    )
+    path: Annotated[str, UserPath(is_name=_is_name)] = Field(
         min_length=1,
         description="File, folder or, if there is none of that name, glob; folders are read at any depth, links "
         "followed. For format datasets a hub name or local dataset; for format megatron the prefix of a .bin/.idx "
         "pair; for format python one of topics, docstrings, source.",
-    )
-    format: Literal["auto", "jsonl", "text", "parquet", "datasets", "megatron", "python"] = Field(
-        default="auto", description="How to read the path; auto decides by the file name's suffix."
     )
     text_field: str = Field(default="text", min_length=1, description="Field or column that holds a document's text.")
     document: Literal["file", "paragraph", "line"] = Field(
@@ -67,7 +75,7 @@ class CorpusConfig(Config):
 class TokenizerConfig(Config):
     """The tokenizer: a given one, or one trained on the corpus."""
 
-    path: str | None = Field(
+    path: Annotated[str | None, USER_PATH] = Field(
         default=None,
         description="tokenizer.json or SentencePiece .model; null trains a byte-level BPE on the corpus, whose text "
         "lies compressed in the run folder until it is tokenised.",
@@ -120,7 +128,7 @@ class EvalConfig(Config):
         description="Tasks on which the model of every round is evaluated; paper stands for the ten of the paper's "
         "table, ablation for HellaSwag and ARC-Easy. Empty: none.",
     )
-    data: str | None = Field(
+    data: Annotated[str | None, USER_PATH] = Field(
         default=None,
         min_length=1,
         description="Folder with the tasks' files in their original schemas; null: the data sets' places on the hub.",

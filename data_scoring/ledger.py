@@ -1,33 +1,31 @@
 """The ledger: `ledger.duckdb`, a database of views over the run folder's Parquet files, without data of its own."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
-from data_scoring.base.files import writing
-from data_scoring.base.sql import literal, writing_errors
+from data_scoring.base.databases import replacing_views
+from data_scoring.base.sql import SHARD_OF_FILE, literal, parquet_rows
 
 
 @dataclass(frozen=True)
 class View:
-    """A view: its description, its columns with type and meaning, and the SQL over the files that match `files`."""
+    """A view: its description, its columns with type and meaning, and what it selects from the files `files`."""
 
     comment: str
     files: str
     columns: dict[str, tuple[str, str]]
-    sql: Callable[[str], str]
+    selected: str
 
 
-_ROUND = r"regexp_extract(filename, '.*rounds/(\d+)/', 1)::int as round"
-_STEP = r"regexp_extract(filename, '.*evaluation/step-(\d+)/', 1)::int as step"
-_SHARD = r"regexp_extract(filename, 'shard=(\d+)', 1)::int as shard"
-
-
-def _plain(columns: str, order: str = "") -> Callable[[str], str]:
-    return lambda files: f"select {columns} from read_parquet({files}, filename = true) {order}"
-
+# The last such folder on the way to the file is the run's own, whatever the others are called.
+_ROUND = r"regexp_extract(filename, '(?s)^.*/rounds/([^/]+)/', 1)::int as round"
+_STEP = r"regexp_extract(filename, '(?s)^.*/evaluation/step-([^/]+)/', 1)::int as step"
+_SHARD = f"{SHARD_OF_FILE} as shard"
 
 _ROUND_COLUMN = {"round": ("integer", "Number of the round, from 1.")}
 _IDENTITY = {
@@ -44,7 +42,7 @@ VIEWS = {
             "source": ("varchar", "Source of the sample's text."),
             "num_tokens": ("integer", "Predicted tokens of the sample: its length minus one."),
         },
-        _plain("shard, sample, source::varchar as source, num_tokens"),
+        "shard, sample, source::varchar as source, num_tokens",
     ),
     "contamination": View(
         "Training samples that contain parts of evaluation items, one row per sample and item.",
@@ -57,7 +55,7 @@ VIEWS = {
             "num_ngrams": ("bigint", "Distinct n-grams of the item that are wholly or partly in the sample."),
             "excerpt": ("varchar", "The first of them, normalised as for comparison: in lower case."),
         },
-        _plain("task, item, shard, sample, source, num_ngrams, excerpt"),
+        "task, item, shard, sample, source, num_ngrams, excerpt",
     ),
     "contaminated_items": View(
         "Evaluation items that were searched for in the training text, and how much of each was found.",
@@ -71,7 +69,7 @@ VIEWS = {
             "share": ("double", "num_found / num_ngrams; null for an item that is too short."),
             "is_too_short": ("boolean", "Whether the item is too short to search for."),
         },
-        _plain("task, item, num_ngrams, num_found, num_common, share, is_too_short"),
+        "task, item, num_ngrams, num_found, num_common, share, is_too_short",
     ),
     "losses": View(
         "Losses of all samples under the model at the end of a round.",
@@ -82,7 +80,7 @@ VIEWS = {
             "num_tokens": ("integer", "Number of tokens over which the loss is the mean."),
             "loss": ("float", "Mean next-token negative log-likelihood, nats per token."),
         },
-        _plain(f"{_ROUND}, {_SHARD}, sample, num_tokens, loss"),
+        f"{_ROUND}, {_SHARD}, sample, num_tokens, loss",
     ),
     "seen": View(
         "Losses of samples in the step that trained on them.",
@@ -93,7 +91,7 @@ VIEWS = {
             **_IDENTITY,
             "loss": ("float", "Mean next-token negative log-likelihood before the step, nats per token."),
         },
-        _plain(f"{_ROUND}, step, shard, sample, loss"),
+        f"{_ROUND}, step, shard, sample, loss",
     ),
     "selection": View(
         "Which samples were kept for a round, which were not, and why.",
@@ -105,7 +103,7 @@ VIEWS = {
             "kept": ("boolean", "Whether the sample is in the round's mix."),
             "reason": ("varchar", "Why it is kept or not."),
         },
-        _plain(f"{_ROUND}, {_SHARD}, sample, loss, kept, reason"),
+        f"{_ROUND}, {_SHARD}, sample, loss, kept, reason",
     ),
     "mix": View(
         "The samples that a round trains on.",
@@ -115,7 +113,7 @@ VIEWS = {
             "place": ("bigint", "Place in the training order, from 0."),
             **_IDENTITY,
         },
-        _plain(f"{_ROUND}, file_row_number as place, shard, sample"),
+        f"{_ROUND}, file_row_number as place, shard, sample",
     ),
     "budgets": View(
         "How the samples were scored after a round, and how the alternatives compare with scoring in full.",
@@ -129,7 +127,7 @@ VIEWS = {
             "cost_tokens": ("bigint", "Cost of scoring all samples, in training tokens; a forward pass costs a third."),
             "chosen": ("boolean", "Whether the samples were scored with this budget."),
         },
-        _plain(f"{_ROUND}, candidate, correlation, overlap, chance_overlap, cost_tokens, chosen"),
+        f"{_ROUND}, candidate, correlation, overlap, chance_overlap, cost_tokens, chosen",
     ),
     "lineage": View(
         "The parts of a larger model that round 1 starts from, one row per layer; empty without inheritance.",
@@ -146,7 +144,7 @@ VIEWS = {
             "groups": ("integer[]", "Kept query groups, by their index in the larger model."),
             "heads": ("integer[]", "Kept query heads, by their index in the larger model."),
         },
-        _plain(f"{_ROUND}, layer, teacher_layer, teacher, checkpoint, method, channels, ffn, groups, heads"),
+        f"{_ROUND}, layer, teacher_layer, teacher, checkpoint, method, channels, ffn, groups, heads",
     ),
     "scores": View(
         "Scores of models in evaluation tasks, one row per task and one for each of its subjects.",
@@ -166,10 +164,8 @@ VIEWS = {
             "num_fewshot": ("integer", "Few-shot examples before each question."),
             "num_shortened": ("bigint", "Items with fewer examples, to fit the model's length; null for a subject."),
         },
-        _plain(
-            f"{_ROUND}, {_STEP}, is_end, task, subject, metric, score, stderr, chance, num_items, num_unscorable, "
-            "num_fewshot, num_shortened"
-        ),
+        f"{_ROUND}, {_STEP}, is_end, task, subject, metric, score, stderr, chance, num_items, num_unscorable, "
+        "num_fewshot, num_shortened",
     ),
     "scored_items": View(
         "Scores of models in each item of evaluation tasks.",
@@ -183,7 +179,7 @@ VIEWS = {
             "item": ("varchar", "Location of the item: file and line, or place on the hub."),
             "score": ("double", "Score, 0 to 1."),
         },
-        _plain(f"{_ROUND}, {_STEP}, is_end, task, subject, item, score"),
+        f"{_ROUND}, {_STEP}, is_end, task, subject, item, score",
     ),
     "unscorable": View(
         "Evaluation items that could not be scored, and why.",
@@ -195,7 +191,7 @@ VIEWS = {
             "item": ("varchar", "Location of the item: file and line, or place on the hub."),
             "reason": ("varchar", "Why it cannot be scored."),
         },
-        _plain(f"{_ROUND}, {_STEP}, task, item, reason"),
+        f"{_ROUND}, {_STEP}, task, item, reason",
     ),
     "steps": View(
         "The optimizer steps of each round.",
@@ -210,7 +206,7 @@ VIEWS = {
             "num_tokens": ("bigint", "Predicted tokens in the batch."),
             "tokens_per_second": ("float", "Predicted tokens per second, all ranks together."),
         },
-        _plain(f"{_ROUND}, step, loss, lr, grad_norm, num_samples, num_tokens, tokens_per_second"),
+        f"{_ROUND}, step, loss, lr, grad_norm, num_samples, num_tokens, tokens_per_second",
     ),
     "validation": View(
         "Validation loss of each source during the rounds.",
@@ -222,7 +218,7 @@ VIEWS = {
             "loss": ("double", "Mean loss over the source's validation tokens, nats per token."),
             "num_tokens": ("bigint", "Validation tokens of the source."),
         },
-        _plain(f"{_ROUND}, step, source, loss, num_tokens"),
+        f"{_ROUND}, step, source, loss, num_tokens",
     ),
 }
 
@@ -283,25 +279,41 @@ DERIVED = {
 
 
 def refresh_ledger(run_folder: Path) -> Path:
-    """Write `ledger.duckdb` again and return its path; its views also cover files that will match later.
-
-    It is renamed into place, so readers that have the old file open are not disturbed.
-    """
+    """Write `ledger.duckdb` again and return its path; its views also cover files that will match later."""
     run_folder = run_folder.resolve()
     path = run_folder / "ledger.duckdb"
-    with writing(path) as temporary, writing_errors(path), duckdb.connect(str(temporary)) as connection:
-        for name, view in VIEWS.items():
-            _create(connection, name, view.comment, view.columns, _select(run_folder, view))
-        for name, (comment, columns, sql) in DERIVED.items():
-            _create(connection, name, comment, columns, sql)
-        # Closing the connection writes the file, too, but ignores errors such as a full disk.
-        connection.execute("checkpoint")
+    with replacing_views(path) as connection:
+        _create_views(connection, run_folder)
     return path
+
+
+@contextmanager
+def open_ledger(run_folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield a connection to the views of a run's ledger.
+
+    They are created in memory, because another program may hold a lock on `ledger.duckdb`, or have written to it.
+    """
+    with duckdb.connect() as connection:
+        _create_views(connection, run_folder.resolve())
+        yield connection
+
+
+def read_rows(run_folder: Path, sql: str) -> list[tuple[Any, ...]]:
+    """Return the rows that `sql` selects from the views of a run's ledger."""
+    with open_ledger(run_folder) as ledger:
+        return ledger.sql(sql).fetchall()
+
+
+def _create_views(connection: duckdb.DuckDBPyConnection, run_folder: Path) -> None:
+    for name, view in VIEWS.items():
+        _create(connection, name, view.comment, view.columns, _select(run_folder, view))
+    for name, (comment, columns, sql) in DERIVED.items():
+        _create(connection, name, comment, columns, sql)
 
 
 def _select(run_folder: Path, view: View) -> str:
     if any(run_folder.glob(view.files)):
-        return view.sql(literal(run_folder / view.files))
+        return f"select {view.selected} from {parquet_rows(run_folder, view.files, options='filename = true')}"
     empty = ", ".join(f"null::{kind} as {name}" for name, (kind, _) in view.columns.items())
     return f"select {empty} where false"
 

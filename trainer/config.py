@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from data_scoring.base.field_effects import FREE, Decides, Neutral
+from data_scoring.base.user_paths import USER_PATH
 from data_scoring.config import Config, LossKernel
 from trainer.presets import fill_from_preset
 
@@ -22,7 +23,7 @@ BEGINNING = Decides(("inherit", "train"))
 class InheritConfig(Config):
     """How round 1 inherits the most important layers and neurons of a larger model (the paper, section 4)."""
 
-    teacher: str = Field(
+    teacher: Annotated[str, USER_PATH] = Field(
         alias="from", min_length=1, description="The larger model: a run's folder, or one of `reprise import hf`."
     )
     round: int | None = Field(default=None, ge=1, description="Round of that run; null: the last.")
@@ -135,7 +136,7 @@ class ModelConfig(Config):
         description="Input of the augmented shortcut: residual: the residual stream as it is; normalised: scaled to a "
         "root mean square of 1.",
     )
-    start_from: Annotated[str | None, Decides(("train",)), Neutral(None)] = Field(
+    start_from: Annotated[str | None, USER_PATH, Decides(("train",)), Neutral(None)] = Field(
         default=None,
         description="Checkpoint (a step-… folder) of a model of the same shape from which round 1 starts; null: "
         "random weights.",

@@ -1,7 +1,12 @@
-"""SQL text for DuckDB where it takes no parameters, bounded connections, and translation of DuckDB's errors."""
+"""SQL text for DuckDB where it takes no parameters, bounded connections, and translation of DuckDB's errors.
 
+DuckDB takes `*`, `?` and `[` in a path for a pattern, and folders called key=value for columns. Every path in SQL comes
+from this module, which makes it literal.
+"""
+
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +15,11 @@ from data_scoring.base.files import disk_error
 
 if TYPE_CHECKING:
     import duckdb
+
+# The shard in the name of a file, such as shard=0001.parquet, whatever the folders on the way are called.
+SHARD_OF_FILE = r"regexp_extract(filename, '/shard=(\d+)\.parquet$', 1)::int"
+# Python keeps other bytes of a file's name as surrogates.
+_UTF_8 = re.compile("[^\ud800-\udfff]*")
 
 
 @contextmanager
@@ -34,7 +44,7 @@ def bounded(folder: Path, memory_gb: float) -> Iterator["duckdb.DuckDBPyConnecti
     # DuckDB's own limit does not cover its buffers for reading and writing files.
     limit = f"{round(memory_gb * 0.8 * 1000)}MB"
     try:
-        with duckdb.connect(config={"memory_limit": limit, "temp_directory": str(spill)}) as connection:
+        with duckdb.connect(config={"memory_limit": limit, "temp_directory": str(spill.absolute())}) as connection:
             yield connection
     finally:
         shutil.rmtree(spill, ignore_errors=True)
@@ -43,6 +53,42 @@ def bounded(folder: Path, memory_gb: float) -> Iterator["duckdb.DuckDBPyConnecti
 def literal(value: object) -> str:
     """Return `value` as a quoted SQL string."""
     return "'" + str(value).replace("'", "''") + "'"
+
+
+def parquet_rows(place: Path | Iterable[Path], pattern: str | None = None, *, options: str = "") -> str:
+    """Return the SQL relation of the rows of Parquet files; their paths are literal, whatever they contain.
+
+    place: a file, several files, or, with `pattern`, a folder. pattern: a glob of files in that folder; only this is a
+    pattern, and files that match later count, too. options: others of DuckDB's read_parquet, such as "filename = true".
+    """
+    places = [place] if isinstance(place, Path) else list(place)
+    names = [_escape(each) if pattern is None else f"{_escape(each)}/{pattern}" for each in places]
+    # Otherwise, a folder such as source=web on the way overrides the column `source`.
+    arguments = [f"[{', '.join(map(literal, names))}]", "hive_partitioning = false", *filter(None, [options])]
+    return f"read_parquet({', '.join(arguments)})"
+
+
+def copy_to_parquet(query: str, path: Path, options: str) -> str:
+    """Return the SQL statement that writes the rows of `query` to the file `path`, whose name is literal."""
+    check_path(path)
+    return f"copy ({query}) to {literal(path.absolute())} (format parquet, {options})"
+
+
+def check_path(path: Path) -> None:
+    """Raise ValueError if DuckDB cannot use `path`, whatever the quoting."""
+    text = str(path.absolute())
+    # In patterns and in names of databases, DuckDB takes a backslash for a slash, and nothing escapes it.
+    what = "a backslash" if "\\" in text else None if _UTF_8.fullmatch(text) else "bytes that are not UTF-8"
+    if what is not None:
+        raise ValueError(f"{text!r}: contains {what}, which DuckDB cannot read; rename the folder, or use another")
+
+
+def _escape(path: Path) -> str:
+    """Return the pattern that matches `path` alone."""
+    check_path(path)
+    # In patterns, DuckDB drops `..` together with the part before it, even if that is a link.
+    absolute = path.resolve() if ".." in path.parts else path.absolute()
+    return re.sub(r"[*?[]", r"[\g<0>]", str(absolute))
 
 
 def random_bits(*parts: object) -> str:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from data_scoring.base.files import remove_leftovers
 from data_scoring.base.parquet import is_intact
-from data_scoring.base.sql import literal
+from data_scoring.base.sql import parquet_rows
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.origin import Origin
 from data_scoring.losses.shard_scoring import losses_path, write_losses
@@ -27,9 +27,8 @@ def last_seen(rounds_folder: Path, round_number: int, where: str) -> str:
     # The empty relation defines the column types if nothing was recorded.
     parts = ["select 0 as round, 0 as step, 0 as shard, 0 as sample, 0::float as loss where false"]
     for number in range(1, round_number + 1):
-        files = rounds_folder / str(number) / "seen" / "step=*.parquet"
-        if any(files.parent.glob(files.name)):
-            parts.append(f"select {number} as round, step, shard, sample, loss from read_parquet({literal(files)})")
+        if files := list_seen_losses(rounds_folder / str(number)):
+            parts.append(f"select {number} as round, step, shard, sample, loss from {parquet_rows(files)}")
     order = "round::bigint * 4294967296 + step"
     rows = " union all ".join(parts)
     return f"(select shard, sample, arg_max(loss, {order}) as loss from ({rows}) where {where} group by all)"

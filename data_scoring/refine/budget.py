@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_scoring.base.parquet import write_parquet
-from data_scoring.base.sql import literal, random_bits
+from data_scoring.base.sql import parquet_rows, random_bits
 from data_scoring.config import prefix_of
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.calibration import calibration_path, candidate_prefixes
@@ -99,7 +99,7 @@ def _load_calibration(connection: duckdb.DuckDBPyConnection, round_folder: Path,
     """Create the table `calibration`: shard, sample, and a column of losses for each candidate, named after it."""
     connection.execute(
         f"""create table calibration as select *, loss as "full"
-        from read_parquet({literal(calibration_path(round_folder))})"""
+        from {parquet_rows(calibration_path(round_folder))}"""
     )
     seen = last_seen(round_folder.parent, round_number, "(shard, sample) in (select (shard, sample) from calibration)")
     connection.execute(
@@ -175,6 +175,6 @@ def calibration_cost(round_folder: Path) -> int:
     """Return the cost of scoring the calibration set in `round_folder`, in training-token equivalents."""
     with duckdb.connect() as connection:
         [(tokens,)] = connection.sql(
-            f"select sum(num_tokens) from read_parquet({literal(calibration_path(round_folder))})"
+            f"select sum(num_tokens) from {parquet_rows(calibration_path(round_folder))}"
         ).fetchall()
     return round(FORWARD_COST * int(tokens))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_scoring.base.sql import literal, random_bits
+from data_scoring.base.sql import literal, parquet_rows, random_bits
 from data_scoring.losses.shard_scoring import losses_path
 from data_scoring.refine.draw import draw_key
 from data_scoring.refine.policies import BATCH_LOSS, JOINS, REFERENCE_LOSS
@@ -66,7 +66,7 @@ class Draw:
 
     def losses(self, shard: int) -> str:
         """Return the SQL relation of a shard's losses."""
-        return f"read_parquet({literal(losses_path(self.scored, shard))})"
+        return parquet_rows(losses_path(self.scored, shard))
 
 
 def check_losses(draw: Draw, shard: int) -> None:
@@ -220,20 +220,19 @@ def _literals(values: list[str]) -> str:
 def _guard_joins(draw: Draw, shard: int) -> list[str]:
     config, joins = draw.config, []
     if draw.contaminated is not None:
-        relation = f"read_parquet({literal(draw.contaminated)})"
         joins.append(
-            f"left join (select distinct sample, true as is_contaminated from {relation} where shard = {shard}) "
-            "using (sample)"
+            f"left join (select distinct sample, true as is_contaminated from {parquet_rows(draw.contaminated)} "
+            f"where shard = {shard}) using (sample)"
         )
-    if config.near_duplicates is not None:
-        relation = f"read_parquet({literal(draw.duplicates)})"
+    if draw.duplicates is not None:
         joins.append(
-            f"left join (select sample, true as is_duplicate from {relation} where shard = {shard}) using (sample)"
+            f"left join (select sample, true as is_duplicate from {parquet_rows(draw.duplicates)} "
+            f"where shard = {shard}) using (sample)"
         )
     if config.max_rounds is not None:
-        mixes = _literals([str(draw.rounds / str(number) / "mix.parquet") for number in range(1, draw.round_number)])
+        mixes = parquet_rows(draw.rounds / str(number) / "mix.parquet" for number in range(1, draw.round_number))
         joins.append(
-            f"left join (select sample, count(*) as num_rounds from read_parquet([{mixes}]) where shard = {shard} "
+            f"left join (select sample, count(*) as num_rounds from {mixes} where shard = {shard} "
             "group by sample) using (sample)"
         )
     return joins

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from data_scoring.base.names import OneOf
-from data_scoring.base.sql import literal
+from data_scoring.base.sql import parquet_rows
 from data_scoring.losses.seen_losses import last_seen
 from data_scoring.losses.shard_scoring import losses_path
 
@@ -89,8 +89,8 @@ def _join_seen_loss(draw: "Draw", shard: int) -> str:
 
 
 def _join_reference_loss(draw: "Draw", shard: int) -> str:
-    reference = literal(losses_path(Path(str(draw.config.reference)), shard))
-    return f"left join (select sample, loss as {REFERENCE_LOSS} from read_parquet({reference})) using (sample)"
+    reference = parquet_rows(losses_path(Path(str(draw.config.reference)), shard))
+    return f"left join (select sample, loss as {REFERENCE_LOSS} from {reference}) using (sample)"
 
 
 # The SQL that joins each column to a shard's losses. To add a column, add an entry.

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from data_scoring.base.expression import check_expression
 from data_scoring.base.field_effects import FREE
+from data_scoring.base.user_paths import USER_PATH
 from data_scoring.config import Config
 from data_scoring.refine.policies import (
     BATCH_LOSS,
@@ -60,7 +61,7 @@ class RefineConfig(Config):
         default=0.1, ge=0, lt=1, description="Share of each shard with the highest losses, which policy band drops."
     )
     batch_size: int = Field(default=16, ge=1, le=1_000_000, description="Samples per batch, for policy loss_batch.")
-    reference: str | None = Field(
+    reference: Annotated[str | None, USER_PATH] = Field(
         default=None,
         min_length=1,
         description="Round folder with the reference model's losses of the same corpus, such as runs/large/rounds/1, "

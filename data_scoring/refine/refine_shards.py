@@ -9,7 +9,7 @@ from pathlib import Path
 from data_scoring.base.files import checksum, read_json, remove_leftovers, write_record, writing
 from data_scoring.base.parquet import FINGERPRINT_KEY
 from data_scoring.base.progress import Progress
-from data_scoring.base.sql import bounded, literal, writing_errors
+from data_scoring.base.sql import bounded, copy_to_parquet, literal, parquet_rows, writing_errors
 from data_scoring.refine.candidates import Draw, Limits, find_limits
 from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.selection import select
@@ -58,10 +58,9 @@ def _refine_shard(draw: Draw, limits: Limits, shard: int, path: Path, fingerprin
     with bounded(draw.target, draw.config.memory_gb) as connection:
         query = select(connection, draw, limits, shard)
         with writing(path) as temporary, writing_errors(path):
-            connection.execute(
-                f"copy ({query}) to {literal(temporary)} (format parquet, parquet_version v2, compression zstd, "
-                f"kv_metadata {{ '{FINGERPRINT_KEY.decode()}': '{fingerprint}' }})"
-            )
+            metadata = f"kv_metadata {{ '{FINGERPRINT_KEY.decode()}': '{fingerprint}' }}"
+            options = f"parquet_version v2, compression zstd, {metadata}"
+            connection.execute(copy_to_parquet(query, temporary, options))
 
 
 def mix_all(
@@ -81,10 +80,10 @@ def mix_all(
     if late := ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > 1):
         conditions.append(f"source not in ({late})")
     if contaminated is not None:
-        listed = f"select (shard, sample) from read_parquet({literal(contaminated)})"
+        listed = f"select (shard, sample) from {parquet_rows(contaminated)}"
         conditions.append(f"(shard, sample) not in ({listed})")
     where = " and ".join(conditions)
-    query = f"select shard, sample, num_tokens from read_parquet({literal(samples_path)}) where {where}"
+    query = f"select shard, sample, num_tokens from {parquet_rows(samples_path)} where {where}"
     return write_mix(path, query, seed, 1, max_tokens, config.memory_gb)
 
 
@@ -95,9 +94,9 @@ def mix_selection(path: Path, draw: Draw, samples_path: Path) -> int:
     """
     config, shards = draw.config, range(len(draw.num_samples))
     query = " union all ".join(
-        f"select {shard} as shard, sample from read_parquet({literal(selection_path(draw.target, shard))}) where kept"
+        f"select {shard} as shard, sample from {parquet_rows(selection_path(draw.target, shard))} where kept"
         for shard in shards
     )
     if config.max_tokens is not None:
-        query = f"select * from ({query}) join read_parquet({literal(samples_path)}) using (shard, sample)"
+        query = f"select * from ({query}) join {parquet_rows(samples_path)} using (shard, sample)"
     return write_mix(path, query, draw.seed, draw.round_number, config.max_tokens, config.memory_gb)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import duckdb
 
-from data_scoring.base.sql import bounded, literal
+from data_scoring.base.sql import bounded, parquet_rows
 from data_scoring.refine.candidates import Draw, find_limits
 from data_scoring.refine.policies import BATCH_LOSS
 from data_scoring.refine.refine_config import RefineConfig
@@ -75,7 +75,7 @@ def summarise_selection(draw: Draw, samples_path: Path) -> SelectionSummary:
     """Return the summary of the written selection, which is read, not drawn again."""
     with _counting(draw.config.memory_gb) as connection:
         for shard in range(len(draw.num_samples)):
-            chosen = f"from read_parquet({literal(selection_path(draw.target, shard))})"
+            chosen = f"from {parquet_rows(selection_path(draw.target, shard))}"
             _count(connection, draw, samples_path, shard, chosen)
         return _summarise(connection, draw)
 
@@ -108,9 +108,9 @@ def _count(
             sum(num_tokens) filter (chosen.kept), sum(chosen.loss), sum(chosen.loss) filter (chosen.kept),
             {chance}, count(*) filter (chosen.kept and mix.sample notnull)
         from ({chosen}) as chosen {compared}
-        join (select sample, source, num_tokens from read_parquet({literal(samples_path)})
+        join (select sample, source, num_tokens from {parquet_rows(samples_path)}
             where shard = {shard}) using (sample)
-        left join (select sample from read_parquet({literal(draw.scored / "mix.parquet")})
+        left join (select sample from {parquet_rows(draw.scored / "mix.parquet")}
             where shard = {shard}) as mix using (sample)
         group by source""")
     connection.execute(f"insert into reasons select reason, kept, count(*) from ({chosen}) group by all")

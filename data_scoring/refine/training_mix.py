@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_scoring.base.files import writing
-from data_scoring.base.sql import bounded, literal, random_bits, writing_errors
+from data_scoring.base.sql import bounded, copy_to_parquet, literal, random_bits, writing_errors
 
 # Small enough to decode quickly during training, large enough to keep the file's footer small.
 _ROW_GROUP = 1 << 16
@@ -34,7 +34,7 @@ def write_mix(
                 from ({samples}))
             where total <= {max_tokens} order by place, shard, sample"""
     with writing(path) as temporary, writing_errors(path), bounded(path.parent, memory_gb) as connection:
-        connection.execute(f"copy ({query}) to {literal(temporary)} (format parquet, row_group_size {_ROW_GROUP})")
+        connection.execute(copy_to_parquet(query, temporary, f"row_group_size {_ROW_GROUP}"))
         count = int(pq.read_metadata(temporary).num_rows)
         if count == 0 and max_tokens is not None:
             field = "train.max_tokens" if round_number == 1 else "refine.max_tokens"

@@ -3,13 +3,14 @@
 import argparse
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Any, TextIO
-
-import duckdb
 
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
 from data_scoring.evaluation.tasks import TASKS
+from data_scoring.ledger import open_ledger
+from flows.cli.options import path
 from flows.evaluation.results_table import Row
 from flows.run.config import parse_config
 from flows.run.folder import Run, read_run
@@ -20,7 +21,7 @@ from flows.stages.stage_order import complete, is_complete, stages_of
 def add_evaluate(commands: Any) -> None:
     """Add the command to the parser's `commands`."""
     command = commands.add_parser("evaluate", help="evaluate the models of rounds, and print the paper's table")
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; each model becomes a row")
+    command.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run folders; each model becomes a row")
     command.add_argument(
         "--round", default="last", metavar="N", help="round whose model is evaluated, or last, or all (default: last)"
     )
@@ -30,7 +31,9 @@ def add_evaluate(commands: Any) -> None:
         help=f"paper, ablation, or a comma-separated list of {', '.join(TASKS)} "
         "(default: the run's eval.tasks, or paper)",
     )
-    command.add_argument("--data", metavar="DIR", help="folder with the tasks' files (default: eval.data, or the hub)")
+    command.add_argument(
+        "--data", type=path, metavar="DIR", help="folder with the tasks' files (default: eval.data, or the hub)"
+    )
     command.add_argument(
         "--limit", type=int, help="use the first N items of each task or subject (default: eval.limit)"
     )
@@ -60,7 +63,7 @@ def _evaluate(options: argparse.Namespace) -> None:
                 tasks = ", ".join(dict.fromkeys(replaced))
                 print(
                     f"{run.folder}: the scores of {tasks} are now for other items than the run's configuration names; "
-                    f"`reprise run {run.folder}` restores them",
+                    f"`reprise run {quote(str(run.folder))}` restores them",
                     file=sys.stderr,
                 )
     for run, numbers in chosen:
@@ -76,7 +79,7 @@ def _rounds(run: Run, wanted: str) -> list[int]:
     """Return the numbers of the requested rounds. Raises ValueError if one has no model."""
     trained = [number for number in range(1, run.config.rounds.num_rounds + 1) if is_complete(run, "train", number)]
     if not trained:
-        raise ValueError(f"{run.folder}: no round has been trained; `reprise run {run.folder}` trains them")
+        raise ValueError(f"{run.folder}: no round has been trained; `reprise run {quote(str(run.folder))}` trains them")
     if wanted in ("last", "all"):
         return trained if wanted == "all" else trained[-1:]
     if not wanted.isdecimal() or int(wanted) not in trained:
@@ -93,13 +96,16 @@ def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
     if tasks is None and not run.config.eval.asked:
         tasks = "paper"
     names = None if tasks is None else [name.strip() for name in tasks.split(",")]
-    overrides = {"tasks": names, "data": options.data, "limit": options.limit}
+    overrides = {"tasks": names, "limit": options.limit}
     values = run.config.model_dump()
     values["eval"] |= {field: value for field, value in overrides.items() if value is not None}
     if names is not None:
         # Evaluate only these tasks.
         values["eval"]["every_steps"] = None
-    return parse_config(values, "evaluate").eval
+    if options.data is not None:
+        # A relative path in the run's configuration counts from where the run was started.
+        values["eval"]["data"] = str(options.data if run.config.base == Path.cwd() else options.data.absolute())
+    return parse_config(values, "evaluate", run.config.base).eval
 
 
 def _score(run: Run, number: int, config: EvalConfig, progress: Progress) -> list[str]:
@@ -119,7 +125,7 @@ def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:
     chances: dict[str, float] = {}
     rows = []
     for run, numbers in chosen:
-        with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        with open_ledger(run.folder) as ledger:
             chances |= read_chance(ledger)
             rows += read_rows(ledger, run.folder.name, numbers)
     return [*chance_rows(chances), *rows]
@@ -127,23 +133,25 @@ def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:
 
 def _print_details(run: Run, numbers: list[int], stream: TextIO) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from flows.evaluation.results import read_details
     from flows.evaluation.results_table import print_wide
 
     for number in numbers:
-        with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+        with open_ledger(run.folder) as ledger:
             details = read_details(ledger, number)
             reasons = ledger.sql(
                 f"""select task, reason, count(*), min(item) from unscorable where round = {number}
                 and step in (select step from scores where round = {number} and is_end)
                 group by task, reason order by task, count(*) desc"""
             ).fetchall()
-        table = Table(box=None, pad_edge=False, title=f"{run.folder.name}, round {number}", title_justify="left")
+        title = Text(f"{run.folder.name}, round {number}")
+        table = Table(box=None, pad_edge=False, title=title, title_justify="left")
         for position, name in enumerate(details[0] if details else ()):
             table.add_column(name, justify="left" if position < 2 else "right")
         for row in details:
-            table.add_row(*("" if value is None else str(value) for value in row.values()))
+            table.add_row(*(Text("" if value is None else str(value)) for value in row.values()))
         print(print_wide(table), file=stream)
         for task, reason, count, first in reasons:
             print(f"  {task}: {count} unscorable, {reason} (such as {first})", file=stream)

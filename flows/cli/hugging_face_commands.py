@@ -4,15 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from flows.cli.options import path
+
 
 def add_hugging_face(commands: Any) -> None:
     """Add the commands to the parser's `commands`."""
     import_ = commands.add_parser("import", help="convert another library's model into one that runs can start from")
     formats = import_.add_subparsers(required=True, metavar="FORMAT")
     hf = formats.add_parser("hf", help="from a Hugging Face folder: Llama, Qwen2, Mistral, or an exported model")
-    hf.add_argument("path", type=Path, metavar="PATH", help="folder with config.json, safetensors and a tokenizer")
+    hf.add_argument("path", type=path, metavar="PATH", help="folder with config.json, safetensors and a tokenizer")
     hf.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="model folder to create (default: models/ and the name of PATH)"
+        "--output", type=path, metavar="FOLDER", help="model folder to create (default: models/ and the name of PATH)"
     )
     hf.add_argument(
         "--end-of-document", metavar="TOKEN", help="token that ends a document (default: the tokenizer's eos_token)"
@@ -21,10 +23,10 @@ def add_hugging_face(commands: Any) -> None:
     export = commands.add_parser("export", help="convert a trained model for another library")
     formats = export.add_subparsers(required=True, metavar="FORMAT")
     hf = formats.add_parser("hf", help="for Hugging Face transformers")
-    hf.add_argument("place", type=Path, metavar="RUN", help="run folder, or a model folder")
+    hf.add_argument("place", type=path, metavar="RUN", help="run folder, or a model folder")
     hf.add_argument("--round", type=int, help="round of the run whose model is exported (default: the last)")
     hf.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="folder to create (default: export/round-N in RUN, or export)"
+        "--output", type=path, metavar="FOLDER", help="folder to create (default: export/round-N in RUN, or export)"
     )
     hf.add_argument(
         "--dtype",

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
-from flows.cli.options import add_config, count, read_trial_config
+from flows.cli.options import add_config, count, path, read_trial_config
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import Run
 from flows.run.stored_model import StoredModel
@@ -20,11 +20,11 @@ def add_inherit(commands: Any) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     importance = actions.add_parser("importance", help="measure each layer's importance, and choose the layers to keep")
     importance.add_argument(
-        "teacher", type=Path, metavar="TEACHER", help="run folder, or model folder of `reprise import hf`"
+        "teacher", type=path, metavar="TEACHER", help="run folder, or model folder of `reprise import hf`"
     )
     importance.add_argument(
         "--config",
-        type=Path,
+        type=path,
         metavar="CONFIG.yaml",
         help="configuration of the corpus to measure on (default: TEACHER's)",
     )
@@ -40,10 +40,10 @@ def add_inherit(commands: Any) -> None:
         metavar="NAMES",
         help="tasks to evaluate without each block of layers, such as hellaswag,piqa",
     )
-    importance.add_argument("--data", metavar="DIR", help="folder with the tasks' files (default: the hub)")
+    importance.add_argument("--data", type=path, metavar="DIR", help="folder with the tasks' files (default: the hub)")
     importance.add_argument("--limit", type=int, help="use the first N items of each task or subject (default: all)")
     importance.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="folder of the results (default: TEACHER/importance)"
+        "--output", type=path, metavar="FOLDER", help="folder of the results (default: TEACHER/importance)"
     )
     importance.set_defaults(command=_importance)
     compare = actions.add_parser("compare", help="compare training from random weights with each inheritance method")
@@ -102,7 +102,8 @@ def _evaluation(options: argparse.Namespace) -> EvalConfig | None:
     if options.tasks is None:
         return None
     names = [name.strip() for name in options.tasks.split(",")]
-    values = {**RunConfig().model_dump(), "eval": {"tasks": names, "data": options.data, "limit": options.limit}}
+    data = None if options.data is None else str(options.data)
+    values = {**RunConfig().model_dump(), "eval": {"tasks": names, "data": data, "limit": options.limit}}
     return parse_config(values, "inherit importance").eval
 
 

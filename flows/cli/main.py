@@ -5,12 +5,14 @@ import os
 import sys
 from pathlib import Path
 
+from data_scoring.base.caches import provide_caches
 from data_scoring.base.files import explain
 from flows.cli.evaluation_commands import add_evaluate
 from flows.cli.experiment_commands import add_trial_commands
 from flows.cli.hugging_face_commands import add_hugging_face
 from flows.cli.inheritance_commands import add_inherit
 from flows.cli.model_commands import add_model
+from flows.cli.options import path
 from flows.cli.run_commands import add_run
 from flows.cli.tokenizer_commands import add_tokenizer
 from flows.run.config import read_config
@@ -24,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     # No telemetry, unless the user has set these variables.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    provide_caches()
     try:
         options.command(options)
     except (ValueError, RanksFailedError) as error:
@@ -52,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_run(commands)
     join = commands.add_parser("join", help="start this host's ranks for a multi-node run, until the run is done")
-    join.add_argument("run", type=Path, metavar="RUN", help="run folder, shared with the leading host")
+    join.add_argument("run", type=path, metavar="RUN", help="run folder, shared with the leading host")
     join.add_argument(
         "--interface", help="network interface for communication between ranks (default: the route to the leader)"
     )
@@ -60,10 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="start Prefect's server and UI, the deployments and a worker")
     serve.add_argument("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, local only)")
     serve.add_argument("--port", type=int, default=4200, help="port of Prefect; reports use the next port")
-    serve.add_argument("--allow", type=Path, action="append", default=[], help="additional folder that flows may use")
+    serve.add_argument("--allow", type=path, action="append", default=[], help="additional folder that flows may use")
     serve.set_defaults(command=_serve)
     doctor = commands.add_parser("doctor", help="check this machine, and what it lacks for a configuration")
-    doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML configuration")
+    doctor.add_argument("config", type=path, nargs="?", metavar="CONFIG", help="YAML configuration")
     doctor.set_defaults(command=_doctor)
     add_evaluate(commands)
     add_model(commands)
@@ -72,21 +75,21 @@ def _parser() -> argparse.ArgumentParser:
     add_trial_commands(commands)
     add_inherit(commands)
     status = commands.add_parser("status", help="show which stages of a run are done, running or failed")
-    status.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    status.add_argument("run", type=path, metavar="RUN", help="run folder")
     status.set_defaults(command=_status)
     runs = commands.add_parser("runs", help="show the status of every run in a folder, one line each")
     runs.add_argument(
-        "folder", type=Path, nargs="?", default=Path("runs"), help="folder of run folders (default: runs)"
+        "folder", type=path, nargs="?", default=Path("runs"), help="folder of run folders (default: runs)"
     )
     runs.set_defaults(command=_runs)
     verify = commands.add_parser("verify", help="compare every file of a run with its recorded checksum")
-    verify.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    verify.add_argument("run", type=path, metavar="RUN", help="run folder")
     verify.set_defaults(command=_verify)
     report = commands.add_parser("report", help="write the report of a run, complete or not")
-    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    report.add_argument("run", type=path, metavar="RUN", help="run folder")
     report.set_defaults(command=_report)
     sql = commands.add_parser("sql", help="query the ledger with DuckDB SQL")
-    sql.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    sql.add_argument("run", type=path, metavar="RUN", help="run folder")
     sql.add_argument("query", metavar="QUERY", help='such as "select * from rounds"')
     sql.set_defaults(command=_sql)
     return parser

@@ -3,15 +3,24 @@
 import argparse
 from pathlib import Path
 
+from data_scoring.base.user_paths import expand_home
 from flows.run.config import RunConfig, read_config
 
 
 def add_config(command: argparse.ArgumentParser) -> None:
     """Add the trials' base configuration to `command`."""
-    command.add_argument("target", type=Path, metavar="CONFIG", help="YAML configuration; the same command resumes it")
+    command.add_argument("target", type=path, metavar="CONFIG", help="YAML configuration; the same command resumes it")
     command.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
     )
+
+
+def path(text: str) -> Path:
+    """Return the path in `text`, in which `~` is the home folder: shells expand it at the start of a word only."""
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def count(text: str) -> int:

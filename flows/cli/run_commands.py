@@ -2,13 +2,14 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pydantic import ValidationError
 
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
+from flows.cli.options import path
 from flows.run.config import RunConfig, override, read_config
 from flows.run.folder import VERIFIED, Run, open_run, read_run
 from flows.run.locks import locked
@@ -26,7 +27,7 @@ def add_run(commands: Any) -> None:
         if stage.help is not None and stage.name != "evaluate":
             _add_stage(commands, stage.name, stage.help)
     approve = commands.add_parser("approve", help="approve the selection that a round trains on (rounds.approval)")
-    approve.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    approve.add_argument("run", type=path, metavar="RUN", help="run folder")
     approve.add_argument("--round", type=int, help="number of the round (default: the waiting one)")
     _add_draw(approve, "")
     approve.set_defaults(command=_approve)
@@ -45,7 +46,7 @@ def _add_stage(commands: Any, stage: str, text: str) -> None:
 
 
 def _add_target(command: argparse.ArgumentParser) -> None:
-    command.add_argument("target", type=Path, metavar="CONFIG_OR_RUN", help="YAML configuration, or a run folder")
+    command.add_argument("target", type=path, metavar="CONFIG_OR_RUN", help="YAML configuration, or a run folder")
     command.add_argument(
         "--verify",
         choices=["changed", "full"],
@@ -181,7 +182,7 @@ def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
     given = {name: getattr(options, name, None) for name in names}
     try:
         return RefineConfig.model_validate(
-            {**refine.model_dump(), **{field: value for field, value in given.items() if value is not None}}
+            {**dict(refine), **{field: value for field, value in given.items() if value is not None}}
         )
     except ValidationError as error:
         detail, *_ = error.errors()
@@ -203,7 +204,9 @@ def _approve(options: argparse.Namespace) -> None:
     with locked(run.folder):
         number = _next_to_train(run) if options.round is None else options.round
         if number not in _rounds_with(run, "refine") or not is_complete(run, "score", number - 1):
-            raise ValueError(f"--round: round {number} has nothing to approve yet; see `reprise status {options.run}`")
+            raise ValueError(
+                f"--round: round {number} has nothing to approve yet; see `reprise status {quote(str(run.folder))}`"
+            )
         if is_complete(run, "train", number):
             raise ValueError(f"--round: round {number} has been trained already; give a later round")
         draw = _draw(run.refine_config(number), options)

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flows.cli.options import path
 from trainer.config import ModelConfig
 
 
@@ -17,24 +18,24 @@ def add_tokenizer(commands: Any) -> None:
         "compact", help="count tokens over a corpus, and remove the rarest from the vocabulary"
     )
     compact.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="T",
+        "--tokenizer", type=path, required=True, metavar="T",
         help="SentencePiece .model, tokenizer.json of a BPE, or GPT-2's vocabulary next to its merges",
     )  # fmt: skip
     compact.add_argument(
-        "--corpus", type=Path, required=True, metavar="C",
+        "--corpus", type=path, required=True, metavar="C",
         help="run folder, YAML configuration, or a file, folder or glob of text",
     )  # fmt: skip
     size = compact.add_mutually_exclusive_group()
     size.add_argument("--vocab-size", type=int, help="tokens to keep (default: the size that makes training cheapest)")
     size.add_argument("--coverage", type=float, help="keep the fewest tokens that cover this share of the corpus")
     compact.add_argument(
-        "--output", type=Path, help="folder to create (default: next to T, named after T and the size)"
+        "--output", type=path, help="folder to create (default: next to T, named after T and the size)"
     )
     compact.add_argument(
         "--model",
         help="preset, or YAML configuration, whose parameter shares are shown (default: C's, or the paper's)",
     )
-    compact.add_argument("--checkpoint", type=Path, help="checkpoint, or run folder, to prune with the vocabulary")
+    compact.add_argument("--checkpoint", type=path, help="checkpoint, or run folder, to prune with the vocabulary")
     compact.add_argument("--round", type=int, help="round of the run whose checkpoint is pruned (default: the last)")
     compact.add_argument("--end-of-document", help="token that ends a document, if T does not define it")
     compact.set_defaults(command=_compact)

@@ -1,4 +1,12 @@
-"""Markdown tables."""
+"""Markdown: tables, and text that stands for itself."""
+
+import html
+import re
+
+
+def markdown_text(text: str) -> str:
+    """Return a line of plain text, such as a folder's name, as Markdown."""
+    return re.sub(r"[\\`*_|\[\]]", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
 
 
 def markdown_table(head: list[str], cells: list[list[str]]) -> str:

@@ -70,7 +70,7 @@ class TerminalProgress:
     def __enter__(self) -> "TerminalProgress":
         if self._console.is_terminal:
             self._bars = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 _RateColumn(),

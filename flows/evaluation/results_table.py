@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from rich.table import Table
 from data_scoring.evaluation.tasks import AVERAGE, TASKS, Column
+from flows.display.markdown import markdown_text
 
 Format = Literal["terminal", "markdown", "latex", "html"]
 # Wider than any table: lines that the terminal wraps are easier to read than truncated cells.
@@ -149,7 +150,7 @@ def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 def _plain(row: Row) -> str:
     """Return the label, escaped for a Markdown table."""
-    return html.escape(_label(row), quote=False).replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")
+    return markdown_text(_label(row))
 
 
 def _latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import Progress
-from data_scoring.ledger import query, refresh_ledger
+from data_scoring.ledger import read_rows, refresh_ledger
 from data_scoring.refine.budget import CALIBRATION
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
@@ -295,7 +295,7 @@ def equal_tokens(config: RunConfig, bases: list[Run], arms: tuple[Arm, ...], wan
     reached = {}
     for base in bases:
         for arm in arms:
-            draw = RefineConfig.model_validate({**base.config.refine.model_dump(), **arm.refine, "max_tokens": None})
+            draw = RefineConfig.model_validate({**dict(base.config.refine), **arm.refine, "max_tokens": None})
             reached[arm.name, base.config.seed] = preview(base, 2, draw).total.num_tokens_kept
     (name, seed), least = min(reached.items(), key=lambda item: item[1])
     if wanted is None:
@@ -328,11 +328,11 @@ def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
     """Return a row for each source: the run's final validation loss, and the cost to reach it."""
     refresh_ledger(run.folder)
     scored = range(1, run.config.rounds.num_rounds) if needs_losses(run.config.refine) else ()
-    [costs] = query(
+    [costs] = read_rows(
         run.folder,
         """select coalesce(sum(num_steps) filter (round > 1), 0), coalesce(sum(num_tokens) filter (round > 1), 0),
             sum(num_tokens) filter (round = 1) from rounds""",
-    ).fetchall()
+    )
     common = dict(zip(("num_steps", "trained_tokens", "round_1_tokens"), map(int, costs), strict=True))
     common["scoring_cost"] = sum(scoring_cost(run, number) for number in scored)
     losses = final_losses(run, run.config.rounds.num_rounds)
@@ -347,20 +347,20 @@ def _scores(run: Run, seed: int, arm: Arm, progress: Progress) -> list[dict[str,
     with locked(run.folder):
         complete(run, "evaluate", last, named(run.config, progress))
     names = SCORES.names[2:]
-    found = query(run.folder, f"select {', '.join(names)} from final_scores where round = {last}").fetchall()
+    found = read_rows(run.folder, f"select {', '.join(names)} from final_scores where round = {last}")
     return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True))} for row in found]
 
 
 def _curve(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
     """Return a row for each step of the run's first round: the tokens trained on so far, and the step's loss."""
-    steps = query(
+    steps = read_rows(
         run.folder,
         "select step, sum(num_tokens) over (order by step)::bigint, loss from steps where round = 1 order by step",
-    ).fetchall()
+    )
     names = ("step", "num_tokens", "loss")
     return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True))} for row in steps]
 
 
 def _number(run: Run, sql: str) -> int:
-    [(number,)] = query(run.folder, sql).fetchall()
+    [(number,)] = read_rows(run.folder, sql)
     return int(number or 0)

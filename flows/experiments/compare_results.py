@@ -7,7 +7,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from data_scoring.base.sql import literal
+from data_scoring.base.sql import literal, parquet_rows
 from flows.evaluation.results import SCORE
 
 BASE = "after round 1"
@@ -90,13 +90,13 @@ def open_results(path: Path, arms: list[str]) -> Iterator[duckdb.DuckDBPyConnect
     with duckdb.connect() as connection:
         names = ", ".join(literal(name) for name in [BASE, *arms])
         connection.execute(f"create type arm as enum ({names})")
-        rows = f"select * replace (arm::arm as arm) from read_parquet({literal(path)})"
+        rows = f"select * replace (arm::arm as arm) from {parquet_rows(path)}"
         connection.execute(f"create table results as {rows}")
         reference = next((name for name in _PLAIN if name in arms), arms[0])
         connection.execute(f"create table reference as select {literal(reference)}::arm as arm")
         connection.execute(_VIEWS)
         for name, other in (("curves", curves_path(path)), ("scores", scores_path(path))):
             if other.exists():
-                rows = f"select * replace (arm::arm as arm) from read_parquet({literal(other)})"
+                rows = f"select * replace (arm::arm as arm) from {parquet_rows(other)}"
                 connection.execute(f"create table {name} as {rows}")
         yield connection

@@ -9,7 +9,7 @@ from data_scoring.base.field_effects import deciding
 from data_scoring.base.files import read_json, write_record
 from data_scoring.base.progress import Progress
 from data_scoring.evaluation.tasks import resolve_names
-from data_scoring.ledger import query
+from data_scoring.ledger import read_rows
 from flows.evaluation.questions import check_items
 from flows.evaluation.results import SCORE
 from flows.experiments.generation_speed import generation_speed
@@ -104,7 +104,7 @@ def score(config: RunConfig, progress: Progress) -> bool:
     with _on_record(config), locked(config.folder):
         complete(open_run(config), "evaluate", 1, progress)
     asked, names = resolve_names(config.eval.asked), [part.name for part in SCORE]
-    found = query(config.folder, f"select {', '.join(names)} from final_scores where round = 1").fetchall()
+    found = read_rows(config.folder, f"select {', '.join(names)} from final_scores where round = 1")
     found.sort(key=lambda entry: asked.index(entry[0]))
     scores = [dict(zip(names, entry, strict=True)) for entry in found if entry[0] in asked]
     if scores == row["scores"]:

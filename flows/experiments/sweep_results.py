@@ -5,9 +5,9 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from data_scoring.base.files import writing
+from data_scoring.base.databases import replacing_views
 from data_scoring.base.parquet import write_parquet
-from data_scoring.base.sql import literal, writing_errors
+from data_scoring.base.sql import literal, parquet_rows
 from flows.experiments.trials import TRIAL
 
 FACTORS = ("depth", "width", "expansion")
@@ -19,7 +19,7 @@ _VIEWS = {
         "One row per trial: its shape, its losses (nats per token), its speeds (tokens per second). Quality is the "
         "negative loss over all validation tokens; task_score is the mean over tasks, percent.",
         """select *, -loss as quality, 100 * list_avg([part.score for part in scores]) as task_score
-        from read_parquet({files}, union_by_name = true)""",
+        from {trials}""",
     ),
     "points": (
         "One row per trained trial, factor and measured outcome.",
@@ -59,14 +59,15 @@ def write_views(folder: Path) -> Path:
     path = folder / "sweep.duckdb"
     # An empty table, so that the views work before the first trial is done.
     write_parquet(folder / "none" / "trial.parquet", TRIAL.empty_table(), "")
-    with writing(path) as temporary, writing_errors(path), duckdb.connect(str(temporary)) as connection:
+    with replacing_views(path) as connection:
         _create_views(connection, folder)
     return path
 
 
 def _create_views(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+    trials = parquet_rows(folder, "*/trial.parquet", options="union_by_name = true")
     for name, (comment, sql) in _VIEWS.items():
-        connection.execute(f"create view {name} as {sql.format(files=literal(folder / '*' / 'trial.parquet'))}")
+        connection.execute(f"create view {name} as {sql.format(trials=trials)}")
         connection.execute(f"comment on view {name} is {literal(comment)}")
 
 

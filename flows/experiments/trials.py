@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from data_scoring.base.files import commit, writing
 from data_scoring.base.parquet import parquet_fingerprint, write_parquet
 from data_scoring.base.progress import Progress
-from data_scoring.ledger import query
+from data_scoring.ledger import read_rows
 from data_scoring.refine.near_duplicates import SCRATCH
 from flows.evaluation.results import SCORE
 from flows.run.config import RunConfig, parse_config
@@ -83,7 +83,7 @@ def trial_config(config: RunConfig, folder: Path, trial: Trial, seed: int) -> Ru
     values["rounds"] |= {"num_rounds": trial.num_rounds, "approval": False}
     for section, fields in trial.values.items():
         values[section] |= fields
-    return parse_config(values, f"trial {trial.name}")
+    return parse_config(values, f"trial {trial.name}", config.base)
 
 
 def with_tokens(config: RunConfig, tokens: int | None) -> RunConfig:
@@ -92,7 +92,7 @@ def with_tokens(config: RunConfig, tokens: int | None) -> RunConfig:
         return config
     values = config.model_dump()
     values["train"]["max_tokens"] = tokens
-    return parse_config(values, "--tokens")
+    return parse_config(values, "--tokens", config.base)
 
 
 def check_trained(rows: list[dict[str, Any]], page: Path) -> None:
@@ -189,9 +189,9 @@ def _settings(config: RunConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def _results(run: Run) -> dict[str, Any]:
-    [(num_steps, num_tokens, seconds)] = query(
+    [(num_steps, num_tokens, seconds)] = read_rows(
         run.folder, "select count(*), sum(num_tokens), sum(num_tokens / tokens_per_second) from steps where round = 1"
-    ).fetchall()
+    )
     losses = final_losses(run, 1)
     total = sum(row["num_tokens"] for row in losses)
     return {
@@ -208,7 +208,7 @@ def _results(run: Run) -> dict[str, Any]:
 def final_losses(run: Run, round_number: int) -> list[dict[str, Any]]:
     """Return a row for each source: its validation loss at the end of a round, and its number of tokens."""
     last = f"select * from validation where round = {round_number} qualify step = max(step) over ()"
-    rows = query(run.folder, f"select source, loss, num_tokens from ({last}) order by source").fetchall()
+    rows = read_rows(run.folder, f"select source, loss, num_tokens from ({last}) order by source")
     return [dict(zip(("source", "loss", "num_tokens"), row, strict=True)) for row in rows]
 
 

@@ -45,7 +45,8 @@ class LocalLauncher(Launcher):
         """Return torchrun's command, and the command for the other hosts."""
         here = shlex.join(torchrun.command(self.job_path, self._rendezvous, is_head=True, address="ADDRESS"))
         others = self.config.nodes - 1
-        return here if not others else f"{here}\n# and on {others} more hosts:\nreprise join {self.run_folder}"
+        join = shlex.join(["reprise", "join", str(self.run_folder)])
+        return here if not others else f"{here}\n# and on {others} more hosts:\n{join}"
 
     def start(self) -> None:
         """Start this host's ranks when those of an earlier launch have ended, and announce the job to other hosts."""

@@ -50,7 +50,8 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
         "nodes": launch.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": cpus,
-        "output": log_path,
+        # In this option alone, % begins a replacement such as %j.
+        "output": str(log_path).replace("%", "%%"),
         "open-mode": "append",
         "chdir": Path.cwd(),
         "partition": slurm.partition,

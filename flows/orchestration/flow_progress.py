@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 from uuid import UUID
 
 import httpx
@@ -28,6 +29,7 @@ from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Running
 
+from flows.display.markdown import markdown_text
 from flows.display.result_page import Page
 from flows.display.terminal_progress import Pace, TerminalProgress
 from flows.launch.log_lines import LogTail
@@ -85,7 +87,7 @@ class FlowProgress:
         # A worker's flows have no terminal, and nobody can see a temporary server.
         self._terminal = None if has_deployment() else TerminalProgress()
         self._is_shown = not is_private()
-        self._name = re.sub("[^a-z0-9]+", "-", run_folder.name.lower()).strip("-")
+        self._name = re.sub("[^a-z0-9]+", "-", run_folder.name.lower()).strip("-") or "run"
         self._folder = run_folder
         self._logger = get_run_logger()
         self._tail = LogTail(run_folder / "logs")
@@ -186,7 +188,7 @@ class FlowProgress:
         self._show(f"round-{round_number}-training", "markdown", tables.loss_page(run), "The curves so far.")
         rows = tables.rounds(run)
         self._show("rounds", "table", json.dumps(rows), "The rounds so far.")
-        link = f"[Report of {run.folder.name}]({address})\n\n{address}"
+        link = f"[Report of {markdown_text(run.folder.name)}]({address})\n\n{address}"
         self._show(f"round-{round_number}-report", "markdown", link, "Link to the report.")
         return rows[round_number - 1]
 
@@ -202,7 +204,7 @@ class FlowProgress:
         self._show("trials", "table", json.dumps(rows), "The trials so far, best first.")
         if page is not None:
             address = _address(page.page)
-            content = f"[Report of {self._folder.name}]({address})\n\n{address}\n\n{page.text}"
+            content = f"[Report of {markdown_text(self._folder.name)}]({address})\n\n{address}\n\n{page.text}"
             self._show("report", "markdown", content, "Results of the search.")
 
     def _show(self, key: str, kind: str, data: str, description: str) -> None:
@@ -325,5 +327,5 @@ def _address(report: Path) -> str:
     """Return the report's URL: on the server of run folders if there is one, else of its file."""
     base, folder = os.environ.get("REPRISE_REPORTS_URL"), os.environ.get("REPRISE_REPORTS_FOLDER")
     if base and folder and report.is_relative_to(folder):
-        return f"{base}/{report.relative_to(folder).as_posix()}"
+        return f"{base}/{quote(report.relative_to(folder).as_posix())}"
     return report.as_uri()

@@ -7,7 +7,7 @@ import duckdb
 import yaml
 
 from data_scoring.base.files import writing
-from data_scoring.ledger import refresh_ledger
+from data_scoring.ledger import open_ledger, refresh_ledger
 from flows.display.figures import render_figure
 from flows.display.html import html_figure, html_page, html_table
 from flows.report.contamination_section import contamination
@@ -24,7 +24,7 @@ def write_report(run: Run) -> Path:
     """Write `report.html` and `report/*.png` from the run folder's ledger, and return the page's path."""
     refresh_ledger(run.folder)
     path = run.folder / "report.html"
-    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+    with open_ledger(run.folder) as ledger:
         body = "\n".join(_sections(run, ledger))
     with writing(path) as temporary:
         temporary.write_text(html_page(run.folder.name, body), encoding="utf-8")

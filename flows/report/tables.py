@@ -3,8 +3,7 @@
 import base64
 from typing import Any
 
-import duckdb
-
+from data_scoring.ledger import open_ledger
 from data_scoring.refine.selection_summary import SelectionSummary
 from flows.display.figures import Plot, render
 from flows.display.markdown import markdown_table
@@ -54,7 +53,7 @@ def scores(run: Run, round_number: int) -> dict[str, Any]:
 
 def evaluation_page(run: Run) -> str:
     """Return the paper's table for the rounds so far, and the curves of their scores, as Markdown."""
-    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+    with open_ledger(run.folder) as ledger:
         rows, items = [*chance_rows(read_chance(ledger)), *read_rows(ledger, run.folder.name)], read_items(ledger)
     table = render_table(rows, columns_of(rows), "markdown")
     return f"{table}\n\n{items}\n\n{_picture(run, score_curves, 'scores against tokens')}"
@@ -109,7 +108,7 @@ def _random_overlap(selection: SelectionSummary) -> str:
 
 
 def _picture(run: Run, plot: Plot, alternative: str) -> str:
-    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+    with open_ledger(run.folder) as ledger:
         png = render(plot, ledger)
     if png is None:
         return "No data yet."
@@ -117,7 +116,7 @@ def _picture(run: Run, plot: Plot, alternative: str) -> str:
 
 
 def _rows(run: Run, sql: str) -> list[dict[str, Any]]:
-    with duckdb.connect(str(run.folder / "ledger.duckdb"), read_only=True) as ledger:
+    with open_ledger(run.folder) as ledger:
         relation = ledger.sql(sql)
         columns = relation.columns
         return [dict(zip(columns, row, strict=True)) for row in relation.fetchall()]

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from data_scoring.base.field_effects import FREE, Decides, is_free, section_of
 from data_scoring.base.files import fingerprint
 from data_scoring.base.names import OneOf
+from data_scoring.base.user_paths import BASE, USER_PATH, typed, user_paths
 from data_scoring.config import (
     Config,
     CorpusConfig,
@@ -133,7 +134,7 @@ class RunConfig(Config):
         description="Name of the run and of its folder, which may be renamed; null: run- and a fingerprint of the "
         "configuration, so that the same configuration resumes and another one starts a new run.",
     )
-    output: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$"), FREE] = Field(
+    output: Annotated[str, Field(pattern=r"^[^\x00]+$"), USER_PATH, FREE] = Field(
         default="runs", description="Folder of the run folders; it may be moved."
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of all random numbers.")
@@ -152,6 +153,11 @@ class RunConfig(Config):
     rounds: Annotated[RoundsConfig, FREE] = RoundsConfig()
     # A change only repeats the evaluation, unless contamination is `remove`: then the items decide the mix.
     eval: Annotated[EvalConfig, Decides(unless=("contamination", "remove"))] = EvalConfig()
+    _base: Path | None = PrivateAttr(default=None)
+
+    def model_post_init(self, context: Any) -> None:
+        """Keep the folder that relative paths count from."""
+        self._base = (context or {}).get(BASE)
 
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
@@ -223,6 +229,11 @@ class RunConfig(Config):
         return f"run-{fingerprint({field: value for field, value in values.items() if not is_free(self, field)})}"
 
     @property
+    def base(self) -> Path:
+        """Return the folder that relative paths count from: that in which the run was started."""
+        return self._base or Path.cwd()
+
+    @property
     def folder(self) -> Path:
         """Return the run's folder."""
         return Path(self.output) / self.run_name
@@ -255,13 +266,19 @@ def override(config: RunConfig, overrides: list[str]) -> RunConfig:
     values = config.model_dump()
     for each in overrides:
         _apply(values, each)
-    return parse_config(values, "--set")
+    return parse_config(values, "--set", config.base)
 
 
-def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
-    """Return the configuration in `values`. Raises ValueError for invalid values; the message starts with `origin`."""
+def parse_config(values: dict[str, Any], origin: str, base: Path | None = None) -> RunConfig:
+    """Return the configuration in `values`. Raises ValueError for invalid values; the message starts with `origin`.
+
+    base: the folder that relative paths count from, of a stored configuration; None: the working directory. A stored
+    name is the run folder's, which may have been renamed to anything.
+    """
+    stored_name = {} if base is None else {"name": values.get("name")}
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate({**values, **dict.fromkeys(stored_name)}, context={BASE: base})
+        return config.model_copy(update=stored_name)
     except ValidationError as error:
         details = error.errors()
         # Invalid entries also make a list count as too short; only the entries' own errors are shown.
@@ -344,30 +361,18 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def check_paths(config: RunConfig, allowed: list[Path]) -> None:
     """Raise ValueError where `config` reads or writes a path outside the `allowed` folders."""
-    check_path("output", config.output, allowed)
-    if config.tokenizer.path is not None:
-        check_path("tokenizer.path", config.tokenizer.path, allowed)
-    inherit = config.model.inherit
-    for field, path in (
-        ("refine.reference", config.refine.reference),
-        ("model.start_from", config.model.start_from),
-        ("eval.data", config.eval.data),
-        ("model.inherit.from", None if inherit is None else inherit.teacher),
-    ):
-        if path is not None:
-            check_path(field, path, allowed)
-    for number, source in enumerate(config.corpus.sources):
-        # Names of hub data sets and kinds of Python text are not paths.
-        if source.format != "python" and (source.format != "datasets" or Path(source.path).exists()):
-            check_path(f"corpus.sources.{number}.path", source.path, allowed)
+    for field, path in user_paths(config):
+        check_path(field, path, allowed)
 
 
 def check_path(field: str, path: str, allowed: list[Path]) -> None:
     """Raise ValueError where `path`, the value of `field`, lies outside the `allowed` folders, links resolved."""
-    if "://" in path or "::" in path or path.startswith("~"):
-        raise ValueError(f"{field}: {path!r} is not a plain path; deployed flows may only use plain paths; give one")
+    if "://" in path or "::" in path or str(typed(path)).startswith("~"):
+        raise ValueError(
+            f"{field}: {typed(path)!r} is not a plain path; deployed flows may only use plain paths; give one"
+        )
     for place in [path, *glob.glob(path, recursive=True)]:  # noqa: PTH207 - as the sources are read
-        _check_inside(field, path, Path(place).resolve(), allowed)
+        _check_inside(field, str(typed(path)), Path(place).resolve(), allowed)
 
 
 def _check_inside(field: str, path: str, resolved: Path, allowed: list[Path]) -> None:

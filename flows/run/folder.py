@@ -12,6 +12,7 @@ import yaml
 
 from data_scoring.base.checksums import FileVerifier, WrittenFile
 from data_scoring.base.files import fingerprint, read_json, write_record, writing
+from data_scoring.base.sql import check_path
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, differences, parse_config
@@ -48,7 +49,7 @@ class Run:
         approval = self.approval(round_number)
         if approval is None:
             return self.config.refine
-        return RefineConfig.model_validate({**self.config.refine.model_dump(), **approval})
+        return RefineConfig.model_validate({**dict(self.config.refine), **approval})
 
     def approval(self, round_number: int) -> dict[str, Any] | None:
         """Return the approved fields of `refine` for a round, or None if it is not approved yet."""
@@ -65,7 +66,7 @@ class Run:
         Raises ValueError if the policy needs a field that the configuration does not set.
         """
         approval = {"policy": policy, "sampling_rate": sampling_rate}
-        RefineConfig.model_validate({**self.config.refine.model_dump(), **approval})
+        RefineConfig.model_validate({**dict(self.config.refine), **approval})
         write_record(self.record_path("approval", round_number), approval)
 
     def recorded(self, stage: str, round_number: int) -> str | None:
@@ -131,6 +132,7 @@ def open_run(config: RunConfig) -> Run:
     Raises ValueError, naming the fields that differ, if the folder was created by another configuration.
     """
     folder = config.folder.absolute()
+    check_path(folder)
     path = folder / "run.yaml"
     # Before there is a corpus, nothing depends on the configuration: the user may have corrected it after an error.
     if path.exists() and (folder / "corpus" / "manifest.json").exists():
@@ -140,7 +142,12 @@ def open_run(config: RunConfig) -> Run:
                 f"{path}: this folder was created by another configuration ({'; '.join(different)}); "
                 "set another name, restore the fields, or delete the folder"
             )
-    content = {"format": _FORMAT, "config": config.model_dump(mode="json"), "versions": package_versions()}
+    content = {
+        "format": _FORMAT,
+        "config": config.model_dump(mode="json"),
+        "started_in": str(config.base),
+        "versions": package_versions(),
+    }
     content["checksum"] = fingerprint(content)
     with writing(path) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -152,11 +159,13 @@ def read_run(folder: Path) -> Run:
     path = folder / "run.yaml"
     if not path.is_file():
         raise ValueError(f"{folder}: not a run folder (it has no run.yaml); start one with `reprise run CONFIG.yaml`")
-    return Run(parse_config(_read_settings(path), str(path)), folder.absolute())
+    stored = _read_settings(path)
+    base = _base(folder.absolute(), stored)
+    return Run(parse_config(stored["config"], str(path), base), folder.absolute())
 
 
-def _read_settings(path: Path) -> Any:
-    """Return the configuration in run.yaml. Raises ValueError if the file is incomplete or was changed."""
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return what run.yaml holds. Raises ValueError if the file is incomplete or was changed."""
     remedy = (
         "restore it from a copy, or delete it and run `reprise run` with the run's configuration file, "
         "which writes it again"
@@ -170,7 +179,18 @@ def _read_settings(path: Path) -> Any:
     checksum = values.pop("checksum", None)
     if (checksum is None and "format" in values) or checksum not in (None, fingerprint(values)):
         raise ValueError(f"{path}: damaged, or edited: its checksum differs from its content; {remedy}")
-    return values["config"]
+    return values
+
+
+def _base(folder: Path, stored: dict[str, Any]) -> Path:
+    """Return the folder that relative paths of a run's configuration count from."""
+    recorded = stored.get("started_in")
+    if recorded is not None and Path(recorded).is_dir():
+        return Path(recorded)
+    # Runs of 0.8 and before did not record it, and a project may be moved as a whole.
+    inner = Path(stored["config"]["output"], folder.name)
+    is_below = not inner.is_absolute() and ".." not in inner.parts and folder.parts[-len(inner.parts) :] == inner.parts
+    return folder.parents[len(inner.parts) - 1] if is_below else Path.cwd()
 
 
 def package_versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from data_scoring.base.progress import Progress
@@ -88,6 +89,6 @@ def samples_to_leave_out(run: Run) -> Path | None:
     if contaminated_samples(run) is None:
         raise ValueError(
             f"{run.folder}: eval.contamination: remove needs the list of samples that overlap with evaluation items, "
-            f"which does not exist; run `reprise run {run.folder}`, which does all missing stages"
+            f"which does not exist; run `reprise run {quote(str(run.folder))}`, which does all missing stages"
         )
     return contamination_path(run.corpus_folder)

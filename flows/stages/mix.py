@@ -1,6 +1,7 @@
 """The stage `mix`: the samples that a round trains on, in training order."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from data_scoring.base.files import fingerprint
@@ -38,15 +39,16 @@ class Mix(Stage):
 
     def waits_for(self, run: Run, round_number: int) -> str | None:
         """Return the command that approves the round's selection, if `rounds.approval` requires it."""
-        return f"approval: reprise approve {run.folder}" if run.awaits_approval(round_number) else None
+        return f"approval: reprise approve {quote(str(run.folder))}" if run.awaits_approval(round_number) else None
 
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
         """Mix. Raises ValueError if the selection has to be approved first."""
         run = stages.run
         if run.awaits_approval(round_number) and not self.is_complete(stages, round_number):
+            folder = quote(str(run.folder))
             raise ValueError(
                 f"rounds.approval: the selection of round {round_number} is not approved yet; review it with "
-                f"`reprise refine {run.folder} --dry-run`, then run `reprise approve {run.folder}`"
+                f"`reprise refine {folder} --dry-run`, then run `reprise approve {folder}`"
             )
         return super().do(stages, round_number, progress)
 

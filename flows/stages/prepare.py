@@ -58,6 +58,8 @@ class Prepare(Stage):
         check_machine(stages.run.config)
         if self.is_complete(stages, round_number):
             return False
+        # Later on, the configured tokenizer may be gone: the corpus has a copy.
+        check_vocabulary(stages.run.config)
         self.work(stages, round_number, progress)
         refresh_ledger(stages.run.folder)
         return True
@@ -80,13 +82,12 @@ class Prepare(Stage):
 
 
 def check_machine(config: RunConfig) -> None:
-    """Raise ValueError if devices, tools, kernels, the tokenizer or reference losses are missing for a run."""
+    """Raise ValueError if devices, tools, kernels or reference losses are missing for a run."""
     from trainer.devices import check_layers
 
     launcher.check(config)
     check_layers(config.model.layers)
     check_kernels(config)
-    check_vocabulary(config)
     if REFERENCE_LOSS in config.refine.columns:
         check_reference(config.refine)
 

@@ -4,6 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from data_scoring.base.files import fingerprint
@@ -104,7 +105,7 @@ class Stages:
         if not self.is_complete(name, round_number):
             raise ValueError(
                 f"{self.run.folder}: {name} of round {round_number} is not complete; "
-                f"run `reprise run {self.run.folder}`, which does all missing stages"
+                f"run `reprise run {quote(str(self.run.folder))}`, which does all missing stages"
             )
 
     def verify(self, progress: Progress = silent) -> None:

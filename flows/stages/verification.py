@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from data_scoring.base.checksums import WrittenFile
@@ -72,7 +73,7 @@ def verify(run: Run, table: Sequence["Stage"], progress: Progress = silent) -> N
     if damage:
         shown = [describe(run, written, path, reason) for path, reason in list(damage.items())[:_MOST_SHOWN]]
         others = f"; and {len(damage) - len(shown)} more files" if len(damage) > len(shown) else ""
-        raise ValueError(f"{'; '.join(shown)}{others}; `reprise verify {run.folder}` lists everything")
+        raise ValueError(f"{'; '.join(shown)}{others}; `reprise verify {quote(str(run.folder))}` lists everything")
 
 
 def describe(run: Run, written: Sequence[Written], path: Path, reason: str) -> str:

@@ -1,0 +1,116 @@
+"""Paths in SQL are literal, whatever is in them."""
+
+import ast
+import re
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_scoring.base.sql import bounded, check_path, copy_to_parquet, parquet_rows
+
+ROOT = Path(__file__).parents[3]
+# A name, and others beside it that it matches if it is taken for a pattern.
+ODD = {
+    "exp[1]": ("exp1",),
+    "[!a]": ("b",),
+    "[a-c]": ("b",),
+    "[[]": ("[",),
+    "a*": ("a", "ab"),
+    "**": ("deep/er",),
+    "what?": ("whats",),
+    "{a,b}": ("a", "b"),
+    'it\'s "mine"': (),
+    "100%20 %s #1 größe \u65e5": (),
+    "two\nlines\t": (),
+    "$HOME;`id` & <b>[bold]|": (),
+    "~": (),
+    "file:": (),
+    "lr=0.5": (),
+    "shard=9": (),
+    "source=web": (),
+    "rounds/7/losses": (),
+}
+
+
+def write(path: Path, number: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"x": [number], "source": ["mine"], "lr": [0.1], "shard": [1]}), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_nothing_but_the_named_file_is_read(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path / name / "part=1.parquet", 1)
+    for decoy in ODD[name]:
+        write(tmp_path / decoy / "part=1.parquet", 2)
+    columns = "select x, source, lr, shard, filename from"
+    expected = [(1, "mine", 0.1, 1, str(file))]
+    for place in (parquet_rows(file), parquet_rows([file]), parquet_rows(file.parent, "part=*.parquet")):
+        assert duckdb.sql(f"{columns} {place}").fetchall() == expected
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_files_are_written_and_sorts_spill_where_they_should(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    for decoy in ODD[name]:
+        (tmp_path / decoy).mkdir(parents=True, exist_ok=True)
+    with bounded(folder, 0.08) as connection:
+        connection.execute("set threads = 1; create table t as select hash(range) as a from range(8_000_000)")
+        assert any((folder / ".spill").iterdir())
+        connection.execute(copy_to_parquet("select 1 as x", folder / "one.parquet", "compression zstd"))
+    assert pq.read_table(folder / "one.parquet").to_pylist() == [{"x": 1}]
+
+
+def test_a_link_on_the_way_is_followed_before_its_parent(tmp_path: Path) -> None:
+    write(tmp_path / "a[1].parquet", 2)
+    write(tmp_path / "real" / "a[1].parquet", 1)
+    (tmp_path / "real" / "deep").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    assert duckdb.sql(f"select x from {parquet_rows(tmp_path / 'link' / '..' / 'a[1].parquet')}").fetchall() == [(1,)]
+
+
+def test_relative_paths_do_not_depend_on_how_they_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("~/x.parquet", "s3:/x.parquet", "http:/x.parquet"):
+        write(tmp_path / name, 1)
+        assert duckdb.sql(f"select x from {parquet_rows(Path(name))}").fetchall() == [(1,)]
+
+
+@pytest.mark.parametrize(("name", "what"), [("a\\b", "a backslash"), ("a\udcffb", "bytes that are not UTF-8")])
+def test_what_no_quoting_helps_is_refused_in_a_line(name: str, what: str, tmp_path: Path) -> None:
+    for use in (check_path, parquet_rows, lambda path: copy_to_parquet("select 1", path, "compression zstd")):
+        with pytest.raises(ValueError, match=what) as raised:
+            use(tmp_path / name)
+        assert "\n" not in str(raised.value)
+        str(raised.value).encode()
+
+
+def _modules() -> list[Path]:
+    return [path for room in ("data_scoring", "flows", "trainer", "kernels") for path in (ROOT / room).rglob("*.py")]
+
+
+def test_no_other_place_makes_a_path_into_sql() -> None:
+    raw = re.compile(r"(read_\w+|\w+_scan|\bglob)\s*\(|\bcopy\s*\(|\battach\s+['{]", re.I)
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in _modules()
+        if path != ROOT / "data_scoring" / "base" / "sql.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and raw.search(node.value)
+    ]
+    assert found == []
+
+
+def test_databases_are_opened_in_memory_or_in_one_place() -> None:
+    places = {
+        str(path.relative_to(ROOT))
+        for path in _modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "duckdb.connect" and node.args
+    }
+    # `query` runs what the user wrote on the file, read-only.
+    assert places == {"data_scoring/base/databases.py", "data_scoring/ledger.py"}
