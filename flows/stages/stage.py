@@ -49,9 +49,9 @@ class Stage(ABC):
     def files(self, run: Run, round_number: int) -> list[Path]:
         """Return the files that the stage has written, whose checksums go into its record."""
 
-    def how_to_repeat(self, run: Run, round_number: int) -> str:
-        """Return what a person has to delete for the stage to write a damaged file again."""
-        return f"delete it and {run.record_path(self.name, round_number)} to write it again"
+    def how_to_repeat(self, run: Run, round_number: int, record: Path) -> str:
+        """Return what a person has to delete for the stage to write a damaged file, listed in `record`, again."""
+        return f"delete it and {record} to write it again"
 
     def is_complete(self, stages: "Stages", round_number: int) -> bool:
         """Return whether the stage was completed with the current inputs."""

@@ -51,7 +51,7 @@ class Train(Stage):
         folder = run.round_folder(round_number)
         return [folder / "steps.parquet", folder / "validation.parquet", *list_seen_losses(folder)]
 
-    def how_to_repeat(self, run: Run, round_number: int) -> str:
+    def how_to_repeat(self, run: Run, round_number: int, record: Path) -> str:
         """Return that the round's folder has to be deleted: its logs were written during training."""
         return f"delete {run.round_folder(round_number)} to train the round again"
 

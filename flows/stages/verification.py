@@ -46,8 +46,10 @@ def _records(run: Run, table: Sequence["Stage"]) -> Iterator[tuple["Stage", int,
             number = stage.round_number(run.config, place)
             if number is not None:
                 yield stage, number, run.record_path(stage.name, number)
-                if stage.name == "train":
-                    yield from ((stage, number, record) for record in evaluation_records(run, number))
+    # Rounds may be evaluated whether the configuration asks for it or not.
+    for stage in (stage for stage in table if stage.name == "evaluate"):
+        for number in range(1, run.config.rounds.num_rounds + 1):
+            yield from ((stage, number, record) for record in evaluation_records(run, number))
 
 
 def _read(run: Run, stage: "Stage", round_number: int, record: Path) -> Written:
@@ -82,7 +84,7 @@ def describe(run: Run, written: Sequence[Written], path: Path, reason: str) -> s
     later = dependents(run, written, owner)
     return (
         f"{path}: damaged since {owner.name} wrote it: {reason}; restore it from a copy, or "
-        f"{owner.stage.how_to_repeat(run, owner.round_number)}"
+        f"{owner.stage.how_to_repeat(run, owner.round_number, owner.record)}"
         f"{'; completed stages that depend on it: ' + ', '.join(later) if later else ''}"
     )
 

@@ -74,6 +74,8 @@ def test_scores_are_in_the_ledger_and_nothing_is_asked_twice(
     # A task that lost its answers is asked again, alone; another task is asked for the first time.
     (folder,) = run.round_folder(1).glob("evaluation/step-*")
     (folder / "boolq.parquet").unlink()
+    assert main(["evaluate", str(run.folder), "--tasks", "boolq"]) == 1
+    (folder / "files.json").unlink()
     fakes.asked.clear()
     assert main(["evaluate", str(run.folder), "--tasks", "boolq,piqa,axb"]) == 0
     assert fakes.asked == ["boolq", "axb"]

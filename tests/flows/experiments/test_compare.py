@@ -21,10 +21,10 @@ from flows.experiments.compare import (
     policy_comparison,
     rate_comparison,
     round_comparison,
-    share,
 )
 from flows.experiments.compare_report import write_comparison
 from flows.experiments.compare_results import BASE, RESULTS, open_results
+from flows.experiments.trials import share
 from flows.run.config import RunConfig
 from flows.run.folder import read_run
 from flows.stages.status import read_status

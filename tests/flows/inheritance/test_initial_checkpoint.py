@@ -95,7 +95,7 @@ def test_round_1_starts_from_what_is_cut_out_and_the_ledger_knows_it(
     run = run_all(student(config, teacher))
     [start] = started
     assert start == inheritance.inherited_checkpoint(run)
-    part = PruningPlan.model_validate_json((start.parent.parent / "part.json").read_text())
+    part = PruningPlan.model_validate(read_json(start.parent.parent / "part.json"))
     assert part.layers == (0, 3)
     old, new = (
         read_checkpoint(list_checkpoints(folder)[-1])
@@ -216,7 +216,7 @@ def test_a_compact_vocabulary_takes_its_rows(
     start = inheritance.inherited_checkpoint(run)
     assert read_checkpoint_record(start)["vocab_size"] == 270 == run.corpus().vocab_size
     old = read_checkpoint(list_checkpoints(teacher.round_folder(1) / "checkpoint")[-1])
-    part = PruningPlan.model_validate_json((start.parent.parent / "part.json").read_text())
+    part = PruningPlan.model_validate(read_json(start.parent.parent / "part.json"))
     for name, new in read_checkpoint(start).items():
         if name in (EMBEDDING, HEAD):
             assert torch.equal(new[:270], old[name][made.choice.kept][:, list(part.channels)])
@@ -324,7 +324,7 @@ def test_ranks_measure_and_choose_and_train(config: RunConfig, teacher: Run, met
     values["parallel"] = {"tensor": 2}
     run = run_all(parse_config(values, "ranks"))
     folder = inheritance.inheritance_folder(run)
-    part = PruningPlan.model_validate_json((folder / "part.json").read_text())
+    part = PruningPlan.model_validate(read_json(folder / "part.json"))
     assert part.layers == keep_layers(folder / "skips.parquet", 2)
     start = inheritance.inherited_checkpoint(run)
     plain = PlainModel(run.config.model, run.corpus().vocab_size).eval()
