@@ -1,7 +1,6 @@
 """The configuration of a run: its sections, reading it from YAML, and its validation."""
 
 import difflib
-import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,7 @@ from data_scoring.config import (
     TokenizerConfig,
     prefix_of,
 )
+from data_scoring.corpus.source_files import match_path
 from data_scoring.refine.policies import SEEN_LOSS
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.launcher_kinds import LAUNCHER_KINDS, LauncherKind
@@ -371,7 +371,9 @@ def check_path(field: str, path: str, allowed: list[Path]) -> None:
         raise ValueError(
             f"{field}: {typed(path)!r} is not a plain path; deployed flows may only use plain paths; give one"
         )
-    for place in [path, *glob.glob(path, recursive=True)]:  # noqa: PTH207 - as the sources are read
+    # A source's path may be a pattern, or a folder with linked ones in it.
+    files = match_path(path) if field.startswith("corpus.sources.") else []
+    for place in [path, *files]:
         _check_inside(field, str(typed(path)), Path(place).resolve(), allowed)
 
 

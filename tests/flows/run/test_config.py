@@ -165,6 +165,8 @@ def test_paths_outside_of_what_is_allowed_are_refused(tmp_path: Path, monkeypatc
     (tmp_path / "here" / "link").rmdir()
     (tmp_path / "here" / "link").symlink_to(tmp_path)
     (tmp_path / "secret.txt").touch()
+    (tmp_path / "here" / "texts").mkdir()
+    (tmp_path / "here" / "texts" / "more").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path / "here")
 
     def config(source: str, **fields: object) -> RunConfig:
@@ -175,7 +177,7 @@ def test_paths_outside_of_what_is_allowed_are_refused(tmp_path: Path, monkeypatc
     check_paths(RunConfig(), allowed)
     for bad in (
         config("../a.jsonl"), config("/etc/passwd"), config("link/a.jsonl"), config("a.jsonl", output="/tmp"),
-        config("l*/*.txt"),
+        config("l*/*.txt"), config("texts"), config("texts/*"),
         config("a.jsonl", tokenizer={"path": "../t.json"}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="lies outside the folders that flows may use"):
