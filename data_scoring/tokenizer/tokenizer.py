@@ -8,6 +8,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -26,15 +27,17 @@ _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>", "<|end_of_text|>"
 _TRAINED_END = "<|endoftext|>"
 # More than ten times the size of the largest tokenizers; reading weights by mistake would take all memory.
 _LARGEST_FILE_BYTES = 512 << 20
+# Sixty times the largest vocabularies; tables by id would take all memory.
+_LARGEST_ID = 1 << 24
 _MOST_CHARACTERS_OF_REASON = 200
 
 
 class UnencodableTextError(ValueError):
     """A text, or one of several, that a tokenizer cannot encode for the library's `reason`."""
 
-    def __init__(self, reason: BaseException) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(
-            f"the tokenizer cannot encode this text ({_reason(reason)}); set tokenizer.path to one with byte tokens or "
+            f"the tokenizer cannot encode this text ({reason}); set tokenizer.path to one with byte tokens or "
             "an unknown token"
         )
 
@@ -83,12 +86,10 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text."""
         pieces = [[*cut_text(text)] if self._can_cut else [text] for text in texts]
-        try:
+        with _explained(UnencodableTextError):
             encodings = self._tokenizer.encode_batch_fast(
                 [piece for each in pieces for piece in each], add_special_tokens=False
             )
-        except Exception as error:  # noqa: BLE001 (what the library raises)
-            raise UnencodableTextError(error) from None
         ids = (encoding.ids for encoding in encodings)
         return [[*chain.from_iterable(islice(ids, len(each)))] for each in pieces]
 
@@ -126,10 +127,8 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text."""
-        try:
+        with _explained(UnencodableTextError):
             ids: list[list[int]] = self._processor.encode(texts, num_threads=-1)
-        except RuntimeError as error:
-            raise UnencodableTextError(error) from None
         return ids
 
     def find_lost(self, texts: list[str], encoded: list[list[int]]) -> list[str]:
@@ -155,26 +154,42 @@ class SentencePieceTokenizer:
         return [str(text) for text in self._processor.decode(batch)] if batch else []
 
 
+@contextmanager
+def _explained(make: Callable[[str], ValueError]) -> Iterator[None]:
+    """Convert whatever the libraries raise into the error that `make` returns for it, given the reason in one line."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of Rust code is no Exception, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:_MOST_CHARACTERS_OF_REASON] or type(error).__name__
+        raise make(reason) from None
+
+
 def _load_json(path: Path) -> tokenizers.Tokenizer:
     content = read_tokenizer(path)
-    try:
-        return tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # noqa: BLE001 (what the library raises)
-        reason = _reason(error)
-        raise ValueError(f"{path}: not a tokenizer.json ({reason}); give one of the tokenizers library") from None
+
+    with _explained(
+        lambda reason: ValueError(f"{path}: not a tokenizer.json ({reason}); give one of the tokenizers library")
+    ):
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest > _LARGEST_ID:
+            raise ValueError(f"the id {largest} is larger than any vocabulary")
+        return tokenizer
 
 
 def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
     _check_size(path)
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a SentencePiece model ({_reason(error)}); give a .model file") from None
 
-
-def _reason(error: BaseException) -> str:
-    """Return a library's error message in one line."""
-    return " ".join(str(error).split())[:_MOST_CHARACTERS_OF_REASON]
+    with _explained(lambda reason: ValueError(f"{path}: not a SentencePiece model ({reason}); give a .model file")):
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        # In a damaged file, pieces may not be text.
+        for token in range(processor.vocab_size()):
+            if not isinstance(processor.id_to_piece(token), str):
+                raise ValueError(f"piece {token} is not UTF-8")
+        return processor
 
 
 def _check_size(path: Path) -> None:
@@ -219,11 +234,10 @@ def read_tokenizer(path: Path) -> bytes:
 
 
 def _join_pair(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
-    try:
+    with _explained(
+        lambda reason: ValueError(f"{merges}: not the merges of {vocabulary} ({reason}); give a matching pair")
+    ):
         model = tokenizers.models.BPE(*tokenizers.models.BPE.read_file(str(vocabulary), str(merges)))
-    except Exception as error:  # noqa: BLE001 (what the library raises)
-        reason = _reason(error)
-        raise ValueError(f"{merges}: not the merges of {vocabulary} ({reason}); give a matching pair") from None
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
