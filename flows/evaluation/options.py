@@ -11,6 +11,8 @@ from data_scoring.evaluation.rows import LETTERS
 from data_scoring.tokenizer.tokenizer import Tokenizer
 from flows.evaluation.harness_task import WholeTextInstance
 
+# What stands for a space in vocabularies; it remains in decoded text if a tokenizer.json has no decoder.
+_SPACES = str.maketrans("▁Ġ", "  ")
 UNENCODABLE = "the tokenizer cannot encode it"
 
 
@@ -30,6 +32,8 @@ class Options:
         """
         text, question = "".join(instance.args), question_of(instance)
         name, whole = _name(instance.idx), tokens[text]
+        if question.strip() and not tokens[question.rstrip()]:
+            return "the tokenizer makes nothing of the question"
         if self._adds_nothing(tokens[question.rstrip()], whole):
             return f"the tokenizer makes nothing of option {name}"
         context = instance.args[0].rstrip()
@@ -47,8 +51,8 @@ class Options:
         if whole[:start] != question:
             # The tokenizer merged the end of the question with what follows.
             start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(question, whole, strict=False)))
-        before, after = (self._tokenizer.decode(ids[start:]).strip() for ids in (question, whole))
-        return before == after
+        before, after = (self._tokenizer.decode(ids[start:]) for ids in (question, whole))
+        return before.translate(_SPACES).split() == after.translate(_SPACES).split()
 
 
 def question_of(instance: Instance) -> str:
