@@ -68,7 +68,9 @@ class CorpusConfig(Config):
         default=0.05, gt=0, lt=1, description="Share of documents held out before the shards are cut."
     )
     on_bad_record: Literal["fail", "skip"] = Field(
-        default="fail", description="What to do with a malformed record; skipped ones are listed in rejects.jsonl."
+        default="fail",
+        description="What to do with a malformed record, or a document that the tokenizer cannot encode; skipped ones "
+        "are listed in rejects.jsonl.",
     )
 
 

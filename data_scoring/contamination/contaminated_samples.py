@@ -7,7 +7,7 @@ count. `ngrams.py` defines units and the normalisation of text.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from data_scoring.contamination.ngrams import split_units
 from data_scoring.contamination.overlaps import Overlaps, find_overlaps
 from data_scoring.corpus.reading_order import ReadingOrder
 from data_scoring.evaluation.items import ItemText
-from data_scoring.tokenizer.tokenizer import Tokenizer
+from data_scoring.tokenizer.tokenizer import Tokenizer, encode_each
 
 if TYPE_CHECKING:
     import duckdb
@@ -73,7 +73,7 @@ def write_contamination(
     identity = f"{_origin(order.corpus.fingerprint, ngram)}-{fingerprint([asdict(item) for item in listed])}"
     if is_intact(pairs_path, identity) and is_intact(items_path, identity):
         return False
-    index = index_items(listed, ngram)
+    index = index_items(_as_in_corpus(listed, tokenizer), ngram)
     overlaps = find_overlaps(order, tokenizer, index, progress)
     with duckdb.connect() as connection:
         connection.register("owned", pa.table({"ngram": index.ngrams, "item": index.owners, "place": index.places}))
@@ -83,6 +83,18 @@ def write_contamination(
     write_parquet(items_path, items_table, identity)
     write_parquet(pairs_path, pairs_table.replace_schema_metadata({_SAMPLES_KEY: _digest(pairs_table)}), identity)
     return True
+
+
+def _as_in_corpus(items: list[ItemText], tokenizer: Tokenizer) -> list[ItemText]:
+    """Return `items` with what the tokenizer makes of their text, as the corpus holds it.
+
+    Characters that it drops, replaces or normalises would otherwise hide the overlaps around them.
+    """
+    encoded = encode_each(tokenizer, [item.text for item in items])
+    return [
+        replace(item, text=tokenizer.decode(ids)) if isinstance(ids, list) else item
+        for item, ids in zip(items, encoded, strict=True)
+    ]
 
 
 def samples_fingerprint(corpus_folder: Path, corpus_fingerprint: str, ngram: int) -> str | None:

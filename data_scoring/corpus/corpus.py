@@ -71,6 +71,16 @@ class Corpus:
         parts = self.manifest["validation"]["sources"]
         return [part["name"] for part in parts for _ in range(part["num_samples"])]
 
+    @property
+    def notes(self) -> list[str]:
+        """Return notes for the user, one line for each source of which the tokenizer lost characters."""
+        return [
+            f"corpus.sources.{source['name']}: the tokenizer lost {source['lost_characters']:,} of "
+            f"{source['characters']:,} characters, such as {source['lost_examples']!r}"
+            for source in self.manifest["sources"]
+            if "lost_characters" in source
+        ]
+
     def num_samples(self, shard: int) -> int:
         """Return the number of samples in a shard or the validation set."""
         return int(self._entry(shard)["num_samples"])

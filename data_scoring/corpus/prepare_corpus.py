@@ -25,7 +25,7 @@ from data_scoring.corpus.packing import (
 )
 from data_scoring.corpus.source_text import SourceText
 from data_scoring.corpus.sources import check_source, open_megatron, resolve_format
-from data_scoring.corpus.tokenise import StagedSource, stage_source
+from data_scoring.corpus.tokenise import STAGING_FORMAT, StagedSource, stage_source
 from data_scoring.tokenizer.tokenizer import Tokenizer, install_tokenizer, open_tokenizer
 
 _SAMPLES = pa.schema(
@@ -141,7 +141,10 @@ def _prepare_from_text(
     tokenizer_checksum = checksum(tokenizer_path)
     staged = [
         stage_source(
-            text, tokenizer, fingerprint(text.source.model_dump(), text.skip_bad, tokenizer_checksum), progress
+            text,
+            tokenizer,
+            fingerprint(text.source.model_dump(), text.skip_bad, tokenizer_checksum, STAGING_FORMAT),
+            progress,
         )
         for text in texts
     ]
@@ -167,6 +170,7 @@ def _prepare_from_text(
             "validation_documents": result.documents[1],
             "train_tokens": result.tokens[0],
             "validation_tokens": result.tokens[1],
+            **_lost(result.source.counts),
         }
         for result in results
     ]
@@ -175,6 +179,12 @@ def _prepare_from_text(
         "validation": pack_validation(results, held_out, dtype, folder),
         "shards": index_shards(assignment, dtype, folder),
     }
+
+
+def _lost(counts: dict[str, Any]) -> dict[str, Any]:
+    """Return what the manifest says of lost characters: nothing if there are none, as in earlier versions."""
+    keys = ("characters", "lost_characters", "lost_examples") if counts["lost_characters"] else ()
+    return {key: counts[key] for key in keys}
 
 
 def _collect_rejects(staged: list[StagedSource], staging: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from data_scoring.base.files import fingerprint, writing
 from data_scoring.config import SourceConfig
-from data_scoring.corpus.sources import Rejects, batch_documents, read_documents, stamp_files
+from data_scoring.corpus.sources import Rejects, batch_documents, list_reject, read_documents, stamp_files
 
 _IDENTITY = b"reprise.source"
 
@@ -44,8 +44,17 @@ class SourceText:
         documents = read_documents(self.source, Rejects(self._rejects_path, self.skip_bad))
         yield from self._keep(documents) if keep else documents
 
+    def reject(self, number: int, reason: str) -> None:
+        """List the document `number`, 1-based, among the bad records. Raises ValueError unless these are skipped."""
+        where = f"corpus.sources.{self.source.name}"
+        if not self.skip_bad:
+            raise ValueError(
+                f"{where}: document {number} of {self.source.path!r}: {reason}, or set corpus.on_bad_record: skip"
+            )
+        list_reject(self._rejects_path, self.source.path, number, f"document {number}: {reason}")
+
     def num_rejected(self) -> int:
-        """Return the number of malformed records that were skipped when the source was read."""
+        """Return the number of bad records that were skipped when the source was read and tokenised."""
         if not self._rejects_path.exists():
             return 0
         with self._rejects_path.open("rb") as lines:

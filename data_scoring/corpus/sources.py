@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 # Called with (file, line or row, reason); raises or records.
 BadRecord = Callable[[str, int, str], None]
 
-# A text file that is one document has to fit into memory several times while it is tokenised.
+# A text file that is one document has to fit into memory many times while it is tokenised.
 LARGEST_DOCUMENT_BYTES = 256 << 20
 
 _BATCH_DOCUMENTS = 1024
@@ -114,8 +114,13 @@ class Rejects:
         if not self._skip:
             raise ValueError(f"{file}:{line}: {reason}, or set corpus.on_bad_record: skip")
         self.count += 1
-        with self._path.open("a", encoding="utf-8") as rejects:
-            rejects.write(json.dumps({"file": file, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
+        list_reject(self._path, file, line, reason)
+
+
+def list_reject(path: Path, file: str, line: int, reason: str) -> None:
+    """Add a bad record to the list in `path`."""
+    with path.open("a", encoding="utf-8") as rejects:
+        rejects.write(json.dumps({"file": file, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
 
 
 @contextmanager

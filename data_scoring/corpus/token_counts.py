@@ -21,14 +21,13 @@ from data_scoring.base.sql import literal
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.corpus.sources import Rejects, batch_documents, read_documents, stamp_files
-from data_scoring.corpus.tokenise import split_document
-from data_scoring.tokenizer.tokenizer import Tokenizer, sample_texts
+from data_scoring.tokenizer.tokenizer import Tokenizer, UnencodableTextError, encode_each, sample_texts
 
 # The most work that a kill loses.
 _SAVE_SECONDS = 20.0
 _SAMPLES_AT_ONCE = 1024
 # Version of the saved counts; counts of another version are computed again.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,6 @@ class SourceLength:
     is_sample: bool
 
 
-def encode(texts: list[str], tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Return the concatenated tokens of all `texts`, [num_tokens] int64."""
-    encoded = tokenizer.encode_batch([piece for text in texts for piece in split_document(text)])
-    return np.concatenate([np.asarray(ids, np.int64) for ids in encoded]) if encoded else np.empty(0, np.int64)
-
-
 def count_source(
     source: SourceConfig, tokenizer: Tokenizer, checksum: str, folder: Path, skip_bad: bool, progress: Progress
 ) -> SourceCounts:
@@ -73,7 +66,14 @@ def count_source(
     rejects = Rejects(folder / f"{source.name}.rejects.jsonl", skip_bad)
     saved = time.monotonic()
     for batch in read_ahead(batch_documents(islice(read_documents(source, rejects), done, None))):
-        counts += np.bincount(encode(batch, tokenizer), minlength=tokenizer.vocab_size)
+        encoded = []
+        for number, ids in enumerate(encode_each(tokenizer, batch), start=done + 1):
+            if isinstance(ids, UnencodableTextError):
+                rejects(source.path, number, str(ids))
+            else:
+                encoded.append(np.asarray(ids, np.int64))
+        if encoded:
+            counts += np.bincount(np.concatenate(encoded), minlength=tokenizer.vocab_size)
         done += len(batch)
         progress(f"counting {source.name} (documents)", done, None)
         if time.monotonic() - saved > _SAVE_SECONDS:
@@ -166,16 +166,17 @@ def measure_length(
             seen += len(text.encode())
             yield text
 
-    for batch in batch_documents(sample_texts(counted(), num_bytes, seed)):
+    for texts_at_once in batch_documents(sample_texts(counted(), num_bytes, seed)):
+        encoded = encode_each(tokenizers[0], texts_at_once)
+        batch = [text for text, ids in zip(texts_at_once, encoded, strict=True) if isinstance(ids, list)]
+        before = [ids for ids in encoded if isinstance(ids, list)]
         measured += sum(len(text.encode()) for text in batch)
-        pieces = [piece for text in batch for piece in split_document(text)]
-        before, after = (tokenizer.encode_batch(pieces) for tokenizer in tokenizers)
-        for place, (old, new) in enumerate(zip(before, after, strict=True)):
+        for place, (old, new) in enumerate(zip(before, tokenizers[1].encode_batch(batch), strict=True)):
             lengths[0] += len(old)
             lengths[1] += len(new)
             if tokenizers[0].decode(old) != tokenizers[1].decode(new):
                 raise ValueError(
                     f"{name}: the smaller tokenizer does not decode this text as the original one does: "
-                    f"{pieces[place][:80]!r}; please report this with the tokenizer, and use another size"
+                    f"{batch[place][:80]!r}; please report this with the tokenizer, and use another size"
                 )
     return SourceLength(name, measured, lengths[0], lengths[1], is_sample=measured < seen)

@@ -1,9 +1,10 @@
 """Tokenising sources: each document once, in order, into staging files in the corpus folder."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,15 +14,19 @@ from data_scoring.base.read_ahead import read_ahead
 from data_scoring.corpus.indexed import token_dtype
 from data_scoring.corpus.source_text import SourceText
 from data_scoring.corpus.sources import batch_documents
-from data_scoring.tokenizer.tokenizer import Tokenizer
+from data_scoring.tokenizer.tokenizer import Tokenizer, UnencodableTextError, encode_each
 
 # One row per document. Documents are distinguished by 64 bits of BLAKE2b: among a billion documents, the probability
 # of any collision is below 3 %.
 DOCUMENT = np.dtype([("digest", "<u8"), ("num_tokens", "<i4")])
+# Version of the staged files; those of another version are made again.
+STAGING_FORMAT = 2
 
 _CHUNK_DOCUMENTS = 1 << 14
-# Longer documents are tokenised in pieces, split at line ends, which bounds memory and keeps all cores busy.
-_PIECE_CHARACTERS = 1 << 20
+# More than this is the wrong tokenizer for the text.
+_LARGEST_LOST_SHARE = 0.1
+# The most lost characters to name.
+_NUM_EXAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class StagedSource:
     name: str
     tokens_path: Path
     documents_path: Path
-    counts: dict[str, int]
+    counts: dict[str, Any]
 
     def documents(self) -> Iterator[np.ndarray]:
         """Yield arrays of the documents' rows (dtype `DOCUMENT`), of bounded length."""
@@ -41,15 +46,19 @@ class StagedSource:
 
 
 def stage_source(text: SourceText, tokenizer: Tokenizer, fingerprint: str, progress: Progress) -> StagedSource:
-    """Return the tokenised source of `text`; finished work with the same `fingerprint` is reused."""
+    """Return the tokenised source of `text`; finished work with the same `fingerprint` is reused.
+
+    Raises ValueError if a document cannot be tokenised, unless bad records are skipped, and if too many characters are
+    lost.
+    """
     name, staging = text.source.name, text.staging
     record_path = staging / f"{name}.json"
     tokens_path, documents_path = staging / f"{name}.tokens", staging / f"{name}.documents"
     record = read_json(record_path)
     if record is None or record["fingerprint"] != fingerprint:
         with writing(tokens_path) as tokens_file, writing(documents_path) as documents_file:
-            documents = read_ahead(batch_documents(text.documents()))
-            counts = _tokenise(name, documents, tokenizer, tokens_file, documents_file, progress)
+            counts = _tokenise(text, tokenizer, tokens_file, documents_file, progress)
+            _check_lost(text, counts)
         record = {"fingerprint": fingerprint, **counts, "rejected": text.num_rejected()}
         write_record(record_path, record)
     text.forget()
@@ -58,55 +67,54 @@ def stage_source(text: SourceText, tokenizer: Tokenizer, fingerprint: str, progr
 
 
 def _tokenise(
-    name: str,
-    batches: Iterable[list[str]],
-    tokenizer: Tokenizer,
-    tokens_path: Path,
-    documents_path: Path,
-    progress: Progress,
-) -> dict[str, int]:
+    text: SourceText, tokenizer: Tokenizer, tokens_path: Path, documents_path: Path, progress: Progress
+) -> dict[str, Any]:
     dtype = token_dtype(tokenizer.vocab_size)
-    counts = {"documents": 0, "empty": 0, "bytes": 0, "tokens": 0}
+    counts = {"documents": 0, "empty": 0, "bytes": 0, "tokens": 0, "characters": 0, "lost_characters": 0}
+    examples: dict[str, None] = {}
+    num_read = 0
     with tokens_path.open("wb") as tokens_file, documents_path.open("wb") as documents_file:
-        for batch in batches:
-            texts = [text for text in batch if text.strip()]
-            encoded = _encode(texts, tokenizer)
+        for batch in read_ahead(batch_documents(text.documents())):
+            numbered = {number: each for number, each in enumerate(batch, start=num_read + 1) if each.strip()}
+            num_read += len(batch)
+            counts["empty"] += len(batch) - len(numbered)
+            texts, encoded = _encode(text, numbered, tokenizer)
             rows = np.empty(len(texts), DOCUMENT)
-            for row, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-                raw = text.encode()
+            for row, (each, ids) in enumerate(zip(texts, encoded, strict=True)):
+                raw = each.encode()
                 digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-                rows[row] = (digest, len(ids))
+                rows[row] = (digest, len(ids) + 1)
                 counts["bytes"] += len(raw)
-                tokens_file.write(np.asarray(ids, dtype).tobytes())
+                counts["characters"] += len(each)
+                tokens_file.write(np.asarray([*ids, tokenizer.end_of_document], dtype).tobytes())
             documents_file.write(rows.tobytes())
+            for lost in tokenizer.find_lost(texts, encoded):
+                counts["lost_characters"] += len(lost)
+                if len(examples) < _NUM_EXAMPLES:
+                    examples |= dict.fromkeys(lost)
             counts["documents"] += len(texts)
-            counts["empty"] += len(batch) - len(texts)
             counts["tokens"] += int(rows["num_tokens"].sum())
-            progress(f"tokenising {name} (documents)", counts["documents"], None)
-    return counts
+            progress(f"tokenising {text.source.name} (documents)", counts["documents"], None)
+    return {**counts, "lost_examples": "".join([*examples][:_NUM_EXAMPLES])}
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Return each text's ids with the end-of-document id appended."""
-    pieces: list[str] = []
-    owners: list[int] = []
-    for owner, text in enumerate(texts):
-        for piece in split_document(text):
-            pieces.append(piece)
-            owners.append(owner)
-    encoded: list[list[int]] = [[] for _ in texts]
-    for owner, ids in zip(owners, tokenizer.encode_batch(pieces), strict=True):
-        encoded[owner].extend(ids)
-    for ids in encoded:
-        ids.append(tokenizer.end_of_document)
-    return encoded
+def _encode(text: SourceText, documents: dict[int, str], tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
+    """Return the documents that can be encoded, and the ids of each; the others become bad records."""
+    texts, encoded = [], []
+    for (number, document), ids in zip(documents.items(), encode_each(tokenizer, [*documents.values()]), strict=True):
+        if isinstance(ids, UnencodableTextError):
+            text.reject(number, str(ids))
+        else:
+            texts.append(document)
+            encoded.append(ids)
+    return texts, encoded
 
 
-def split_document(text: str) -> Iterator[str]:
-    """Yield the pieces of a document in which it is tokenised, split at line ends."""
-    start = 0
-    while len(text) - start > _PIECE_CHARACTERS:
-        cut = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1 or start + _PIECE_CHARACTERS
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
+def _check_lost(text: SourceText, counts: dict[str, Any]) -> None:
+    lost, characters = counts["lost_characters"], counts["characters"]
+    if lost > _LARGEST_LOST_SHARE * characters:
+        raise ValueError(
+            f"corpus.sources.{text.source.name}: the tokenizer cannot represent {lost:,} of its {characters:,} "
+            f"characters, more than {_LARGEST_LOST_SHARE:.0%}, such as {counts['lost_examples']!r}; "
+            "give a tokenizer for this text (tokenizer.path), or none to train one"
+        )

@@ -8,6 +8,9 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -16,9 +19,27 @@ import tokenizers
 
 from data_scoring.base.files import writing
 from data_scoring.config import TokenizerConfig
+from data_scoring.tokenizer.long_texts import can_cut, cut_text
+from data_scoring.tokenizer.long_words import split_long_words
+from data_scoring.tokenizer.lost_characters import LostCharacters
 
 _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>", "<|end_of_text|>", "[SEP]", "<|eot_id|>")
 _TRAINED_END = "<|endoftext|>"
+# More than ten times the size of the largest tokenizers; reading weights by mistake would take all memory.
+_LARGEST_FILE_BYTES = 512 << 20
+# Sixty times the largest vocabularies; tables by id would take all memory.
+_LARGEST_ID = 1 << 24
+_MOST_CHARACTERS_OF_REASON = 200
+
+
+class UnencodableTextError(ValueError):
+    """A text, or one of several, that a tokenizer cannot encode for the library's `reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the tokenizer cannot encode this text ({reason}); set tokenizer.path to one with byte tokens or "
+            "an unknown token"
+        )
 
 
 class Tokenizer(Protocol):
@@ -28,7 +49,14 @@ class Tokenizer(Protocol):
     end_of_document: int
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text, without special tokens; uses all cores."""
+        """Return the ids of each text, without special tokens; uses all cores.
+
+        Raises UnencodableTextError, for example if a character is not in the vocabulary and there is no unknown token.
+        """
+        ...
+
+    def find_lost(self, texts: list[str], encoded: list[list[int]]) -> list[str]:
+        """Return the characters of each text that its ids do not represent: they are dropped, or unknown tokens."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -53,11 +81,25 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.end_of_document = _find_end(path, self._tokenizer.token_to_id, end_of_document)
+        self._can_cut = can_cut(self._tokenizer)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        pieces = [[*cut_text(text)] if self._can_cut else [text] for text in texts]
+        with _explained(UnencodableTextError):
+            encodings = self._tokenizer.encode_batch_fast(
+                [piece for each in pieces for piece in each], add_special_tokens=False
+            )
+        ids = (encoding.ids for encoding in encodings)
+        return [[*chain.from_iterable(islice(ids, len(each)))] for each in pieces]
+
+    def find_lost(self, texts: list[str], encoded: list[list[int]]) -> list[str]:
+        """Return the lost characters of each text."""
+        return self._lost_characters.find(texts, encoded)
+
+    @cached_property
+    def _lost_characters(self) -> LostCharacters:
+        return LostCharacters(self._tokenizer)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`."""
@@ -85,8 +127,23 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text."""
-        ids: list[list[int]] = self._processor.encode(texts, num_threads=-1)
+        with _explained(UnencodableTextError):
+            ids: list[list[int]] = self._processor.encode(texts, num_threads=-1)
         return ids
+
+    def find_lost(self, texts: list[str], encoded: list[list[int]]) -> list[str]:
+        """Return the lost characters of each text, normalised as the model does."""
+        unknown = self._processor.unk_id()
+        return [
+            "".join(
+                piece
+                for piece, token in zip(self._processor.encode(text, out_type=str), ids, strict=True)
+                if token == unknown
+            ).replace("▁", " ")
+            if unknown in ids
+            else ""
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`."""
@@ -97,19 +154,50 @@ class SentencePieceTokenizer:
         return [str(text) for text in self._processor.decode(batch)] if batch else []
 
 
+@contextmanager
+def _explained(make: Callable[[str], ValueError]) -> Iterator[None]:
+    """Convert whatever the libraries raise into the error that `make` returns for it, given the reason in one line."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of Rust code is no Exception, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:_MOST_CHARACTERS_OF_REASON] or type(error).__name__
+        raise make(reason) from None
+
+
 def _load_json(path: Path) -> tokenizers.Tokenizer:
     content = read_tokenizer(path)
-    try:
-        return tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # noqa: BLE001 (what the library raises)
-        raise ValueError(f"{path}: not a tokenizer.json ({error}); give one of the tokenizers library") from None
+
+    with _explained(
+        lambda reason: ValueError(f"{path}: not a tokenizer.json ({reason}); give one of the tokenizers library")
+    ):
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest > _LARGEST_ID:
+            raise ValueError(f"the id {largest} is larger than any vocabulary")
+        return tokenizer
 
 
 def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a SentencePiece model ({error}); give a .model file") from None
+    _check_size(path)
+
+    with _explained(lambda reason: ValueError(f"{path}: not a SentencePiece model ({reason}); give a .model file")):
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        # In a damaged file, pieces may not be text.
+        for token in range(processor.vocab_size()):
+            if not isinstance(processor.id_to_piece(token), str):
+                raise ValueError(f"piece {token} is not UTF-8")
+        return processor
+
+
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size
+    if size > _LARGEST_FILE_BYTES:
+        raise ValueError(
+            f"{path}: {size >> 20} MB is more than a tokenizer has; give a tokenizer.json or a SentencePiece .model"
+        )
 
 
 def name_token(path: Path, token: int) -> str | None:
@@ -125,6 +213,7 @@ def read_tokenizer(path: Path) -> bytes:
 
     Raises ValueError if `path` is a vocabulary without its merges beside it.
     """
+    _check_size(path)
     content = path.read_bytes()
     if path.suffix != ".json":
         return content
@@ -145,10 +234,10 @@ def read_tokenizer(path: Path) -> bytes:
 
 
 def _join_pair(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
-    try:
+    with _explained(
+        lambda reason: ValueError(f"{merges}: not the merges of {vocabulary} ({reason}); give a matching pair")
+    ):
         model = tokenizers.models.BPE(*tokenizers.models.BPE.read_file(str(vocabulary), str(merges)))
-    except Exception as error:  # noqa: BLE001 (what the library raises)
-        raise ValueError(f"{merges}: not the merges of {vocabulary} ({error}); give a matching pair") from None
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -184,6 +273,17 @@ def open_tokenizer(path: Path, end_of_document: str | None) -> Tokenizer:
     if path.suffix not in kinds:
         raise ValueError(f"tokenizer.path: {path}: ends in neither .json nor .model; give such a file")
     return kinds[path.suffix](path, end_of_document)
+
+
+def encode_each(tokenizer: Tokenizer, texts: list[str]) -> list[list[int] | UnencodableTextError]:
+    """Return the ids of each text, or the error for one that cannot be encoded."""
+    try:
+        return [*tokenizer.encode_batch(texts)]
+    except UnencodableTextError as error:
+        if len(texts) == 1:
+            return [error]
+    half = len(texts) // 2
+    return [*encode_each(tokenizer, texts[:half]), *encode_each(tokenizer, texts[half:])]
 
 
 def install_tokenizer(config: TokenizerConfig, texts: Iterable[str], seed: int, folder: Path) -> Path:
@@ -223,5 +323,5 @@ def _train(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(split_long_words(texts, tokenizer.pre_tokenizer), trainer)
     return tokenizer

@@ -29,6 +29,8 @@ class HuggingFaceVocabulary:
         self.pieces: list[str | None] = [None] * (max(self._ids.values()) + 1)
         for piece, token in self._ids.items():
             self.pieces[token] = piece
+        # The library ignores added tokens without content.
+        self._added_tokens = [token for token in self._json.get("added_tokens", []) if token["content"]]
         self._ranks = {_pair(merge): rank for rank, merge in enumerate(self._model["merges"])}
         self.required = self._find_required()
         self._require_paths()
@@ -47,7 +49,7 @@ class HuggingFaceVocabulary:
 
     def _find_required(self) -> dict[int, str]:
         ids = self._ids
-        required = {ids[token["content"]]: "added token" for token in self._json.get("added_tokens", [])}
+        required = {ids[token["content"]]: "added token" for token in self._added_tokens}
         if self._model.get("unk_token") in ids:
             required.setdefault(ids[self._model["unk_token"]], "unknown")
         for piece in _named(self._json.get("post_processor")) | _named(self._json.get("padding")):
@@ -106,7 +108,7 @@ class HuggingFaceVocabulary:
         ]  # fmt: skip
         content = {
             **self._json,
-            "added_tokens": [{**token, "id": new[token["content"]]} for token in self._json.get("added_tokens", [])],
+            "added_tokens": [{**token, "id": new[token["content"]]} for token in self._added_tokens],
             "post_processor": _renumber(self._json.get("post_processor"), new),
             "padding": _renumber(self._json.get("padding"), new),
             "model": {**model, "vocab": vocab, "merges": merges},

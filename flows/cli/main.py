@@ -1,6 +1,7 @@
 """The `reprise` command."""
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ from flows.run.folder import read_run
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status of one command: 0, or 1 after an error message (130 after an interrupt)."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As on standard error: what the output's encoding lacks, such as letters in ASCII, is escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # No telemetry, unless the user has set these variables.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")

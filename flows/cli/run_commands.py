@@ -97,7 +97,15 @@ def _run(options: argparse.Namespace) -> None:
 
     from flows.orchestration.here import run_here
 
-    print(f"report: {run_here(run_flow)}")
+    report = run_here(run_flow)
+    _print_notes(open_run(config))
+    print(f"report: {report}")
+
+
+def _print_notes(run: Run) -> None:
+    """Print what a user should know about the corpus."""
+    for note in run.corpus().notes:
+        print(f"note: {note}")
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -122,6 +130,8 @@ def _stage(options: argparse.Namespace) -> None:
             complete(run, step.stage.name, step.round_number, progress)
     if number:
         print(f"{options.stage} of round {number} is complete")
+    else:
+        _print_notes(run)
 
 
 def _steps(run: Run, stage: str, wanted: int | None) -> tuple[int, list[Step]]:

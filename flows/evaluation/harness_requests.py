@@ -13,7 +13,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from data_scoring.tokenizer.tokenizer import Tokenizer
+from data_scoring.tokenizer.tokenizer import Tokenizer, encode_each
+from flows.evaluation.options import UNENCODABLE, Options, question_of
 from trainer.requests import Answer, Generation, Likelihood, LogLikelihood, Request
 
 # The responses that lm-eval expects: (log-likelihood, is greedy), rolling log-likelihood, or generated text.
@@ -36,10 +37,12 @@ class HarnessTasks(Protocol):
 
 @dataclass
 class Asked:
-    """Requests, and the mapping from lm-eval's instances to them."""
+    """Requests, the mapping from lm-eval's instances to them, and the items that they cannot score."""
 
     tokenizer: Tokenizer
     requests: list[Request] = field(default_factory=list)
+    # By task and index of the item in its `eval_docs`: why an item cannot be scored.
+    unscorable: dict[tuple[str, int], str] = field(default_factory=dict)
     _places: dict[bytes, slice] = field(default_factory=dict)
 
     def add(self, instance: Instance, requests: Iterable[Request]) -> None:
@@ -51,7 +54,13 @@ class Asked:
             self._places[key] = slice(start, len(self.requests))
 
     def respond(self, instances: Sequence[Instance], answers: Sequence[Answer]) -> list[Response]:
-        """Return lm-eval's response for each instance, given the answers to all requests, in their order."""
+        """Return lm-eval's response for each instance, given the answers to all requests, in their order.
+
+        Raises ValueError for an instance that has no requests.
+        """
+        for instance in instances:
+            if _identify(instance) not in self._places:
+                raise ValueError(f"{instance.task_name}: item {instance.doc_id}: {UNENCODABLE}; leave it out")
         return [self._respond(instance, answers[self._places[_identify(instance)]]) for instance in instances]
 
     def _respond(self, instance: Instance, answers: Sequence[Answer]) -> Response:
@@ -85,20 +94,29 @@ class Reader:
         texts = [text for text in texts if len(text.encode()) > self.seq_length]
         # Without a context, the model reads the end-of-document token first.
         extra = 0 if context else 1
-        return all(len(tokens) + extra <= self.seq_length + 1 for tokens in self.tokenizer.encode_batch(texts))
+        # Texts that cannot be encoded have no length; `read` lists them.
+        lengths = [len(ids) for ids in encode_each(self.tokenizer, texts) if isinstance(ids, list)]
+        return all(length + extra <= self.seq_length + 1 for length in lengths)
 
     def read(self, instances: Sequence[Instance]) -> Asked:
         """Return the requests of lm-eval's instances, in token ids.
 
         Raises ValueError if an instance is neither a likelihood nor greedy generation.
         """
-        asked = Asked(self.tokenizer)
+        asked, options = Asked(self.tokenizer), Options(self.tokenizer)
         for start in range(0, len(instances), _INSTANCES_AT_ONCE):
             chunk = instances[start : start + _INSTANCES_AT_ONCE]
             texts = list(dict.fromkeys(text for instance in chunk for text in _texts(instance)))
-            tokens = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
+            encoded = dict(zip(texts, encode_each(self.tokenizer, texts), strict=True))
+            tokens = {text: ids for text, ids in encoded.items() if isinstance(ids, list)}
             for instance in chunk:
+                item = (str(instance.task_name), int(instance.doc_id or 0))
+                if any(text not in tokens for text in _texts(instance)):
+                    asked.unscorable[item] = UNENCODABLE
+                    continue
                 asked.add(instance, self._make_requests(instance, tokens))
+                if instance.request_type == "loglikelihood" and (reason := options.find_defect(instance, tokens)):
+                    asked.unscorable.setdefault(item, reason)
         return asked
 
     def _make_requests(self, instance: Instance, tokens: Mapping[str, list[int]]) -> Iterator[Request]:
@@ -112,7 +130,7 @@ class Reader:
                 context, continuation = make_disjoint_window(window)
                 yield Likelihood(_ids(context), _ids(continuation))
         else:
-            context, whole = (tokens[text] for text in texts)
+            context, whole = (tokens[text] for text in texts[:2])
             if len(whole) == 1 or (not context and whole[:1] != [end]):
                 context, whole = [end], [end, *whole]
             # If the tokenizer merges the continuation with the context, the continuation is the last token.
@@ -130,12 +148,12 @@ def ask(task: HarnessTasks, reader: Reader) -> Asked:
 
 
 def _texts(instance: Instance) -> tuple[str, ...]:
-    """Return the texts of an instance to tokenise: for a likelihood, the context and the whole text."""
+    """Return the texts of an instance to tokenise: for a likelihood, context, whole text, and the question in it."""
     if instance.request_type != "loglikelihood":
         return (instance.args[0],)
     context, continuation = instance.args
     # Spaces in between belong to the continuation, as in most vocabularies (`TemplateLM._encode_pair`).
-    return context.rstrip(), context + continuation
+    return context.rstrip(), context + continuation, question_of(instance).rstrip()
 
 
 def _generation_arguments(instance: Instance) -> tuple[int, list[str]]:

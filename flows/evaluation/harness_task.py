@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -126,6 +127,13 @@ class HarnessTask(ConfigurableTask):
         return tuple(f"{self.config.target_delimiter}{choice}" for choice in self.doc_to_choice(doc))
 
 
+@dataclass
+class WholeTextInstance(Instance):
+    """A request for the likelihood of a whole text, which begins with `question`."""
+
+    question: str = ""
+
+
 class WholeTextTask(HarnessTask):
     """A multiple-choice task scored by the mean loss of the whole text, prompt and option (`score_whole_text`).
 
@@ -147,8 +155,13 @@ class WholeTextTask(HarnessTask):
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
         """Return a request for each option, for the whole text."""
         return [
-            Instance(
-                request_type="loglikelihood", doc=doc, arguments=("", text), idx=number, metadata=kwargs["metadata"]
+            WholeTextInstance(
+                request_type="loglikelihood",
+                doc=doc,
+                arguments=("", text),
+                idx=number,
+                metadata=kwargs["metadata"],
+                question=ctx,
             )
             for number, text in enumerate(_join(ctx, self._continuations(doc)))
         ]

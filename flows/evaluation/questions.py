@@ -58,6 +58,10 @@ def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress:
         progress("reading evaluation tasks", number, len(resolved))
         [task] = load_tasks([name], data_of(config), config.limit, reader.fits, count_tokens)
         question = Question(task, ask(task, reader))
+        if question.asked.unscorable:
+            # A task's scores are over the items that it asks for.
+            task = task.without(question.asked.unscorable)
+            question = Question(task, ask(task, reader))
         write_requests(requests_path(requests_folder(run), name), question.asked.requests)
         questions.append(question)
     progress("reading evaluation tasks", len(resolved), len(resolved))

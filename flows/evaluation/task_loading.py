@@ -6,8 +6,8 @@ docs/evaluation.md lists their prompts, shots and metrics, with sources.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,47 @@ class EvaluationTask:
     name: str
     metric: str  # lm-eval's name of the metric that the table shows
     num_fewshot: int
-    chance: float  # expected score of guessing, 0 to 1: mean over items of right options / options; 0 for generation
     subtasks: dict[str, ConfigurableTask]  # by lm-eval's name; without those that have no scorable item
     samples: dict[str, list[int]]  # by subtask: indices of the scored items in its `eval_docs`, ascending
     places: dict[str, list[str]]  # by subtask: origin (`file:line`) of each of its `eval_docs`
+    chances: dict[str, list[float]]  # by subtask: right options / options of each of its `eval_docs`; 0 for generation
+    num_examples: dict[str, list[int]]  # by subtask: examples in the prompt of each of its `samples`
     unscorable: list[Unscorable]
-    num_shortened: int  # items scored with fewer examples than `num_fewshot`, because their prompt was too long
+
+    @property
+    def chance(self) -> float:
+        """Return the expected score of guessing, 0 to 1: the mean over items of right options / options."""
+        means = [
+            sum(self.chances[subtask][index] for index in indices) / len(indices)
+            for subtask, indices in self.samples.items()
+        ]
+        return sum(means) / len(means) if means else 0.0
+
+    @property
+    def num_shortened(self) -> int:
+        """Return how many items have fewer examples than `num_fewshot`, because their prompt was too long."""
+        return sum(count < self.num_fewshot for counts in self.num_examples.values() for count in counts)
+
+    def without(self, reasons: Mapping[tuple[str, int], str]) -> EvaluationTask:
+        """Return the task with items, by subtask and index in its `eval_docs`, listed as unscorable."""
+        kept = {
+            subtask: [number for number, index in enumerate(indices) if (subtask, index) not in reasons]
+            for subtask, indices in self.samples.items()
+        }
+        kept = {subtask: numbers for subtask, numbers in kept.items() if numbers}
+        listed = [
+            Unscorable(self.name, self.places[subtask][index], reason)
+            for (subtask, index), reason in sorted(reasons.items())
+        ]
+        return replace(
+            self,
+            subtasks={subtask: self.subtasks[subtask] for subtask in kept},
+            samples={subtask: [self.samples[subtask][number] for number in kept[subtask]] for subtask in kept},
+            num_examples={
+                subtask: [self.num_examples[subtask][number] for number in kept[subtask]] for subtask in kept
+            },
+            unscorable=[*self.unscorable, *listed],
+        )
 
 
 def load_tasks(
@@ -159,7 +194,8 @@ def _load(rows: _Rows, ours: dict[str, Any]) -> EvaluationTask:
     row = rows.task
     subtasks: dict[str, ConfigurableTask] = {}
     samples: dict[str, list[int]] = {}
-    chances, too_long, num_shortened = [], [], 0
+    num_examples: dict[str, list[int]] = {}
+    too_long: list[str] = []
     for subtask, subject in _subtasks(row, rows).items():
         try:
             task = _build(row, subtask, {**ours, "custom_dataset": rows.datasets_of(subject)})
@@ -170,21 +206,20 @@ def _load(rows: _Rows, ours: dict[str, Any]) -> EvaluationTask:
         too_long += [place for place, count in zip(rows.places[subtask], counts, strict=True) if count is None]
         if not fitting:
             continue
-        num_shortened += sum(counts[index] < row.num_fewshot for index in fitting)
         subtasks[subtask], samples[subtask] = task, fitting
-        chances.append(sum(rows.chances[subtask][index] for index in fitting) / len(fitting))
+        num_examples[subtask] = [count for count in counts if count is not None]
     reason = "longer than the model's length, even without examples"
     unscorable = [*rows.unscorable, *(Unscorable(row.name, place, reason) for place in too_long)]
     return EvaluationTask(
         name=row.name,
         metric=row.metric,
         num_fewshot=row.num_fewshot,
-        chance=sum(chances) / len(chances) if chances else 0.0,
         subtasks=subtasks,
         samples=samples,
         places={subtask: rows.places[subtask] for subtask in subtasks},
+        chances={subtask: rows.chances[subtask] for subtask in subtasks},
+        num_examples=num_examples,
         unscorable=unscorable,
-        num_shortened=num_shortened,
     )
 
 

@@ -209,4 +209,6 @@ def _corpus_table(sources: list[dict[str, object]]) -> str:
         "name": "Source", "documents": "Documents", "duplicates": "Duplicates dropped", "rejected": "Rejected",
         "validation_documents": "Held out", "bytes": "Bytes", "train_tokens": "Training tokens",
     }  # fmt: skip
+    if any("lost_characters" in source for source in sources):
+        columns |= {"lost_characters": "Characters lost by the tokenizer", "lost_examples": "Such as"}
     return html_table(list(columns.values()), [tuple(source.get(key) for key in columns) for source in sources])

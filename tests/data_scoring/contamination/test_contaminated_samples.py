@@ -28,8 +28,9 @@ from data_scoring.corpus.prepare_corpus import prepare_corpus
 from data_scoring.corpus.reading_order import ReadingOrder
 from data_scoring.evaluation.items import ItemText
 from data_scoring.tokenizer.tokenizer import Tokenizer, open_tokenizer
-from tests.conftest import read_rows
+from tests.conftest import make_documents, read_rows
 from tests.data_scoring.contamination.test_ngrams import UNIT, units_of
+from tests.data_scoring.tokenizer.tokenizer_kinds import make_kind
 
 SEED = 3
 WORDS = [*"abcdefg", *"中文的是。，", "long", "word", "…"]
@@ -288,3 +289,22 @@ def test_nothing_is_done_again_until_something_changes(tmp_path: Path) -> None:
     assert read_rows(contaminated_items_path(corpus.folder), *ITEM) == [("t", "short", 0, 0, 0, None, True)]
     with pytest.raises(ValueError, match=r"eval\.contamination: there are no items to look for"):
         write(order, [])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["byte-level", "byte-level-normalised", "dropping", "metaspace-always", "word-piece", "sp-bpe", "sp-unigram"],
+)
+def test_items_are_found_whatever_the_tokenizer_leaves_of_their_text(kind: str, tmp_path: Path) -> None:
+    """Every n-gram of the item has a character that some tokenizers drop, replace or normalise."""
+    item = ItemText("t", "a:1", " ".join("the text of a Naïve modél 北 shows ŝuch Löss in one" for _ in range(3)))
+    odd = [*make_documents(60), f"before that {item.text} and after", f"again {item.text} here"]
+    source = write_source(tmp_path / "a.jsonl", odd)
+    tokenizer = TokenizerConfig(path=str(make_kind(kind, tmp_path)))
+    config = CorpusConfig(sources=(source,), seq_length=15, num_shards=1, validation_fraction=1e-9)
+    prepare_corpus(config, tokenizer, SEED, tmp_path / "corpus", "prepared", silent)
+    order = ReadingOrder(Corpus(tmp_path / "corpus"), SEED)
+    other = ItemText("t", "a:2", "nothing of the kind is written in any of these many documents")
+    assert write(order, [item, other], 13)
+    found = read_rows(contaminated_items_path(order.corpus.folder), "item", "share")
+    assert found == [("a:1", 1.0), ("a:2", 0.0)]

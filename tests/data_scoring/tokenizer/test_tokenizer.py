@@ -1,3 +1,6 @@
+import gzip
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -5,9 +8,9 @@ import sentencepiece
 import tokenizers
 
 from data_scoring.config import TokenizerConfig
-from data_scoring.corpus.tokenise import _encode
 from data_scoring.tokenizer.tokenizer import Tokenizer, install_tokenizer, open_tokenizer
 from tests.conftest import make_documents
+from tests.data_scoring.tokenizer.tokenizer_kinds import make_kind
 
 TEXTS = ["naïve café, 中文和 English", "def f(x):\n\treturn x  # 😀", "  spaces  ", "<|endoftext|> is text here"]
 SHARED = Path("../shared/tokenizers")
@@ -26,21 +29,6 @@ def test_a_trained_tokenizer_round_trips_any_text(trained_path: Path) -> None:
     assert tokenizer.decode_batch([*tokenizer.encode_batch(TEXTS), []]) == [*TEXTS, ""]
     assert tokenizer.decode_batch([]) == []
     assert tokenizer.decode([tokenizer.end_of_document]) == "<|endoftext|>"
-
-
-def test_the_end_of_document_comes_from_documents_ends_alone(trained_path: Path) -> None:
-    tokenizer = open_tokenizer(trained_path, None)
-    for ids in _encode(TEXTS, tokenizer):
-        assert ids.count(tokenizer.end_of_document) == 1
-        assert ids[-1] == tokenizer.end_of_document
-
-
-def test_long_documents_are_tokenised_in_pieces_that_add_up(trained_path: Path) -> None:
-    tokenizer = open_tokenizer(trained_path, None)
-    long = "\n".join(make_documents(8000))
-    assert len(long) > 1 << 20
-    [ids] = _encode([long], tokenizer)
-    assert tokenizer.decode(ids[:-1]) == long
 
 
 def test_training_is_reproducible_and_bounded_by_a_sample(tmp_path: Path) -> None:
@@ -68,25 +56,72 @@ def test_sentencepiece_models_are_used_as_they_are(tmp_path: Path) -> None:
 
 
 _EMPTY = tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()
+_PANICS = json.loads(_EMPTY)
+_PANICS["model"] |= {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "continuing_subword_prefix": "####"}
+_FAR = json.dumps(json.loads(_EMPTY) | {"model": {"type": "BPE", "vocab": {"</s>": 0, "a": 1 << 30}, "merges": []}})
+_NO_JSON, _NO_MODEL = (
+    r": not a tokenizer\.json \(.+\); give one of",
+    r": not a SentencePiece model \(.+\); give a \.model",
+)
+
+
+def damaged(name: str, folder: Path) -> bytes:
+    """Return the content of a tokenizer file that something happened to."""
+    whole = make_kind("sp-bpe" if name.endswith(".model") else "byte-level", folder).read_bytes()
+    return {
+        "half": whole[: len(whole) // 2],
+        "overwritten": whole[:1000] + b"\0" * 50 + whole[1050:],
+        "utf-16": whole.decode("latin-1").encode("utf-16"),
+        "compressed": gzip.compress(whole),
+    }[name.partition(".")[0]]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "end", "message"),
+    ("name", "content", "message"),
     [
-        ("none.json", None, None, r"tokenizer.path: .*none.json: no such file"),
-        ("bad.json", "{}", None, r"bad.json: not a tokenizer.json"),
-        ("empty.json", _EMPTY, None, r"empty.json: has none of the tokens <\|endoftext\|>, "),
-        ("bad.model", "junk", None, r"bad.model: not a SentencePiece model"),
-        ("vocab.txt", "junk", None, r"vocab.txt: ends in neither .json nor .model"),
+        ("none.json", None, r"tokenizer\.path: .*none\.json: no such file"),
+        ("no-object.json", b"[]", _NO_JSON),
+        ("number.json", b"3", _NO_JSON),
+        ("null.json", b"null", _NO_JSON),
+        ("text.json", b"plain text", _NO_JSON),
+        ("empty-object.json", b"{}", _NO_JSON),
+        ("nothing.json", b"", _NO_JSON),
+        ("nested.json", b"[" * 100_000, _NO_JSON),
+        ("weights.json", b"\x80\x02\0\0", _NO_JSON),
+        ("other.json", b'{"model_type": "llama", "hidden_size": 8}', _NO_JSON),
+        ("panics.json", json.dumps(_PANICS).encode(), _NO_JSON),
+        ("far.json", _FAR.encode(), r"the id 1073741824 is larger than any vocabulary"),
+        ("no-end.json", _EMPTY.encode(), r": has none of the tokens <\|endoftext\|>, "),
+        ("half.json", damaged, _NO_JSON),
+        ("overwritten.json", damaged, _NO_JSON),
+        ("utf-16.json", damaged, _NO_JSON),
+        ("compressed.json", damaged, _NO_JSON),
+        ("nothing.model", b"", _NO_MODEL),
+        ("text.model", b"plain text", _NO_MODEL),
+        ("weights.model", b"\x80\x02\0\0", _NO_MODEL),
+        ("half.model", damaged, _NO_MODEL),
+        ("overwritten.model", damaged, _NO_MODEL),
+        ("compressed.model", damaged, _NO_MODEL),
+        ("vocab.txt", b"plain text", r": ends in neither \.json nor \.model"),
     ],
 )
-def test_what_is_no_tokenizer_is_named(
-    tmp_path: Path, name: str, content: str | None, end: str | None, message: str
+def test_what_is_no_tokenizer_is_one_line_with_file_and_remedy(
+    tmp_path: Path, name: str, content: bytes | Callable[[str, Path], bytes] | None, message: str
 ) -> None:
     if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        open_tokenizer(tmp_path / name, end)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content(name, tmp_path))
+    with pytest.raises(ValueError, match=message) as error:
+        open_tokenizer(tmp_path / name, None)
+    assert name in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["weights.json", "weights.model"])
+def test_a_file_of_another_kind_is_not_read_whole(name: str, tmp_path: Path) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=rf"{name}: 1048576 MB is more than a tokenizer has"):
+        open_tokenizer(tmp_path / name, None)
 
 
 def test_an_end_of_document_that_cannot_be_found_is_named(tmp_path: Path, trained_path: Path) -> None:

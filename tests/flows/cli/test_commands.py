@@ -1,5 +1,6 @@
 """The command on bad input: one line, exit status 1, nothing half-written."""
 
+import io
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from flows.run.folder import Run, open_run
 from flows.run.locks import locked
 from flows.stages.stage_order import fingerprint_of
 from tests.conftest import make_documents
+from tests.data_scoring.tokenizer.tokenizer_kinds import make_kind
 
 
 @pytest.fixture
@@ -33,6 +35,23 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "'北'"), ("ascii", r"'\u5317'")])
+def test_preparing_tells_what_the_tokenizer_lost(
+    encoding: str, shown: str, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [*make_documents(100), "the 北 model"]
+    (config.parent / "a.jsonl").write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    make_kind("dropping", config.parent)
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", output)
+    assert main(["prepare", str(config), "--set", "tokenizer={path: dropping.json}"]) == 0
+    output.flush()
+    characters = sum(map(len, documents))
+    assert output.buffer.getvalue().decode(encoding) == (  # type: ignore[attr-defined]
+        f"note: corpus.sources.a: the tokenizer lost 1 of {characters:,} characters, such as {shown}\n"
+    )
 
 
 def test_a_run_made_by_another_configuration_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
