@@ -8,19 +8,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data_scoring.base.files import fingerprint, writing
+from data_scoring.base.files import checksum, fingerprint, read_json, write_record, writing
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.sources import Rejects, batch_documents, list_reject, read_documents, stamp_files
-
-_IDENTITY = b"reprise.source"
 
 
 @dataclass(frozen=True)
 class SourceText:
     """The documents of `source`, and their files in the folder `staging`.
 
-    Kept documents are an Arrow stream, compressed with zstd, which is complete once the whole source was read. It
-    records the source's configuration and files, and is only valid for these.
+    Kept documents are an Arrow stream, compressed with zstd, which is complete once the whole source was read. It is
+    only valid for the source's configuration and files; a record beside it has the fingerprint of these, and its checksum.
     """
 
     source: SourceConfig
@@ -70,6 +68,7 @@ class SourceText:
 
     def forget(self) -> None:
         """Delete the kept documents."""
+        self._record_path.unlink(missing_ok=True)
         self._path.unlink(missing_ok=True)
 
     @property
@@ -77,14 +76,18 @@ class SourceText:
         return self.staging / f"{self.source.name}.text.arrow"
 
     @property
+    def _record_path(self) -> Path:
+        return self._path.with_suffix(".json")
+
+    @property
     def _rejects_path(self) -> Path:
         return self.staging / f"{self.source.name}.rejects.jsonl"
 
     def _is_kept(self) -> bool:
-        if not self._path.exists():
+        record = read_json(self._record_path)
+        if record is None or record["fingerprint"] != self.identity or not self._path.exists():
             return False
-        with pa.OSFile(str(self._path)) as file, pa.ipc.open_stream(file) as stream:
-            return bool((stream.schema.metadata or {}).get(_IDENTITY) == self.identity.encode())
+        return bool(checksum(self._path) == record["checksum"])
 
     def _read_kept(self) -> Iterator[str]:
         with pa.OSFile(str(self._path)) as file, pa.ipc.open_stream(file) as stream:
@@ -92,9 +95,10 @@ class SourceText:
                 yield from batch.column(0).to_pylist()
 
     def _keep(self, documents: Iterable[str]) -> Iterator[str]:
-        schema = pa.schema([pa.field("text", pa.large_string())], {_IDENTITY: self.identity.encode()})
+        identity, schema = self.identity, pa.schema([pa.field("text", pa.large_string())])
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         with writing(self._path) as temporary, pa.ipc.new_stream(str(temporary), schema, options=options) as stream:
             for batch in batch_documents(documents):
                 stream.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=schema))
                 yield from batch
+        write_record(self._record_path, {"fingerprint": identity, "checksum": checksum(self._path)})

@@ -1,14 +1,14 @@
 """Tokenising sources: each document once, in order, into staging files in the corpus folder."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_scoring.base.files import read_json, write_record, writing
+from data_scoring.base.files import checksum, read_json, write_record, writing
 from data_scoring.base.progress import Progress
 from data_scoring.base.read_ahead import read_ahead
 from data_scoring.corpus.indexed import token_dtype
@@ -53,17 +53,23 @@ def stage_source(text: SourceText, tokenizer: Tokenizer, fingerprint: str, progr
     """
     name, staging = text.source.name, text.staging
     record_path = staging / f"{name}.json"
-    tokens_path, documents_path = staging / f"{name}.tokens", staging / f"{name}.documents"
+    staged = (staging / f"{name}.tokens", staging / f"{name}.documents")
+    tokens_path, documents_path = staged
     record = read_json(record_path)
-    if record is None or record["fingerprint"] != fingerprint:
+    if record is None or record["fingerprint"] != fingerprint or _checksums(staged) != record["checksums"]:
         with writing(tokens_path) as tokens_file, writing(documents_path) as documents_file:
             counts = _tokenise(text, tokenizer, tokens_file, documents_file, progress)
             _check_lost(text, counts)
-        record = {"fingerprint": fingerprint, **counts, "rejected": text.num_rejected()}
+        checksums = _checksums(staged)
+        record = {"fingerprint": fingerprint, "checksums": checksums, **counts, "rejected": text.num_rejected()}
         write_record(record_path, record)
     text.forget()
-    counts = {key: value for key, value in record.items() if key != "fingerprint"}
+    counts = {key: value for key, value in record.items() if key not in ("fingerprint", "checksums")}
     return StagedSource(name, tokens_path, documents_path, counts)
+
+
+def _checksums(paths: Iterable[Path]) -> list[str | None]:
+    return [checksum(path) if path.exists() else None for path in paths]
 
 
 def _tokenise(

@@ -103,6 +103,23 @@ def test_what_was_read_is_not_read_again_after_a_kill(
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
 
 
+@pytest.mark.parametrize("name", ["b.text.arrow", "a.tokens", "a.json"])
+def test_a_staged_file_that_is_damaged_is_not_used(texts: CorpusConfig, tmp_path: Path, name: str) -> None:
+    prepare_corpus(texts, TOKENIZER, 5, tmp_path / "unbroken", "f", silent)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(texts, TOKENIZER, 5, tmp_path / "broken", "f", end_at("tokenising b"))
+    path = tmp_path / "broken" / "staging" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 2
+    path.write_bytes(content)
+    if path.suffix == ".json":
+        with pytest.raises(ValueError, match=f"{path}: .*delete it and run the same command again"):
+            prepare_corpus(texts, TOKENIZER, 5, tmp_path / "broken", "f", silent)
+        path.unlink()
+    prepare_corpus(texts, TOKENIZER, 5, tmp_path / "broken", "f", silent)
+    assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
+
+
 def test_kept_text_is_gone_once_it_is_tokenised(texts: CorpusConfig, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare_corpus(texts, TOKENIZER, 5, tmp_path / "corpus", "f", end_at("tokenising b"))
