@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_scoring.base.files import writing
+from data_scoring.base.files import exclusive, remove_leftovers, writing
 from data_scoring.base.sql import check_path, writing_errors
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def replacing_views(path: Path) -> Iterator["duckdb.DuckDBPyConnection"]:
     disturbed. A file that another program has written to is kept under another name, and a warning says so.
     """
     check_path(path)
-    with writing(path) as temporary:
+    with exclusive(path.with_name(f".{path.stem}.lock")), writing(path) as temporary:
+        remove_leftovers(path.parent, path.name)
         with writing_errors(path), _new_database(temporary) as connection:
             yield connection
         _keep_foreign(path)

@@ -1,12 +1,13 @@
 """Files that are never half-written: temporary name, fsync, rename, then the completion record."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,21 @@ def allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a killed process left in `folder`."""
-    for pattern in (".*.tmp", ".*.tmp.wal"):
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock file `path`, and hold it; the lock ends with the process."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, name: str = "*", besides: Iterable[str] = ()) -> None:
+    """Delete the temporary files that a killed process left in `folder`: of `name`, or of all files `besides` some."""
+    kept = tuple(f".{each}." for each in besides)
+    for pattern in (f".{name}.*.tmp", f".{name}.*.tmp.wal"):
         for leftover in folder.glob(pattern):
-            if not leftover.is_dir():
+            if not leftover.is_dir() and not leftover.name.startswith(kept):
                 leftover.unlink()

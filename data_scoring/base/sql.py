@@ -29,9 +29,12 @@ def writing_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.FatalException) as error:
+    except duckdb.Error as error:
+        full = disk_error(str(error), path)
+        if full is None and not isinstance(error, (duckdb.IOException, duckdb.OutOfMemoryException)):
+            raise
         other = ValueError(f"{path}: cannot be written ({' '.join(str(error).split())}); fix this and run again")
-        raise disk_error(str(error), path) or other from None
+        raise full or other from None
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from data_scoring.corpus.sources import Rejects, batch_documents, list_reject, r
 class SourceText:
     """The documents of `source`, and their files in the folder `staging`.
 
-    Kept documents are an Arrow stream, compressed with zstd, which is complete once the whole source was read. It is
-    only valid for the source's configuration and files; a record beside it has the fingerprint of these, and its checksum.
+    Kept documents are an Arrow stream, compressed with zstd, which is complete once the whole source was read. A record
+    beside it has its checksum, and the fingerprint of the source's configuration and files: it is only valid for these.
     """
 
     source: SourceConfig

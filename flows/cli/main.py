@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(command=_verify)
     report = commands.add_parser("report", help="write the report of a run, complete or not")
     report.add_argument("run", type=path, metavar="RUN", help="run folder")
+    report.add_argument(
+        "--output", type=path, metavar="FILE", help="write the page there, and nothing to the run folder"
+    )
     report.set_defaults(command=_report)
     sql = commands.add_parser("sql", help="query the ledger with DuckDB SQL")
     sql.add_argument("run", type=path, metavar="RUN", help="run folder")
@@ -167,7 +170,7 @@ def _report(options: argparse.Namespace) -> None:
 
     run = read_run(options.run)
     stages_of(run).verify()
-    print(f"report: {write_report(run)}")
+    print(f"report: {write_report(run, options.output)}")
 
 
 def _sql(options: argparse.Namespace) -> None:

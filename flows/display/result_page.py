@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_scoring.base.files import writing
+from data_scoring.base.files import remove_leftovers, writing
 from flows.display.html import html_figure, html_page, html_table
 from flows.display.markdown import markdown_table
 
@@ -45,6 +45,7 @@ def span(least: int, most: int) -> str:
 
 def write_page(path: Path, title: str, lead: list[str], sections: list[Section], pictures: list[Picture]) -> Page:
     """Write the page `path`, with Markdown and pictures named after it, and return it."""
+    remove_leftovers(path.parent, f"{path.stem}*")
     for picture in pictures:
         with writing(path.with_name(f"{path.stem}-{picture.name}.png")) as temporary:
             temporary.write_bytes(picture.png)

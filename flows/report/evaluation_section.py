@@ -7,7 +7,7 @@ from flows.display.html import html_figure, html_table
 from flows.evaluation.results import chance_rows, columns_of, read_chance, read_items, read_rows
 from flows.evaluation.results_table import render_table
 from flows.report.curves import score_curves
-from flows.report.pictures import save_picture
+from flows.report.pictures import Pictures
 from flows.run.folder import Run
 
 _CAPTION = (
@@ -16,15 +16,15 @@ _CAPTION = (
 )
 
 
-def evaluation(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
-    """Return the evaluation section as HTML; empty if no model was evaluated."""
+def evaluation(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) -> list[str]:
+    """Return the evaluation section as HTML, its picture added to `pictures`; empty if no model was evaluated."""
     rows = [*chance_rows(read_chance(ledger)), *read_rows(ledger, run.folder.name)]
     png = render(score_curves, ledger)
     sections = ["<h2>Evaluation</h2>"] if rows or png else []
     if rows:
         sections += [render_table(rows, columns_of(rows), "html"), f"<p>{read_items(ledger)}</p>"]
     if png:
-        save_picture(run, "scores", png)
+        pictures["scores"] = png
         sections.append(html_figure(png, _CAPTION))
     unscorable = ledger.sql(
         "select task, reason, count(distinct item), min(item) from unscorable group by task, reason order by all"

@@ -1,6 +1,7 @@
 """The report of a run: one page from the ledger."""
 
 import html
+from contextlib import nullcontext
 from pathlib import Path
 
 import duckdb
@@ -13,25 +14,34 @@ from flows.display.html import html_figure, html_page, html_table
 from flows.report.contamination_section import contamination
 from flows.report.curves import forgetting_curve, kept_by_source, loss_curves
 from flows.report.evaluation_section import evaluation
-from flows.report.pictures import figure, save_picture
+from flows.report.pictures import Pictures, figure
 from flows.report.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
 from flows.report.shard_histograms import selection_histograms
 from flows.run.config import RunConfig
 from flows.run.folder import Run
+from flows.run.locks import report_locked
 
 
-def write_report(run: Run) -> Path:
-    """Write `report.html` and `report/*.png` from the run folder's ledger, and return the page's path."""
-    refresh_ledger(run.folder)
-    path = run.folder / "report.html"
+def write_report(run: Run, output: Path | None = None) -> Path:
+    """Write `report.html` and `report/*.png` from the run folder's ledger, and return the page's path.
+
+    With `output`, only the page is written, to this path: nothing in the run folder changes.
+    """
+    path, pictures = output or run.folder / "report.html", Pictures()
     with open_ledger(run.folder) as ledger:
-        body = "\n".join(_sections(run, ledger))
-    with writing(path) as temporary:
-        temporary.write_text(html_page(run.folder.name, body), encoding="utf-8")
+        page = html_page(run.folder.name, "\n".join(_sections(run, ledger, pictures)))
+    if output is None:
+        refresh_ledger(run.folder)
+    with nullcontext() if output else report_locked(run.folder):
+        for name, png in pictures.items() if output is None else ():
+            with writing(run.folder / "report" / f"{name}.png") as temporary:
+                temporary.write_bytes(png)
+        with writing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+def _sections(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) -> list[str]:
     config, manifest = run.config, run.corpus().manifest
     sources = manifest["sources"]
     tokens = sum(source["train_tokens"] for source in sources)
@@ -40,14 +50,14 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
         f"{config.rounds.num_rounds} rounds, policy {config.refine.policy}, sampling rate "
         f"{config.refine.sampling_rate:g}, temperature {config.refine.draw_temperature:g}.</p>",
         f'<p class="lead">{_model(config, int(manifest["vocab_size"]))}</p>',
-        *_inheritance(run, ledger),
+        *_inheritance(run, ledger, pictures),
         "<h2>Rounds</h2>",
         _table(
             ledger,
             """select round as "Round", num_steps as "Steps", num_samples as "Samples", num_tokens as "Tokens",
             train_loss as "Training loss (last tenth)", validation_loss as "Validation loss" from rounds""",
         ),
-        figure(run, "loss", loss_curves, ledger, "Training loss, smoothed and raw, and validation loss."),
+        figure(pictures, "loss", loss_curves, ledger, "Training loss, smoothed and raw, and validation loss."),
         "<h3>Validation loss by source, at the end of each round</h3>",
         _table(
             ledger,
@@ -57,9 +67,9 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
         ),
     ]
     for number in range(1, config.rounds.num_rounds):
-        sections += _refinement(run, ledger, number)
+        sections += _refinement(run, ledger, pictures, number)
     sections += [
-        *evaluation(run, ledger),
+        *evaluation(run, ledger, pictures),
         *contamination(run, ledger),
         "<h2>Corpus</h2>",
         _corpus_table(sources),
@@ -85,7 +95,7 @@ def _model(config: RunConfig, vocab_size: int) -> str:
     )
 
 
-def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) -> list[str]:
     """Return the section on what round 1 inherited from a larger model; empty without inheritance."""
     inherit = run.config.model.inherit
     rows = ledger.sql("select distinct checkpoint, method, len(channels) from lineage").fetchall()
@@ -104,11 +114,11 @@ def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
                 array_to_string(heads, ', ') as "Heads of the larger model"
             from lineage order by layer""",
         ),
-        *_importance(run, skips),
+        *_importance(skips, pictures),
     ]
 
 
-def _importance(run: Run, skips: Path) -> list[str]:
+def _importance(skips: Path, pictures: Pictures) -> list[str]:
     """Return the picture of the larger model's layer ablation; empty if it was not measured."""
     if not skips.exists():
         return []
@@ -117,34 +127,35 @@ def _importance(run: Run, skips: Path) -> list[str]:
     from flows.inheritance.layer_importance_report import importance
 
     png = render_figure(lambda: importance(read_ablation(skips)))
-    save_picture(run, "importance", png)
+    pictures["importance"] = png
     return [html_figure(png, "Increase of the larger model's loss when layers are skipped, by the first of them.")]
 
 
-def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
+def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures, scored: int) -> list[str]:
     selected = scored + 1
     return [
         f"<h2>What round {scored} left to learn</h2>",
         *_budget(run, ledger, scored),
         figure(
-            run, f"selection-{selected}", selection_histograms(selected), ledger,
+            pictures, f"selection-{selected}", selection_histograms(selected), ledger,
             f"Losses after round {scored} by shard: samples that round {selected} trains on, and dropped ones.",
         ),
         figure(
-            run, f"sources-{selected}", kept_by_source(selected), ledger, f"Share of each source in round {selected}."
+            pictures, f"sources-{selected}", kept_by_source(selected), ledger,
+            f"Share of each source in round {selected}.",
         ),
-        *_forgotten(run, ledger, scored),
+        *_forgotten(run, ledger, pictures, scored),
         *_quarantine(run, ledger, selected),
     ]  # fmt: skip
 
 
-def _forgotten(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
+def _forgotten(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures, scored: int) -> list[str]:
     """Return the forgetting curve and tables; only full losses are of whole samples, as seen losses are."""
     chosen = ledger.sql(f"select candidate from budgets where round = {scored} and chosen").fetchall()
     if chosen not in ([], [("full",)]):
         return [f"<p>Forgetting cannot be measured: samples were scored by {html.escape(chosen[0][0])}.</p>"]
     curve = figure(
-        run, f"forgetting-{scored}", forgetting_curve(scored), ledger,
+        pictures, f"forgetting-{scored}", forgetting_curve(scored), ledger,
         "The forgetting curve: where the blue line is above the orange one, the model has forgotten.",
     )  # fmt: skip
     sources = forgotten_sources(ledger, scored)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_scoring.base.files import remove_leftovers
+from data_scoring.base.files import exclusive, remove_leftovers
 
 
 @contextmanager
@@ -29,11 +29,22 @@ def locked(folder: Path) -> Iterator[None]:
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         evaluated = (place for place in folder.glob("rounds/*/evaluation/**/") if place.is_dir())
         rounds = (*folder.glob("rounds/*"), *folder.glob("rounds/*/seen"), *evaluated)
-        for place in (folder, *rounds, folder / "report", folder / "evaluation"):
+        # The ledger and the report have locks of their own, and may be being written.
+        remove_leftovers(folder, besides=("ledger.duckdb", "report.html"))
+        for place in (*rounds, folder / "evaluation"):
             remove_leftovers(place)
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def report_locked(folder: Path) -> Iterator[None]:
+    """Lock the report in the run folder `folder`, which may be written while the run is locked; wait if necessary."""
+    with exclusive(folder / ".report.lock"):
+        remove_leftovers(folder, "report.html")
+        remove_leftovers(folder / "report")
+        yield
 
 
 def is_locked(folder: Path) -> bool:
