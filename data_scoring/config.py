@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_scoring.base.field_effects import FREE
+from data_scoring.base.field_types import Integer, Number, PathText
 from data_scoring.base.user_paths import USER_PATH, UserPath
 from data_scoring.evaluation.tasks import TaskName
 
@@ -26,7 +27,7 @@ class Config(BaseModel):
     """A frozen configuration section that rejects unknown fields."""
 
     # A field whose name is a Python keyword is written and read under its alias.
-    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True, allow_inf_nan=False)
 
 
 def _is_name(fields: Mapping[str, Any], path: Path) -> bool:
@@ -37,14 +38,13 @@ def _is_name(fields: Mapping[str, Any], path: Path) -> bool:
 class SourceConfig(Config):
     """One named source of text."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)] = Field(
         description="Name that losses and reports are grouped by."
     )
     format: Literal["auto", "jsonl", "text", "parquet", "datasets", "megatron", "python"] = Field(
         default="auto", description="How to read the path; auto decides by the file name's suffix."
     )
-    path: Annotated[str, UserPath(is_name=_is_name)] = Field(
-        min_length=1,
+    path: Annotated[PathText, UserPath(is_name=_is_name)] = Field(
         description="File, folder or, if there is none of that name, glob; folders are read at any depth, links "
         "followed. For format datasets a hub name or local dataset; for format megatron the prefix of a .bin/.idx "
         "pair; for format python one of topics, docstrings, source.",
@@ -55,16 +55,18 @@ class SourceConfig(Config):
     )
     split: str = Field(default="train", min_length=1, description="Split to read, for format datasets.")
     subset: str | None = Field(default=None, description="Configuration of the dataset, for format datasets.")
-    max_documents: int | None = Field(default=None, ge=1, description="Read at most this many documents.")
+    max_documents: Integer | None = Field(default=None, ge=1, description="Read at most this many documents.")
 
 
 class CorpusConfig(Config):
     """Where the text comes from and how it is cut into shards of samples."""
 
-    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = Field(description="Sources of text.")
-    seq_length: int = Field(default=256, ge=8, le=1_048_576, description="Tokens that a sample predicts.")
-    num_shards: int = Field(default=8, ge=1, le=65_536, description="Equal random parts of the corpus (paper: 8).")
-    validation_fraction: float = Field(
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1, max_length=4096)] = Field(
+        description="Sources of text."
+    )
+    seq_length: Integer = Field(default=256, ge=8, le=1_048_576, description="Tokens that a sample predicts.")
+    num_shards: Integer = Field(default=8, ge=1, le=65_536, description="Equal random parts of the corpus (paper: 8).")
+    validation_fraction: Number = Field(
         default=0.05, gt=0, lt=1, description="Share of documents held out before the shards are cut."
     )
     on_bad_record: Literal["fail", "skip"] = Field(
@@ -77,13 +79,13 @@ class CorpusConfig(Config):
 class TokenizerConfig(Config):
     """The tokenizer: a given one, or one trained on the corpus."""
 
-    path: Annotated[str | None, USER_PATH] = Field(
+    path: Annotated[PathText | None, USER_PATH] = Field(
         default=None,
         description="tokenizer.json or SentencePiece .model; null trains a byte-level BPE on the corpus, whose text "
         "lies compressed in the run folder until it is tokenised.",
     )
-    vocab_size: int = Field(default=2048, ge=257, le=1_000_000, description="Entries of a trained tokenizer.")
-    train_megabytes: float = Field(
+    vocab_size: Integer = Field(default=2048, ge=257, le=1_000_000, description="Entries of a trained tokenizer.")
+    train_megabytes: Number = Field(
         default=32.0, gt=0, le=4096, description="Text that a tokenizer is trained on, a random sample, in MB."
     )
     end_of_document: str | None = Field(
@@ -99,20 +101,22 @@ def prefix_of(budget: str) -> int | None:
 class ScoreConfig(Config):
     """How samples are scored by their loss."""
 
-    micro_batch_size: Annotated[int, FREE] = Field(default=8, ge=1, le=4096, description="Samples per forward pass.")
-    budget: Annotated[str, Field(pattern=r"^(full|seen|auto|prefix:[1-9][0-9]*)$")] = Field(
+    micro_batch_size: Annotated[Integer, FREE] = Field(
+        default=8, ge=1, le=4096, description="Samples per forward pass."
+    )
+    budget: Annotated[str, Field(pattern=r"^(full|seen|auto|prefix:[1-9][0-9]{0,6})$")] = Field(
         default="full",
         description="full scores whole samples; prefix:P their first P tokens; seen uses the losses recorded during "
         "training, without a forward pass; auto tries each on a calibration set and uses the cheapest that meets "
         "min_correlation.",
     )
-    min_correlation: float = Field(
+    min_correlation: Number = Field(
         default=0.9,
         ge=-1,
         le=1,
         description="Least rank correlation (Spearman) with the full loss that budget auto accepts.",
     )
-    calibration_samples: int = Field(
+    calibration_samples: Integer = Field(
         default=300, ge=10, le=10_000_000, description="Samples that budget auto scores in full to compare the budgets."
     )
     loss_kernel: Annotated[LossKernel, FREE] = Field(
@@ -130,15 +134,14 @@ class EvalConfig(Config):
         description="Tasks on which the model of every round is evaluated; paper stands for the ten of the paper's "
         "table, ablation for HellaSwag and ARC-Easy. Empty: none.",
     )
-    data: Annotated[str | None, USER_PATH] = Field(
+    data: Annotated[PathText | None, USER_PATH] = Field(
         default=None,
-        min_length=1,
         description="Folder with the tasks' files in their original schemas; null: the data sets' places on the hub.",
     )
-    limit: int | None = Field(
+    limit: Integer | None = Field(
         default=None, ge=1, description="Evaluate only the first N items of each task or subject; null: all."
     )
-    every_steps: int | None = Field(
+    every_steps: Integer | None = Field(
         default=None,
         ge=1,
         description="Steps between evaluations, with validation, during training; null: only when a round has ended.",
@@ -152,7 +155,7 @@ class EvalConfig(Config):
         description="Whether the corpus is searched for evaluation items before training: report lists the samples "
         "that hold parts of them, remove leaves these out of every round's mix.",
     )
-    contamination_ngram: int = Field(
+    contamination_ngram: Integer = Field(
         default=13,
         ge=5,
         le=50,

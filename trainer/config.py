@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from data_scoring.base.field_effects import FREE, Decides, Neutral
+from data_scoring.base.field_types import Integer, Number, PathText
 from data_scoring.base.user_paths import USER_PATH
 from data_scoring.config import Config, LossKernel
 from trainer.presets import fill_from_preset
@@ -15,7 +16,8 @@ ActivationKernel = Literal["reference", "triton"]
 Precision = Literal["float32", "bfloat16"]
 # How the neurons to keep are chosen; base: none are kept, weights are random.
 InheritMethod = Literal["base", "l1", "l2", "taylor", "learned"]
-LayerNumber = Annotated[int, Field(ge=0)]
+LayerNumber = Annotated[Integer, Field(ge=0)]
+_MOST_SAMPLES = 1_000_000
 # What weights are before training, and nothing of what a trained model computes.
 BEGINNING = Decides(("inherit", "train"))
 
@@ -23,10 +25,10 @@ BEGINNING = Decides(("inherit", "train"))
 class InheritConfig(Config):
     """How round 1 inherits the most important layers and neurons of a larger model (the paper, section 4)."""
 
-    teacher: Annotated[str, USER_PATH] = Field(
-        alias="from", min_length=1, description="The larger model: a run's folder, or one of `reprise import hf`."
+    teacher: Annotated[PathText, USER_PATH] = Field(
+        alias="from", description="The larger model: a run's folder, or one of `reprise import hf`."
     )
-    round: int | None = Field(default=None, ge=1, description="Round of that run; null: the last.")
+    round: Integer | None = Field(default=None, ge=1, description="Round of that run; null: the last.")
     layers: Annotated[
         Annotated[Literal["auto"], Tag("<auto>")] | Annotated[tuple[LayerNumber, ...], Tag("<numbers>")],
         Discriminator(lambda value: "<auto>" if isinstance(value, str) else "<numbers>"),
@@ -40,14 +42,14 @@ class InheritConfig(Config):
         description="How the neurons to keep are chosen: by weight magnitude (l1, l2), by weight times gradient "
         "(taylor) or by trained masks (learned); base: none are kept, the model is initialised at random.",
     )
-    calibration_samples: int = Field(
+    calibration_samples: Integer = Field(
         default=256,
         ge=1,
         le=1_000_000,
         description="Samples used for layer ablation and to measure gradients (taylor) or train masks (learned).",
     )
-    mask_steps: int = Field(default=200, ge=1, le=1_000_000, description="Training steps of the masks (learned).")
-    mask_lr: float = Field(default=0.05, gt=0, le=10, description="Learning rate of the masks (learned).")
+    mask_steps: Integer = Field(default=200, ge=1, le=1_000_000, description="Training steps of the masks (learned).")
+    mask_lr: Number = Field(default=0.05, gt=0, le=10, description="Learning rate of the masks (learned).")
 
     @model_validator(mode="after")
     def _check_layers(self) -> "InheritConfig":
@@ -65,27 +67,27 @@ class ModelConfig(Config):
     preset: Annotated[str | None, FREE] = Field(
         default=None, description="Name of a preset (`reprise model` lists them) that supplies the fields not given."
     )
-    num_layers: int = Field(default=4, ge=1, le=1024, description="Transformer layers (depth).")
-    hidden_size: int = Field(default=128, ge=8, le=65_536, description="Width of the residual stream.")
-    num_attention_heads: int = Field(
+    num_layers: Integer = Field(default=4, ge=1, le=1024, description="Transformer layers (depth).")
+    hidden_size: Integer = Field(default=128, ge=8, le=65_536, description="Width of the residual stream.")
+    num_attention_heads: Integer = Field(
         default=4, ge=1, le=1024, description="Query heads; divides hidden_size unless head_size is given."
     )
-    head_size: Annotated[int | None, Neutral(None)] = Field(
+    head_size: Annotated[Integer | None, Neutral(None)] = Field(
         default=None, ge=2, le=4096, description="Channels per head; null: hidden_size / num_attention_heads."
     )
-    num_query_groups: int | None = Field(
+    num_query_groups: Integer | None = Field(
         default=None,
         ge=1,
         le=1024,
         description="Key-value heads, for grouped-query attention; null: num_attention_heads.",
     )
-    ffn_hidden_size: int | None = Field(
+    ffn_hidden_size: Integer | None = Field(
         default=None,
         ge=8,
         le=1_048_576,
         description="Width of the feed-forward layer; null: 8/3 hidden_size, rounded to a multiple of 64.",
     )
-    vocab_size: int | None = Field(
+    vocab_size: Integer | None = Field(
         default=None,
         ge=2,
         le=16_777_216,
@@ -102,14 +104,15 @@ class ModelConfig(Config):
     ffn_bias: Annotated[bool, Neutral(False)] = Field(
         default=False, description="Whether the feed-forward projections have biases."
     )
-    rotary_base: int = Field(default=10_000, ge=1, description="Base of the rotary position embedding.")
-    rotary_scaling: Annotated[float | None, Neutral(None)] = Field(
+    rotary_base: Integer = Field(default=10_000, ge=1, le=10**12, description="Base of the rotary position embedding.")
+    rotary_scaling: Annotated[Number | None, Neutral(None)] = Field(
         default=None,
         gt=1,
+        le=1e6,
         description="Factor of Llama 3's RoPE scaling beyond 8192 tokens; null: no scaling.",
     )
-    norm_epsilon: float = Field(default=1e-5, gt=0, lt=1, description="Epsilon of RMSNorm.")
-    init_std: Annotated[float, BEGINNING] = Field(
+    norm_epsilon: Number = Field(default=1e-5, ge=1e-30, lt=1, description="Epsilon of RMSNorm.")
+    init_std: Annotated[Number, BEGINNING] = Field(
         default=0.02, gt=0, lt=10, description="Standard deviation of the initial weights."
     )
     init: Annotated[Literal["constant", "gpt2", "internlm"], BEGINNING, Neutral("gpt2")] = Field(
@@ -117,7 +120,7 @@ class ModelConfig(Config):
         description="Standard deviation of the projections onto the residual stream: constant: init_std; gpt2: "
         "init_std / √(2 num_layers); internlm: init_std / √(2 l) in layer l, counted from 1.",
     )
-    activation_terms: Annotated[int, Neutral(1)] = Field(
+    activation_terms: Annotated[Integer, Neutral(1)] = Field(
         default=1, ge=1, le=16, description="Terms n of the series informed activation; 1: plain SwiGLU (PanGu-π: 2)."
     )
     activation_scales: Annotated[Literal["channel", "layer"], Neutral("channel")] = Field(
@@ -125,9 +128,10 @@ class ModelConfig(Config):
         description="Granularity of the scales and offsets of the series informed activation: one pair per term and "
         "feed-forward channel, or per term and layer.",
     )
-    shortcut_reduction: Annotated[int | None, Neutral(None)] = Field(
+    shortcut_reduction: Annotated[Integer | None, Neutral(None)] = Field(
         default=None,
         ge=1,
+        le=65_536,
         description="Reduction r of the augmented shortcut around attention, whose bottleneck has hidden_size / r "
         "channels; null: no shortcut (PanGu-π: 32).",
     )
@@ -136,7 +140,7 @@ class ModelConfig(Config):
         description="Input of the augmented shortcut: residual: the residual stream as it is; normalised: scaled to a "
         "root mean square of 1.",
     )
-    start_from: Annotated[str | None, USER_PATH, Decides(("train",)), Neutral(None)] = Field(
+    start_from: Annotated[PathText | None, USER_PATH, Decides(("train",)), Neutral(None)] = Field(
         default=None,
         description="Checkpoint (a step-… folder) of a model of the same shape from which round 1 starts; null: "
         "random weights.",
@@ -248,9 +252,11 @@ class ScaledLr(Config):
     """A peak learning rate scaled by batch size: (batch / base_tokens)^increment_rate x base_lr (the paper, 5)."""
 
     rule: Literal["scaled"] = Field(default="scaled", description="Distinguishes this form from a plain number.")
-    increment_rate: float = Field(default=0.5, ge=0, le=2, description="Exponent r of the relative batch size.")
-    base_lr: float = Field(default=1e-4, gt=0, lt=10, description="Peak learning rate for batches of base_tokens.")
-    base_tokens: int = Field(default=1_000_000, ge=1, description="Batch size, in tokens, at which base_lr applies.")
+    increment_rate: Number = Field(default=0.5, ge=0, le=2, description="Exponent r of the relative batch size.")
+    base_lr: Number = Field(default=1e-4, gt=0, lt=10, description="Peak learning rate for batches of base_tokens.")
+    base_tokens: Integer = Field(
+        default=1_000_000, ge=1, description="Batch size, in tokens, at which base_lr applies."
+    )
 
     def at(self, batch_tokens: int) -> float:
         """Return the peak learning rate for batches of `batch_tokens`."""
@@ -260,32 +266,34 @@ class ScaledLr(Config):
 class TrainConfig(Config):
     """Training of a round: AdamW with linear warm-up and cosine decay over the round."""
 
-    global_batch_size: int = Field(default=16, ge=1, le=1_000_000, description="Samples per optimizer step.")
-    global_batch_tokens: Annotated[int | None, Neutral(None)] = Field(
+    global_batch_size: Integer = Field(default=16, ge=1, le=_MOST_SAMPLES, description="Samples per optimizer step.")
+    global_batch_tokens: Annotated[Integer | None, Neutral(None)] = Field(
         default=None,
         ge=1,
         description="Tokens per optimizer step, in place of global_batch_size; a multiple of corpus.seq_length.",
     )
-    micro_batch_size: Annotated[int, FREE] = Field(default=2, ge=1, le=4096, description="Samples per forward pass.")
+    micro_batch_size: Annotated[Integer, FREE] = Field(
+        default=2, ge=1, le=4096, description="Samples per forward pass."
+    )
     lr: Annotated[
-        Annotated[float, Field(gt=0, lt=10), Tag("<number>")] | Annotated[ScaledLr, Tag("<rule>")],
+        Annotated[Number, Field(gt=0, lt=10), Tag("<number>")] | Annotated[ScaledLr, Tag("<rule>")],
         Discriminator(lambda value: "<rule>" if isinstance(value, dict | ScaledLr) else "<number>"),
     ] = Field(default=2e-3, description="Peak learning rate, or {rule: scaled, …} to scale it by the batch's tokens.")
-    min_lr: float | None = Field(
+    min_lr: Number | None = Field(
         default=None, ge=0, lt=10, description="Learning rate at the end of a round; null: a tenth of the peak."
     )
-    max_tokens: Annotated[int | None, Decides(("mix",))] = Field(
+    max_tokens: Annotated[Integer | None, Decides(("mix",))] = Field(
         default=None,
         ge=1,
         description="Most predicted tokens that round 1 trains on, in randomly drawn samples; null: everything. "
         "For later rounds, see refine.max_tokens.",
     )
-    warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of a round's steps used for warm-up.")
-    weight_decay: float = Field(default=0.1, ge=0, lt=10, description="AdamW's decoupled weight decay.")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
-    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second-moment decay.")
-    clip_grad: float = Field(default=1.0, gt=0, description="Gradient norm above which gradients are clipped.")
-    validate_every_steps: Annotated[int, FREE] = Field(
+    warmup_fraction: Number = Field(default=0.05, ge=0, lt=1, description="Share of a round's steps used for warm-up.")
+    weight_decay: Number = Field(default=0.1, ge=0, lt=10, description="AdamW's decoupled weight decay.")
+    adam_beta1: Number = Field(default=0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
+    adam_beta2: Number = Field(default=0.95, ge=0, lt=1, description="AdamW's second-moment decay.")
+    clip_grad: Number = Field(default=1.0, gt=0, le=1e9, description="Gradient norm above which gradients are clipped.")
+    validate_every_steps: Annotated[Integer, FREE] = Field(
         default=100, ge=1, description="Steps between validations; the end of a round is always validated."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -322,6 +330,11 @@ class TrainConfig(Config):
                     f"train.global_batch_tokens: {self.global_batch_tokens} is not a multiple of corpus.seq_length "
                     f"{seq_length}; take {max(1, round(self.global_batch_tokens / seq_length)) * seq_length}"
                 )
+            if batch_size > _MOST_SAMPLES:
+                raise ValueError(
+                    f"train.global_batch_tokens: {self.global_batch_tokens} is {batch_size} samples of "
+                    f"corpus.seq_length {seq_length}; take at most {_MOST_SAMPLES * seq_length}"
+                )
         lr = self.lr.at(batch_size * seq_length) if isinstance(self.lr, ScaledLr) else self.lr
         min_lr = lr / 10 if self.min_lr is None else self.min_lr
         if not min_lr <= lr < 10:
@@ -337,13 +350,13 @@ class TrainConfig(Config):
 class ParallelConfig(Config):
     """The degrees of tensor, pipeline and data parallelism; their product is the number of processes."""
 
-    tensor: int = Field(
+    tensor: Integer = Field(
         default=1, ge=1, le=1024, description="Ranks that each layer is split over (tensor parallelism)."
     )
-    pipeline: int = Field(
+    pipeline: Integer = Field(
         default=1, ge=1, le=1024, description="Stages that the layers are split into (pipeline parallelism)."
     )
-    data: int = Field(
+    data: Integer = Field(
         default=1, ge=1, le=65_536, description="Replicas of the model, each training on its part of the batch."
     )
     sequence: bool = Field(
@@ -369,11 +382,11 @@ class ParallelConfig(Config):
 class CheckpointConfig(Config):
     """When and how training saves checkpoints."""
 
-    every_minutes: float = Field(
-        default=10.0, gt=0, description="Minutes between checkpoints: the most training time that a kill loses."
+    every_minutes: Number = Field(
+        default=10.0, gt=0, le=1e6, description="Minutes between checkpoints: the most training time that a kill loses."
     )
-    every_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints, in addition.")
-    keep_last: int = Field(default=2, ge=1, le=1000, description="Checkpoints kept while a round is training.")
+    every_steps: Integer | None = Field(default=None, ge=1, description="Steps between checkpoints, in addition.")
+    keep_last: Integer = Field(default=2, ge=1, le=1000, description="Checkpoints kept while a round is training.")
     asynchronous: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="Whether training continues while a checkpoint is written; auto: on accelerators, not on CPU.",

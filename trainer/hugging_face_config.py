@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data_scoring.base.messages import one_line, shown
 from trainer.config import ModelConfig
 from trainer.hugging_face_files import read_object
 
@@ -85,9 +86,10 @@ def read_description(path: Path) -> tuple[ModelConfig, list[str]]:
 def _in_their_words(error: ValidationError) -> str:
     """Return the validation error of a `ModelConfig` in terms of the field names of `config.json`."""
     detail, *_ = error.errors()
-    message = detail["msg"].removeprefix("Value error, ")
+    message = one_line(detail["msg"].removeprefix("Value error, "), 600)
     if detail["loc"]:
-        message = f"{detail['loc'][0]} is {detail['input']!r}; {message.replace('Input should be', 'give one that is')}"
+        remedy = message.replace("Input should be", "give one that is")
+        message = f"{detail['loc'][0]} is {shown(detail['input'])}; {remedy}"
     for ours, theirs in _THEIR_NAMES.items():
         message = re.sub(rf"\b{ours}\b", theirs, message)
     return message

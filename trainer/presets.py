@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from data_scoring.base.field_types import whole
+from data_scoring.base.messages import shown
+
 _ADDITIONS = {"activation_terms": 2, "shortcut_reduction": 32}
 
 
@@ -53,13 +56,10 @@ def fill_from_preset(values: dict[str, Any]) -> dict[str, Any]:
     name = values.get("preset")
     if name is None:
         return values
-    if name not in PRESETS:
-        raise ValueError(f"preset: {name!r} is not a preset; choose one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset: {shown(name)} is not a preset; choose one of {', '.join(PRESETS)}")
     fields = {**PRESETS[name], **values}
-    if (
-        isinstance(values.get("hidden_size"), int)
-        and "ffn_hidden_size" in PRESETS[name]
-        and "ffn_hidden_size" not in values
-    ):
-        fields["ffn_hidden_size"] = _ffn_hidden_size(values["hidden_size"])
+    hidden_size = whole(values.get("hidden_size"))
+    if isinstance(hidden_size, int) and "ffn_hidden_size" in PRESETS[name] and "ffn_hidden_size" not in values:
+        fields["ffn_hidden_size"] = _ffn_hidden_size(hidden_size)
     return fields

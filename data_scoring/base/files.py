@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from data_scoring.base.messages import one_line
+
 # The key of a record's own checksum.
 _SEAL = "record_checksum"
 
@@ -84,7 +86,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     write_json(path, {**record, _SEAL: fingerprint(record)})
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = "delete it and run the same command again") -> Any:
     """Return the JSON value in `path`, without its checksum, or None if the file does not exist.
 
     Raises ValueError, naming the file and the remedy, if it is not JSON, or was changed after `write_record` wrote it.
@@ -93,13 +95,12 @@ def read_json(path: Path) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); delete it and run the same command again") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder, not a file; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({one_line(error)}); {remedy}") from None
     if isinstance(content, dict) and content.pop(_SEAL, None) not in (None, fingerprint(content)):
-        raise ValueError(
-            f"{path}: damaged: its checksum differs from its content; restore it from a copy, or delete it and run the "
-            "same command again"
-        )
+        raise ValueError(f"{path}: damaged: its checksum differs from its content; restore it from a copy, or {remedy}")
     return content
 
 

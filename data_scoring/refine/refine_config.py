@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from data_scoring.base.expression import check_expression
 from data_scoring.base.field_effects import FREE
+from data_scoring.base.field_types import Integer, Number, PathText
 from data_scoring.base.user_paths import USER_PATH
 from data_scoring.config import Config
 from data_scoring.refine.policies import (
@@ -27,9 +28,9 @@ class SourceRule(Config):
     """Limits for one source that apply regardless of its losses."""
 
     name: str = Field(min_length=1, description="Name of the source.")
-    at_least: float = Field(default=0.0, ge=0, le=1, description="Smallest share of its samples that is kept.")
-    at_most: float = Field(default=1.0, ge=0, le=1, description="Largest share of its samples that is kept.")
-    from_round: int = Field(
+    at_least: Number = Field(default=0.0, ge=0, le=1, description="Smallest share of its samples that is kept.")
+    at_most: Number = Field(default=1.0, ge=0, le=1, description="Largest share of its samples that is kept.")
+    from_round: Integer = Field(
         default=1,
         ge=1,
         le=100,
@@ -49,21 +50,20 @@ class RefineConfig(Config):
     policy: PolicyName = Field(
         default="loss", description=describe_policies(), json_schema_extra=_describe_added_policies
     )
-    sampling_rate: float = Field(default=0.5, gt=0, le=1, description="Share of each shard that is kept (paper: 0.5).")
-    temperature: float | None = Field(
+    sampling_rate: Number = Field(default=0.5, gt=0, le=1, description="Share of each shard that is kept (paper: 0.5).")
+    temperature: Number | None = Field(
         default=None,
         ge=0,
         le=1e6,
         description="Temperature of the draw: above 1 makes it more random, below 1 less; 0 keeps the highest scores. "
         "null: 0 for top and band, else 1 (paper).",
     )
-    drop_hardest: float = Field(
+    drop_hardest: Number = Field(
         default=0.1, ge=0, lt=1, description="Share of each shard with the highest losses, which policy band drops."
     )
-    batch_size: int = Field(default=16, ge=1, le=1_000_000, description="Samples per batch, for policy loss_batch.")
-    reference: Annotated[str | None, USER_PATH] = Field(
+    batch_size: Integer = Field(default=16, ge=1, le=1_000_000, description="Samples per batch, for policy loss_batch.")
+    reference: Annotated[PathText | None, USER_PATH] = Field(
         default=None,
-        min_length=1,
         description="Round folder with the reference model's losses of the same corpus, such as runs/large/rounds/1, "
         "for policy excess; it has to exist until the run is done.",
     )
@@ -74,28 +74,31 @@ class RefineConfig(Config):
         description="Score for policy sql, nats: an SQL expression of sample, source, num_tokens, loss and seen_loss, "
         "such as 'loss - 0.5 * seen_loss'.",
     )
-    outlier_z: float | None = Field(
+    outlier_z: Number | None = Field(
         default=6.0,
         gt=0,
+        le=1e6,
         description="Robust z-score (median and MAD of the source) above which a loss counts as noise and its sample "
         "is excluded; null excludes none.",
     )
-    min_tokens: int = Field(default=1, ge=1, description="Scored tokens that a sample needs to be kept.")
-    near_duplicates: float | None = Field(
+    min_tokens: Integer = Field(default=1, ge=1, description="Scored tokens that a sample needs to be kept.")
+    near_duplicates: Number | None = Field(
         default=None,
         gt=0,
         lt=1,
         description="Jaccard similarity (of 5-grams of tokens, estimated by MinHash) at or above which a sample is a "
         "near duplicate of an earlier one and excluded, such as 0.8; null excludes none.",
     )
-    max_rounds: int | None = Field(default=None, ge=1, description="Largest number of rounds that train on a sample.")
-    max_tokens: int | None = Field(
+    max_rounds: Integer | None = Field(
+        default=None, ge=1, description="Largest number of rounds that train on a sample."
+    )
+    max_tokens: Integer | None = Field(
         default=None, ge=1,
         description="Largest number of predicted tokens that the round trains on; the mix ends, in training order, "
         "before the sample that would exceed it. null: no limit.",
     )  # fmt: skip
     sources: tuple[SourceRule, ...] = Field(default=(), description="Floors, ceilings and late sources.")
-    memory_gb: Annotated[float, FREE] = Field(
+    memory_gb: Annotated[Number, FREE] = Field(
         default=4.0, ge=0.25, le=4096, description="Memory limit of refining, GB; it spills to disk beyond that."
     )
 

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from scipy.stats import qmc
 
 from data_scoring.base.field_effects import FREE
+from data_scoring.base.field_types import Integer, Number
 from data_scoring.config import Config
 from trainer.config import ModelConfig, ParallelConfig
 
@@ -26,22 +27,22 @@ _POINTS_A_TRIAL = 200
 class SearchConfig(Config):
     """An architecture search: models of about `parameters` parameters that differ in shape."""
 
-    parameters: int = Field(
-        default=1_000_000_000, ge=1, description="Parameters of every model, embedding and head included."
+    parameters: Integer = Field(
+        default=1_000_000_000, ge=1, le=10**14, description="Parameters of every model, embedding and head included."
     )
-    tolerance: float = Field(
+    tolerance: Number = Field(
         default=0.03, gt=0, le=0.5, description="Largest deviation from `parameters`, as a share of it."
     )
     # More of them are the same ones, and some more.
-    trials: Annotated[int, FREE] = Field(
+    trials: Annotated[Integer, FREE] = Field(
         default=30, ge=1, le=10_000, description="Models that are trained (paper: 30)."
     )
-    min_depth: int = Field(default=9, ge=1, le=1024, description="Fewest layers (paper: 9).")
-    max_depth: int = Field(default=40, ge=1, le=1024, description="Most layers (paper: 40).")
-    min_expansion: float = Field(default=1.0, gt=0, le=64, description="Least ratio of FFN to width (paper: 1).")
-    max_expansion: float = Field(default=4.0, gt=0, le=64, description="Greatest ratio of FFN to width (paper: 4).")
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the draw.")
-    jobs: Annotated[int, FREE] = Field(default=1, ge=1, le=1024, description="Trials that train at the same time.")
+    min_depth: Integer = Field(default=9, ge=1, le=1024, description="Fewest layers (paper: 9).")
+    max_depth: Integer = Field(default=40, ge=1, le=1024, description="Most layers (paper: 40).")
+    min_expansion: Number = Field(default=1.0, gt=0, le=64, description="Least ratio of FFN to width (paper: 1).")
+    max_expansion: Number = Field(default=4.0, gt=0, le=64, description="Greatest ratio of FFN to width (paper: 4).")
+    seed: Integer = Field(default=0, ge=0, lt=2**31, description="Seed of the draw.")
+    jobs: Annotated[Integer, FREE] = Field(default=1, ge=1, le=1024, description="Trials that train at the same time.")
     generation: Annotated[bool, FREE] = Field(default=True, description="Whether generation speed is measured.")
 
     @model_validator(mode="after")

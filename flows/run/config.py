@@ -1,16 +1,18 @@
 """The configuration of a run: its sections, reading it from YAML, and its validation."""
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from data_scoring.base.field_effects import FREE, Decides, is_free, section_of
+from data_scoring.base.field_effects import FREE, Decides, is_free
+from data_scoring.base.field_types import Integer, Number, PathText
 from data_scoring.base.files import fingerprint
+from data_scoring.base.messages import one_line
 from data_scoring.base.names import OneOf
 from data_scoring.base.user_paths import BASE, USER_PATH, typed, user_paths
+from data_scoring.base.validation import validated
+from data_scoring.base.yaml_text import parse_yaml, read_yaml
 from data_scoring.config import (
     Config,
     CorpusConfig,
@@ -43,7 +45,7 @@ SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@+-]+$")]
 class RoundsConfig(Config):
     """How many rounds are trained, and whether selections need approval."""
 
-    num_rounds: int = Field(
+    num_rounds: Integer = Field(
         default=2, ge=1, le=100, description="Number of rounds; all but the last are scored and refined."
     )
     approval: bool = Field(
@@ -59,14 +61,14 @@ class SlurmConfig(Config):
     account: SlurmWord | None = Field(default=None, description="Account to charge (sbatch --account).")
     qos: SlurmWord | None = Field(default=None, description="Quality of service (sbatch --qos).")
     gres: SlurmWord | None = Field(default=None, description="Devices per node, such as gpu:8 (sbatch --gres).")
-    cpus_per_rank: int = Field(
+    cpus_per_rank: Integer = Field(
         default=4,
         ge=1,
         le=1024,
         description="CPUs per rank; sbatch --cpus-per-task is this times the node's ranks. Ignored if options has "
         "--cpus-per-task or --cpus-per-gpu.",
     )
-    time_limit: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]{1,2})?(:[0-9]{2}){0,2}$")] | None = Field(
+    time_limit: Annotated[str, Field(pattern=r"^[0-9]{1,7}(-[0-9]{1,2})?(:[0-9]{2}){0,2}$")] | None = Field(
         default=None,
         description="Time limit of a stage, D-HH:MM:SS (sbatch --time); a stage that reaches it is submitted again.",
     )
@@ -89,26 +91,32 @@ class LaunchConfig(Config):
         default="local",
         description=f"{'; '.join(f'{name}: {kind.description}' for name, kind in LAUNCHER_KINDS.items())}.",
     )
-    nodes: int = Field(default=1, ge=1, le=10_000, description="Hosts; all see the run folder at the same path.")
-    processes_per_node: int | None = Field(
+    nodes: Integer = Field(default=1, ge=1, le=10_000, description="Hosts; all see the run folder at the same path.")
+    processes_per_node: Integer | None = Field(
         default=None, ge=1, le=1024, description="Ranks per host; null: all ranks divided by the number of hosts."
     )
     rendezvous: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+:[0-9]{1,5}$")] | None = Field(
         default=None, description="HOST:PORT of the rendezvous on this host, for kind local with several nodes."
     )
-    rendezvous_port: int = Field(
+    rendezvous_port: Integer = Field(
         default=29_400, ge=1024, le=65_535, description="Port of the rendezvous on the first node, for kind slurm."
     )
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(
         default=None,
         description="Network interface for communication between ranks; null: the one that routes to the rendezvous.",
     )
-    join_minutes: float = Field(default=30.0, gt=0, le=1e5, description="Minutes to wait for all hosts to join.")
-    max_restarts: int = Field(
+    join_minutes: Number = Field(default=30.0, gt=0, le=1e5, description="Minutes to wait for all hosts to join.")
+    max_restarts: Integer = Field(
         default=3, ge=0, le=1000,
         description="Consecutive restarts, without a new checkpoint in between, of a stage that lost ranks or hosts.",
     )  # fmt: skip
     slurm: SlurmConfig = SlurmConfig()
+
+    @model_validator(mode="after")
+    def _check_port(self) -> "LaunchConfig":
+        if self.rendezvous is not None and not 1 <= int(self.rendezvous.rpartition(":")[2]) <= 65_535:
+            raise ValueError(f"rendezvous: {self.rendezvous} has no port between 1 and 65535; correct it")
+        return self
 
     @property
     def launcher_kind(self) -> LauncherKind:
@@ -129,15 +137,17 @@ class LaunchConfig(Config):
 class RunConfig(Config):
     """One run: a corpus, a model, and rounds of training, scoring and refining."""
 
-    name: Annotated[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None, FREE] = Field(
-        default=None,
-        description="Name of the run and of its folder, which may be renamed; null: run- and a fingerprint of the "
-        "configuration, so that the same configuration resumes and another one starts a new run.",
+    name: Annotated[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)] | None, FREE] = (
+        Field(
+            default=None,
+            description="Name of the run and of its folder, which may be renamed; null: run- and a fingerprint of the "
+            "configuration, so that the same configuration resumes and another one starts a new run.",
+        )
     )
-    output: Annotated[str, Field(pattern=r"^[^\x00]+$"), USER_PATH, FREE] = Field(
+    output: Annotated[PathText, USER_PATH, FREE] = Field(
         default="runs", description="Folder of the run folders; it may be moved."
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of all random numbers.")
+    seed: Integer = Field(default=0, ge=0, lt=2**31, description="Seed of all random numbers.")
     device: Annotated[Literal["auto", "cuda", "npu", "cpu"], FREE] = Field(
         default="auto", description="Device that ranks run on."
     )
@@ -242,14 +252,12 @@ class RunConfig(Config):
 def read_config(path: Path, overrides: list[str]) -> RunConfig:
     """Return the configuration in the YAML file `path` with `overrides`, such as refine.sampling_rate=0.3, applied.
 
-    Raises ValueError, with a line for each mistake that names file and field.
+    Raises ValueError, in one line that names file and field.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give a run's YAML configuration, such as configs/demo.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}); repair it") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a configuration; write fields such as name: and corpus:")
     for override in overrides:
@@ -276,60 +284,23 @@ def parse_config(values: dict[str, Any], origin: str, base: Path | None = None) 
     name is the run folder's, which may have been renamed to anything.
     """
     stored_name = {} if base is None else {"name": values.get("name")}
-    try:
-        config = RunConfig.model_validate({**values, **dict.fromkeys(stored_name)}, context={BASE: base})
-        return config.model_copy(update=stored_name)
-    except ValidationError as error:
-        details = error.errors()
-        # Invalid entries also make a list count as too short; only the entries' own errors are shown.
-        places = [detail["loc"] for detail in details]
-        shown = [
-            detail
-            for detail in details
-            if not any(place != detail["loc"] and place[: len(detail["loc"])] == detail["loc"] for place in places)
-        ]
-        raise ValueError("\n".join(f"{origin}: {_explain(detail)}" for detail in shown)) from None
+    config = validated(RunConfig, {**values, **dict.fromkeys(stored_name)}, origin, context={BASE: base})
+    return config.model_copy(update=stored_name)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
+    origin = f"--set {one_line(override)}"
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ValueError(f"--set {override}: not FIELD=VALUE; write for example --set refine.sampling_rate=0.3")
+        raise ValueError(f"{origin}: not FIELD=VALUE; write for example --set refine.sampling_rate=0.3")
     *sections, name = path.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ValueError(f"--set {override}: {section} is not a section; name a field such as refine.sampling_rate")
-    try:
-        values[name] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {override}: the value is not valid YAML; put it in quotes") from None
-
-
-def _explain(detail: Any) -> str:
-    # Parts in angle brackets distinguish the forms of a field, and are not part of its name.
-    location = [str(part) for part in detail["loc"] if not str(part).startswith("<")]
-    field = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        known = _fields_of(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
-        return f"{field}: unknown field; {remedy}"
-    if detail["type"] == "value_error":
-        prefix = f"{field}." if field else ""
-        return prefix + str(detail["ctx"]["error"])
-    shown = "" if detail["type"] == "missing" else f" (it is {detail['input']!r})"
-    return f"{field}: {detail['msg'][0].lower()}{detail['msg'][1:]}{shown}; correct it"
-
-
-def _fields_of(location: list[str]) -> list[str]:
-    model: Any = RunConfig
-    for part in location:
-        if part.isdigit():
-            continue
-        field = next(field for name, field in model.model_fields.items() if part in (name, field.alias))
-        model = section_of(field.annotation)
-    return [field.alias or name for name, field in model.model_fields.items()]
+            raise ValueError(
+                f"{origin}: {one_line(section)} is not a section; name a field such as refine.sampling_rate"
+            )
+    values[name] = parse_yaml(text, origin)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -13,6 +13,7 @@ import yaml
 from data_scoring.base.checksums import FileVerifier, WrittenFile
 from data_scoring.base.files import fingerprint, read_json, write_record, writing
 from data_scoring.base.sql import check_path
+from data_scoring.base.yaml_text import read_yaml
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, differences, parse_config
@@ -171,9 +172,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
         "which writes it again"
     )
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged: not valid YAML ({' '.join(str(error).split())}); {remedy}") from None
+        values: Any = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; or {remedy}") from None
     if not isinstance(values, dict) or not {"config", "versions"} <= values.keys():
         raise ValueError(f"{path}: damaged: it is incomplete; {remedy}")
     checksum = values.pop("checksum", None)

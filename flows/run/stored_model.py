@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
-
 from data_scoring.base.field_effects import INFERENCE, deciding
 from data_scoring.base.files import checksum, fingerprint, read_json
+from data_scoring.base.validation import validated
+from data_scoring.base.yaml_text import read_yaml
 from flows.run.folder import read_run
 from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record
 from trainer.config import ModelConfig
@@ -67,10 +66,7 @@ def find_model(place: Path, round_number: int | None = None) -> StoredModel:
 
 
 def _read_folder(place: Path) -> StoredModel:
-    try:
-        config = ModelConfig.model_validate(yaml.safe_load((place / MODEL).read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
-        raise ValueError(f"{place / MODEL}: invalid model ({' '.join(str(error).split())}); repair it") from None
+    config = validated(ModelConfig, read_yaml(place / MODEL), place / MODEL)
     checkpoints = list_checkpoints(place / "checkpoint")
     tokenizers = [path for path in (place / "tokenizer.json", place / "tokenizer.model") if path.is_file()]
     if not checkpoints or not tokenizers:

@@ -27,7 +27,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["refine=2"], "refine: input should be a valid dictionary"),
         ("", ["refine.policy=hardest"], "refine.policy: input should be 'loss', 'loss_batch', 'top', 'band', "),
         ("", ["seed"], "--set seed: not FIELD=VALUE"),
-        ("", ["tokenizer.path=@x"], "--set tokenizer.path=@x: the value is not valid YAML"),
+        ("", ["tokenizer.path=@x"], "--set tokenizer.path=@x: not valid YAML (line 1, column 1: found"),
         ("", ["model.num_attention_heads=3"], "model.num_attention_heads: 3 does not divide hidden_size 128"),
         ("", ["parallel.tensor=3"], "parallel.tensor: 3 does not divide model.num_attention_heads 4; choose a divisor"),
         ("", ["parallel.pipeline=3"], "parallel.pipeline: 3 does not divide model.num_layers 4; choose a divisor"),
