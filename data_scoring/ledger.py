@@ -9,6 +9,8 @@ from typing import Any
 import duckdb
 
 from data_scoring.base.databases import replacing_views
+from data_scoring.base.files import disk_error
+from data_scoring.base.messages import one_line
 from data_scoring.base.sql import SHARD_OF_FILE, literal, parquet_rows
 
 
@@ -283,7 +285,7 @@ def refresh_ledger(run_folder: Path) -> Path:
     run_folder = run_folder.resolve()
     path = run_folder / "ledger.duckdb"
     with replacing_views(path) as connection:
-        _create_views(connection, run_folder)
+        create_views(connection, run_folder)
     return path
 
 
@@ -294,7 +296,7 @@ def open_ledger(run_folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     They are created in memory, because another program may hold a lock on `ledger.duckdb`, or have written to it.
     """
     with duckdb.connect() as connection:
-        _create_views(connection, run_folder.resolve())
+        create_views(connection, run_folder.resolve())
         yield connection
 
 
@@ -304,7 +306,8 @@ def read_rows(run_folder: Path, sql: str) -> list[tuple[Any, ...]]:
         return ledger.sql(sql).fetchall()
 
 
-def _create_views(connection: duckdb.DuckDBPyConnection, run_folder: Path) -> None:
+def create_views(connection: duckdb.DuckDBPyConnection, run_folder: Path) -> None:
+    """Create the ledger's views over the files in `run_folder`. Raises ValueError if a file is damaged."""
     for name, view in VIEWS.items():
         _create(connection, name, view.comment, view.columns, _select(run_folder, view))
     for name, (comment, columns, sql) in DERIVED.items():
@@ -321,7 +324,14 @@ def _select(run_folder: Path, view: View) -> str:
 def _create(
     connection: duckdb.DuckDBPyConnection, name: str, comment: str, columns: dict[str, tuple[str, str]], sql: str
 ) -> None:
-    connection.execute(f"create view {name} as {sql}")
+    try:
+        connection.execute(f"create view {name} as {sql}")
+    except duckdb.Error as error:
+        if disk_error(str(error), Path()) is not None:
+            raise
+        raise ValueError(
+            f"view {name}: {one_line(error, 600)}; restore the file, or delete it and run the same command again"
+        ) from None
     connection.execute(f"comment on view {name} is {literal(comment)}")
     for column, (kind, meaning) in columns.items():
         connection.execute(f"comment on column {name}.{column} is {literal(f'{meaning} ({kind})')}")

@@ -5,6 +5,9 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from data_scoring.base.messages import one_line, shown
+from data_scoring.base.sql import check_nesting
+
 if TYPE_CHECKING:
     import duckdb
 
@@ -41,17 +44,29 @@ def check_expression(sql: str) -> frozenset[str]:
     """
     import duckdb
 
+    check_nesting(sql)
     with duckdb.connect(config={"enable_external_access": "false"}) as connection:
         nodes = list(_nodes(_parse(connection, sql)))
         for node in nodes:
             kind = node["class"]
             if kind not in _CLASSES:
-                raise ValueError(f"sql: {sql!r} contains a {kind.lower()}; use only expressions of columns")
+                raise ValueError(f"sql: {shown(sql)} contains a {kind.lower()}; use only expressions of columns")
             if kind == "COLUMN_REF" and len(node["column_names"]) > 1:
-                raise ValueError(f"sql: {'.'.join(node['column_names'])} in {sql!r}: name the column alone")
+                name = one_line(".".join(node["column_names"]))
+                raise ValueError(f"sql: {name} in {shown(sql)}: name the column alone")
+            # Tables have other columns too, such as rowid, but candidates are no table.
+            if kind == "COLUMN_REF" and node["column_names"][0].lower() not in COLUMNS:
+                name = one_line(node["column_names"][0])
+                raise ValueError(
+                    f"sql: {shown(sql)} cannot be computed ({name} is no column); the columns are {', '.join(COLUMNS)}"
+                )
+            # `seen_loss.abs()` is a function of the schema seen_loss, and then one of the column.
+            if kind == "FUNCTION" and (node["schema"] or node["catalog"]):
+                name = one_line(f"{node['schema']}.{node['function_name']}")
+                raise ValueError(f"sql: {name}() in {shown(sql)}: name the function alone, as in abs(loss)")
             if kind == "FUNCTION" and node["function_name"] not in _FUNCTIONS:
                 raise ValueError(
-                    f"sql: {node['function_name']}() in {sql!r} is not allowed; use one of "
+                    f"sql: {one_line(node['function_name'])}() in {shown(sql)} is not allowed; use one of "
                     f"{', '.join(sorted(_FUNCTIONS))}"
                 )
         _check_type(connection, sql)
@@ -60,10 +75,16 @@ def check_expression(sql: str) -> frozenset[str]:
 
 def _parse(connection: "duckdb.DuckDBPyConnection", sql: str) -> dict[str, Any]:
     """Return the expression's tree. Raises ValueError for SQL that closes the bracket early to add more."""
-    [(text,)] = connection.execute("select json_serialize_sql(?::varchar)", [f"select ({sql})"]).fetchall()
-    parsed = json.loads(text)
+    import duckdb
+
+    try:
+        [(text,)] = connection.execute("select json_serialize_sql(?::varchar)", [f"select ({sql})"]).fetchall()
+        parsed = json.loads(text)
+    except (duckdb.Error, UnicodeEncodeError, RecursionError) as error:
+        raise ValueError(f"sql: {shown(sql)} is not an SQL expression ({one_line(error)}); correct it") from None
     if parsed["error"]:
-        raise ValueError(f"sql: {sql!r} is not an SQL expression ({parsed['error_message']}); correct it")
+        reason = one_line(parsed["error_message"])
+        raise ValueError(f"sql: {shown(sql)} is not an SQL expression ({reason}); correct it")
     node = parsed["statements"][0]["node"]
     is_plain = (
         len(parsed["statements"]) == 1
@@ -73,7 +94,7 @@ def _parse(connection: "duckdb.DuckDBPyConnection", sql: str) -> dict[str, Any]:
         and not any(node[part] for part in ("modifiers", "where_clause", "group_expressions", "having", "qualify"))
     )
     if not is_plain:
-        raise ValueError(f"sql: {sql!r} is more than one expression; write one, such as 'loss - 0.5 * seen_loss'")
+        raise ValueError(f"sql: {shown(sql)} is more than one expression; write one, such as 'loss - 0.5 * seen_loss'")
     expression: dict[str, Any] = node["select_list"][0]
     return expression
 
@@ -92,13 +113,12 @@ def _nodes(tree: Any) -> Any:
 def _check_type(connection: "duckdb.DuckDBPyConnection", sql: str) -> None:
     import duckdb
 
-    columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-    connection.execute(f"create table candidates ({columns})")
+    columns = ", ".join(f"null::{kind} as {name}" for name, kind in COLUMNS.items())
     try:
-        kind = str(connection.sql(f"select ({sql}) as score from candidates").types[0])
+        kind = str(connection.sql(f"select ({sql}) as score from (select {columns})").types[0])
     except duckdb.Error as error:
         raise ValueError(
-            f"sql: {sql!r} cannot be computed ({' '.join(str(error).split())}); the columns are {', '.join(COLUMNS)}"
+            f"sql: {shown(sql)} cannot be computed ({one_line(error)}); the columns are {', '.join(COLUMNS)}"
         ) from None
     if not _NUMBERS.fullmatch(kind):
-        raise ValueError(f"sql: {sql!r} has type {kind}; write an expression whose result is a number")
+        raise ValueError(f"sql: {shown(sql)} has type {one_line(kind)}; write an expression whose result is a number")

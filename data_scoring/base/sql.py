@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_scoring.base.files import disk_error
+from data_scoring.base.messages import shown
 
 if TYPE_CHECKING:
     import duckdb
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 SHARD_OF_FILE = r"regexp_extract(filename, '/shard=(\d+)\.parquet$', 1)::int"
 # Python keeps other bytes of a file's name as surrogates.
 _UTF_8 = re.compile("[^\ud800-\udfff]*")
+_MOST_BRACKETS = 100
 
 
 @contextmanager
@@ -51,6 +53,16 @@ def bounded(folder: Path, memory_gb: float) -> Iterator["duckdb.DuckDBPyConnecti
             yield connection
     finally:
         shutil.rmtree(spill, ignore_errors=True)
+
+
+def check_nesting(sql: str) -> None:
+    """Raise ValueError if `sql` has more nested brackets than DuckDB's parser reads in reasonable time."""
+    # The time of the parser grows with the third power of the depth. Brackets in texts count, too.
+    depth = 0
+    for letter in sql:
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth > _MOST_BRACKETS:
+            raise ValueError(f"sql: {shown(sql)} has more than {_MOST_BRACKETS} nested brackets; write fewer")
 
 
 def literal(value: object) -> str:

@@ -90,4 +90,4 @@ def _fields_of(model: Any, location: list[str]) -> list[str]:
 
 @cache
 def _adapter(kind: Hashable) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    return TypeAdapter(cast(Any, kind))

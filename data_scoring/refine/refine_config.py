@@ -19,6 +19,8 @@ from data_scoring.refine.policies import (
     describe_policies,
 )
 
+_LEAST_TEMPERATURE = 1e-6
+
 
 def _describe_added_policies(schema: dict[str, Any]) -> None:
     schema["description"] = describe_policies()
@@ -143,6 +145,12 @@ class RefineConfig(Config):
             raise ValueError(
                 f"drop_hardest: {self.drop_hardest} and sampling_rate {self.sampling_rate} add up to more than 1; "
                 "lower one of them"
+            )
+        # Scores divided by less than this can be infinite, and the draw would not depend on them.
+        if self.temperature is not None and 0 < self.temperature < _LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature: {self.temperature} is below {_LEAST_TEMPERATURE}; raise it, or give 0 to keep the "
+                "highest scores"
             )
         names = [rule.name for rule in self.sources]
         if len(set(names)) < len(names):

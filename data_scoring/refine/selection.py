@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from data_scoring.base.messages import one_line, shown
 from data_scoring.base.sql import literal
 from data_scoring.refine.candidates import EXCLUSIONS, LATE, Draw, Limits, candidates_query, check_losses, is_joined
 from data_scoring.refine.draw import num_kept
@@ -71,12 +72,13 @@ def select(
     try:
         return _select(connection, draw, limits, shard, name)
     except (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{_policy(draw.config)} cannot be computed for every sample ({text}); correct it") from None
+        raise ValueError(
+            f"{_policy(draw.config)} cannot be computed for every sample ({one_line(error)}); correct it"
+        ) from None
 
 
 def _policy(config: RefineConfig) -> str:
-    return f"refine.sql: {config.sql!r}" if config.policy_row.score is None else f"refine.policy: {config.policy}"
+    return f"refine.sql: {shown(config.sql)}" if config.policy_row.score is None else f"refine.policy: {config.policy}"
 
 
 def _reason_type() -> str:

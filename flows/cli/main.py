@@ -98,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     sql = commands.add_parser("sql", help="query the ledger with DuckDB SQL")
     sql.add_argument("run", type=path, metavar="RUN", help="run folder")
     sql.add_argument("query", metavar="QUERY", help='such as "select * from rounds"')
+    sql.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="time limit (default: 300)")
+    sql.add_argument(
+        "--unrestricted", action="store_true", help="allow all statements and files, and more than 4 GB of memory"
+    )
     sql.set_defaults(command=_sql)
     return parser
 
@@ -174,11 +178,10 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _sql(options: argparse.Namespace) -> None:
-    from data_scoring.ledger import query, refresh_ledger
+    from data_scoring.sandboxed_query import ask
 
     read_run(options.run)
-    refresh_ledger(options.run)
-    query(options.run, options.query).show(max_rows=200, max_width=200)
+    ask(options.run, options.query, options.timeout, not options.unrestricted).show(max_rows=200, max_width=200)
 
 
 if __name__ == "__main__":

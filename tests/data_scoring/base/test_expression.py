@@ -42,8 +42,27 @@ def test_expressions_of_columns_are_accepted(sql: str, columns: set[str]) -> Non
         ("'high'", "has type VARCHAR; write an expression whose result is a number"),
         ("perplexity", "cannot be computed .* the columns are sample, source, num_tokens, loss, seen_loss"),
         ("losses.loss", "name the column alone"),
+        *(
+            (name, f"{name} is no column")
+            for name in ("rowid", "ROWID", "filename", "file_row_number", "candidates", "user")
+        ),
+        ("seen_loss.abs()", r"seen_loss.abs\(\) in 'seen_loss.abs\(\)': name the function alone"),
+        ("main.abs(loss)", r"main.abs\(\) in"),
+        ("getenv('HOME')", r"getenv\(\) in"),
+        ("error('x')", r"error\(\) in"),
+        ("list_transform([1], x -> x)", r"list_transform\(\) in"),
+        ("columns('l.*')", "contains a star"),
+        ("exists(from read_text('/etc/passwd'))", "contains a subquery"),
+        ("(" * 5000, "has more than 100 nested brackets; write fewer"),
+        ("- " * 5000 + "1", "is not an SQL expression"),
+        ("+".join(["1"] * 3000), "is not an SQL expression"),
+        ("not " * 2000 + "true", "is not an SQL expression"),
+        ("'\ud800'", "is not an SQL expression"),
+        ("loss\x00", "is no column"),
     ],
 )
 def test_everything_else_is_refused(sql: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         check_expression(sql)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 1000
