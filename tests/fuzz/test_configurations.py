@@ -68,7 +68,7 @@ def _check_asked(config: RunConfig, content: bytes, overrides: list[str]) -> Non
         got = found.get(name)
         if isinstance(got, float | int) and not isinstance(got, bool):
             assert not isinstance(value, bool), name
-            assert float(value) == got, name
+            assert (float(value) if isinstance(value, str) else value) == got, name
         elif isinstance(got, bool):
             assert value in (
                 got,
