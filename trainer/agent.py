@@ -51,12 +51,16 @@ def killed_rank(error: ChildFailedError) -> tuple[int, ProcessFailure] | None:
 
 def _report_killed(error: ChildFailedError, job_path: Path) -> None:
     from trainer.job import read_job
-    from trainer.rank_errors import killed, leave_error
+    from trainer.rank_errors import errors_beside, killed, leave_error
 
     found = killed_rank(error)
     if found is not None:
         rank, failure = found
-        leave_error(read_job(job_path).errors, killed(rank, -failure.exitcode, failure.timestamp))
+        try:
+            errors = read_job(job_path).errors
+        except ValueError:
+            errors = errors_beside(job_path)
+        leave_error(errors, killed(rank, -failure.exitcode, failure.timestamp))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def find_usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
 
 def _has_other_fingerprint(checkpoint: Path, fingerprint: str) -> bool:
     try:
-        return bool(read_checkpoint_record(checkpoint)["fingerprint"] != fingerprint)
-    except (ValueError, LookupError, TypeError):
+        return read_checkpoint_record(checkpoint, "fingerprint")["fingerprint"] != fingerprint
+    except ValueError:
         return False  # Damaged: the caller reports it.
 
 

@@ -7,11 +7,17 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO, cast
 
-from data_scoring.base.files import commit, read_json, write_json, write_record
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from data_scoring.base.field_types import Count, PathText
+from data_scoring.base.files import commit, write_json, write_record
+from data_scoring.base.validation import read_record
 
 RECORD = "reprise.json"
+_REMEDY = "restore the checkpoint from a copy, or delete it"
 _MEASURED = ".measured-"
 _BLOCK_BYTES = 1 << 20
 # Time that ranks with little or nothing to save have to end after a stop request.
@@ -32,9 +38,47 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / RECORD).exists())
 
 
-def read_checkpoint_record(checkpoint: Path) -> dict[str, Any]:
-    """Return the record of a checkpoint: its step, its files' checksums and the saver's entries."""
-    record: dict[str, Any] = read_json(checkpoint / RECORD)
+class _File(TypedDict):
+    bytes: Count
+    crc32: Count
+
+
+class _MeasuredFileRecord(_File):
+    is_changed: bool
+
+
+class LogDigests(TypedDict, total=False):
+    """Digests of the rows that were recorded before a checkpoint, and of files of seen losses."""
+
+    steps: str
+    validation: str
+    seen: dict[str, str]
+
+
+class CheckpointRecord(TypedDict, total=False):
+    """The record of a checkpoint; earlier versions and imports lack some of these fields."""
+
+    fingerprint: str
+    step: Count
+    num_steps: Count
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    is_validation_due: bool
+    logs: LogDigests
+    files: dict[PathText, _File | Count]  # only sizes in version 0.1
+
+
+def read_checkpoint_record(checkpoint: Path, *needed: str) -> CheckpointRecord:
+    """Return the record of a checkpoint: its step, its files' checksums and the saver's entries.
+
+    Raises ValueError if the record is missing or damaged, or lacks one of the fields `needed`.
+    """
+    path = checkpoint / RECORD
+    record = read_record(path, CheckpointRecord, _REMEDY)
+    if record is None:
+        raise ValueError(f"{path}: no such file; {_REMEDY}")
+    for field in needed:
+        if field not in record:
+            raise ValueError(f"{path}: {field}: field required; {_REMEDY}")
     return record
 
 
@@ -89,7 +133,7 @@ def seal_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
             _note(path, _measure(path))
     files: dict[str, Any] = {}
     for path in checkpoint.glob(f"{_MEASURED}*.json"):
-        files |= read_json(path)
+        files |= read_record(path, dict[str, _MeasuredFileRecord]) or {}
         path.unlink()
     changed = sorted(name for name, entry in files.items() if entry.pop("is_changed"))
     if changed:
@@ -126,11 +170,12 @@ def complete_checkpoint(
 def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """Return what is wrong with a checkpoint's files, or None; with `parts`, check only share `part` of the files."""
     try:
-        files = read_checkpoint_record(checkpoint)["files"]
-        sizes = {str(name): (int(entry["bytes"]), int(entry["crc32"])) for name, entry in files.items()}
+        record = read_checkpoint_record(checkpoint)
     except ValueError:
         return f"{RECORD} is damaged"
-    except (LookupError, TypeError, AttributeError):
+    files = record.get("files", {})
+    sizes = {name: (entry["bytes"], entry["crc32"]) for name, entry in files.items() if not isinstance(entry, int)}
+    if len(sizes) < len(files) or "files" not in record:
         return f"{RECORD} has no checksums, as in version 0.1"
     unlisted = sorted({path.name for path in checkpoint.iterdir()} - {RECORD} - sizes.keys())
     if unlisted or not sizes:

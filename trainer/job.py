@@ -9,12 +9,14 @@ import pkgutil
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from data_scoring.base.files import read_json, write_record
+from data_scoring.base.files import write_record
+from data_scoring.base.messages import shown
 from data_scoring.base.progress import Progress
+from data_scoring.base.validation import read_record, validated
 from data_scoring.config import Config
 from data_scoring.corpus.corpus import Corpus
 from trainer.checkpoint_folder import SECONDS_TO_STOP
@@ -118,11 +120,18 @@ def write_job(job: Job, path: Path) -> None:
 def read_job(path: Path) -> Job:
     """Return the job that `write_job` wrote to `path`.
 
-    Imports the module that the file names. Raises ValueError if the named object is not a job class.
+    Imports the module that the file names. Raises ValueError if the file is missing or damaged, or if the named object
+    is not a job class.
     """
-    content = read_json(path)
-    name = content.pop("class")
-    kind = pkgutil.resolve_name(name)
+    remedy = "launch the job again"
+    content = read_record(path, dict[str, Any], remedy)
+    if content is None:
+        raise ValueError(f"{path}: no such file; {remedy}")
+    name = content.pop("class", None)
+    try:
+        kind = pkgutil.resolve_name(name) if isinstance(name, str) else None
+    except (ValueError, ImportError, AttributeError):
+        kind = None
     if not (isinstance(kind, type) and issubclass(kind, Job)):
-        raise ValueError(f"{path}: class: {name} is not a subclass of trainer.job.Job; launch the job again")
-    return kind.model_validate(content)
+        raise ValueError(f"{path}: class: {shown(name)} is not a subclass of trainer.job.Job; {remedy}")
+    return validated(kind, content, path, remedy)

@@ -88,7 +88,7 @@ def sum_values(values: Weights, model: ModelConfig, power: Literal[1, 2], names:
         "bottleneck": torch.zeros(depth, bottleneck_size(model), dtype=torch.float64),
     }
     # Rows that pad the vocabulary are untrained.
-    vocab_size = read_checkpoint_record(values.checkpoint)["vocab_size"]
+    vocab_size = read_checkpoint_record(values.checkpoint, "vocab_size")["vocab_size"]
     for name in values.shapes if names is None else names:
         if not name.startswith(LAYERS):
             tensor = values.read(name)[:vocab_size] if name in (EMBEDDING, HEAD) else values.read(name)

@@ -172,7 +172,7 @@ def slice_checkpoint(
     check_student(teacher, student)
     weights = Weights(checkpoint)
     _check_teacher(weights, teacher)
-    kept = range(read_checkpoint_record(checkpoint)["vocab_size"]) if rows is None else rows
+    kept = range(read_checkpoint_record(checkpoint, "vocab_size")["vocab_size"]) if rows is None else rows
     shapes = shapes_of(student, padded_vocab_size(max(student.vocab_size or 0, len(kept))))
 
     def produce(name: str, layer: int | None) -> Tensor:

@@ -16,13 +16,17 @@ from data_scoring.corpus.corpus import Corpus
 from trainer.devices import Device, initialise, resolve_precision
 from trainer.job import Job, RankContext, read_job
 from trainer.pickles import allow_plain_pickles_only
-from trainer.rank_errors import RankError, leave_error, release_space, reserve_space
+from trainer.rank_errors import RankError, errors_beside, leave_error, release_space, reserve_space
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
 
 def main(job_path: Path) -> None:
     """Run the job that `job_path` describes, as one of its ranks."""
-    job = read_job(job_path)
+    try:
+        job = read_job(job_path)
+    except ValueError as error:
+        _report(errors_beside(job_path), error)
+        raise
     rank = int(os.environ.get("RANK", "0"))
     reserve_space(job.errors, rank)
     allow_plain_pickles_only()
@@ -35,7 +39,7 @@ def main(job_path: Path) -> None:
     except BaseException as error:  # torch's CheckpointException is no Exception
         # After a stop request, some ranks end before others; their lost connections are not failures.
         if not stop.is_made:
-            _report(job, error)
+            _report(job.errors, error)
         raise
     finally:
         release_space(job.errors, rank)
@@ -79,8 +83,8 @@ def _initialise_parallel(job: Job, device: Device) -> None:
     device.seed(job.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
 
-def _report(job: Job, error: BaseException) -> None:
-    """Write the error for the launcher."""
+def _report(errors: Path, error: BaseException) -> None:
+    """Write the error into the folder `errors`, for the launcher."""
     explanation = explain(error) if isinstance(error, OSError) else None
     reported = RankError(
         rank=int(os.environ.get("RANK", "0")),
@@ -90,4 +94,4 @@ def _report(job: Job, error: BaseException) -> None:
         message=explanation or str(error),
         traceback=traceback.format_exc(),
     )
-    leave_error(job.errors, reported)
+    leave_error(errors, reported)

@@ -1,12 +1,14 @@
 """The errors that ranks write for their launcher, one file per rank."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_scoring.base.files import read_json
+from data_scoring.base.validation import validated
 
 _RESERVED_BYTES = 1 << 16
 
@@ -84,11 +86,20 @@ def root_cause(folder: Path) -> RankError | None:
 
 
 def _read_error(path: Path) -> RankError:
-    content = read_json(path)
-    # Versions before 0.8 wrote is_user_error under this name; a run that failed then still shows its error.
-    if "is_users" in content:
-        content["is_user_error"] = content.pop("is_users")
-    return RankError(**content)
+    try:
+        content = read_json(path, "see the log")
+        # Versions before 0.8 wrote is_user_error under this name; a run that failed then still shows its error.
+        if isinstance(content, dict) and "is_users" in content:
+            content["is_user_error"] = content.pop("is_users")
+        return validated(RankError, content, path, "see the log")
+    except ValueError as error:
+        # The record of another rank may be intact, and comes first.
+        return RankError(0, math.inf, "damaged record", is_user_error=False, message=str(error))
+
+
+def errors_beside(job_path: Path) -> Path:
+    """Return the folder of the errors of ranks whose job cannot be read: the launcher's, beside the job."""
+    return job_path.with_name("errors")
 
 
 def _precedence(error: RankError) -> tuple[bool, bool, float]:

@@ -24,7 +24,7 @@ from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.training_mix import Mix
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from trainer.checkpoint import TrainingState, find_usable_checkpoint, load_checkpoint, load_weights
-from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
+from trainer.checkpoint_folder import CheckpointRecord, list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig
 from trainer.evaluate import answer_tasks
 from trainer.forward import read_microbatches, run_schedule
@@ -56,11 +56,11 @@ def train_round(job: "TrainJob", corpus: Corpus, model: torch.nn.Module, bf16: b
     if resume_from is None and job.start_from is not None:
         load_weights(job.start_from, model)
     state = make_state(job.train, model, num_steps, bf16)
-    record: dict[str, Any] = {"step": 0, "is_validation_due": False}
+    record: CheckpointRecord = {"step": 0, "is_validation_due": False}
     if resume_from is not None:
         load_checkpoint(resume_from, state)
-        record = read_checkpoint_record(resume_from)
-    step = int(record["step"])
+        record = read_checkpoint_record(resume_from, "step", "is_validation_due")
+    step = record["step"]
     is_asynchronous = {"always": True, "never": False, "auto": job.device != "cpu"}[job.checkpoint.asynchronous]
     saver = CheckpointSaver(checkpoints, job.checkpoint.keep_last, is_asynchronous)
     run = _Round(job, corpus, mix, state, _Logs(job, record), saver, stop, num_steps)
@@ -124,8 +124,8 @@ class _Logs:
     they were when it was saved.
     """
 
-    def __init__(self, job: "TrainJob", checkpoint: dict[str, Any]) -> None:
-        folder, step = job.round_folder, int(checkpoint["step"])
+    def __init__(self, job: "TrainJob", checkpoint: CheckpointRecord) -> None:
+        folder, step = job.round_folder, checkpoint["step"]
         # Checkpoints of versions before 0.9 do not have it.
         known = checkpoint.get("logs", {})
         self._checksums: dict[str, str] = known.get("seen", {})

@@ -47,5 +47,7 @@ def _refuse_boolean(value: Any) -> None:
 Integer = Annotated[int, BeforeValidator(_as_integer)]
 # A path, URL or glob that the system's functions can take.
 PathText = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
+# A number of things, in a record.
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 # A float; `Config` makes all floats finite. true and false are not accepted.
 Number = Annotated[float, BeforeValidator(_as_number)]

@@ -93,13 +93,15 @@ def read_json(path: Path, remedy: str = "delete it and run the same command agai
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        seal = content.pop(_SEAL, None) if isinstance(content, dict) else None
+        is_changed = seal is not None and seal != fingerprint(content)
     except FileNotFoundError:
         return None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder, not a file; {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({one_line(error)}); {remedy}") from None
-    if isinstance(content, dict) and content.pop(_SEAL, None) not in (None, fingerprint(content)):
+    if is_changed:
         raise ValueError(f"{path}: damaged: its checksum differs from its content; restore it from a copy, or {remedy}")
     return content
 

@@ -3,7 +3,10 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from data_scoring.base.files import read_json
 
 # Called with (description of the work, units done, total units or None if unknown).
 Progress = Callable[[str, int, int | None], None]
@@ -11,6 +14,30 @@ Progress = Callable[[str, int, int | None], None]
 
 def silent(what: str, done: int, total: int | None) -> None:
     """Ignore progress."""
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a progress file says; `details` are numbers, such as the loss."""
+
+    what: str
+    done: int
+    total: int | None
+    details: dict[str, float]
+
+
+def read_progress(path: Path) -> Reported | None:
+    """Return what a progress file says, or None if it does not exist or is damaged, which does no harm."""
+    try:
+        content = read_json(path)
+    except ValueError:
+        return None
+    if not isinstance(content, dict):
+        return None
+    what, done, total = (content.pop(name, None) for name in ("what", "done", "total"))
+    if not (isinstance(what, str) and isinstance(done, int) and isinstance(total, int | None)):
+        return None
+    return Reported(what, done, total, {name: value for name, value in content.items() if type(value) in (int, float)})
 
 
 class ProgressFile:

@@ -39,12 +39,23 @@ def read_record(path: Path, kind: type[T], remedy: str = REPEAT) -> T | None:
     remedy, if the record does not have these fields with values of these types.
     """
     content = read_json(path, remedy)
-    if content is None:
-        return None
+    return None if content is None else checked_record(content, kind, path, remedy)
+
+
+def required_record(path: Path, kind: type[T], remedy: str = REPEAT) -> T:
+    """Return the JSON record in `path`. Raises ValueError as `read_record`, and if the file does not exist."""
+    record = read_record(path, kind, remedy)
+    if record is None:
+        raise ValueError(f"{path}: no such file; run the same command again")
+    return record
+
+
+def checked_record(content: Any, kind: type[T], origin: object, remedy: str = REPEAT) -> T:
+    """Return `content`, the content of a record. Raises ValueError as `read_record`, starting with `origin`."""
     try:
         _adapter(cast(Hashable, kind)).validate_python(content, strict=True)
     except ValidationError as error:
-        raise ValueError(f"{path}: {explained(error, kind, remedy)}") from None
+        raise ValueError(f"{origin}: {explained(error, kind, remedy)}") from None
     return cast(T, content)
 
 

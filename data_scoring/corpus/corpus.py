@@ -3,13 +3,17 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, NotRequired
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from data_scoring.base.checksums import WrittenFile
-from data_scoring.base.files import allow_open_files, fingerprint, read_json
+from data_scoring.base.field_types import Count, PathText
+from data_scoring.base.files import allow_open_files, fingerprint
+from data_scoring.base.validation import checked_record, read_record
 from data_scoring.corpus.indexed import IndexedTokens, open_indexed
 
 FORMAT_VERSION = 1
@@ -28,6 +32,72 @@ class Batch:
     num_tokens: NDArray[np.int64]
 
 
+class _PartSamples(TypedDict):
+    name: str
+    num_samples: Count
+
+
+class _Part(TypedDict):
+    prefix: PathText
+    checksums: dict[str, str]
+
+
+class _Shard(TypedDict):
+    num_samples: Count
+    parts: list[_Part]
+
+
+class _Validation(_Shard):
+    sources: list[_PartSamples]
+
+
+class _Source(TypedDict):
+    name: str
+    train_tokens: Count
+
+
+class _File(TypedDict):
+    bytes: Count
+    checksum: str
+
+
+class Manifest(TypedDict):
+    """The manifest of a corpus, its completion record."""
+
+    format_version: int
+    stage_fingerprint: str
+    seq_length: Annotated[int, Field(ge=1, le=1_048_576)]
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    end_of_document: int
+    tokenizer: PathText
+    sources: list[_Source]
+    validation: _Validation
+    shards: Annotated[list[_Shard], Field(min_length=1)]
+    files: NotRequired[dict[PathText, _File]]
+
+
+class _Format(TypedDict):
+    format_version: int
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of the corpus in `folder`, or None if it is not complete.
+
+    Raises ValueError if the manifest is damaged, or of another version.
+    """
+    path = folder / "manifest.json"
+    remedy = f"restore it from a copy, or delete {folder} and prepare again"
+    found = read_record(path, _Format, remedy)
+    if found is None:
+        return None
+    if found["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format {found['format_version']}, this version reads {FORMAT_VERSION}; prepare the corpus again "
+            "in a new run folder"
+        )
+    return checked_record(found, Manifest, path, remedy)
+
+
 class Corpus:
     """A prepared corpus, opened read-only.
 
@@ -36,15 +106,10 @@ class Corpus:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_manifest(folder)
         if manifest is None:
             raise ValueError(f"{folder}: holds no complete corpus; run `reprise prepare` or `reprise run` first")
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder / 'manifest.json'}: format {manifest['format_version']}, this version reads "
-                f"{FORMAT_VERSION}; prepare the corpus again in a new run folder"
-            )
-        self.manifest: dict[str, Any] = manifest
+        self.manifest = manifest
         # The checksums of `files` follow from the rest; manifests of earlier versions lack them.
         self.fingerprint: str = fingerprint({key: value for key, value in manifest.items() if key != "files"})
         self.seq_length: int = manifest["seq_length"]
@@ -69,6 +134,12 @@ class Corpus:
     def validation_sources(self) -> list[str]:
         """Return the source of every validation sample."""
         parts = self.manifest["validation"]["sources"]
+        found, listed = len(self.lengths(VALIDATION)), sum(part["num_samples"] for part in parts)
+        if found != listed:
+            raise ValueError(
+                f"{self.folder / 'manifest.json'}: validation.sources: {listed} samples are listed, but there are "
+                f"{found}; restore it from a copy, or delete {self.folder} and prepare again"
+            )
         return [part["name"] for part in parts for _ in range(part["num_samples"])]
 
     @property
@@ -125,8 +196,8 @@ class Corpus:
             },
         }
 
-    def _entry(self, shard: int) -> dict[str, Any]:
-        entry: dict[str, Any] = self.manifest["validation"] if shard == VALIDATION else self.manifest["shards"][shard]
+    def _entry(self, shard: int) -> _Shard:
+        entry: _Shard = self.manifest["validation"] if shard == VALIDATION else self.manifest["shards"][shard]
         return entry
 
     def _paths(self, shard: int) -> list[Path]:

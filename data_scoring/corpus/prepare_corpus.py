@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import TypedDict
 
-from data_scoring.base.files import checksum, fingerprint, read_json, remove_leftovers, write_record, writing
+from data_scoring.base.files import checksum, fingerprint, remove_leftovers, write_record, writing
 from data_scoring.base.progress import Progress
+from data_scoring.base.validation import read_record
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus.corpus import FORMAT_VERSION
 from data_scoring.corpus.in_place import assign_in_place, index_in_place, open_in_place
@@ -102,6 +104,11 @@ def _check(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:
     return all(in_place)
 
 
+class _TokenizerRecord(TypedDict):
+    fingerprint: str
+    checksum: str
+
+
 def _make_tokenizer(
     config: TokenizerConfig, texts: Sequence[SourceText], seed: int, folder: Path, progress: Progress
 ) -> Path:
@@ -111,7 +118,7 @@ def _make_tokenizer(
     # Names of sources do not start with an underscore.
     record_path, path = folder / "staging" / "_tokenizer.json", folder / "tokenizer.json"
     identity = fingerprint(config.model_dump(), seed, [text.identity for text in texts])
-    record = read_json(record_path)
+    record = read_record(record_path, _TokenizerRecord)
     if record is None or record["fingerprint"] != identity or not path.exists() or record["checksum"] != checksum(path):
         path = install_tokenizer(config, _all_documents(texts, progress), seed, folder)
         write_record(record_path, {"fingerprint": identity, "checksum": checksum(path)})

@@ -1,16 +1,18 @@
 """Tokenising sources: each document once, in order, into staging files in the corpus folder."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
-from data_scoring.base.files import checksum, read_json, write_record, writing
+from data_scoring.base.files import checksum, write_record, writing
 from data_scoring.base.progress import Progress
 from data_scoring.base.read_ahead import read_ahead
+from data_scoring.base.validation import read_record
 from data_scoring.corpus.indexed import token_dtype
 from data_scoring.corpus.source_text import SourceText
 from data_scoring.corpus.sources import batch_documents
@@ -45,6 +47,19 @@ class StagedSource:
                 yield rows
 
 
+class _Record(TypedDict):
+    fingerprint: str
+    checksums: list[str | None]
+    documents: Count
+    empty: Count
+    bytes: Count
+    tokens: Count
+    characters: Count
+    lost_characters: Count
+    lost_examples: str
+    rejected: Count
+
+
 def stage_source(text: SourceText, tokenizer: Tokenizer, fingerprint: str, progress: Progress) -> StagedSource:
     """Return the tokenised source of `text`; finished work with the same `fingerprint` is reused.
 
@@ -55,7 +70,7 @@ def stage_source(text: SourceText, tokenizer: Tokenizer, fingerprint: str, progr
     record_path = staging / f"{name}.json"
     staged = (staging / f"{name}.tokens", staging / f"{name}.documents")
     tokens_path, documents_path = staged
-    record = read_json(record_path)
+    record: Mapping[str, Any] | None = read_record(record_path, _Record)
     if record is None or record["fingerprint"] != fingerprint or _checksums(staged) != record["checksums"]:
         with writing(tokens_path) as tokens_file, writing(documents_path) as documents_file:
             counts = _tokenise(text, tokenizer, tokens_file, documents_file, progress)

@@ -6,10 +6,13 @@ depend on row order, threads or processes. A policy replaces the loss by another
 
 from pathlib import Path
 
-from data_scoring.base.files import checksum, read_json, remove_leftovers, write_record, writing
+from typing_extensions import TypedDict
+
+from data_scoring.base.files import checksum, remove_leftovers, write_record, writing
 from data_scoring.base.parquet import FINGERPRINT_KEY
 from data_scoring.base.progress import Progress
 from data_scoring.base.sql import bounded, copy_to_parquet, literal, parquet_rows, writing_errors
+from data_scoring.base.validation import read_record
 from data_scoring.refine.candidates import Draw, Limits, find_limits
 from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.selection import select
@@ -23,6 +26,11 @@ def selection_path(round_folder: Path, shard: int) -> Path:
     return round_folder / "selection" / f"shard={shard:04d}.parquet"
 
 
+class _ShardsRecord(TypedDict):
+    fingerprint: str
+    checksums: dict[str, str]
+
+
 def refine(draw: Draw, fingerprint: str, progress: Progress) -> None:
     """Select the samples of a round by the losses of the previous round.
 
@@ -33,7 +41,7 @@ def refine(draw: Draw, fingerprint: str, progress: Progress) -> None:
     remove_leftovers(draw.target / "selection")
     paths = [selection_path(draw.target, shard) for shard in range(len(draw.num_samples))]
     record_path = draw.target / "selection" / "shards.json"
-    record = read_json(record_path)
+    record = read_record(record_path, _ShardsRecord)
     if record is None or record["fingerprint"] != fingerprint:
         record = {"fingerprint": fingerprint, "checksums": {}}
     checksums: dict[str, str] = record["checksums"]

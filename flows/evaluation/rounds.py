@@ -146,7 +146,7 @@ class RoundEvaluation:
 
     def _last_folder(self) -> Path:
         """Return the folder of the answers of the round's final model."""
-        step = int(read_checkpoint_record(final_checkpoint(self.run, self.round_number))["step"])
+        step = read_checkpoint_record(final_checkpoint(self.run, self.round_number), "step")["step"]
         return self.folder / f"step-{step:08d}"
 
     def _has_answers(self, question: Question, folder: Path) -> bool:

@@ -1,12 +1,23 @@
 """Generation speed of a round's model, measured as in the paper: 2 prompt tokens, 510 new tokens, batches of 20."""
 
-from data_scoring.base.files import fingerprint, read_json
+from typing import Annotated
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from data_scoring.base.files import fingerprint
 from data_scoring.base.progress import Progress
+from data_scoring.base.validation import read_record, required_record
 from flows.launch import launcher
 from flows.launch.job_fields import device_kind, final_checkpoint, job_fields
 from flows.run.folder import Run
 from flows.stages.stage_order import fingerprint_of
 from trainer.jobs import GenerateJob
+
+
+class _Measured(TypedDict):
+    fingerprint: str
+    tokens_per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def generation_speed(run: Run, round_number: int, progress: Progress, num_new_tokens: int = 510) -> float:
@@ -24,8 +35,8 @@ def generation_speed(run: Run, round_number: int, progress: Progress, num_new_to
         num_new_tokens=num_new_tokens,
     )
     path = run.round_folder(round_number) / "generation.json"
-    measured = read_json(path)
+    measured = read_record(path, _Measured)
     if measured is None or measured["fingerprint"] != identity:
         launcher.launch(job, run.folder, f"generate-{round_number}", progress, run.config.launch)
-        measured = read_json(path)
-    return float(measured["tokens_per_second"])
+        measured = required_record(path, _Measured)
+    return measured["tokens_per_second"]

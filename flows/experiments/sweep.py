@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from data_scoring.base.field_effects import deciding
-from data_scoring.base.files import read_json, write_record
+from data_scoring.base.files import write_record
 from data_scoring.base.progress import Progress
+from data_scoring.base.validation import read_record
 from data_scoring.evaluation.tasks import resolve_names
 from data_scoring.ledger import read_rows
 from flows.evaluation.questions import check_items
@@ -42,7 +43,7 @@ def begin(config: RunConfig, search: SearchConfig, progress: Progress) -> Run:
     plan(config, search, vocabulary_size(config))
     if config.eval.asked:
         check_items(config.eval)
-    before: dict[str, Any] | None = read_json(folder / _RECORD)
+    before = read_record(folder / _RECORD, dict[str, Any])
     wanted = deciding(search, "train")
     if before is not None and before != wanted:
         different = [f"{name} {before.get(name)} there, {value} here" for name, value in wanted.items()

@@ -1,15 +1,15 @@
 """The report of an architecture search: correlations, the Pareto front of quality and speed, a recommendation."""
 
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 from scipy.stats import permutation_test, rankdata, spearmanr
+from typing_extensions import TypedDict
 
-from data_scoring.base.files import read_json
+from data_scoring.base.validation import required_record
 from flows.display.figures import render
 from flows.display.result_page import Page, Picture, Section, span, write_page
 from flows.evaluation.results import columns_of, describe_items, score_rows
@@ -37,6 +37,14 @@ def write_sweep_report(folder: Path, config: RunConfig) -> Page:
     return write_page(folder / "sweep.html", f"{config.run_name}: architecture search", lead, sections, drawn)
 
 
+class _Search(TypedDict):
+    parameters: int
+    min_depth: int
+    max_depth: int
+    min_expansion: float
+    max_expansion: float
+
+
 def _lead(views: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
     [(trained, failed, fewest, most, least_tokens, most_tokens)] = views.sql(
         """select count(*) filter (state = 'trained'), count(*) filter (state = 'failed'), min(num_parameters),
@@ -44,7 +52,7 @@ def _lead(views: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
     ).fetchall()
     if not trained:
         return [f"No trial has been trained; {failed} failed."]
-    search: dict[str, Any] = read_json(folder / "sweep.json")
+    search = required_record(folder / "sweep.json", _Search)
     return [
         f"{trained} models of {fewest:,} to {most:,} parameters (requested: {search['parameters']:,}), embedding and "
         f"head included, each trained once on {span(least_tokens, most_tokens)} predicted tokens of the same "

@@ -9,12 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+from typing_extensions import TypedDict
 
-from data_scoring.base.files import fingerprint, read_json, write_record
+from data_scoring.base.files import fingerprint, write_record
 from data_scoring.base.parquet import parquet_fingerprint, write_parquet
 from data_scoring.base.progress import Progress
+from data_scoring.base.validation import REPEAT, read_record, required_record, validated
 from flows.inheritance.layer_importance import keep_layers, measure_importance
 from flows.inheritance.teacher import check_inheritance, check_vocabulary, find_teacher
 from flows.launch import launcher
@@ -27,6 +30,12 @@ from trainer.jobs import MaskJob, TaylorJob
 from trainer.neuron_scores import choose
 from trainer.pruning import PruningPlan, cut_depth, is_as_wide, slice_checkpoint
 from trainer.weights import Weights
+
+
+class _Learned(TypedDict):
+    fingerprint: str
+    part: dict[str, Any]
+
 
 # One row per layer: the teacher's layer, and the structures kept of it, by their index in the teacher.
 LINEAGE = pa.schema(
@@ -193,11 +202,11 @@ def _choose_neurons(
         steps=inherit.mask_steps,
         lr=inherit.mask_lr,
     )
-    learned = read_json(folder / "masks.json")
+    learned = read_record(folder / "masks.json", _Learned)
     if learned is None or learned["fingerprint"] != identity:
         launcher.launch(masks, run.folder, "inherit-masks", progress, run.config.launch)
-        learned = read_json(folder / "masks.json")
-    return PruningPlan.model_validate(learned["part"])
+        learned = required_record(folder / "masks.json", _Learned)
+    return validated(PruningPlan, learned["part"], folder / "masks.json", REPEAT)
 
 
 def _write_lineage(folder: Path, teacher: StoredModel, inherit: InheritConfig, part: PruningPlan) -> None:

@@ -14,13 +14,33 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from data_scoring.base.files import read_json, writing
+from typing_extensions import TypedDict
+
+from data_scoring.base.field_types import PathText
+from data_scoring.base.files import writing
+from data_scoring.base.validation import REPEAT, read_record, validated
 from flows.launch import torchrun
 from flows.launch.torchrun import Rendezvous
 from flows.run.folder import read_run
 
 _SECONDS_BETWEEN_BEATS = 2.0
 _HEARTBEAT_TIMEOUT_SECONDS = 30.0
+
+
+class _Attempt(TypedDict):
+    id: str
+
+
+class _Announced(TypedDict):
+    job: PathText
+    rendezvous: _Attempt
+
+
+class _Joined(TypedDict, total=False):
+    """What a joined host writes; version 0.7 wrote other fields."""
+
+    host: str
+    rendezvous: str
 
 
 def _announcement(run_folder: Path) -> Path:
@@ -79,12 +99,12 @@ class Leader:
         """Renew the announcement, and return the name of a joined host without a heartbeat, or None."""
         self._heartbeat.beat()
         for path in self._folder.glob("*.json"):
-            content = read_json(path)
+            content = read_record(path, _Joined)
             if content is None or content.get("rendezvous") != self._rendezvous.id:
                 continue
             if self._monitor.silence(path, content) > _HEARTBEAT_TIMEOUT_SECONDS:
                 path.unlink(missing_ok=True)
-                return str(content["host"])
+                return content.get("host", path.stem)
         return None
 
     def end(self) -> None:
@@ -107,14 +127,14 @@ def join(run_folder: Path, interface: str | None, is_done: Callable[[Path], bool
     monitor = _HeartbeatMonitor()
     done = ""
     while not is_done(run_folder):
-        content = read_json(_announcement(run_folder))
+        content = read_record(_announcement(run_folder), _Announced)
         if content is None or content["rendezvous"]["id"] == done:
             time.sleep(1)
         elif monitor.silence(_announcement(run_folder), content) > _HEARTBEAT_TIMEOUT_SECONDS:
             # The leader has ended; the next leader will announce another rendezvous.
             time.sleep(1)
         else:
-            rendezvous = Rendezvous(**content["rendezvous"])
+            rendezvous = validated(Rendezvous, content["rendezvous"], _announcement(run_folder), REPEAT)
             print(f"joining {Path(content['job']).stem} at {rendezvous.endpoint}", file=sys.stderr, flush=True)
             _take_part(run_folder, Path(content["job"]), rendezvous, interface, monitor)
             done = rendezvous.id
@@ -148,7 +168,7 @@ def _take_part(
 
 def _is_on(run_folder: Path, rendezvous: Rendezvous, monitor: _HeartbeatMonitor) -> bool:
     path = _announcement(run_folder)
-    content = read_json(path)
+    content = read_record(path, _Announced)
     if content is None or content["rendezvous"]["id"] != rendezvous.id:
         return False
     return monitor.silence(path, content) < _HEARTBEAT_TIMEOUT_SECONDS

@@ -4,7 +4,6 @@
 `flows.run.launcher_kinds.LAUNCHER_KINDS`.
 """
 
-import json
 import pkgutil
 import shutil
 import time
@@ -12,7 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
-from data_scoring.base.progress import Progress
+from data_scoring.base.progress import Progress, read_progress
 from flows.launch.failures import raise_failure
 from flows.run.config import LaunchConfig, RunConfig
 from flows.run.errors import RanksFailedError
@@ -163,14 +162,12 @@ def _attempt(launcher: Launcher, progress: Progress) -> None:
 
 
 def _follow(launcher: Launcher, progress: Progress) -> None:
-    try:
-        state = json.loads(launcher.job.progress.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    state = read_progress(launcher.job.progress)
+    if state is None:
         progress(launcher.describe(), 0, None)
         return
-    what, done, total = (state.pop(name) for name in ("what", "done", "total"))
     details = [
         f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{name.replace('_', ' ')} {value:,.4g}"
-        for name, value in state.items()
+        for name, value in state.details.items()
     ]
-    progress(" · ".join([what, *details]), done, total)
+    progress(" · ".join([state.what, *details]), state.done, state.total)

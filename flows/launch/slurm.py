@@ -12,7 +12,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from data_scoring.base.files import fingerprint, read_json, write_record
+from typing_extensions import TypedDict
+
+from data_scoring.base.files import fingerprint, write_record
+from data_scoring.base.validation import read_record
 from flows.launch.launcher import Launcher
 from flows.launch.torchrun import rank_environment
 from flows.run.config import LaunchConfig
@@ -100,6 +103,11 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
     )
 
 
+class _Submitted(TypedDict):
+    id: str
+    job: str
+
+
 class SlurmLauncher(Launcher):
     """Submits a Slurm job, or finds the one that a killed launcher submitted."""
 
@@ -121,10 +129,10 @@ class SlurmLauncher(Launcher):
         """
         self.check_tools(self.config.kind)
         record = self.job_path.with_name(f"{self.name}.slurm.json")
-        known = read_json(record)
+        known = read_record(record, _Submitted)
         content = fingerprint(self.job.model_dump(mode="json"), self.config.model_dump())
         if known is not None and _state(known["id"]) in _ACTIVE:
-            self.id = str(known["id"])
+            self.id = known["id"]
             if known["job"] == content:
                 return
             self.stop()

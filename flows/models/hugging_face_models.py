@@ -124,7 +124,7 @@ def _export_folder(stored: StoredModel) -> Path:
 
 def _unfinished(stored: StoredModel) -> list[str]:
     """Return a note if the round has not ended."""
-    record = read_checkpoint_record(stored.checkpoint)
+    record = read_checkpoint_record(stored.checkpoint, "step")
     step, last = record["step"], record.get("num_steps")
     return [] if last in (None, step) else [f"this is step {step:,} of {last:,}: its round has not ended"]
 

@@ -1,6 +1,7 @@
 """The report of a run: one page from the ledger."""
 
 import html
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def _table(ledger: duckdb.DuckDBPyConnection, sql: str) -> str:
     return html_table(relation.columns, relation.fetchall())
 
 
-def _corpus_table(sources: list[dict[str, object]]) -> str:
+def _corpus_table(sources: Sequence[Mapping[str, object]]) -> str:
     columns = {
         "name": "Source", "documents": "Documents", "duplicates": "Duplicates dropped", "rejected": "Rejected",
         "validation_documents": "Held out", "bytes": "Bytes", "train_tokens": "Training tokens",

@@ -6,13 +6,17 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import yaml
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from data_scoring.base.checksums import FileVerifier, WrittenFile
-from data_scoring.base.files import fingerprint, read_json, write_record, writing
+from data_scoring.base.field_types import Count, PathText
+from data_scoring.base.files import fingerprint, write_record, writing
 from data_scoring.base.sql import check_path
+from data_scoring.base.validation import read_record, validated
 from data_scoring.base.yaml_text import read_yaml
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.refine_config import RefineConfig
@@ -23,6 +27,33 @@ _FORMAT = 2
 # Remembers which files were verified since they last changed.
 VERIFIED = ".verified.json"
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
+
+
+class File(TypedDict):
+    """A file that a record lists."""
+
+    bytes: Count
+    checksum: str
+
+
+class Files(TypedDict):
+    """A record of files, by their paths in the run folder; those of version 0.8 list none."""
+
+    files: NotRequired[dict[PathText, File]]
+
+
+class Completion(Files):
+    """The completion record of a stage."""
+
+    fingerprint: str
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Approval(TypedDict):
+    """The approved selection of a round."""
+
+    policy: str
+    sampling_rate: float
 
 
 @dataclass(frozen=True)
@@ -50,12 +81,17 @@ class Run:
         approval = self.approval(round_number)
         if approval is None:
             return self.config.refine
-        return RefineConfig.model_validate({**dict(self.config.refine), **approval})
+        return validated(
+            RefineConfig,
+            {**dict(self.config.refine), **approval},
+            self.record_path("approval", round_number),
+            "delete it and approve the round again",
+        )
 
-    def approval(self, round_number: int) -> dict[str, Any] | None:
+    def approval(self, round_number: int) -> Approval | None:
         """Return the approved fields of `refine` for a round, or None if it is not approved yet."""
-        approval: dict[str, Any] | None = read_json(self.record_path("approval", round_number))
-        return approval
+        path = self.record_path("approval", round_number)
+        return read_record(path, Approval, "delete it and approve the round again")
 
     def awaits_approval(self, round_number: int) -> bool:
         """Return whether a round's selection still needs approval."""
@@ -66,14 +102,18 @@ class Run:
 
         Raises ValueError if the policy needs a field that the configuration does not set.
         """
-        approval = {"policy": policy, "sampling_rate": sampling_rate}
-        RefineConfig.model_validate({**dict(self.config.refine), **approval})
+        approval: Approval = {"policy": policy, "sampling_rate": sampling_rate}
+        validated(RefineConfig, {**dict(self.config.refine), **approval}, "approval")
         write_record(self.record_path("approval", round_number), approval)
 
     def recorded(self, stage: str, round_number: int) -> str | None:
         """Return the fingerprint that a stage was completed with, or None if it was not completed."""
-        record = read_json(self.record_path(stage, round_number))
-        return None if record is None else str(record["fingerprint"])
+        record = self.completion(stage, round_number)
+        return None if record is None else record["fingerprint"]
+
+    def completion(self, stage: str, round_number: int) -> Completion | None:
+        """Return the completion record of a stage, or None if it was not completed."""
+        return read_record(self.record_path(stage, round_number), Completion)
 
     def record(self, stage: str, round_number: int, identity: str, started: float, files: Iterable[Path]) -> None:
         """Write the completion record of a stage with the fingerprint `identity` and the checksums of its `files`.
@@ -120,10 +160,9 @@ def recorded_files(record: Path) -> dict[str, WrittenFile]:
 
     Empty if the record does not exist, or was written before version 0.9.
     """
-    content = read_json(record) or {}
+    content = read_record(record, Files)
     return {
-        name: WrittenFile(str(entry["checksum"]), int(entry["bytes"]))
-        for name, entry in content.get("files", {}).items()
+        name: WrittenFile(entry["checksum"], entry["bytes"]) for name, entry in (content or {}).get("files", {}).items()
     }
 
 

@@ -3,15 +3,21 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from data_scoring.base.field_effects import INFERENCE, deciding
-from data_scoring.base.files import checksum, fingerprint, read_json
-from data_scoring.base.validation import validated
+from data_scoring.base.files import checksum, fingerprint
+from data_scoring.base.validation import read_record, validated
 from data_scoring.base.yaml_text import read_yaml
 from flows.run.folder import read_run
 from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record
 from trainer.config import ModelConfig
 
 MODEL, ORIGIN = "model.yaml", "import.json"
+
+
+class _Origin(TypedDict, total=False):
+    end_of_document: str | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def find_model(place: Path, round_number: int | None = None) -> StoredModel:
     run = read_run(place)
     found, checkpoint = _find_round(place, round_number)
     corpus = run.corpus()
-    vocab_size = int(read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size))
+    vocab_size = read_checkpoint_record(checkpoint).get("vocab_size", corpus.vocab_size)
     tokenizer = {path: written for path, written in corpus.files().items() if path == corpus.tokenizer_path}
     for path, reason in run.verifier().find_damage(tokenizer).items():
         raise ValueError(f"{path}: damaged since it was written: {reason}; restore it from a copy")
@@ -72,8 +78,9 @@ def _read_folder(place: Path) -> StoredModel:
     if not checkpoints or not tokenizers:
         missing = "checkpoint" if not checkpoints else "tokenizer"
         raise ValueError(f"{place}: its {missing} is missing; import the model again")
-    vocab_size = int(read_checkpoint_record(checkpoints[-1])["vocab_size"])
-    end = (read_json(place / ORIGIN) or {}).get("end_of_document")
+    vocab_size = read_checkpoint_record(checkpoints[-1], "vocab_size")["vocab_size"]
+    origin = read_record(place / ORIGIN, _Origin, "import the model again")
+    end = None if origin is None else origin.get("end_of_document")
     return StoredModel(place, None, config, checkpoints[-1], tokenizers[0], vocab_size, end)
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from data_scoring.base.field_effects import deciding
-from data_scoring.base.files import read_json
 from data_scoring.base.progress import Progress
+from data_scoring.corpus.corpus import read_manifest
 from data_scoring.corpus.prepare_corpus import prepare_corpus
 from data_scoring.ledger import refresh_ledger
 from data_scoring.refine.policies import REFERENCE_LOSS
@@ -44,7 +44,7 @@ class Prepare(Stage):
         Raises ValueError if it was prepared with others: training on it may have begun.
         """
         path = stages.run.record_path(self.name, 0)
-        manifest = read_json(path)
+        manifest = read_manifest(path.parent)
         if manifest is not None and manifest["stage_fingerprint"] != stages.fingerprint(self.name, 0):
             raise ValueError(
                 f"{path}: the corpus was prepared with another configuration; set another name, restore the "

@@ -3,9 +3,8 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data_scoring.base.files import read_json
+from data_scoring.base.progress import read_progress
 from flows.run.folder import Run, read_run
 from flows.run.locks import is_locked
 from flows.stages.stage_order import Step, is_complete, steps_of
@@ -61,21 +60,21 @@ def _step_status(run: Run, step: Step, not_done: list[Step]) -> StageStatus:
 
 
 def _duration(run: Run, stage: str, number: int) -> str:
-    record: dict[str, Any] | None = read_json(run.round_folder(number) / f"{stage}.json") if number else None
+    record = run.completion(stage, number) if number else None
     return f"{record['seconds']:,.0f} s" if record else ""
 
 
 def _progress(run: Run) -> str:
     path = run.folder / "logs" / "progress.json"
-    progress = read_json(path)
+    progress = read_progress(path)
     if progress is None or time.time() - path.stat().st_mtime > 60:
         return ""
-    return f"{progress['what']}: {progress['done']:,} of {progress['total']:,}"
+    return f"{progress.what}: {progress.done:,}" + ("" if progress.total is None else f" of {progress.total:,}")
 
 
 def _saved(run: Run, stage: str, number: int) -> str:
     checkpoints = list_checkpoints(run.round_folder(number) / "checkpoint") if stage == "train" else []
     if not checkpoints:
         return ""
-    record = read_checkpoint_record(checkpoints[-1])
+    record = read_checkpoint_record(checkpoints[-1], "step", "num_steps")
     return f"last checkpoint at step {record['step']:,} of {record['num_steps']:,}"
