@@ -101,6 +101,8 @@ def read_json(path: Path, remedy: str = "delete it and run the same command agai
         raise ValueError(f"{path}: is a folder, not a file; {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({one_line(error)}); {remedy}") from None
+    if content is None:
+        raise ValueError(f"{path}: null is no record; {remedy}")
     if is_changed:
         raise ValueError(f"{path}: damaged: its checksum differs from its content; restore it from a copy, or {remedy}")
     return content

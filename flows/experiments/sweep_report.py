@@ -37,7 +37,9 @@ def write_sweep_report(folder: Path, config: RunConfig) -> Page:
     return write_page(folder / "sweep.html", f"{config.run_name}: architecture search", lead, sections, drawn)
 
 
-class _Search(TypedDict):
+class Search(TypedDict):
+    """The fields of a search's record that its report shows."""
+
     parameters: int
     min_depth: int
     max_depth: int
@@ -52,7 +54,7 @@ def _lead(views: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
     ).fetchall()
     if not trained:
         return [f"No trial has been trained; {failed} failed."]
-    search = required_record(folder / "sweep.json", _Search)
+    search = required_record(folder / "sweep.json", Search)
     return [
         f"{trained} models of {fewest:,} to {most:,} parameters (requested: {search['parameters']:,}), embedding and "
         f"head included, each trained once on {span(least_tokens, most_tokens)} predicted tokens of the same "

@@ -31,12 +31,14 @@ class _Attempt(TypedDict):
     id: str
 
 
-class _Announced(TypedDict):
+class Announced(TypedDict):
+    """The leader's announcement of an attempt at a job; `rendezvous` has the fields of `Rendezvous`."""
+
     job: PathText
     rendezvous: _Attempt
 
 
-class _Joined(TypedDict, total=False):
+class Joined(TypedDict, total=False):
     """What a joined host writes; version 0.7 wrote other fields."""
 
     host: str
@@ -99,7 +101,7 @@ class Leader:
         """Renew the announcement, and return the name of a joined host without a heartbeat, or None."""
         self._heartbeat.beat()
         for path in self._folder.glob("*.json"):
-            content = read_record(path, _Joined)
+            content = read_record(path, Joined)
             if content is None or content.get("rendezvous") != self._rendezvous.id:
                 continue
             if self._monitor.silence(path, content) > _HEARTBEAT_TIMEOUT_SECONDS:
@@ -127,7 +129,7 @@ def join(run_folder: Path, interface: str | None, is_done: Callable[[Path], bool
     monitor = _HeartbeatMonitor()
     done = ""
     while not is_done(run_folder):
-        content = read_record(_announcement(run_folder), _Announced)
+        content = read_record(_announcement(run_folder), Announced)
         if content is None or content["rendezvous"]["id"] == done:
             time.sleep(1)
         elif monitor.silence(_announcement(run_folder), content) > _HEARTBEAT_TIMEOUT_SECONDS:
@@ -168,7 +170,7 @@ def _take_part(
 
 def _is_on(run_folder: Path, rendezvous: Rendezvous, monitor: _HeartbeatMonitor) -> bool:
     path = _announcement(run_folder)
-    content = read_record(path, _Announced)
+    content = read_record(path, Announced)
     if content is None or content["rendezvous"]["id"] != rendezvous.id:
         return False
     return monitor.silence(path, content) < _HEARTBEAT_TIMEOUT_SECONDS

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data_scoring.base.files import read_json, write_record
 from data_scoring.config import padded_vocab_size
 from tests.conftest import TINY_MODEL, Ranks
 from tests.trainer.counting_job import counting, read_counts
@@ -22,9 +23,9 @@ def test_a_job_is_read_back_as_it_was_written(ranks: Ranks, tmp_path: Path) -> N
 def test_what_is_no_job_is_not_made(ranks: Ranks, tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     write_job(ranks.job("written"), path)
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "class": "subprocess:Popen"}))
-    with pytest.raises(ValueError, match=r"class: subprocess:Popen is not a subclass of trainer.job.Job"):
+    content = read_json(path)
+    write_record(path, {**content, "class": "subprocess:Popen"})
+    with pytest.raises(ValueError, match=r"class: 'subprocess:Popen' is not a subclass of trainer.job.Job"):
         read_job(path)
 
 
