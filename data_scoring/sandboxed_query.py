@@ -82,7 +82,7 @@ class _Query:
         if is_late:
             raise ValueError(f"sql: not done after {seconds:g} s; write a cheaper query, or raise --timeout")
         if isinstance(self._error, duckdb.Error):
-            hint = '`reprise sql RUN "show tables"` lists the views'
+            hint = '`reprise sql RUN "show tables"` lists the views, and `reprise verify RUN` finds damaged files'
             raise ValueError(f"sql: {one_line(self._error, 600)}; {hint}") from None
         if self._error is not None:
             raise self._error
