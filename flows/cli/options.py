@@ -7,6 +7,10 @@ from data_scoring.base.user_paths import expand_home
 from flows.run.config import RunConfig, read_config
 
 
+# Seeds, trials, or trials at a time.
+_MOST = 10_000
+
+
 def add_config(command: argparse.ArgumentParser) -> None:
     """Add the trials' base configuration to `command`."""
     command.add_argument("target", type=path, metavar="CONFIG", help="YAML configuration; the same command resumes it")
@@ -41,4 +45,6 @@ def read_trial_config(options: argparse.Namespace) -> RunConfig:
     for option in ("seeds", "tokens", "jobs", "trials"):
         if (number := getattr(options, option, None)) is not None and number < 1:
             raise ValueError(f"--{option}: {number} is less than 1; raise it")
+        if number is not None and number > _MOST and option != "tokens":
+            raise ValueError(f"--{option}: {number} is more than {_MOST}; lower it")
     return read_config(options.target, options.set)
