@@ -6,7 +6,6 @@ from pathlib import Path
 from data_scoring.base.user_paths import expand_home
 from flows.run.config import RunConfig, read_config
 
-
 # Seeds, trials, or trials at a time.
 _MOST = 10_000
 

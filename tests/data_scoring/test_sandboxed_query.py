@@ -160,7 +160,8 @@ def test_a_query_ends_in_time(run: Path) -> None:
         ask(run, "select 1", float("nan"))
 
 
-def test_memory_is_limited(run: Path) -> None:
+def test_memory_is_limited(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_scoring.sandboxed_query._MOST_GB", 0.2)
     with pytest.raises(ValueError, match="Out of Memory"):
         ask(run, "select list(repeat('x', 1000) || range) from range(2000000000)", 60)
 
