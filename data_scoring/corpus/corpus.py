@@ -54,6 +54,7 @@ class _Validation(_Shard):
 class _Source(TypedDict):
     name: str
     train_tokens: Count
+    first_byte: NotRequired[Count]  # of corpora used in place
 
 
 class _File(TypedDict):

@@ -73,7 +73,7 @@ class ReadingOrder:
 
     def _first_byte(self, source: int) -> int:
         # Corpora used in place that version 0.8 made start at the first byte.
-        return int(self.corpus.manifest["sources"][source].get("first_byte", 0))
+        return self.corpus.manifest["sources"][source].get("first_byte", 0)
 
     def locate(self, source: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the shard of each of a source's samples and its number there, [n] int64 each; -1 for held-out ones."""

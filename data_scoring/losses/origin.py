@@ -8,6 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_scoring.base.messages import one_line
+from data_scoring.base.validation import validated
+
 ORIGIN_KEY = b"reprise.origin"
 
 
@@ -43,7 +46,12 @@ def read_origin(path: Path) -> Origin:
         raise ValueError(f"{path}: cannot be read ({error}); delete it and score the round again") from None
     if ORIGIN_KEY not in metadata:
         raise ValueError(f"{path}: has no record of the origin of its losses; delete it and score the round again")
-    return Origin(**json.loads(metadata[ORIGIN_KEY]))
+    remedy = "delete it and score the round again"
+    try:
+        content = json.loads(metadata[ORIGIN_KEY])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {ORIGIN_KEY.decode()}: not valid JSON ({one_line(error)}); {remedy}") from None
+    return validated(Origin, content, f"{path}: {ORIGIN_KEY.decode()}", remedy)
 
 
 def check_origins(paths: Iterable[Path], corpus_fingerprint: str) -> Origin:
