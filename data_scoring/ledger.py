@@ -335,23 +335,3 @@ def _create(
     connection.execute(f"comment on view {name} is {literal(comment)}")
     for column, (kind, meaning) in columns.items():
         connection.execute(f"comment on column {name}.{column} is {literal(f'{meaning} ({kind})')}")
-
-
-def query(run_folder: Path, sql: str) -> duckdb.DuckDBPyRelation:
-    """Return the rows that `sql` selects from the run's ledger, opened read-only.
-
-    Raises ValueError with DuckDB's message if the query fails.
-    """
-    connection = duckdb.connect(str(run_folder / "ledger.duckdb"), read_only=True)
-    try:
-        result = connection.sql(sql)
-        if result is not None:
-            # A valid query can still fail while it runs, for example in a cast.
-            result = result.materialize()
-    except duckdb.Error as error:
-        raise ValueError(
-            f'sql: {" ".join(str(error).split())}; `reprise sql RUN "show tables"` lists the views'
-        ) from None
-    if result is None:
-        raise ValueError("sql: the query returns no rows; write a select")
-    return result

@@ -10,9 +10,11 @@ from typing import Any
 import duckdb
 
 from data_scoring.base.messages import one_line
-from data_scoring.base.sql import check_nesting, literal
+from data_scoring.base.sql import check_nesting, escape_path, literal
 from data_scoring.ledger import create_views
 
+# The time limit of a query.
+SECONDS = 300.0
 _MOST_GB = 4.0
 _SECONDS_TO_STOP = 5.0
 _EXPLAIN = re.compile(r"\s*explain\b(\s+analyze\b)?(\s*\([^)]*\))?", re.IGNORECASE)
@@ -20,7 +22,7 @@ _EXPLAIN = re.compile(r"\s*explain\b(\s+analyze\b)?(\s*\([^)]*\))?", re.IGNORECA
 _WRITERS = re.compile("COPY|EXPORT|EXECUTE")
 
 
-def ask(run_folder: Path, sql: str, seconds: float, is_restricted: bool = True) -> duckdb.DuckDBPyRelation:
+def ask(run_folder: Path, sql: str, seconds: float = SECONDS, is_restricted: bool = True) -> duckdb.DuckDBPyRelation:
     """Return the rows that `sql` selects from the views of the ledger, whose files are read as they are now.
 
     The query runs in an empty database in memory with the same views as `ledger.duckdb`. is_restricted: it is a single
@@ -35,7 +37,8 @@ def ask(run_folder: Path, sql: str, seconds: float, is_restricted: bool = True) 
     create_views(connection, folder)
     if is_restricted:
         for setting in (
-            f"allowed_directories = [{literal(folder)}]",
+            # The views name the folder in a pattern.
+            f"allowed_directories = [{literal(folder)}, {literal(escape_path(folder))}]",
             "enable_external_access = false",
             "lock_configuration = true",
         ):

@@ -77,7 +77,7 @@ def parquet_rows(place: Path | Iterable[Path], pattern: str | None = None, *, op
     pattern, and files that match later count, too. options: others of DuckDB's read_parquet, such as "filename = true".
     """
     places = [place] if isinstance(place, Path) else list(place)
-    names = [_escape(each) if pattern is None else f"{_escape(each)}/{pattern}" for each in places]
+    names = [escape_path(each) if pattern is None else f"{escape_path(each)}/{pattern}" for each in places]
     # Otherwise, a folder such as source=web on the way overrides the column `source`.
     arguments = [f"[{', '.join(map(literal, names))}]", "hive_partitioning = false", *filter(None, [options])]
     return f"read_parquet({', '.join(arguments)})"
@@ -98,7 +98,7 @@ def check_path(path: Path) -> None:
         raise ValueError(f"{text!r}: contains {what}, which DuckDB cannot read; rename the folder, or use another")
 
 
-def _escape(path: Path) -> str:
+def escape_path(path: Path) -> str:
     """Return the pattern that matches `path` alone."""
     check_path(path)
     # In patterns, DuckDB drops `..` together with the part before it, even if that is a link.

@@ -6,8 +6,9 @@ import pyarrow as pa
 import pytest
 
 from data_scoring.base.parquet import write_parquet
-from data_scoring.ledger import DERIVED, VIEWS, query, refresh_ledger
+from data_scoring.ledger import DERIVED, VIEWS, refresh_ledger
 from data_scoring.losses.shard_scoring import losses_path
+from data_scoring.sandboxed_query import ask
 
 
 def test_an_empty_run_has_every_view_with_every_column_documented(tmp_path: Path) -> None:
@@ -50,11 +51,11 @@ def test_it_shows_files_that_come_later_and_survives_readers_and_quotes(tmp_path
 def test_the_types_of_real_files_are_the_documented_ones(tmp_path: Path) -> None:
     write_parquet(losses_path(tmp_path / "rounds" / "1", 0), losses_table([0, 1, 2]), "f")
     refresh_ledger(tmp_path)
-    described = query(tmp_path, "describe losses").fetchall()
+    described = ask(tmp_path, "describe losses").fetchall()
     assert [row[1].lower() for row in described] == [kind for kind, _ in VIEWS["losses"].columns.values()]
 
 
 def test_mistakes_in_a_query_are_value_errors(tmp_path: Path) -> None:
     refresh_ledger(tmp_path)
     with pytest.raises(ValueError, match="lists the views"):
-        query(tmp_path, "select nothing from nowhere")
+        ask(tmp_path, "select nothing from nowhere")

@@ -142,6 +142,14 @@ def test_everything_else_is_refused_in_one_line(run: Path, sql: str) -> None:
     assert _files(run.parent) == before
 
 
+@pytest.mark.parametrize("name", ["exp[1]", "a *b? {c,d}\n%", "it's [[x]"])
+def test_the_folder_may_have_any_name(run: Path, name: str) -> None:
+    moved = run.rename(run.with_name(name))
+    assert ask(moved, "select count(*) from mix", 60).fetchall() == [(2,)]
+    with pytest.raises(ValueError, match="Permission Error"):
+        ask(moved, f"from '{run.parent}/secret.csv'", 60)
+
+
 def test_unrestricted_queries_do_what_they_say(run: Path) -> None:
     secret, new = run.parent / "secret.csv", run.parent / "new.csv"
     assert ask(run, f"from '{secret}'", 60, is_restricted=False).fetchall() == [(1, 2)]

@@ -112,5 +112,4 @@ def test_databases_are_opened_in_memory_or_in_one_place() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "duckdb.connect" and node.args
     }
-    # `query` runs what the user wrote on the file, read-only.
-    assert places == {"data_scoring/base/databases.py", "data_scoring/ledger.py"}
+    assert places == {"data_scoring/base/databases.py"}

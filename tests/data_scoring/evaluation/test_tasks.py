@@ -9,7 +9,7 @@ from data_scoring.base.progress import silent
 from data_scoring.config import EvalConfig
 from data_scoring.evaluation.items import evaluation_texts, item_files, read_items
 from data_scoring.evaluation.tasks import AVERAGE, PAPER, TASKS, Task, columns, resolve_names
-from data_scoring.ledger import query
+from data_scoring.sandboxed_query import ask
 from flows.cli.main import main
 from flows.run.config import parse_config
 from flows.run.folder import open_run
@@ -96,7 +96,7 @@ def test_it_is_asked_scored_and_has_a_column(
     requests = read_requests(requests_path(run.folder / "evaluation", "weather"))
     assert [type(request) for request in requests] == [Likelihood] * 6
     # The shorter option is the likelier one for these ranks.
-    [row] = query(
+    [row] = ask(
         run.folder, "select score, chance, num_items, num_unscorable from scores where task = 'weather'"
     ).fetchall()
     assert row == (pytest.approx(2 / 3), 0.5, 3, 1)

@@ -8,7 +8,8 @@ import duckdb
 import pytest
 
 from data_scoring.base.progress import silent
-from data_scoring.ledger import query, refresh_ledger
+from data_scoring.ledger import refresh_ledger
+from data_scoring.sandboxed_query import ask
 from flows.cli.main import main
 from flows.evaluation import rounds
 from flows.evaluation.rounds import RoundEvaluation, training_questions
@@ -58,16 +59,14 @@ def test_scores_are_in_the_ledger_and_nothing_is_asked_twice(
     assert complete(run, "evaluate", 1, silent)
     assert fakes.asked == list(SCORES)
     assert not complete(run, "evaluate", 1, silent)
-    rows = query(
-        run.folder, "select task, score, stderr, num_items, is_end from scores where subject is null"
-    ).fetchall()
+    rows = ask(run.folder, "select task, score, stderr, num_items, is_end from scores where subject is null").fetchall()
     assert {task: score for task, score, *_ in rows} == SCORES
     assert {task: stderr for task, _, stderr, *_ in rows} == STDERR
     assert {task: count for task, _, _, count, _ in rows} == {"ceval": 3, "boolq": 2, "piqa": 2}
     assert all(is_end for *_, is_end in rows)
-    subjects = query(run.folder, "select subject, score from scores where subject is not null").fetchall()
+    subjects = ask(run.folder, "select subject, score from scores where subject is not null").fetchall()
     assert sorted(subjects) == [("ceval-valid_accountant", 0.0), ("ceval-valid_logic", 1.0)]
-    items = query(run.folder, "select task, item from scored_items where score = 1 order by all").fetchall()
+    items = ask(run.folder, "select task, item from scored_items where score = 1 order by all").fetchall()
     assert items == [("boolq", "boolq.jsonl:2"), ("ceval", "ceval.jsonl:3"), ("piqa", "piqa.jsonl:1"),
                      ("piqa", "piqa.jsonl:2")]  # fmt: skip
     assert [row.state for row in read_status(run.folder) if row.name == "evaluate 1"] == ["done"]
@@ -95,8 +94,8 @@ def test_scores_on_the_way_are_drawn_against_tokens(texts: Path, tmp_path: Path,
     config = configure(texts, folder, data, tasks=["piqa"], every_steps=2, training_tasks=["piqa", "boolq"])
     run = train(config)
     complete(run, "evaluate", 1, silent)
-    rows = query(run.folder, "select step, task, score, is_end from scores order by step, task").fetchall()
-    num_steps = query(run.folder, "select max(step) from steps").fetchall()[0][0]
+    rows = ask(run.folder, "select step, task, score, is_end from scores order by step, task").fetchall()
+    num_steps = ask(run.folder, "select max(step) from steps").fetchall()[0][0]
     on_the_way = [(step, task, SCORES[task], False) for step in range(2, num_steps, 2) for task in ("boolq", "piqa")]
     # What is asked on the way is asked at the end, too.
     assert rows == [*on_the_way, (num_steps, "boolq", 0.5, True), (num_steps, "piqa", 1.0, True)]
@@ -119,7 +118,7 @@ def test_answers_of_other_inputs_are_forgotten(texts: Path, tmp_path: Path, data
     fewer = open_run(configure(texts, tmp_path, data, tasks=[], every_steps=4, training_tasks=["piqa"], limit=1))
     complete(fewer, "train", 1, silent)
     assert {path.parent.parent.name for path in folder.glob("step-*/scores/*.parquet")} < steps
-    assert {row[0] for row in query(run.folder, "select num_items from scores where subject is null").fetchall()} == {1}
+    assert {row[0] for row in ask(run.folder, "select num_items from scores where subject is null").fetchall()} == {1}
 
 
 def test_tasks_that_are_not_asked_on_the_way_any_more_leave_the_others_their_points(
@@ -127,30 +126,30 @@ def test_tasks_that_are_not_asked_on_the_way_any_more_leave_the_others_their_poi
 ) -> None:
     both = {"tasks": [], "every_steps": 2, "training_tasks": ["piqa", "boolq"]}
     run = train(configure(texts, tmp_path, data, **both))
-    before = query(run.folder, "select step, score from scores where task = 'piqa' order by step").fetchall()
+    before = ask(run.folder, "select step, score from scores where task = 'piqa' order by step").fetchall()
     run = open_run(configure(texts, tmp_path, data, **both | {"training_tasks": ["piqa"]}))
     RoundEvaluation(run, 1, fingerprint_of(run, "train", 1)).forget_others(training_questions(run, silent))
     refresh_ledger(run.folder)
     assert len(before) > 1
-    assert query(run.folder, "select step, score from scores order by step").fetchall() == before
-    assert query(run.folder, "select distinct task from scored_items").fetchall() == [("piqa",)]
+    assert ask(run.folder, "select step, score from scores order by step").fetchall() == before
+    assert ask(run.folder, "select distinct task from scored_items").fetchall() == [("piqa",)]
 
 
 def test_answers_are_scored_while_the_model_trains_on(
     texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(configure(texts, tmp_path, data, tasks=[], every_steps=2, training_tasks=["piqa"]))
-    whole = query(run.folder, "select step, score from scores order by step").fetchall()
+    whole = ask(run.folder, "select step, score from scores order by step").fetchall()
     for path in run.round_folder(1).glob("evaluation/step-*/scores/*.parquet"):
         path.unlink()
     refresh_ledger(run.folder)
-    assert query(run.folder, "select count(*) from scores").fetchall() == [(0,)]
+    assert ask(run.folder, "select count(*) from scores").fetchall() == [(0,)]
     monkeypatch.setattr(rounds, "_SECONDS_BETWEEN_LOOKS", 0)
     progress = RoundEvaluation(run, 1, fingerprint_of(run, "train", 1)).scoring_in_training(
         training_questions(run, silent), silent
     )
     progress("training (steps)", 3, 9)
-    assert query(run.folder, "select step, score from scores order by step").fetchall() == whole
+    assert ask(run.folder, "select step, score from scores order by step").fetchall() == whole
 
 
 def test_a_right_answer_that_is_corrected_counts_without_asking_again(
@@ -162,7 +161,7 @@ def test_a_right_answer_that_is_corrected_counts_without_asking_again(
     (data / "piqa-labels.lst").write_text("1\n1\n")
     assert complete(run, "evaluate", 1, silent)
     # On the way as well, lest a curve be of two keys.
-    scores = query(run.folder, "select is_end, score from scores").fetchall()
+    scores = ask(run.folder, "select is_end, score from scores").fetchall()
     assert len(scores) > 2 and set(scores) == {(True, 0.5), (False, 0.5)}
     assert fakes.asked == ["piqa"]
 
@@ -182,9 +181,9 @@ def test_other_scores_do_not_stand_for_the_run_s_own(
     assert "the scores of piqa are now for other items than the run's" in capsys.readouterr().err
     states = {row.name: row.state for row in read_status(run.folder)}
     assert (states["train 1"], states["evaluate 1"]) == ("done", "stopped")
-    assert query(run.folder, "select num_items from final_scores where task = 'piqa'").fetchall() == [(1,)]
+    assert ask(run.folder, "select num_items from final_scores where task = 'piqa'").fetchall() == [(1,)]
     assert complete(run, "evaluate", 1, silent)
-    assert query(run.folder, "select num_items from final_scores where task = 'piqa'").fetchall() == [(2,)]
+    assert ask(run.folder, "select num_items from final_scores where task = 'piqa'").fetchall() == [(2,)]
 
 
 def test_a_round_of_which_nothing_fits_is_listed(texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks) -> None:
@@ -194,8 +193,8 @@ def test_a_round_of_which_nothing_fits_is_listed(texts: Path, tmp_path: Path, da
     run = train(parse_config(values, "test"))
     assert complete(run, "evaluate", 1, silent)
     assert fakes.asked == []
-    assert query(run.folder, "select count(*) from final_scores").fetchall() == [(0,)]
-    assert query(run.folder, "select item from unscorable").fetchall() == [("xsum.jsonl:1",), ("xsum.jsonl:2",)]
+    assert ask(run.folder, "select count(*) from final_scores").fetchall() == [(0,)]
+    assert ask(run.folder, "select item from unscorable").fetchall() == [("xsum.jsonl:1",), ("xsum.jsonl:2",)]
     assert "longer than the model" in write_report(run).read_text()
 
 

@@ -16,7 +16,7 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, read_check
 from data_scoring.base.files import read_json, write_json
 from data_scoring.base.progress import silent
 from data_scoring.config import padded_vocab_size
-from data_scoring.ledger import query
+from data_scoring.sandboxed_query import ask
 from flows.cli.main import main
 from flows.experiments.compare import compare, inherit_comparison, init_comparison
 from flows.experiments.compare_results import curves_path
@@ -106,7 +106,7 @@ def test_round_1_starts_from_what_is_cut_out_and_the_ledger_knows_it(
     fc2 = "decoder.layers.mlp.linear_fc2.weight"
     for layer, of_teacher in enumerate(part.layers):
         assert torch.equal(new[fc2][layer], old[fc2][of_teacher][channels][:, list(part.ffn[layer])])
-    rows = query(run.folder, "select * from lineage order by layer").fetchall()
+    rows = ask(run.folder, "select * from lineage order by layer").fetchall()
     assert [row[:3] for row in rows] == [(1, 0, 0), (1, 1, 3)]
     assert rows[1][3:] == (
         str(teacher.folder), str(list_checkpoints(teacher.round_folder(1) / "checkpoint")[-1]), "l2", channels,
@@ -278,11 +278,11 @@ def test_methods_are_compared_from_the_same_layers_measured_once(
     assert [job for job in fakes.jobs if "train" not in job] == []
     folder = page.page.parent
     for name in ("l1", "l2"):
-        [row] = query(
+        [row] = ask(
             folder / f"inherit-{name}-seed-1", "select distinct list_sort(list(teacher_layer)) from lineage"
         ).fetchall()
         assert row == ([1, 2],)
-    assert query(folder / "inherit-base-seed-0", "from lineage").fetchall() == []
+    assert ask(folder / "inherit-base-seed-0", "from lineage").fetchall() == []
     curves = read_rows(curves_path(page.page.with_suffix(".parquet")), "arm", "seed", "step", "num_tokens")
     assert {row[:2] for row in curves} == {(arm, seed) for arm in ("base", "l1", "l2") for seed in (0, 1)}
     assert page.page.read_text().count("data:image/png;base64,") == 3

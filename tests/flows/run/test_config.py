@@ -39,7 +39,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["score.budget=seen", "train.max_tokens=9"], "score.budget: 'seen' has no losses for samples that train"),
         ("name: [", [], "not valid YAML"),
         ("- a", [], "not a configuration"),
-        ("", ['output="a\\0b"'], "output: string should match pattern"),
+        ("", ['output="a\\0b"'], "line 1: the control character '\\x00' in a text; remove it"),
         ("name: ../up", [], "name: string should match pattern"),
         ("", ["launch.nodes=2"], "launch.nodes: 2 nodes with an equal number of processes each do not match the 1"),
         ("", ["launch.nodes=2", "parallel.data=2"], "launch.rendezvous: not set, but several nodes need it; give this"),

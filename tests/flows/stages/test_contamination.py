@@ -10,7 +10,7 @@ import pytest
 
 from data_scoring.base.progress import silent
 from data_scoring.evaluation.items import ItemText
-from data_scoring.ledger import query
+from data_scoring.sandboxed_query import ask
 from flows.report.contamination_section import contamination
 from flows.report.run_report import write_report
 from flows.run.config import RunConfig, differences, parse_config
@@ -77,21 +77,21 @@ def test_what_is_removed_is_in_no_round_and_the_report_says_so(texts: Path, tmp_
     with pytest.raises(ValueError, match=r"eval\.contamination: remove needs the list .* run `reprise run"):
         complete(run, "mix", 1, silent)
     assert run_rounds(run) == ["contamination", "mix 1", "train 1", "score 1", "refine 2", "mix 2"]
-    contaminated = set(query(run.folder, "select distinct shard, sample from contamination").fetchall())
+    contaminated = set(ask(run.folder, "select distinct shard, sample from contamination").fetchall())
     assert len(contaminated) > 4
-    assert query(run.folder, "select distinct task, item, source from contamination").fetchall() == [
+    assert ask(run.folder, "select distinct task, item, source from contamination").fetchall() == [
         ("boolq", "boolq.jsonl:1", "b")
     ]
-    assert query(run.folder, "select * from contaminated_items order by task, item").fetchall() == [
+    assert ask(run.folder, "select * from contaminated_items order by task, item").fetchall() == [
         ("boolq", "boolq.jsonl:1", 18, 18, 0, 1.0, False),
         ("boolq", "boolq.jsonl:2", 4, 0, 0, 0.0, False),
         ("c3", "c3.jsonl:1", 0, 0, 0, None, True),
     ]
-    everything = set(query(run.folder, "select shard, sample from samples").fetchall())
-    mixes = {n: set(query(run.folder, f"select shard, sample from mix where round = {n}").fetchall()) for n in (1, 2)}
+    everything = set(ask(run.folder, "select shard, sample from samples").fetchall())
+    mixes = {n: set(ask(run.folder, f"select shard, sample from mix where round = {n}").fetchall()) for n in (1, 2)}
     assert mixes[1] == everything - contaminated
     assert not mixes[2] & contaminated
-    marked = query(run.folder, "select shard, sample from selection where reason = 'contaminated' and not kept")
+    marked = ask(run.folder, "select shard, sample from selection where reason = 'contaminated' and not kept")
     assert set(marked.fetchall()) == contaminated
     assert ("contaminated", False, len(contaminated)) in preview(run, 2).reasons
     page = write_report(run).read_text()
@@ -104,7 +104,7 @@ def test_what_is_removed_is_in_no_round_and_the_report_says_so(texts: Path, tmp_
     assert run_rounds(run, [*ITEMS, ItemText("c3", "c3.jsonl:2", "nowhere to be found " * 5)]) == ["contamination"]
     # Without the item, its samples are there to be trained on.
     assert run_rounds(run, ITEMS[1:])[:3] == ["contamination", "mix 1", "train 1"]
-    assert set(query(run.folder, "select shard, sample from mix where round = 1").fetchall()) == everything
+    assert set(ask(run.folder, "select shard, sample from mix where round = 1").fetchall()) == everything
     assert "None of 2 evaluation items shares 13 words" in section(run)
 
 

@@ -11,11 +11,11 @@ import pytest
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
 from data_scoring.corpus.corpus import Corpus
-from data_scoring.ledger import query
 from data_scoring.losses.calibration import calibrate, draw_calibration_set
 from data_scoring.losses.origin import read_origin, with_origin
 from data_scoring.losses.shard_scoring import LossFiles, losses_path, score_shards
 from data_scoring.refine.refine_config import RefineConfig
+from data_scoring.sandboxed_query import ask
 from flows.launch import launcher
 from flows.report.run_report import write_report
 from flows.report.tables import budgets
@@ -91,7 +91,7 @@ class Launches:
 
 
 def counted(run: Run) -> tuple[object, ...]:
-    [row] = query(run.folder, "select count(*), min(num_tokens), max(num_tokens) from losses").fetchall()
+    [row] = ask(run.folder, "select count(*), min(num_tokens), max(num_tokens) from losses").fetchall()
     return tuple(row)
 
 
@@ -140,9 +140,7 @@ def test_seen_launches_nothing(prepared: Path, folder: Path, monkeypatch: pytest
     assert complete(run, "score", 1, silent)
     total = len(everything(run.corpus()))
     assert counted(run)[0] == total
-    assert query(run.folder, "select count(*) from seen join losses using (shard, sample, loss)").fetchall() == [
-        (total,)
-    ]
+    assert ask(run.folder, "select count(*) from seen join losses using (shard, sample, loss)").fetchall() == [(total,)]
     assert budgets(run, 1) == [
         {"candidate": "seen", "correlation": None, "overlap": None, "chance_overlap": None, "cost_tokens": 0,
          "chosen": True}
