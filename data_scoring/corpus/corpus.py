@@ -55,6 +55,9 @@ class _Source(TypedDict):
     name: str
     train_tokens: Count
     first_byte: NotRequired[Count]  # of corpora used in place
+    characters: NotRequired[Count]  # this and the following, of corpora that are tokenised, since version 0.9
+    lost_characters: NotRequired[Count]
+    lost_examples: NotRequired[str]
 
 
 class _File(TypedDict):

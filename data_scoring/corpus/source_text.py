@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data_scoring.base.files import checksum, fingerprint, read_json, write_record, writing
+from data_scoring.base.files import checksum, fingerprint, write_record, writing
+from data_scoring.base.validation import read_record
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.sources import Rejects, batch_documents, list_reject, read_documents, stamp_files
 
@@ -84,10 +85,10 @@ class SourceText:
         return self.staging / f"{self.source.name}.rejects.jsonl"
 
     def _is_kept(self) -> bool:
-        record = read_json(self._record_path)
-        if record is None or record["fingerprint"] != self.identity or not self._path.exists():
+        record = read_record(self._record_path, dict[str, str])
+        if record is None or record.get("fingerprint") != self.identity or not self._path.exists():
             return False
-        return bool(checksum(self._path) == record["checksum"])
+        return checksum(self._path) == record.get("checksum")
 
     def _read_kept(self) -> Iterator[str]:
         with pa.OSFile(str(self._path)) as file, pa.ipc.open_stream(file) as stream:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
+from data_scoring.base.field_types import Count
 from data_scoring.base.files import checksum, write_record, writing
 from data_scoring.base.progress import Progress
 from data_scoring.base.read_ahead import read_ahead
@@ -47,7 +48,7 @@ class StagedSource:
                 yield rows
 
 
-class _Record(TypedDict):
+class _Record(TypedDict, total=False):
     fingerprint: str
     checksums: list[str | None]
     documents: Count
@@ -71,7 +72,7 @@ def stage_source(text: SourceText, tokenizer: Tokenizer, fingerprint: str, progr
     staged = (staging / f"{name}.tokens", staging / f"{name}.documents")
     tokens_path, documents_path = staged
     record: Mapping[str, Any] | None = read_record(record_path, _Record)
-    if record is None or record["fingerprint"] != fingerprint or _checksums(staged) != record["checksums"]:
+    if record is None or record.get("fingerprint") != fingerprint or _checksums(staged) != record.get("checksums"):
         with writing(tokens_path) as tokens_file, writing(documents_path) as documents_file:
             counts = _tokenise(text, tokenizer, tokens_file, documents_file, progress)
             _check_lost(text, counts)
