@@ -28,11 +28,25 @@ def replacing_views(path: Path) -> Iterator["duckdb.DuckDBPyConnection"]:
     disturbed. A file that another program has written to is kept under another name, and a warning says so.
     """
     check_path(path)
-    with exclusive(path.with_name(f".{path.stem}.lock")), writing(path) as temporary:
-        remove_leftovers(path.parent, path.name)
+    with _locked(path), writing(path) as temporary:
         with writing_errors(path), _new_database(temporary) as connection:
             yield connection
         _keep_foreign(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lock the file `path` against others that replace it; delete what a killed process left of a replacement."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.with_name(f".{path.stem}.lock")):
+        remove_leftovers(path.parent, path.name)
+        yield
+
+
+def remove_leftover_views(path: Path) -> None:
+    """Delete what a killed process left of a replacement of the file `path`."""
+    with _locked(path):
+        pass
 
 
 @contextmanager

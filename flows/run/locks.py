@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_scoring.base.databases import remove_leftover_views
 from data_scoring.base.files import exclusive, remove_leftovers
 
 
@@ -29,8 +30,11 @@ def locked(folder: Path) -> Iterator[None]:
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         evaluated = (place for place in folder.glob("rounds/*/evaluation/**/") if place.is_dir())
         rounds = (*folder.glob("rounds/*"), *folder.glob("rounds/*/seen"), *evaluated)
-        # The ledger and the report have locks of their own, and may be being written.
+        # The ledger and the report have locks of their own, since they may be written while the run is locked.
         remove_leftovers(folder, besides=("ledger.duckdb", "report.html"))
+        remove_leftover_views(folder / "ledger.duckdb")
+        with report_locked(folder):
+            pass
         for place in (*rounds, folder / "evaluation"):
             remove_leftovers(place)
         yield

@@ -190,6 +190,8 @@ def test_losses_that_cannot_be_compared_are_refused_before_anything_is_drawn(
     shutil.copytree(run.round_folder(1), reference)
     alike = RefineConfig(policy="excess", reference=str(reference))
     assert 0 < preview(run, 2, alike).total.share < 1
+    # What follows is written as if it had been scored there.
+    (reference / "score.json").unlink()
     excess = Run(run.config.model_copy(update={"refine": alike}), run.folder)
     before = fingerprint_of(excess, "refine", 2)
     for shard in range(3):
