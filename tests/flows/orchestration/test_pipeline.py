@@ -247,18 +247,25 @@ def ask_ledger(run: Path, sql: str) -> NDArray[np.float64]:
         return np.array(ledger.sql(sql).fetchall(), float)
 
 
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def test_killed_at_every_stage_it_finishes_and_repeats_nothing(workplace: Path, served: Place, unbroken: Path) -> None:
     run = workplace / "runs" / "run"
     first, second = run / "rounds" / "1", run / "rounds" / "2"
     stages: list[tuple[Callable[[], bool], list[Path]]] = [
         ((first / "checkpoint" / "step-00000020" / "reprise.json").exists, []),
         ((first / "losses" / "shard=0002.parquet").exists, [first / "steps.parquet", first / "train.json"]),
-        ((second / "selection" / "shard=0002.parquet").exists, [first / "score.json"]),
+        (lambda: "shard=0002" in read(second / "selection" / "shards.json"), [first / "score.json"]),
     ]
     complete: dict[Path, int] = {}
     for is_time, completed in stages:
         kill_when(start(workplace, server=served.api), is_time)
-        for path in [*completed, *first.glob("losses/*.parquet"), *second.glob("selection/*.parquet")]:
+        # A shard's selection is complete once it is recorded.
+        recorded = read(second / "selection" / "shards.json")
+        selected = (path for path in second.glob("selection/*.parquet") if path.name in recorded)
+        for path in [*completed, *first.glob("losses/*.parquet"), *selected]:
             complete.setdefault(path, path.stat().st_mtime_ns)
         states = [row.state for row in read_status(run)]
         assert states == sorted(states, key=("done", "stopped", "waiting").index)
