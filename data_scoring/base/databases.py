@@ -28,19 +28,27 @@ def replacing_views(path: Path) -> Iterator["duckdb.DuckDBPyConnection"]:
     disturbed. A file that another program has written to is kept under another name, and a warning says so.
     """
     check_path(path)
-    with _locked(path), writing(path) as temporary:
-        with writing_errors(path), _new_database(temporary) as connection:
-            yield connection
-        _keep_foreign(path)
+    with _locked(path) as lock:
+        with writing(path) as temporary:
+            with writing_errors(path), _new_database(temporary) as connection:
+                yield connection
+            # Looking into a database takes time, which is saved for one that is as it was written here.
+            if lock.read_text() != _state_of(path) or _log_of(path).exists():
+                _keep_foreign(path)
+        lock.write_text(_state_of(path))
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lock the file `path` against others that replace it; delete what a killed process left of a replacement."""
+def _locked(path: Path) -> Iterator[Path]:
+    """Lock the file `path` against others that replace it; delete what a killed process left of a replacement.
+
+    Yields the lock's file, which holds the state of the file that was last written under it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(path.with_name(f".{path.stem}.lock")):
+    lock = path.with_name(f".{path.stem}.lock")
+    with exclusive(lock):
         remove_leftovers(path.parent, path.name)
-        yield
+        yield lock
 
 
 def remove_leftover_views(path: Path) -> None:
@@ -86,6 +94,14 @@ def _keep_foreign(path: Path) -> None:
         path,
         kept.name,
     )
+
+
+def _state_of(path: Path) -> str:
+    """Return a file's inode, size and time of modification, or an empty string if there is no such file."""
+    if not path.exists():
+        return ""
+    state = path.stat()
+    return f"{state.st_ino} {state.st_size} {state.st_mtime_ns}"
 
 
 def _log_of(path: Path) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from tests.flows.cli.test_random_kills import COMMANDS, Folder
 from tests.flows.equal_runs import assert_equal_runs
 
-STEP_KB = 60
+STEP_KB = 95
 
 
 class SmallDisk:
