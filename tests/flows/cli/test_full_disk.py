@@ -1,5 +1,6 @@
 """A disk that is full, with a little more room each time: one line says so, and nothing that was complete is lost."""
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,6 @@ import pytest
 
 from tests.flows.cli.test_random_kills import COMMANDS, Folder
 from tests.flows.equal_runs import assert_equal_runs
-
-STEP_KB = 95
 
 
 class SmallDisk:
@@ -20,9 +19,16 @@ class SmallDisk:
         folder.mkdir(parents=True)
         self._mount("-t", "tmpfs", "-o", f"size={self.kilobytes}k", "tmpfs", str(folder))
 
-    def grow(self) -> None:
-        self.kilobytes += STEP_KB
-        self._mount("-o", f"remount,size={self.kilobytes}k", str(self.folder))
+    def grow(self, kilobytes: int) -> None:
+        self._resize(self.kilobytes + kilobytes)
+
+    def shrink(self) -> None:
+        """Leave almost no room beside what is there."""
+        self._resize(shutil.disk_usage(self.folder).used // 1024 + 8)
+
+    def _resize(self, kilobytes: int) -> None:
+        self.kilobytes = kilobytes
+        self._mount("-o", f"remount,size={kilobytes}k", str(self.folder))
 
     @staticmethod
     def _mount(*arguments: str) -> None:
@@ -49,6 +55,7 @@ def test_every_stage_on_a_disk_that_grows(tmp_path: Path, disk: SmallDisk) -> No
         assert process.returncode == 0, output.decode()
     folder, failures = Folder(tmp_path / "full"), dict.fromkeys(COMMANDS, 0)
     for command in COMMANDS:
+        disk.shrink()
         while True:
             process = folder.start(command)
             output, _ = process.communicate(timeout=300)
@@ -64,7 +71,8 @@ def test_every_stage_on_a_disk_that_grows(tmp_path: Path, disk: SmallDisk) -> No
                     [*process.args[:3], "verify", str(folder.run)], capture_output=True, text=True, check=False
                 )
                 assert found.returncode == 0, (disk.kilobytes, found.stdout)
-            disk.grow()
-    assert sum(failures.values()) >= 20, failures
+            # Training reserves room for its ranks' errors and writes checkpoints; the others write little.
+            disk.grow(95 if command.startswith("train") else 24)
+    assert sum(failures.values()) >= 20 and min(failures.values()) > 0, failures
     assert_equal_runs(folder.run, unbroken.run)
     print(f"{sum(failures.values())} full disks: {failures}")
