@@ -1,8 +1,10 @@
 """Queries of the user over a run's ledger, which read the run folder alone, write nothing, and end in time."""
 
+import atexit
 import json
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from data_scoring.ledger import create_views
 SECONDS = 300.0
 _MOST_GB = 4.0
 _SECONDS_TO_STOP = 5.0
+# Exit status of a process that a signal ended.
+_INTERRUPTED = 130
 _EXPLAIN = re.compile(r"\s*explain\b(\s+analyze\b)?(\s*\([^)]*\))?", re.IGNORECASE)
 # COPY can hide in a WITH clause, and any statement in serialised SQL.
 _WRITERS = re.compile("COPY|EXPORT|EXECUTE")
@@ -31,6 +35,10 @@ def ask(run_folder: Path, sql: str, seconds: float = SECONDS, is_restricted: boo
     """
     if not seconds > 0:
         raise ValueError(f"--timeout: {seconds:g} is not above 0; give a number of seconds")
+    try:
+        sql.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"sql: {one_line(ascii(sql))} is not UTF-8; correct it") from None
     check_nesting(sql)
     folder = run_folder.resolve()
     connection = duckdb.connect(config=_limits() if is_restricted else {})
@@ -82,6 +90,7 @@ class _Query:
             if is_late:
                 self._connection.interrupt()
                 thread.join(_SECONDS_TO_STOP)
+                atexit.register(_end_despite, thread)
         if is_late:
             raise ValueError(f"sql: not done after {seconds:g} s; write a cheaper query, or raise --timeout")
         if isinstance(self._error, duckdb.Error):
@@ -100,6 +109,14 @@ class _Query:
             self._result = None if result is None else result.materialize()
         except Exception as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
+
+
+def _end_despite(thread: threading.Thread) -> None:
+    """End the process if `thread` is still in DuckDB, where the interpreter's own end would abort."""
+    if thread.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_INTERRUPTED)
 
 
 def _check(connection: duckdb.DuckDBPyConnection, sql: str) -> None:

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from trainer.checkpoint_folder import RECORD, find_damage, list_checkpoints, read_checkpoint_record, set_aside
+from trainer.checkpoint_folder import RECORD, check_checkpoints, find_damage, list_checkpoints, set_aside
 from trainer.optimizer_state import load_states, needed_states, owned_states
 from trainer.pickles import check_pickles, explain_refusal
 
@@ -30,12 +30,7 @@ def find_usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
     Removes half-written checkpoints; renames damaged ones (`set_aside`). Raises ValueError if a checkpoint has another
     fingerprint: other training made it, which is not this training's to delete.
     """
-    for path in list_checkpoints(folder):
-        if _has_other_fingerprint(path, fingerprint):
-            raise ValueError(
-                f"{path}: was trained with another configuration, mix or initial checkpoint; move {folder.parent} away "
-                "to keep it, or delete it, and the same command trains the round again"
-            )
+    check_checkpoints(folder, fingerprint)
     is_first = torch.distributed.get_rank() == 0
     if is_first:
         for leftover in folder.glob(".step-*.tmp"):
@@ -52,13 +47,6 @@ def find_usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
             _LOG.warning("%s: damaged (%s); set aside as %s", checkpoint, damage, set_aside(checkpoint).name)
     torch.distributed.barrier()
     return None
-
-
-def _has_other_fingerprint(checkpoint: Path, fingerprint: str) -> bool:
-    try:
-        return read_checkpoint_record(checkpoint, "fingerprint")["fingerprint"] != fingerprint
-    except ValueError:
-        return False  # Damaged: the caller reports it.
 
 
 def _find_damage_together(checkpoint: Path) -> str | None:

@@ -82,6 +82,20 @@ def read_checkpoint_record(checkpoint: Path, *needed: str) -> CheckpointRecord:
     return record
 
 
+def check_checkpoints(folder: Path, fingerprint: str) -> None:
+    """Raise ValueError if a checkpoint in `folder` is not of the training with this `fingerprint`."""
+    for path in list_checkpoints(folder):
+        try:
+            found = read_checkpoint_record(path).get("fingerprint", fingerprint)
+        except ValueError:
+            continue  # Training sets damaged checkpoints aside.
+        if found != fingerprint:
+            raise ValueError(
+                f"{path}: was trained with another configuration, corpus, mix or initial checkpoint; restore these, or "
+                f"move {folder} away, and the same command trains the round again"
+            )
+
+
 class _MeasuredFile(io.BufferedWriter):
     """A new file that computes the checksum of the data written to it, in sequence."""
 

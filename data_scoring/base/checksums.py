@@ -30,12 +30,12 @@ class FileVerifier:
     """Compares files with their recorded checksums, reading each version of a file once.
 
     `memory` is a JSON file with the inodes, sizes and modification times of verified files, and their checksums. A file
-    that still has these is not read again. Hard links to a file count as the same file.
+    that still has these is not read again, unless `reads_all`. Hard links to a file count as the same file.
     """
 
-    def __init__(self, memory: Path) -> None:
+    def __init__(self, memory: Path, reads_all: bool = False) -> None:
         self._memory = memory
-        self._known = _read_memory(memory)
+        self._known = {} if reads_all else _read_memory(memory)
         self._is_changed = False
 
     def measure(self, paths: Iterable[Path]) -> dict[Path, WrittenFile]:

@@ -104,7 +104,8 @@ def read_json(path: Path, remedy: str = "delete it and run the same command agai
     if content is None:
         raise ValueError(f"{path}: null is no record; {remedy}")
     if is_changed:
-        raise ValueError(f"{path}: damaged: its checksum differs from its content; restore it from a copy, or {remedy}")
+        restore = "" if remedy.startswith("restore") else "restore it from a copy, or "
+        raise ValueError(f"{path}: damaged: its checksum differs from its content; {restore}{remedy}")
     return content
 
 

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {explanation}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command resumes from here", file=sys.stderr)
+        print("stopped" if options.command is _sql else "stopped; the same command resumes from here", file=sys.stderr)
         return 130
     return 0
 

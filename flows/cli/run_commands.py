@@ -14,6 +14,7 @@ from flows.run.config import RunConfig, override, read_config
 from flows.run.folder import VERIFIED, Run, open_run, read_run
 from flows.run.locks import locked
 from flows.stages.stage_order import STAGES, Step, is_complete, steps_at, steps_of_command
+from trainer.checkpoint_folder import list_checkpoints
 
 
 def add_run(commands: Any) -> None:
@@ -220,5 +221,11 @@ def _approve(options: argparse.Namespace) -> None:
         if is_complete(run, "train", number):
             raise ValueError(f"--round: round {number} has been trained already; give a later round")
         draw = _draw(run.refine_config(number), options)
+        checkpoints = run.round_folder(number) / "checkpoint"
+        if draw != run.refine_config(number) and list_checkpoints(checkpoints):
+            raise ValueError(
+                f"--round: round {number} has begun to train on what was approved before; move {checkpoints} away to "
+                "approve something else"
+            )
         run.approve(number, draw.policy, draw.sampling_rate)
     print(f"approved: round {number} trains on what policy {draw.policy} keeps at sampling rate {draw.sampling_rate:g}")

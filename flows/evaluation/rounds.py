@@ -142,6 +142,7 @@ class RoundEvaluation:
             for name in names
         )
         if not is_complete:
+            self._forget(folder)
             launcher.launch(job, run.folder, f"evaluate-{self.round_number}", progress, run.config.launch)
 
     def _last_folder(self) -> Path:

@@ -140,9 +140,9 @@ class Run:
         """Return the files that `record` lists; see the function of this name."""
         return {self.folder / name: written for name, written in recorded_files(record).items()}
 
-    def verifier(self) -> FileVerifier:
-        """Return the verifier of the run's files."""
-        return FileVerifier(self.folder / VERIFIED)
+    def verifier(self, reads_all: bool = False) -> FileVerifier:
+        """Return the verifier of the run's files; see `FileVerifier`."""
+        return FileVerifier(self.folder / VERIFIED, reads_all)
 
     def forget(self, stage: str, round_number: int) -> None:
         """Delete the completion record of a stage, so that it is repeated."""
@@ -175,7 +175,7 @@ def open_run(config: RunConfig) -> Run:
     check_path(folder)
     path = folder / "run.yaml"
     # Before there is a corpus, nothing depends on the configuration: the user may have corrected it after an error.
-    if path.exists() and (folder / "corpus" / "manifest.json").exists():
+    if (folder / "corpus" / "manifest.json").exists() and (path.exists() or _backup(path).exists()):
         different = differences(read_run(folder).config, config)
         if different:
             raise ValueError(
@@ -189,14 +189,21 @@ def open_run(config: RunConfig) -> Run:
         "versions": package_versions(),
     }
     content["checksum"] = fingerprint(content)
-    with writing(path) as temporary:
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    for each in (_backup(path), path):
+        with writing(each) as temporary:
+            temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return Run(config, folder)
+
+
+def _backup(path: Path) -> Path:
+    return path.with_name(f"{path.name}.bak")
 
 
 def read_run(folder: Path) -> Run:
     """Return the run in `folder`. Raises ValueError if there is none."""
     path = folder / "run.yaml"
+    if not path.is_file() and _backup(path).is_file():
+        raise ValueError(f"{path}: missing; copy {_backup(path).name} to {path.name}")
     if not path.is_file():
         raise ValueError(f"{folder}: not a run folder (it has no run.yaml); start one with `reprise run CONFIG.yaml`")
     stored = _read_settings(path)
@@ -206,10 +213,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """Return what run.yaml holds. Raises ValueError if the file is incomplete or was changed."""
-    remedy = (
-        "restore it from a copy, or delete it and run `reprise run` with the run's configuration file, "
-        "which writes it again"
-    )
+    remedy = f"restore it from a copy, such as {_backup(path)}"
     try:
         values: Any = read_yaml(path)
     except ValueError as error:

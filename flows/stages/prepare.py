@@ -17,6 +17,7 @@ from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.refine import check_reference
 from flows.stages.stage import Stage, Stages
+from trainer.checkpoint_folder import list_checkpoints
 
 
 class Prepare(Stage):
@@ -52,12 +53,31 @@ class Prepare(Stage):
             )
         return manifest is not None
 
+    def how_to_repeat(self, run: Run, round_number: int, record: Path) -> str:
+        """Return how to prepare the corpus again; if rounds were trained on it, from the same text only."""
+        if not _has_trained(run):
+            return f"delete {record.parent} to prepare the corpus again"
+        rounds = run.folder / "rounds"
+        return (
+            f"if the sources' text is the same, move {rounds} away, delete {record.parent}, prepare, and move it back"
+        )
+
+    def check(self, stages: Stages, round_number: int) -> None:
+        """Raise ValueError if rounds were trained on the corpus: another one must not replace it unnoticed."""
+        if _has_trained(stages.run):
+            record = stages.run.record_path(self.name, 0)
+            raise ValueError(
+                f"{record}: missing, but rounds were trained on this corpus; restore it from a copy, or, "
+                f"{self.how_to_repeat(stages.run, 0, record)}"
+            )
+
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
         """Prepare the corpus, unless it exists; in either case, first check the requirements of the later stages."""
         # Fail before hours of tokenising.
         check_machine(stages.run.config)
         if self.is_complete(stages, round_number):
             return False
+        self.check(stages, round_number)
         # Later on, the configured tokenizer may be gone: the corpus has a copy.
         check_vocabulary(stages.run.config)
         self.work(stages, round_number, progress)
@@ -79,6 +99,10 @@ class Prepare(Stage):
             check_start(Path(config.model.start_from), config.model, vocab_size)
         identity = stages.fingerprint(self.name, 0)
         prepare_corpus(config.corpus, config.tokenizer, config.seed, stages.run.corpus_folder, identity, progress)
+
+
+def _has_trained(run: Run) -> bool:
+    return any(list_checkpoints(folder) for folder in run.folder.glob("rounds/*/checkpoint"))
 
 
 def check_machine(config: RunConfig) -> None:

@@ -71,6 +71,7 @@ class Stage(ABC):
         for name, number in self.needs(stages.run.config, round_number):
             stages.require(name, number)
         stages.verify(progress)
+        self.check(stages, round_number)
         run, started = stages.run, time.time()
         # An interrupted repetition must not leave new files beside the checksums of the old ones.
         run.forget(self.name, round_number)
@@ -79,6 +80,9 @@ class Stage(ABC):
         run.record(self.name, round_number, identity, started, self.files(run, round_number))
         refresh_ledger(run.folder)
         return True
+
+    def check(self, stages: "Stages", round_number: int) -> None:
+        """Raise ValueError if the stage would replace what must not be lost; called before anything is changed."""
 
     @abstractmethod
     def work(self, stages: "Stages", round_number: int, progress: Progress) -> None:

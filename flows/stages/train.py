@@ -16,7 +16,7 @@ from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.prepare import vocabulary_size
 from flows.stages.stage import Stage, Stages
-from trainer.checkpoint_folder import seconds_to_stop
+from trainer.checkpoint_folder import check_checkpoints, seconds_to_stop
 from trainer.jobs import TrainJob
 
 
@@ -54,6 +54,12 @@ class Train(Stage):
     def how_to_repeat(self, run: Run, round_number: int, record: Path) -> str:
         """Return that the round's folder has to be deleted: its logs were written during training."""
         return f"delete {run.round_folder(round_number)} to train the round again"
+
+    def check(self, stages: Stages, round_number: int) -> None:
+        """Raise ValueError if the round has a checkpoint of other training."""
+        check_checkpoints(
+            stages.run.round_folder(round_number) / "checkpoint", stages.fingerprint(self.name, round_number)
+        )
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Train on the run's ranks."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from data_scoring.base.checksums import WrittenFile
 from data_scoring.base.progress import Progress, silent
 from flows.evaluation.rounds import evaluation_records
-from flows.run.folder import VERIFIED, Run
+from flows.run.folder import Run
 from trainer.checkpoint_folder import RECORD
 from trainer.checkpoint_folder import find_damage as find_damage_in_checkpoint
 
@@ -58,10 +58,15 @@ def _read(run: Run, stage: "Stage", round_number: int, record: Path) -> Written:
     return Written(stage, round_number, record, run.recorded_files(record))
 
 
-def find_damage(run: Run, written: Sequence[Written], progress: Progress = silent) -> dict[Path, str]:
-    """Return what is wrong with each file that is not as its stage wrote it; empty if all are."""
+def find_damage(
+    run: Run, written: Sequence[Written], progress: Progress = silent, reads_all: bool = False
+) -> dict[Path, str]:
+    """Return what is wrong with each file that is not as its stage wrote it; empty if all are.
+
+    reads_all: read files that were verified before, too.
+    """
     files = {path: entry for each in written for path, entry in each.files.items()}
-    return run.verifier().find_damage(files, progress)
+    return run.verifier(reads_all).find_damage(files, progress)
 
 
 def verify(run: Run, table: Sequence["Stage"], progress: Progress = silent) -> None:
@@ -82,11 +87,12 @@ def describe(run: Run, written: Sequence[Written], path: Path, reason: str) -> s
     """Return one line about a damaged file: what is wrong, how to repair it, and which stages depend on it."""
     [owner, *_] = [each for each in written if path in each.files]
     later = dependents(run, written, owner)
-    return (
-        f"{path}: damaged since {owner.name} wrote it: {reason}; restore it from a copy, or "
-        f"{owner.stage.how_to_repeat(run, owner.round_number, owner.record)}"
-        f"{'; completed stages that depend on it: ' + ', '.join(later) if later else ''}"
-    )
+    needed = f"; completed stages that depend on it: {', '.join(later)}" if later else ""
+    source = path.resolve()
+    if not source.is_relative_to(run.folder.resolve()):
+        return f"{source}: changed since {owner.name} read it: {reason}; the run uses it in place: restore it{needed}"
+    remedy = owner.stage.how_to_repeat(run, owner.round_number, owner.record)
+    return f"{path}: damaged since {owner.name} wrote it: {reason}; restore it from a copy, or {remedy}{needed}"
 
 
 def dependents(run: Run, written: Sequence[Written], owner: Written) -> list[str]:
@@ -107,21 +113,23 @@ def examine(run: Run, table: Sequence["Stage"], progress: Progress = silent) -> 
 
     Reads every file, whether it was verified before or not.
     """
-    (run.folder / VERIFIED).unlink(missing_ok=True)
     written: list[Written] = []
     for stage, number, record in _records(run, table):
         try:
             written.append(_read(run, stage, number, record))
         except ValueError as error:
             yield str(record), str(error)
-    damage = find_damage(run, written, progress)
+    damage = find_damage(run, written, progress, reads_all=True)
     for each in written:
-        if each.record.exists():
+        # The record of an evaluation lists no files: those of its steps have records of their own.
+        if each.record.exists() and (each.files or each.stage.name != "evaluate"):
             what = f"{len(each.files)} files" if each.files else "no checksums recorded"
             yield f"{each.record}: {what}", ""
             for path in each.files.keys() & damage.keys():
                 yield str(path), describe(run, written, path, damage[path])
     for checkpoint in sorted(run.folder.glob("rounds/*/**/checkpoint/step-*")):
         found = find_damage_in_checkpoint(checkpoint) if (checkpoint / RECORD).exists() else f"{RECORD} is missing"
-        remedy = f"restore it from a copy, or delete {checkpoint.parent.parent} to train the round again"
+        name, folder = checkpoint.parent.parent.name, checkpoint.parent.parent
+        record = folder.with_name("inherit.json") if name == "inherit" else folder / "train.json"
+        remedy = f"restore it from a copy, or delete it and {record} to make it again"
         yield str(checkpoint), f"{checkpoint}: damaged: {found}; {remedy}" if found else ""

@@ -43,7 +43,7 @@ def test_a_checkpoint_of_other_training_is_not_deleted(ranks: Ranks, trained: Pa
     folder = Path(shutil.copytree(trained, ranks.folder / tmp_path.name))
     [checkpoint] = list_checkpoints(folder / "checkpoint")
     seal_checkpoint(checkpoint, {**read_checkpoint_record(checkpoint), "fingerprint": "another"})
-    with pytest.raises(ValueError, match="was trained with another configuration, mix or initial checkpoint; move"):
+    with pytest.raises(ValueError, match="was trained with another configuration, corpus, mix or initial checkpoint; "):
         ranks.train(folder.name)
     assert list_checkpoints(folder / "checkpoint") == [checkpoint]
     # One that has lost its record is kept, too.

@@ -17,7 +17,7 @@ from tests.flows.fakes import FakeRanks, fake_ranks, values, write_texts
 
 # Not results: locks, logs, memory of what was verified, the ledger, whose views are written again, and the checkpoints,
 # which the fake ranks leave empty (tests/trainer/test_checkpoint_folder.py damages real ones).
-_NOT_RESULTS = (".lock", ".verified.json", "ledger.duckdb")
+_NOT_RESULTS = (".lock", ".report.lock", ".ledger.lock", ".verified.json", "ledger.duckdb", "run.yaml.bak")
 
 
 def damage_bytes(at: float) -> Callable[[Path], None]:
