@@ -81,7 +81,7 @@ class Stage(ABC):
         refresh_ledger(run.folder)
         return True
 
-    def check(self, stages: "Stages", round_number: int) -> None:
+    def check(self, stages: "Stages", round_number: int) -> None:  # noqa: B027 - most stages replace nothing
         """Raise ValueError if the stage would replace what must not be lost; called before anything is changed."""
 
     @abstractmethod
