@@ -88,7 +88,8 @@ def _in_their_words(error: ValidationError) -> str:
     detail, *_ = error.errors()
     message = one_line(detail["msg"].removeprefix("Value error, "), 600)
     if detail["loc"]:
-        remedy = message.replace("Input should be", "give one that is")
+        remedy = re.sub("^(input|integer) should (be|fit)", r"give one that should \2", message, flags=re.IGNORECASE)
+        remedy = remedy.replace("that should be", "that is").replace("that should fit", "that fits")
         message = f"{detail['loc'][0]} is {shown(detail['input'])}; {remedy}"
     for ours, theirs in _THEIR_NAMES.items():
         message = re.sub(rf"\b{ours}\b", theirs, message)

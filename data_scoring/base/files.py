@@ -176,7 +176,7 @@ def exclusive(path: Path) -> Iterator[None]:
 def remove_leftovers(folder: Path, name: str = "*", besides: Iterable[str] = ()) -> None:
     """Delete the temporary files that a killed process left in `folder`: of `name`, or of all files `besides` some."""
     kept = tuple(f".{each}." for each in besides)
-    for pattern in (f".{name}.*.tmp", f".{name}.*.tmp.wal"):
+    for pattern in (f".{name}*.tmp", f".{name}*.tmp.wal"):
         for leftover in folder.glob(pattern):
             if not leftover.is_dir() and not leftover.name.startswith(kept):
                 leftover.unlink()
