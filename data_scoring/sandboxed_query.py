@@ -77,20 +77,21 @@ class _Query:
         self._connection, self._sql, self._is_restricted = connection, sql, is_restricted
         self._result: duckdb.DuckDBPyRelation | None = None
         self._error: BaseException | None = None
+        self._is_done = threading.Event()
 
     def run(self, seconds: float) -> duckdb.DuckDBPyRelation | None:
         """Return the result, or None if there is none."""
         # A daemon, so that the process can end while DuckDB does not react.
-        thread = threading.Thread(target=self._execute, daemon=True)
-        thread.start()
+        threading.Thread(target=self._execute, daemon=True).start()
         try:
-            thread.join(min(seconds, threading.TIMEOUT_MAX))
+            # Not `join`: a KeyboardInterrupt makes that take the thread for ended.
+            self._is_done.wait(min(seconds, threading.TIMEOUT_MAX))
         finally:
-            is_late = thread.is_alive()
+            is_late = not self._is_done.is_set()
             if is_late:
                 self._connection.interrupt()
-                thread.join(_SECONDS_TO_STOP)
-                atexit.register(_end_despite, thread)
+                self._is_done.wait(_SECONDS_TO_STOP)
+                atexit.register(_end_despite, self._is_done)
         if is_late:
             raise ValueError(f"sql: not done after {seconds:g} s; write a cheaper query, or raise --timeout")
         if isinstance(self._error, duckdb.Error):
@@ -109,11 +110,13 @@ class _Query:
             self._result = None if result is None else result.materialize()
         except Exception as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
+        finally:
+            self._is_done.set()
 
 
-def _end_despite(thread: threading.Thread) -> None:
-    """End the process if `thread` is still in DuckDB, where the interpreter's own end would abort."""
-    if thread.is_alive():
+def _end_despite(is_done: threading.Event) -> None:
+    """End the process if a query's thread is still in DuckDB, where the interpreter's own end would abort."""
+    if not is_done.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(_INTERRUPTED)

@@ -173,8 +173,8 @@ def exclusive(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path, name: str = "*", besides: Iterable[str] = ()) -> None:
-    """Delete the temporary files that a killed process left in `folder`: of `name`, or of all files `besides` some."""
+def remove_leftovers(folder: Path, name: str = "", besides: Iterable[str] = ()) -> None:
+    """Delete the temporary files of a killed process in `folder`: of names that start with `name`, `besides` some."""
     kept = tuple(f".{each}." for each in besides)
     for pattern in (f".{name}*.tmp", f".{name}*.tmp.wal"):
         for leftover in folder.glob(pattern):

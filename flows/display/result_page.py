@@ -45,7 +45,7 @@ def span(least: int, most: int) -> str:
 
 def write_page(path: Path, title: str, lead: list[str], sections: list[Section], pictures: list[Picture]) -> Page:
     """Write the page `path`, with Markdown and pictures named after it, and return it."""
-    remove_leftovers(path.parent, f"{path.stem}*")
+    remove_leftovers(path.parent, path.stem)
     for picture in pictures:
         with writing(path.with_name(f"{path.stem}-{picture.name}.png")) as temporary:
             temporary.write_bytes(picture.png)

@@ -190,6 +190,8 @@ def test_an_interrupt_ends_it_at_once(run: Path) -> None:
     _, errors = process.communicate(timeout=30)
     assert time.monotonic() - started < 5
     assert b"KeyboardInterrupt" in errors
+    # Not aborted, as by the interpreter's end while DuckDB is at work.
+    assert process.returncode in (-signal.SIGINT, 130), errors
 
 
 def test_a_damaged_file_is_named(run: Path) -> None:
