@@ -8,6 +8,7 @@ import duckdb
 import pytest
 
 from data_scoring.base.progress import silent
+from data_scoring.config import EvalConfig
 from data_scoring.ledger import refresh_ledger
 from data_scoring.sandboxed_query import ask
 from flows.cli.main import main
@@ -15,11 +16,13 @@ from flows.evaluation import rounds
 from flows.evaluation.rounds import RoundEvaluation, training_questions
 from flows.evaluation.scores import _combine, _standard_error
 from flows.experiments.compare import compare, init_comparison
+from flows.launch import launcher
 from flows.report.run_report import write_report
 from flows.report.tables import evaluation_page
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import Run, open_run
-from flows.stages.stage_order import complete, fingerprint_of
+from flows.stages.evaluate import evaluate_otherwise
+from flows.stages.stage_order import complete, fingerprint_of, stages_of
 from flows.stages.status import read_status
 from tests.evaluation_data import write_items
 from tests.flows.fakes import FakeRanks, values
@@ -78,6 +81,24 @@ def test_scores_are_in_the_ledger_and_nothing_is_asked_twice(
     fakes.asked.clear()
     assert main(["evaluate", str(run.folder), "--tasks", "boolq,piqa,axb"]) == 0
     assert fakes.asked == ["boolq", "axb"]
+
+
+def test_an_evaluation_that_is_killed_after_its_answers_is_no_damage(
+    texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(configure(texts, tmp_path, data))
+    complete(run, "evaluate", 1, silent)
+
+    def end(*arguments: Any) -> None:
+        fakes(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "launch", end)
+    fakes.asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_otherwise(stages_of(run), 1, EvalConfig(tasks=("boolq",), data=str(data), limit=1), silent)
+    assert fakes.asked == ["boolq"]
+    stages_of(run).verify()
 
 
 def test_standard_errors_of_means_over_subjects() -> None:
