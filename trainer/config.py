@@ -18,6 +18,10 @@ Precision = Literal["float32", "bfloat16"]
 InheritMethod = Literal["base", "l1", "l2", "taylor", "learned"]
 LayerNumber = Annotated[Integer, Field(ge=0)]
 _MOST_SAMPLES = 1_000_000
+MOST_MICRO_BATCH_SIZE = 4096
+# Value of the fields that are chosen for the devices when a run starts.
+AUTO = "auto"
+SET_A_NUMBER = "set what `reprise plan CONFIG` chooses"
 # What weights are before training, and nothing of what a trained model computes.
 BEGINNING = Decides(("inherit", "train"))
 
@@ -272,8 +276,16 @@ class TrainConfig(Config):
         ge=1,
         description="Tokens per optimizer step, in place of global_batch_size; a multiple of corpus.seq_length.",
     )
-    micro_batch_size: Annotated[Integer, FREE] = Field(
-        default=2, ge=1, le=4096, description="Samples per forward pass."
+    requested_micro_batch_size: Annotated[
+        Annotated[Literal["auto"], Tag("<auto>")]
+        | Annotated[Integer, Field(ge=1, le=MOST_MICRO_BATCH_SIZE), Tag("<number>")],
+        Discriminator(lambda value: "<auto>" if value == AUTO else "<number>"),
+        FREE,
+    ] = Field(
+        default=2,
+        alias="micro_batch_size",
+        description="Samples per forward pass; auto: as many as `reprise plan` chooses for the devices when the run "
+        "starts.",
     )
     lr: Annotated[
         Annotated[Number, Field(gt=0, lt=10), Tag("<number>")] | Annotated[ScaledLr, Tag("<rule>")],
@@ -316,6 +328,13 @@ class TrainConfig(Config):
         if self.min_lr is not None and isinstance(self.lr, float) and self.min_lr > self.lr:
             raise ValueError(f"min_lr: {self.min_lr} is above lr {self.lr}; lower it")
         return self
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Return the samples per forward pass. Raises ValueError if they are `auto` and not chosen yet."""
+        if isinstance(self.requested_micro_batch_size, str):
+            raise ValueError(f"train.micro_batch_size: {AUTO} is not resolved here; {SET_A_NUMBER}")
+        return self.requested_micro_batch_size
 
     def resolve(self, seq_length: int) -> "TrainConfig":
         """Return a copy with derived values filled in: batch size in samples, learning rates.
@@ -413,8 +432,9 @@ def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfi
             f"parallel.pipeline: {parallel.pipeline} does not divide model.num_layers {model.num_layers}; "
             "choose a divisor"
         )
-    if train.global_batch_size % (train.micro_batch_size * parallel.data):
+    micro_batch_size = 1 if train.requested_micro_batch_size == AUTO else train.micro_batch_size
+    if train.global_batch_size % (micro_batch_size * parallel.data):
         raise ValueError(
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x parallel.data {parallel.data}; change one of them"
+            f"{micro_batch_size} x parallel.data {parallel.data}; change one of them"
         )

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from data_scoring.base.field_effects import FREE, Decides, is_free
 from data_scoring.base.field_types import Integer, Number, PathText
@@ -26,7 +26,15 @@ from data_scoring.corpus.source_files import match_path
 from data_scoring.refine.policies import SEEN_LOSS
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.launcher_kinds import LAUNCHER_KINDS, LauncherKind
-from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig, check_layout
+from trainer.config import (
+    AUTO,
+    SET_A_NUMBER,
+    CheckpointConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    check_layout,
+)
 
 # Text that comes with every Python installation: the default sources, which the demo uses.
 _DEMO_SOURCES = (
@@ -154,7 +162,16 @@ class RunConfig(Config):
     corpus: CorpusConfig = CorpusConfig(sources=_DEMO_SOURCES)
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
-    parallel: Annotated[ParallelConfig, FREE] = ParallelConfig()
+    requested_parallel: Annotated[
+        Annotated[Literal["auto"], Tag("<auto>")] | Annotated[ParallelConfig, Tag("<layout>")],
+        Discriminator(lambda value: "<auto>" if value == AUTO else "<layout>"),
+        FREE,
+    ] = Field(
+        default=ParallelConfig(),
+        alias="parallel",
+        description="How the model and the batch are divided among ranks; auto: as `reprise plan` chooses for the "
+        "devices when the run starts.",
+    )
     launch: Annotated[LaunchConfig, FREE] = LaunchConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: Annotated[CheckpointConfig, FREE] = CheckpointConfig()
@@ -171,7 +188,8 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
-        check_layout(self.model, self.resolved_train, self.parallel, self.corpus.seq_length)
+        layout = ParallelConfig() if self.requested_parallel == AUTO else self.parallel
+        check_layout(self.model, self.resolved_train, layout, self.corpus.seq_length)
         self._check_budget()
         names = [source.name for source in self.corpus.sources]
         for rule in self.refine.sources:
@@ -181,7 +199,8 @@ class RunConfig(Config):
             raise ValueError(
                 "refine.sources: all sources join after round 1, which has nothing to train on; lower one from_round"
             )
-        self.launch.check(self.parallel.world_size)
+        if self.requested_parallel != AUTO:
+            self.launch.check(self.parallel.world_size)
         if (prefix_of(self.score.budget) or 0) > self.corpus.seq_length:
             raise ValueError(
                 f"score.budget: {self.score.budget} is more than the corpus.seq_length of {self.corpus.seq_length}; "
@@ -224,6 +243,26 @@ class RunConfig(Config):
                 f"score.budget: {budget!r} scores fewer tokens than refine.min_tokens {self.refine.min_tokens} "
                 "requires; change one of them"
             )
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Return how the model and the batch are divided. Raises ValueError if that is `auto` and not chosen yet."""
+        if isinstance(self.requested_parallel, str):
+            raise ValueError(f"parallel: {AUTO} is not resolved here; {SET_A_NUMBER}")
+        return self.requested_parallel
+
+    @property
+    def is_auto(self) -> bool:
+        """Return whether the layout or the micro batch is still to be chosen for the devices."""
+        return AUTO in (self.requested_parallel, self.train.requested_micro_batch_size)
+
+    def with_choice(self, parallel: ParallelConfig, micro_batch_size: int) -> "RunConfig":
+        """Return a copy with this layout and micro batch. Raises ValueError if they do not divide the batch evenly."""
+        train = self.train.model_copy(update={"requested_micro_batch_size": micro_batch_size})
+        copy = self.model_copy(update={"requested_parallel": parallel, "train": train})
+        check_layout(copy.model, copy.resolved_train, parallel, copy.corpus.seq_length)
+        copy.launch.check(parallel.world_size)
+        return copy
 
     @property
     def resolved_train(self) -> TrainConfig:

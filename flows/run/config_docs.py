@@ -87,13 +87,7 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
         if inner is not None:
             yield from _rows(inner, f"{prefix}{name}{suffix}.")
             continue
-        bounds = [
-            f"{sign} {getattr(entry, bound)}"
-            for entry in field.metadata
-            for bound, sign in _BOUNDS.items()
-            if getattr(entry, bound, None) is not None
-        ]
-        kind = ", ".join([_kind(field.annotation, field.metadata), *bounds])
+        kind = ", ".join([_kind(field.annotation, field.metadata), *_bounds(field.metadata)])
         meaning = (field.description or "").replace("|", "\\|")
         may_change = _may_change(f"{prefix}{name}".replace("[]", ""))
         yield f"| `{prefix}{name}` | {kind} | {_default(field)} | {may_change} | {meaning} |"
@@ -111,6 +105,15 @@ def _inner(annotation: Any) -> tuple[type[BaseModel] | None, str]:
     return None, ""
 
 
+def _bounds(metadata: Sequence[Any]) -> list[str]:
+    return [
+        f"{sign} {getattr(entry, bound)}"
+        for entry in metadata
+        for bound, sign in _BOUNDS.items()
+        if getattr(entry, bound, None) is not None
+    ]
+
+
 def _plain(annotation: Any) -> Any:
     """Return an annotation without its metadata."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
@@ -124,7 +127,8 @@ def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is Annotated:
-        return _kind(arguments[0], arguments[1:])
+        inner = [part for entry in arguments[1:] for part in getattr(entry, "metadata", ())]
+        return ", ".join([_kind(arguments[0], arguments[1:]), *_bounds(inner)])
     if origin is tuple:
         return f"list of {_kind(arguments[0])}"
     if origin in (Union, types.UnionType):
@@ -137,6 +141,8 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if field.default == ():
         return "none"
+    if isinstance(field.default, BaseModel):
+        return "the fields below"
     return field.default if isinstance(field.default, str) else json.dumps(field.default)
 
 
