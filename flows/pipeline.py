@@ -7,7 +7,7 @@ it is complete. A restarted flow therefore resumes where the last one stopped, i
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import State, flow, task
+from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled
@@ -17,6 +17,7 @@ from data_scoring.config import EvalConfig
 from data_scoring.refine.refine_config import RefineConfig
 from flows.orchestration.approval import ask
 from flows.orchestration.flow_progress import FlowProgress, RunCancelledError, allowed_folders
+from flows.planning.auto import resolve_auto
 from flows.report.run_report import write_report
 from flows.report.tables import evaluation_page, summary
 from flows.run.config import RunConfig, check_path, check_paths
@@ -42,6 +43,9 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
     """Return the path of the report, after training in rounds, each on samples selected by the losses of the last."""
     if allowed := allowed_folders():
         check_paths(config, allowed)
+    config, reasons = resolve_auto(config)
+    for reason in reasons:
+        get_run_logger().info("auto: %s", reason)
     try:
         with FlowProgress(config.folder) as progress, locked(config.folder):
             run = open_run(config)

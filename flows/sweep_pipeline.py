@@ -20,6 +20,7 @@ from flows.experiments.sweep_report import write_sweep_report
 from flows.experiments.sweep_results import read_trials, write_views
 from flows.experiments.trials import TRIAL_ERRORS, check_trained, named, run_all, run_trial
 from flows.orchestration.flow_progress import FlowProgress, RunCancelledError, allowed_folders
+from flows.planning.auto import resolve_auto
 from flows.run.config import RunConfig, check_paths
 from flows.run.folder import Run
 from flows.run.locks import locked
@@ -39,6 +40,7 @@ def architecture_sweep(config: RunConfig = _DEFAULT, search: SearchConfig = _SEA
     """Return the path of the results, after training models of one size that differ in depth, width and expansion."""
     if allowed := allowed_folders():
         check_paths(config, allowed)
+    config, _ = resolve_auto(config)
     folder = sweep.sweep_folder(config)
     try:
         with FlowProgress(folder) as progress, locked(folder):

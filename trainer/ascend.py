@@ -102,6 +102,12 @@ def measure_memory() -> tuple[list[int], str | None]:
     return [free for _, free, _ in devices or ()], fault
 
 
+def list_devices() -> tuple[list[tuple[str, int]], str | None]:
+    """Return the name and the bytes of each device, and why they are unknown and how to fix it, or None."""
+    devices, fault = _ask(_NAMES_AND_MEMORY)
+    return [(name, total) for name, _, total in devices or ()], fault
+
+
 def describe_installation() -> Iterator[tuple[bool, str]]:
     """Yield, for each item of the installation, whether it is in order, and what was found or how to fix it.
 

@@ -144,6 +144,20 @@ def least_free_memory(kind: str, num_ranks: int) -> int | None:
     return min(free[:num_ranks], default=0)
 
 
+def list_accelerators(kind: str) -> list[tuple[str, int]]:
+    """Return the name and the memory in bytes of each of this host's devices of `kind`, cuda or npu.
+
+    Raises ValueError if they cannot be queried.
+    """
+    if kind == "cuda":
+        rows = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+        return [(row.name, row.total_memory) for row in rows]
+    found, fault = ascend.list_devices()
+    if fault is not None:
+        raise ValueError(f"device: '{kind}' cannot be used because {fault}")
+    return found
+
+
 def has_fused_norm(kind: str) -> bool:
     """Return whether torch has a fused RMSNorm kernel, which keeps only its input, on devices of `kind`."""
     return kind == "cuda"

@@ -11,6 +11,11 @@ from data_scoring.config import padded_vocab_size
 from trainer.config import ModelConfig, ParallelConfig, Precision, TrainConfig
 
 _SINGLE = 4
+# Host memory of a rank's process besides tensors: the interpreter, torch and Megatron.
+PROCESS_BYTES = 1 << 29
+# Memory that the C library's allocator holds in addition, as a share of what each step allocates and frees (34 % with
+# 30 M parameters in float32).
+_UNUSED_SHARE = 0.4
 # Upper bounds of the logits held by the chunked kernels.
 _CHUNK_BYTES = {"chunked": 16 << 20, "triton": 64 << 20}
 
@@ -88,7 +93,31 @@ def rank_memory(workload: Workload) -> RankMemory:
     last, which has the head.
     """
     stages = {0, workload.parallel.pipeline - 1}
-    return max((_stage_memory(workload, stage) for stage in stages), key=lambda memory: memory.total)
+    return max((stage_memory(workload, stage) for stage in stages), key=lambda memory: memory.total)
+
+
+def kinds_of_stages(pipeline: int) -> dict[str, int]:
+    """Return a pipeline stage, counted from 0, of each kind: first, middle, last; `only`, if there is just one.
+
+    Of the middle stages it is the first, which has the most microbatches in flight.
+    """
+    if pipeline == 1:
+        return {"only": 0}
+    return {"first": 0, **({"middle": 1} if pipeline > 2 else {}), "last": pipeline - 1}
+
+
+def needed_bytes(workload: Workload, on_host: bool) -> int:
+    """Return the bytes that a rank takes at its peak, beside the libraries of a device.
+
+    on_host: whether it computes on the CPU; its memory is then the process's, with what the C library holds unused.
+    """
+    memory = rank_memory(workload)
+    return memory.total + (PROCESS_BYTES + unused_bytes(memory) if on_host else 0)
+
+
+def unused_bytes(memory: RankMemory) -> int:
+    """Return the host memory that the C library's allocator holds beyond what a rank on CPU uses."""
+    return round((memory.activations + memory.logits + memory.workspace) * _UNUSED_SHARE)
 
 
 def checkpoint_bytes(num_parameters: int, precision: Precision) -> int:
@@ -106,7 +135,8 @@ def stage_parameters(workload: Workload, stage: int) -> int:
     return layers + is_last * model.hidden_size + matrices * workload.rows(padded=True) * model.hidden_size
 
 
-def _stage_memory(workload: Workload, stage: int) -> RankMemory:
+def stage_memory(workload: Workload, stage: int) -> RankMemory:
+    """Return the peak memory in a training step of a rank of a pipeline stage, counted from 0."""
     count = stage_parameters(workload, stage)
     is_half, is_last = workload.precision == "bfloat16", stage == workload.parallel.pipeline - 1
     # In single precision, the weights themselves are the main weights.

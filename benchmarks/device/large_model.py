@@ -16,24 +16,16 @@ from benchmarks.device.settings import SEED, Place
 from benchmarks.measure import matrix_product_speed, single_rank
 from benchmarks.memory_budgets import BUDGETS
 from data_scoring.corpus.corpus import Batch
-from trainer.config import ModelConfig, ParallelConfig, TrainConfig
+from trainer.config import ParallelConfig, TrainConfig
 from trainer.devices import Device
+from trainer.flops import FORMULA, model_flops
+from trainer.hardware import ACCELERATORS, find_accelerator
 
 NUM_MICROBATCHES = 2
 _WARM_UP, _PROFILED, _TOP = 3, 2, 20
 _GIB = 1 << 30
 # Allowed ratio of the allocator's peak to the rehearsal's, for cuBLAS's workspaces and attention's temporaries.
 _MEMORY_TOLERANCE = 1.1
-# FLOP/s of dense bfloat16 matrix products according to data sheets, for SXM modules.
-_PEAKS = {
-    "A100": 312e12,
-    "A800": 312e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H200": 989e12,
-    "H20": 148e12,
-    "B200": 2250e12,
-}
 _SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -123,12 +115,13 @@ def _speed(place: Place, record: Record, steps: Steps, seconds: float) -> None:
     flops = model_flops(steps.model_config, steps.vocab_size, steps.seq_length)
     product = matrix_product_speed(place.kind, place.sizes.matrix)
     name = getattr(torch, place.kind).get_device_name() if place.kind != "cpu" else "cpu"
-    peak = next((_PEAKS[word] for word in re.split(r"[ -]", name) if word in _PEAKS), None)
+    known = find_accelerator(name)
+    peak = None if known is None else ACCELERATORS[known].peak_flops
     record.figures(
         seconds_a_step=seconds,
         tokens_a_step=steps.num_tokens,
         tokens_per_second=speed,
-        model_flop_formula="a token: 6 (parameters - embedding) + 12 layers x heads x channels x sequence",
+        model_flop_formula=FORMULA,
         model_flop_a_token=flops,
         model_flop_per_second=speed * flops,
         data_sheets_flop_per_second=peak,
@@ -136,17 +129,6 @@ def _speed(place: Place, record: Record, steps: Steps, seconds: float) -> None:
         matrix_products_flop_per_second=product,
         utilisation_of_the_matrix_product=speed * flops / product,
     )
-
-
-def model_flops(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
-    """Return the FLOPs per token of training: two per weight in the forward pass, four in the backward pass.
-
-    The embedding is a lookup and not counted. Attention is counted without causal masking, as in PaLM (Chowdhery et al.
-    2022, appendix B), though a causal kernel skips half of it; recomputation is not counted.
-    """
-    embedding = 0 if model.tied_embeddings else vocab_size * model.hidden_size
-    attention = 12 * model.num_layers * model.num_attention_heads * model.channels * seq_length
-    return 6.0 * (model.num_parameters(vocab_size) - embedding) + attention
 
 
 def _count_syncs(steps: Steps) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class _Validation(_Shard):
 class _Source(TypedDict):
     name: str
     train_tokens: Count
+    validation_tokens: NotRequired[Count]  # this and the following, of corpora that are tokenised
+    bytes: NotRequired[Count]
     first_byte: NotRequired[Count]  # of corpora used in place
     characters: NotRequired[Count]  # this and the following, of corpora that are tokenised, since version 0.9
     lost_characters: NotRequired[Count]

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
-from flows.cli.options import add_config, count, path, read_trial_config
+from flows.cli.options import add_config, count, path, read_resolved, read_trial_config
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import Run
 from flows.run.stored_model import StoredModel
@@ -125,11 +125,10 @@ def _depths(text: str | None, num_layers: int) -> list[int]:
 def _calibration_run(teacher: StoredModel, config: Path | None, folder: Path, progress: Progress) -> Run:
     """Return the run whose corpus and layout are used: the teacher, or one created in `folder` from `config`."""
     from flows.experiments.trials import prepare_corpus
-    from flows.run.config import read_config
     from flows.run.folder import read_run
 
     if config is not None:
-        read = read_config(config, [])
+        read = read_resolved(config, [])
         _check_tokenizer(read, teacher)
         return prepare_corpus(read, folder, "corpus", read.seed, progress)
     if not (teacher.place / "run.yaml").is_file():

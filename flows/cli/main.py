@@ -14,6 +14,7 @@ from flows.cli.hugging_face_commands import add_hugging_face
 from flows.cli.inheritance_commands import add_inherit
 from flows.cli.model_commands import add_model
 from flows.cli.options import path
+from flows.cli.plan_command import add_assume, add_plan
 from flows.cli.run_commands import add_run
 from flows.cli.tokenizer_commands import add_tokenizer
 from flows.run.config import read_config
@@ -71,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(command=_serve)
     doctor = commands.add_parser("doctor", help="check this machine, and what it lacks for a configuration")
     doctor.add_argument("config", type=path, nargs="?", metavar="CONFIG", help="YAML configuration")
+    add_assume(doctor)
     doctor.set_defaults(command=_doctor)
+    add_plan(commands)
     add_evaluate(commands)
     add_model(commands)
     add_tokenizer(commands)
@@ -108,8 +111,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _doctor(options: argparse.Namespace) -> None:
     from flows.orchestration.doctor import examine
+    from flows.planning.auto import resolve_auto
+    from flows.planning.workload import with_devices
+    from trainer.hardware import assumed_hardware
 
-    findings = examine(None if options.config is None else read_config(options.config, []))
+    if options.config is None:
+        if options.assume is not None:
+            raise ValueError("--assume: needs a configuration; give one")
+        findings = examine(None)
+    else:
+        hardware = None if options.assume is None else assumed_hardware(options.assume)
+        config = read_config(options.config, [])
+        config = config if hardware is None else with_devices(config, hardware)
+        findings = examine(resolve_auto(config, hardware)[0], hardware)
     for finding in findings:
         print(f"{finding.state:<8} {finding.text}")
     missing = sum(finding.state == "missing" for finding in findings)

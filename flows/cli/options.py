@@ -1,6 +1,7 @@
 """Options that the commands that train trials share: the base configuration, and counts."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from data_scoring.base.user_paths import expand_home
@@ -46,4 +47,17 @@ def read_trial_config(options: argparse.Namespace) -> RunConfig:
             raise ValueError(f"--{option}: {number} is less than 1; raise it")
         if number is not None and number > _MOST and option != "tokens":
             raise ValueError(f"--{option}: {number} is more than {_MOST}; lower it")
-    return read_config(options.target, options.set)
+    return read_resolved(options.target, options.set)
+
+
+def read_resolved(target: Path, overrides: list[str]) -> RunConfig:
+    """Return the configuration in a YAML file, with numbers in place of `auto`, which are printed with their reasons."""
+    config = read_config(target, overrides)
+    if not config.is_auto:
+        return config
+    from flows.planning.auto import resolve_auto
+
+    config, reasons = resolve_auto(config)
+    for reason in reasons:
+        print(f"auto: {reason}", file=sys.stderr)
+    return config

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
-from flows.cli.options import path
-from flows.run.config import RunConfig, override, read_config
+from flows.cli.options import path, read_resolved
+from flows.run.config import RunConfig, override
 from flows.run.folder import VERIFIED, Run, open_run, read_run
 from flows.run.locks import locked
 from flows.stages.stage_order import STAGES, Step, is_complete, steps_at, steps_of_command
@@ -72,7 +72,7 @@ def _forget_verified(options: argparse.Namespace, config: RunConfig) -> None:
 
 def _config(options: argparse.Namespace) -> RunConfig:
     if not options.target.is_dir():
-        return read_config(options.target, options.set)
+        return read_resolved(options.target, options.set)
     if options.set:
         raise ValueError("--set: overrides need a configuration file, not a run folder; give the file")
     config = read_run(options.target).config

@@ -16,6 +16,8 @@ from data_scoring.config import padded_vocab_size
 from data_scoring.corpus.sources import check_source
 from flows.launch.job_fields import device_kind
 from flows.launch.launcher import check, launcher_class
+from flows.planning.plan import num_checkpoints
+from flows.planning.workload import workload_of
 from flows.run.config import RunConfig
 from flows.run.folder import package_versions
 from flows.run.launcher_kinds import LAUNCHER_KINDS
@@ -23,23 +25,23 @@ from flows.stages.prepare import check_kernels, check_vocabulary, vocabulary_siz
 from trainer.devices import (
     check_layers,
     describe_devices,
-    has_fused_norm,
     least_free_memory,
     resolve,
-    resolve_precision,
 )
-from trainer.memory import RankMemory, Workload, checkpoint_bytes, rank_memory
+from trainer.hardware import LIBRARY_BYTES, Hardware
+from trainer.memory import (
+    PROCESS_BYTES,
+    RankMemory,
+    Workload,
+    checkpoint_bytes,
+    needed_bytes,
+    rank_memory,
+    unused_bytes,
+)
 
 _GIB = 1 << 30
-# Host memory of a rank's process besides tensors: the interpreter, torch and Megatron; with an accelerator, the driver,
-# too.
-_PROCESS_BYTES = _GIB // 2
+# Host memory of a rank's process besides tensors, with the driver of an accelerator.
 _DEVICE_PROCESS_BYTES = 3 * _GIB
-# Memory that the C library's allocator holds in addition, as a share of what each step allocates and frees (34 % with
-# 30 M parameters in float32).
-_UNUSED_SHARE = 0.4
-# Device memory of the driver, matrix products and collectives.
-_LIBRARY_BYTES = _GIB
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,14 @@ class Finding:
     text: str
 
 
-def examine(config: RunConfig | None) -> list[Finding]:
-    """Return what this machine has and, given a `config`, what its run would lack."""
+def examine(config: RunConfig | None, assumed: Hardware | None = None) -> list[Finding]:
+    """Return what this machine has and, given a `config`, what its run would lack.
+
+    assumed: devices in place of those of this machine; the memory of their hosts is not known, and not checked.
+    """
     findings = [*_machine(), *_services()]
     if config is not None:
-        findings += _run(config)
+        findings += _run(config, assumed)
     return findings
 
 
@@ -96,15 +101,19 @@ def _services() -> Iterator[Finding]:
             yield Finding("ok", f"launch.kind {kind}: {', '.join(launcher.tools)} found")
 
 
-def _run(config: RunConfig) -> Iterator[Finding]:
+def _run(config: RunConfig, assumed: Hardware | None) -> Iterator[Finding]:
     ranks = config.parallel.world_size
     here = ranks // config.launch.nodes
-    yield _checked(f"{ranks} processes on {config.launch.nodes} hosts", lambda: check(config))
+    hosts = f"{ranks} processes on {config.launch.nodes} hosts"
+    if assumed is None:
+        yield _checked(hosts, lambda: check(config))
+    else:
+        yield _checked(f"{hosts}: {assumed.describe()}, assumed", lambda: _check_assumed(config, assumed))
     yield _checked(f"model.layers {config.model.layers}", lambda: check_layers(config.model.layers))
     yield _checked(
         f"train.loss_kernel {config.train.loss_kernel}, train.activation_kernel {config.train.activation_kernel}, "
         f"score.loss_kernel {config.score.loss_kernel}",
-        lambda: check_kernels(config),
+        lambda: check_kernels(config, None if assumed is None else assumed.kind),
     )
     yield _checked("tokenizer and vocabulary", lambda: _check_tokenizer(config))
     for source in config.corpus.sources:
@@ -113,7 +122,18 @@ def _run(config: RunConfig) -> Iterator[Finding]:
             continue
         yield _checked(f"source {source.name}: {source.path}", partial(check_source, source))
     yield _checked(f"output: {config.output}", lambda: _check_output(config))
-    yield from _space(config, here)
+    yield from _space(config, here, assumed)
+
+
+def _check_assumed(config: RunConfig, assumed: Hardware) -> None:
+    """Raise ValueError if a run of `config` does not have a rank for each device, or cannot be launched there."""
+    ranks = config.parallel.world_size
+    config.launch.check(ranks)
+    if ranks > assumed.count:
+        raise ValueError(
+            f"parallel: tensor x pipeline x data is {ranks} processes, but {assumed.describe()} are assumed; "
+            "lower one of them"
+        )
 
 
 def _check_tokenizer(config: RunConfig) -> None:
@@ -129,40 +149,51 @@ def _checked(what: str, check: Callable[[], None]) -> Finding:
     return Finding("ok", what)
 
 
-def _space(config: RunConfig, here: int) -> Iterator[Finding]:
+def _space(config: RunConfig, here: int, assumed: Hardware | None) -> Iterator[Finding]:
+    kind = _kind(config) if assumed is None else assumed.kind
     try:
-        workload = _workload(config)
+        workload = workload_of(config, kind)
     except ValueError:
         # The tokenizer's own check reports why it cannot be opened.
         return
-    yield from (_on_host if _kind(config) == "cpu" else _on_devices)(config, workload, here)
+    if kind == "cpu":
+        yield _on_host(config, workload, here)
+    elif assumed is not None:
+        yield _on_device(workload, assumed.memory)
+    else:
+        sees_devices = config.launch.launcher_kind.sees_devices
+        yield _on_device(workload, _free_on_device(config, here) if sees_devices else None)
+        yield _beside_devices(config, workload, here)
     yield _disk(config, workload)
 
 
-def _on_host(config: RunConfig, workload: Workload, here: int) -> Iterator[Finding]:
-    """Yield whether a host has memory for its ranks, which compute on the CPU."""
+def _on_host(config: RunConfig, workload: Workload, here: int) -> Finding:
+    """Return whether a host has memory for its ranks, which compute on the CPU."""
     memory = rank_memory(workload)
-    unused = round((memory.activations + memory.logits + memory.workspace) * _UNUSED_SHARE)
-    needed = here * (memory.total + unused + _PROCESS_BYTES)
-    parts = {**_parts(memory), "allocator": unused, "process": _PROCESS_BYTES}
+    unused = unused_bytes(memory)
+    needed = here * needed_bytes(workload, on_host=True)
+    parts = {**_parts(memory), "allocator": unused, "process": PROCESS_BYTES}
     text = (
         f"memory of a host: {_shape(workload)} take {_gib(needed)} GiB; {here} on this host, each with {_listed(parts)}"
     )
-    yield _compare(text, needed, _free_on_host(config), _remedies(workload, "put fewer ranks on a host"))
+    return _compare(text, needed, _free_on_host(config), _remedies(workload, "put fewer ranks on a host"))
 
 
-def _on_devices(config: RunConfig, workload: Workload, here: int) -> Iterator[Finding]:
-    """Yield whether a device has memory for its rank, and a host for its ranks' processes and their checkpoints."""
+def _on_device(workload: Workload, free: int | None) -> Finding:
+    """Return whether a device, with `free` bytes if known, has memory for its rank."""
     memory = rank_memory(workload)
-    needed = memory.total + _LIBRARY_BYTES
+    needed = memory.total + LIBRARY_BYTES
     text = f"memory of a device: {_shape(workload)} take {_gib(needed)} GiB; "
-    text += _listed({**_parts(memory), "libraries": _LIBRARY_BYTES})
-    free = _free_on_device(config, here) if config.launch.launcher_kind.sees_devices else None
-    yield _compare(text, needed, free, _remedies(workload, "raise parallel.tensor or parallel.data"))
+    text += _listed({**_parts(memory), "libraries": LIBRARY_BYTES})
+    return _compare(text, needed, free, _remedies(workload, "raise parallel.tensor or parallel.data"))
+
+
+def _beside_devices(config: RunConfig, workload: Workload, here: int) -> Finding:
+    """Return whether a host has memory for its ranks' processes, and for the checkpoints that they save."""
     saved = _checkpoint_bytes(workload) * here // config.parallel.world_size
     needed = here * _DEVICE_PROCESS_BYTES + saved
     text = f"memory of a host: {here} ranks take {_gib(needed)} GiB, {_gib(saved)} of it for saving checkpoints"
-    yield _compare(text, needed, _free_on_host(config), "put fewer ranks on a host (launch.nodes)")
+    return _compare(text, needed, _free_on_host(config), "put fewer ranks on a host (launch.nodes)")
 
 
 def _checkpoint_bytes(workload: Workload) -> int:
@@ -176,22 +207,6 @@ def _shape(workload: Workload) -> str:
 
 def _parameters(workload: Workload) -> int:
     return workload.model.num_parameters(padded_vocab_size(workload.vocab_size))
-
-
-def _workload(config: RunConfig) -> Workload:
-    """Return the workload of training. Raises ValueError if the tokenizer cannot be opened."""
-    kind = _kind(config)
-    precision = resolve_precision(config.train.precision, kind)
-    return Workload(
-        config.model,
-        vocabulary_size(config),
-        config.corpus.seq_length,
-        config.resolved_train,
-        config.parallel,
-        precision,
-        has_fused_norm=has_fused_norm(kind),
-        has_fused_step=kind != "cpu",
-    )
 
 
 def _kind(config: RunConfig) -> str:
@@ -268,8 +283,7 @@ def _check_output(config: RunConfig) -> None:
 def _disk(config: RunConfig, workload: Workload) -> Finding:
     folder = _output_folder(config)
     free = shutil.disk_usage(folder).free
-    # One final checkpoint per round, those kept while a round trains, and the one being written.
-    checkpoints = config.rounds.num_rounds + config.checkpoint.keep_last + 1
+    checkpoints = num_checkpoints(config)
     disk = _checkpoint_bytes(workload) * checkpoints
     text = f"disk: {_gib(disk)} GiB for {checkpoints} checkpoints, and the tokenised corpus, at {folder}"
     return _compare(text, disk, free, "free some, set another output, or lower checkpoint.keep_last")

@@ -261,7 +261,6 @@ class RunConfig(Config):
         train = self.train.model_copy(update={"requested_micro_batch_size": micro_batch_size})
         copy = self.model_copy(update={"requested_parallel": parallel, "train": train})
         check_layout(copy.model, copy.resolved_train, parallel, copy.corpus.seq_length)
-        copy.launch.check(parallel.world_size)
         return copy
 
     @property

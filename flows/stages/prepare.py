@@ -116,8 +116,11 @@ def check_machine(config: RunConfig) -> None:
         check_reference(config.refine)
 
 
-def check_kernels(config: RunConfig) -> None:
-    """Raise ValueError if training or scoring uses a kernel that is not installed or does not support the device."""
+def check_kernels(config: RunConfig, kind: str | None = None) -> None:
+    """Raise ValueError if training or scoring uses a kernel that is not installed or does not support the device.
+
+    kind: of the device; None: that of the run's ranks.
+    """
     from trainer.devices import check_kernel
 
     for field, kernel, other in (
@@ -126,7 +129,7 @@ def check_kernels(config: RunConfig) -> None:
         ("score.loss_kernel", config.score.loss_kernel, "chunked"),
     ):
         if kernel == "triton":
-            check_kernel(field, kernel, device_kind(config), other)
+            check_kernel(field, kernel, kind or device_kind(config), other)
 
 
 def check_vocabulary(config: RunConfig) -> None:

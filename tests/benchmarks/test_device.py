@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.device.large_model import model_flops
 from benchmarks.device.part import PARTS, Part
 from benchmarks.device.record import Record, read_record, summarise
 from benchmarks.device.run import check_device
 from benchmarks.device.settings import FULL
 from tests.test_imports import ROOT
+from trainer.flops import model_flops
 
 
 @pytest.fixture(scope="module")

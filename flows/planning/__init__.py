@@ -1,0 +1,1 @@
+"""What a run needs and how long it takes. Rule: reads configurations, and measures; writes to no run folder."""
