@@ -42,7 +42,7 @@ ACCELERATORS = {
     "l40s": _row("cuda", 44.4, 362, "L40S"),
     "rtx3090": _row("cuda", 23.6, 71, "3090"),
     "rtx4090": _row("cuda", 23.5, 165, "4090"),
-    "ascend910b": _row("npu", 60.9, 313, "910B", "910B1", "910B2", "910B3", "910B4", "Ascend910B"),
+    "ascend910b": _row("npu", 60.9, 313, "910B", "910B1", "910B2", "910B3", "910B4"),
 }
 # What a program finds on devices of so many GB.
 CAPACITIES = {24: 23.5, 40: 39.4, 80: 79.1, 141: 139.8}
@@ -107,5 +107,5 @@ def accelerators(name: str, num_nodes: int, per_node: int) -> Hardware:
 
 def find_accelerator(name: str) -> str | None:
     """Return the known accelerator that a driver calls `name`, or None."""
-    words = set(re.split(r"[ _-]", name))
+    words = {word.removeprefix("Ascend") for word in re.split(r"[ _-]", name)}
     return next((key for key, row in ACCELERATORS.items() if words & set(row.words)), None)

@@ -51,7 +51,7 @@ def read_trial_config(options: argparse.Namespace) -> RunConfig:
 
 
 def read_resolved(target: Path, overrides: list[str]) -> RunConfig:
-    """Return the configuration in a YAML file, with numbers in place of `auto`, which are printed with their reasons."""
+    """Return the configuration in a YAML file, with numbers in place of `auto`; prints why these."""
     config = read_config(target, overrides)
     if not config.is_auto:
         return config

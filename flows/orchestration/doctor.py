@@ -164,7 +164,7 @@ def _space(config: RunConfig, here: int, assumed: Hardware | None) -> Iterator[F
         sees_devices = config.launch.launcher_kind.sees_devices
         yield _on_device(workload, _free_on_device(config, here) if sees_devices else None)
         yield _beside_devices(config, workload, here)
-    yield _disk(config, workload)
+    yield _disk(config, workload, assumed is not None)
 
 
 def _on_host(config: RunConfig, workload: Workload, here: int) -> Finding:
@@ -280,9 +280,10 @@ def _check_output(config: RunConfig) -> None:
         raise ValueError(f"output: {folder} is not writable; change its permissions, or set another output")
 
 
-def _disk(config: RunConfig, workload: Workload) -> Finding:
+def _disk(config: RunConfig, workload: Workload, is_elsewhere: bool) -> Finding:
     folder = _output_folder(config)
-    free = shutil.disk_usage(folder).free
+    # The disk of assumed devices' hosts is not known.
+    free = None if is_elsewhere else shutil.disk_usage(folder).free
     checkpoints = num_checkpoints(config)
     disk = _checkpoint_bytes(workload) * checkpoints
     text = f"disk: {_gib(disk)} GiB for {checkpoints} checkpoints, and the tokenised corpus, at {folder}"

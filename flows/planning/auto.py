@@ -5,7 +5,7 @@ from flows.run.config import RunConfig
 from flows.run.folder import read_run
 from trainer.config import AUTO
 from trainer.hardware import Hardware
-from trainer.layouts import Choice, choose_layout, choose_micro_batch, remedy
+from trainer.layout_choice import Choice, choose_layout, choose_micro_batch, remedy
 
 
 def resolve_auto(config: RunConfig, hardware: Hardware | None = None) -> tuple[RunConfig, tuple[str, ...]]:

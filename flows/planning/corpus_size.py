@@ -149,11 +149,16 @@ def _text_share(source: SourceConfig, name: str, documents: list[str]) -> float:
         with pq.ParquetFile(name) as opened:
             mean = sum(len(each.encode("utf-8", "replace")) for each in documents) / len(documents)
             return float(opened.metadata.num_rows * mean / Path(name).stat().st_size)
+    contents = open_contents(name)
     with open_file(name) as stored:
-        content = next(open_contents(name)).read(_PROBED_BYTES)
+        # The generator closes the file when it ends.
+        content = next(contents).read(_PROBED_BYTES)
         is_compressed = stored.read(64) != content[:64]
-    # How far the file's own compression goes is not known from a part of it; zlib's stands for it.
-    expansion = len(content) / len(zlib.compress(content)) if is_compressed else 1.0
+    expansion = 1.0
+    if is_compressed:
+        # How far the file's own compression goes is not known from a part of it; zlib's stands for it.
+        is_whole = len(content) < _PROBED_BYTES
+        expansion = len(content) / (Path(name).stat().st_size if is_whole else len(zlib.compress(content)))
     if kind != "jsonl":
         return expansion
     lines = content.splitlines(keepends=True)[: len(documents)]

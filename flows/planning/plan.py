@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_scoring.base.progress import Progress, silent
 from data_scoring.config import padded_vocab_size, prefix_of
@@ -15,7 +15,7 @@ from flows.run.config import RunConfig
 from flows.run.folder import Run
 from trainer.flops import FORMULA, model_flops
 from trainer.hardware import CAPACITIES, GIB, Hardware
-from trainer.layouts import choose_layout, fits, largest_micro_batch, remedy
+from trainer.layout_choice import choose_layout, fits, largest_micro_batch, remedy
 from trainer.memory import Workload, checkpoint_bytes, kinds_of_stages, stage_memory, stage_parameters
 
 UTILISATION = 0.4
@@ -190,6 +190,8 @@ def _fault(workload: Workload, hardware: Hardware) -> str | None:
 
 def _suggestion(config: RunConfig, workload: Workload, hardware: Hardware) -> str | None:
     """Return the layout that `auto` would choose, if it is another one than that of `config`."""
+    if hardware.kind == "cpu":
+        hardware = replace(hardware, per_node=config.launch.processes_per_node or 1)
     chosen = choose_layout(workload, hardware)
     if chosen is None or (chosen.parallel, chosen.micro_batch_size) == (
         workload.parallel,

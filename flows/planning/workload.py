@@ -12,7 +12,7 @@ from flows.stages.prepare import vocabulary_size
 from trainer.config import AUTO, ParallelConfig
 from trainer.devices import has_fused_norm, list_accelerators, resolve_precision
 from trainer.hardware import ACCELERATORS, Hardware, accelerators, find_accelerator
-from trainer.layouts import with_micro_batch
+from trainer.layout_choice import with_micro_batch
 from trainer.memory import Workload
 
 # Slurm's generic resource with the devices' type, such as gpu:h100:8.

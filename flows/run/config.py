@@ -256,6 +256,10 @@ class RunConfig(Config):
         """Return whether the layout or the micro batch is still to be chosen for the devices."""
         return AUTO in (self.requested_parallel, self.train.requested_micro_batch_size)
 
+    def check_resolved(self) -> None:
+        """Raise ValueError if the layout or the micro batch is still to be chosen."""
+        _ = self.parallel, self.train.micro_batch_size
+
     def with_choice(self, parallel: ParallelConfig, micro_batch_size: int) -> "RunConfig":
         """Return a copy with this layout and micro batch. Raises ValueError if they do not divide the batch evenly."""
         train = self.train.model_copy(update={"requested_micro_batch_size": micro_batch_size})

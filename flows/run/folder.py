@@ -169,8 +169,10 @@ def recorded_files(record: Path) -> dict[str, WrittenFile]:
 def open_run(config: RunConfig) -> Run:
     """Return the run of `config`, after creating its folder or checking an existing one.
 
-    Raises ValueError, naming the fields that differ, if the folder was created by another configuration.
+    Raises ValueError, naming the fields that differ, if the folder was created by another configuration, and if `auto`
+    is not resolved yet.
     """
+    config.check_resolved()
     folder = config.folder.absolute()
     check_path(folder)
     path = folder / "run.yaml"

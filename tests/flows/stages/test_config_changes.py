@@ -39,7 +39,7 @@ CHANGES: dict[str, Any] = {
     "model.inherit": None, "model.inherit.from": "runs/other", "model.inherit.round": 1,
     "model.inherit.layers": [0, 1, 2], "model.inherit.method": "l1", "model.inherit.calibration_samples": 9,
     "model.inherit.mask_steps": 9, "model.inherit.mask_lr": 0.1,
-    "parallel.tensor": 2, "parallel.pipeline": 3, "parallel.data": 2, "parallel.sequence": True,
+    "parallel": "auto", "parallel.tensor": 2, "parallel.pipeline": 3, "parallel.data": 2, "parallel.sequence": True,
     "launch.kind": "slurm", "launch.nodes": 2, "launch.processes_per_node": 1, "launch.rendezvous": "other:1",
     "launch.rendezvous_port": 3000, "launch.interface": "eth0", "launch.join_minutes": 1.0, "launch.max_restarts": 0,
     "launch.slurm.partition": "p", "launch.slurm.account": "a", "launch.slurm.qos": "q", "launch.slurm.gres": "gpu:1",
