@@ -27,7 +27,7 @@ class MeasureJob(Job):
     train: TrainConfig
     score: ScoreConfig
     num_microbatches: int = Field(ge=1, description="Microbatches of a measured step, for each replica.")
-    seconds: float = Field(default=3.0, gt=0, description="Seconds to train, and to score, at most about twice that.")
+    seconds: float = Field(gt=0, description="Seconds to train, and to score, at most about twice that.")
 
     def kernels(self) -> "Kernels":
         """Return training's and scoring's kernels."""

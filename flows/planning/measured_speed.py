@@ -24,6 +24,8 @@ from trainer.memory import Workload
 
 # Of a microbatch, or of scoring one. A core computes some 1e10 a second.
 _MOST_FLOPS = 2e11
+# To train, and to score.
+_SECONDS = 3.0
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -82,7 +84,9 @@ def _measure(config: RunConfig, corpus: Corpus, folder: Path, num_microbatches: 
     round_folder.mkdir(parents=True)
     measured = min(num_microbatches, 4 * config.parallel.pipeline)
     fields = {**job_fields(run, 1, "measurement"), "corpus": corpus.folder}
-    job = MeasureJob(**fields, train=config.resolved_train, score=config.score, num_microbatches=measured)
+    job = MeasureJob(
+        **fields, train=config.resolved_train, score=config.score, num_microbatches=measured, seconds=_SECONDS
+    )
     started = time.monotonic()
     launcher.launch(job, folder, "measure", silent)
     elapsed = time.monotonic() - started

@@ -3,7 +3,10 @@
 import time
 from pathlib import Path
 
+import pytest
+
 from data_scoring.base.progress import silent
+from flows.planning import measured_speed
 from flows.planning.measured_speed import is_measurable
 from flows.planning.plan import make_plan
 from flows.planning.workload import find_hardware, workload_of
@@ -15,7 +18,7 @@ from tests.forked_ranks import forking
 
 
 def configured(folder: Path) -> RunConfig:
-    (folder / "a.txt").write_text("\n".join(make_documents(800)))
+    (folder / "a.txt").write_text("\n".join(make_documents(400)))
     corpus = {"sources": [{"name": "a", "path": str(folder / "a.txt"), "document": "line"}], "seq_length": 64}
     return parse_config(
         {"name": "x", "output": str(folder), "device": "cpu", "corpus": corpus, "tokenizer": {"vocab_size": 300},
@@ -24,8 +27,9 @@ def configured(folder: Path) -> RunConfig:
     )  # fmt: skip
 
 
-def test_a_plan_of_a_tiny_run_holds(tmp_path: Path) -> None:
+def test_a_plan_of_a_tiny_run_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a factor of four, since tests share the machine."""
+    monkeypatch.setattr(measured_speed, "_SECONDS", 0.5)
     config = configured(tmp_path)
     with forking():
         plan = make_plan(config, find_hardware(config))

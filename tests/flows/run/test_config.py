@@ -127,7 +127,7 @@ def test_the_demo_is_the_default_path() -> None:
     """The demo sets its corpus and its two processes; everything else it leaves at its default."""
     demo = read_config(Path("configs/demo.yaml"), [])
     default = RunConfig(name="demo", corpus=demo.corpus.model_copy())
-    assert demo.model_copy(update={"parallel": default.parallel}) == default
+    assert demo.model_copy(update={"requested_parallel": default.parallel}) == default
     assert (demo.parallel.pipeline, demo.parallel.world_size) == (2, 2)
     assert (demo.refine.policy, demo.refine.sampling_rate, demo.refine.draw_temperature) == ("loss", 0.5, 1.0)
     assert (demo.corpus.num_shards, demo.rounds.num_rounds) == (8, 2)
