@@ -51,7 +51,10 @@ def _plan(options: argparse.Namespace) -> None:
     config = read_config(options.config, options.set)
     hardware = _given_hardware(options, config)
     if hardware is None:
-        hardware = find_hardware(config)
+        try:
+            hardware = find_hardware(config)
+        except ValueError as error:
+            raise ValueError(f"{error}; or name the devices to plan for: --assume 8xh100") from None
     else:
         config = with_devices(config, hardware)
     with TerminalProgress() as progress:

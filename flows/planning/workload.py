@@ -53,6 +53,11 @@ def find_hardware(config: RunConfig) -> Hardware:
     launch = config.launch
     kind = device_kind(config)
     if kind == "cpu":
+        if config.is_auto and not launch.launcher_kind.sees_devices:
+            raise ValueError(
+                f"parallel: auto cannot see the memory of the nodes with launch.kind {launch.kind} and device cpu; set "
+                "parallel and train.micro_batch_size to numbers"
+            )
         ranks = launch.processes_per_node or 1
         if config.requested_parallel != AUTO:
             ranks = config.parallel.world_size // launch.nodes

@@ -98,6 +98,11 @@ def test_slurm_s_nodes_are_known_by_the_type_in_gres(folder: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
+def test_slurm_s_nodes_without_accelerators_are_not_known(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^parallel: auto cannot see the memory of the nodes .*to numbers$"):
+        resolve_auto(configured(folder, launch={"kind": "slurm"}))
+
+
 def test_assumed_devices_do_not_need_to_be_launched(folder: Path) -> None:
     """Two hosts need a rendezvous for a run, but not for a plan."""
     config = configured(

@@ -149,6 +149,7 @@ def test_what_does_not_fit_is_said_first_with_the_change(text: Path, capsys: pyt
         ("--assume 8xh100 --devices 8", "--assume: cannot be combined"),
         ("--devices 8", "--devices: needs a number"),
         ("--devices 3 --memory 80 --set launch={nodes:2} --set parallel=auto", "--devices: 3 is not a multiple"),
+        ("--set device=npu", "name the devices to plan for: --assume 8xh100"),
         ("--utilisation 1.5", "--utilisation: 1.5 is not between 0 and 1"),
         ("--set parallel={data:3} --assume 8xh100", "train.global_batch_size: 8 is not a multiple"),
         ("--set model={preset:llama-7b} --set parallel=auto --assume 1xh100", "parallel: auto: no layout"),
