@@ -30,7 +30,7 @@ def configured(folder: Path) -> RunConfig:
 
 
 def test_a_plan_of_a_tiny_run_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a factor of 30, since tests share the machine: the times of a few steps and of two starts differ widely."""
+    """Within a factor of 30, since tests share the machine; a few steps and starts take widely different times."""
     monkeypatch.setattr(measured_speed, "_SECONDS", 0.5)
     config = configured(tmp_path)
     with forking():
