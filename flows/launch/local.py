@@ -50,8 +50,8 @@ class LocalLauncher(Launcher):
 
     def start(self) -> None:
         """Start this host's ranks when those of an earlier launch have ended, and announce the job to other hosts."""
-        self.write_job()
         wait_for_ranks_to_end(self.job.lock, 60 + self.job.seconds_to_stop)
+        self.write_job()
         if self.config.nodes > 1:
             self._leader = Leader(self.run_folder, self.job_path, self._rendezvous)
         with self.log_path.open("ab") as log:

@@ -74,7 +74,7 @@ class Train(Stage):
         evaluation.forget_others(questions)
         job = _train_job(run, round_number, start_from, identity, questions)
         progress = evaluation.scoring_in_training(questions, progress)
-        launcher.launch(job, run.folder, f"train-{round_number}", progress, run.config.launch)
+        stages.launch(job, f"train-{round_number}", progress)
         evaluation.score_training(questions)
 
 
