@@ -26,7 +26,7 @@ from flows.run.locks import locked
 from flows.stages import stage_order
 from flows.stages.evaluate import evaluate_otherwise
 from flows.stages.refine import preview
-from flows.stages.stage_order import stages_of, steps_of, with_next
+from flows.stages.stage_order import keeps_ranks, stages_of, steps_of, with_next
 
 complete = task(cache_policy=NO_CACHE)(stage_order.complete)
 report = task(name="report", task_run_name="report", cache_policy=NO_CACHE)(write_report)
@@ -51,7 +51,7 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
                     # The approval may have changed the policy or the rate.
                     _complete(run, "refine", step.round_number, progress)
                 _complete(run, step.stage.name, step.round_number, progress, kept)
-                if following is None or not following.stage.can_follow_training(config):
+                if not keeps_ranks(config, following):
                     kept.close()
             stages_of(run).verify(progress)
             return report(run)

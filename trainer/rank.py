@@ -79,9 +79,9 @@ def _next_job(
     # The space for an error is only reserved while a job runs: waiting ranks may be killed.
     release_space(job.errors, rank)
     if rank == 0:
-        found = queue.wait()
+        weights, found = job.final_weights(), queue.wait()
         # Files reach other hosts late; the first rank reads them for all ranks.
-        following = [None if found is None else (read_job(found), found, job.final_weights())]
+        following = [None if found is None else (read_job(found), found, weights)]
     torch.distributed.broadcast_object_list(following, src=0, group=group)
     if following[0] is not None:
         reserve_space(job.errors, rank)

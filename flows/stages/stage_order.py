@@ -66,6 +66,20 @@ def steps_of_command(config: RunConfig, command: str, place: int) -> list[Step]:
     return chosen
 
 
+def complete_all(run: Run, steps: list[Step], progress: Progress) -> None:
+    """Complete steps, in order; the ranks that have trained a round also do what follows it."""
+    with KeptRanks() as kept:
+        for step, following in with_next(steps):
+            complete(run, step.stage.name, step.round_number, progress, kept)
+            if not keeps_ranks(run.config, following):
+                kept.close()
+
+
+def keeps_ranks(config: RunConfig, following: Step | None) -> bool:
+    """Return whether ranks are kept for the step `following`, if there is one."""
+    return following is not None and following.stage.can_follow_training(config)
+
+
 def with_next(steps: list[Step]) -> Iterator[tuple[Step, Step | None]]:
     """Yield each step with the one that follows it; None follows the last."""
     yield from zip(steps, [*steps[1:], None], strict=True)
