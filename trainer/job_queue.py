@@ -73,3 +73,10 @@ class JobQueue:
     def _read_done(self) -> list[str]:
         record = read_record(self._done, _Done, _REMEDY)
         return [] if record is None else record["jobs"]
+
+
+def clear_queues(folder: Path) -> None:
+    """Delete the files of all queues in `folder`; no ranks may be running."""
+    for part in ("next", "done"):
+        for path in folder.glob(f"*.{part}.json"):
+            path.unlink()
