@@ -22,7 +22,7 @@ from flows.report.run_report import write_report
 from flows.run.config import RunConfig
 from flows.run.folder import open_run
 from flows.run.locks import locked
-from flows.stages.stage_order import complete
+from flows.stages.stage_order import complete_all, steps_of
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
 
 TURNS = 3
@@ -42,13 +42,7 @@ def run_stages(config: RunConfig) -> Path:
     """Run all stages of the flow as plain function calls, and return the run's folder."""
     with locked(config.folder):
         run = open_run(config)
-        complete(run, "prepare", 0, silent)
-        for number in range(1, config.rounds.num_rounds + 1):
-            if number > 1:
-                complete(run, "score", number - 1, silent)
-                complete(run, "refine", number, silent)
-            complete(run, "mix", number, silent)
-            complete(run, "train", number, silent)
+        complete_all(run, steps_of(config), silent)
         write_report(run)
     return run.folder
 

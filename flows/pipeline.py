@@ -15,6 +15,7 @@ from pydantic import Field
 
 from data_scoring.config import EvalConfig
 from data_scoring.refine.refine_config import RefineConfig
+from flows.launch.launcher import KeptRanks
 from flows.orchestration.approval import ask
 from flows.orchestration.flow_progress import FlowProgress, RunCancelledError, allowed_folders
 from flows.planning.auto import resolve_auto
@@ -26,7 +27,7 @@ from flows.run.locks import locked
 from flows.stages import stage_order
 from flows.stages.evaluate import evaluate_otherwise
 from flows.stages.refine import preview
-from flows.stages.stage_order import stages_of, steps_of
+from flows.stages.stage_order import keeps_ranks, stages_of, steps_of, with_next
 
 complete = task(cache_policy=NO_CACHE)(stage_order.complete)
 report = task(name="report", task_run_name="report", cache_policy=NO_CACHE)(write_report)
@@ -47,13 +48,15 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
     for reason in reasons:
         get_run_logger().info("auto: %s", reason)
     try:
-        with FlowProgress(config.folder) as progress, locked(config.folder):
+        with FlowProgress(config.folder) as progress, locked(config.folder), KeptRanks() as kept:
             run = open_run(config)
-            for step in steps_of(config):
+            for step, following in with_next(steps_of(config)):
                 if step.stage.waits_for(run, step.round_number) and ask(run, step.round_number):
                     # The approval may have changed the policy or the rate.
                     _complete(run, "refine", step.round_number, progress)
-                _complete(run, step.stage.name, step.round_number, progress)
+                _complete(run, step.stage.name, step.round_number, progress, kept)
+                if not keeps_ranks(config, following):
+                    kept.close()
             stages_of(run).verify(progress)
             return report(run)
     except RunCancelledError as error:
@@ -117,8 +120,8 @@ def _open(run_folder: str) -> Run:
     return read_run(Path(run_folder))
 
 
-def _complete(run: Run, stage: str, round_number: int, progress: FlowProgress) -> None:
+def _complete(run: Run, stage: str, round_number: int, progress: FlowProgress, kept: KeptRanks | None = None) -> None:
     """Complete a stage as a separate task, and show its result."""
     name = f"{stage}-{round_number}" if round_number else stage
-    complete.with_options(name=stage, task_run_name=name)(run, stage, round_number, progress)
+    complete.with_options(name=stage, task_run_name=name)(run, stage, round_number, progress, kept)
     progress.completed(run, stage, round_number)

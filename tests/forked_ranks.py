@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,30 +26,33 @@ def run_ranks(work: Callable[..., None], *arguments: Any, num_ranks: int) -> Non
 
 
 @contextmanager
-def forking() -> Iterator[None]:
-    """Have the launcher fork a job's ranks instead of starting torchrun, which would import everything for each."""
+def forking(launcher: int | None = None) -> Iterator[None]:
+    """Have the launcher fork a job's ranks instead of starting torchrun, which would import everything for each.
+
+    launcher: the process that ranks end with, by default this one.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchrun, "start", _start)
+        patch.setattr(torchrun, "start", partial(_start, launcher or os.getpid()))
         yield
 
 
 def _start(
-    job_path: Path, rendezvous: Rendezvous, is_head: bool, interface: str | None, log: BinaryIO
-) -> "_ForkedRanks":
+    launcher: int, job_path: Path, rendezvous: Rendezvous, is_head: bool, interface: str | None, log: BinaryIO
+) -> "ForkedRanks":
     assert is_head
     assert rendezvous.num_nodes == 1
     environment = torchrun.rank_environment(interface or "lo", rendezvous.seconds_to_stop)
-    return _ForkedRanks(job_path, rendezvous.processes_per_node, environment, Path(log.name))
+    environment["REPRISE_LAUNCHER"] = str(launcher)
+    return ForkedRanks(job_path, rendezvous.processes_per_node, environment, Path(log.name))
 
 
-class _ForkedRanks:
+class ForkedRanks:
     """Ranks of one host, with what the launcher asks of torchrun's process: when one fails, all end."""
 
     def __init__(self, job_path: Path, num_ranks: int, environment: dict[str, str], log: Path) -> None:
         self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         common = {
             **environment,
-            "REPRISE_LAUNCHER": str(os.getpid()),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -61,6 +65,7 @@ class _ForkedRanks:
         ]
         for rank in self._ranks:
             rank.start()
+        self.pids = [rank.pid for rank in self._ranks]
 
     def poll(self) -> int | None:
         codes = [rank.exitcode for rank in self._ranks]

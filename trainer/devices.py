@@ -158,6 +158,12 @@ def list_accelerators(kind: str) -> list[tuple[str, int]]:
     return found
 
 
+def free_cached_memory(device: torch.device) -> None:
+    """Return the memory that torch keeps for reuse, but does not use, to `device` (a no-op on CPU)."""
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
+
+
 def has_fused_norm(kind: str) -> bool:
     """Return whether torch has a fused RMSNorm kernel, which keeps only its input, on devices of `kind`."""
     return kind == "cuda"

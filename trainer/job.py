@@ -17,7 +17,7 @@ from data_scoring.base.files import write_record
 from data_scoring.base.messages import shown
 from data_scoring.base.progress import Progress
 from data_scoring.base.validation import read_record, validated
-from data_scoring.config import Config
+from data_scoring.config import Config, LossKernel
 from data_scoring.corpus.corpus import Corpus
 from trainer.checkpoint_folder import SECONDS_TO_STOP
 from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
@@ -38,6 +38,7 @@ class RankContext:
     stop: whether the ranks were asked to save and end.
     is_writer: whether this rank writes the results; exactly one rank does, one that holds the losses.
     progress: reports the job's progress; does nothing on ranks that do not write.
+    weights: the checkpoint whose weights the model has, because an earlier job of these ranks left them.
     """
 
     corpus: Corpus
@@ -46,6 +47,7 @@ class RankContext:
     stop: "StopRequest"
     is_writer: bool
     progress: Progress
+    weights: Path | None = None
 
 
 class Job(Config):
@@ -85,6 +87,19 @@ class Job(Config):
 
         return Kernels(activation=self.activation_kernel)
 
+    @property
+    def scoring_kernel(self) -> LossKernel | None:
+        """Return the kernel that the model computes losses with in evaluation mode, or None for the default."""
+        return None
+
+    def can_follow(self, other: "Job") -> bool:
+        """Return whether ranks that have done `other` can do this job with the same model."""
+        return False
+
+    def final_weights(self) -> Path | None:
+        """Return the checkpoint whose weights the model has after the job, or None if it has others."""
+        return None
+
     def saved_work(self) -> tuple[str | int, ...]:
         """Return a comparable value for the saved work that a restart resumes from; it changes with every save.
 
@@ -93,22 +108,39 @@ class Job(Config):
         return ()
 
 
+# Fields that decide what ranks are set up with.
+_SETUP = {"corpus", "model", "parallel", "device", "precision", "activation_kernel", "progress", "errors", "lock"}
+
+
 class TrainedModelJob(Job):
     """A job that uses a trained model: it loads a checkpoint's weights and does not change them."""
 
     weights: Path = Field(description="Checkpoint whose weights are loaded.")
 
     def run(self, context: RankContext) -> None:
-        """Load the weights and use the model."""
+        """Load the weights, unless the model has them, and use the model."""
         from trainer.checkpoint import load_weights
 
-        load_weights(self.weights, context.model)
+        if context.weights != self.weights:
+            load_weights(self.weights, context.model)
         context.model.eval()
         self.use(context)
+
+    def can_follow(self, other: Job) -> bool:
+        """Return whether the ranks of `other` have the same corpus, layout and device, and an equally built model."""
+        return _setup(self) == _setup(other)
+
+    def final_weights(self) -> Path | None:
+        """Return the checkpoint that was loaded."""
+        return self.weights
 
     @abstractmethod
     def use(self, context: RankContext) -> None:
         """Do the job with `context.model`, whose weights are loaded and which is in evaluation mode."""
+
+
+def _setup(job: Job) -> tuple[Any, ...]:
+    return job.model_dump(include=_SETUP), job.layout, job.scoring_kernel
 
 
 def write_job(job: Job, path: Path) -> None:

@@ -52,10 +52,20 @@ class TrainJob(Job):
         return Kernels(self.train.loss_kernel, self.score.loss_kernel, self.activation_kernel)
 
     def run(self, context: RankContext) -> None:
-        """Train; see `trainer.train.train_round`."""
-        from trainer.train import train_round
+        """Train; see `trainer.train.train_round`. Only the weights stay in memory."""
+        from trainer.train import train_round, unwrap
 
         train_round(self, context.corpus, context.model, context.bf16, context.stop)
+        unwrap(context.model)
+
+    @property
+    def scoring_kernel(self) -> LossKernel:
+        """Return the kernel of validation."""
+        return self.score.loss_kernel
+
+    def final_weights(self) -> Path | None:
+        """Return the round's last checkpoint."""
+        return list_checkpoints(self.round_folder / "checkpoint")[-1]
 
     def saved_work(self) -> tuple[str | int, ...]:
         """Return the name of the last checkpoint."""
@@ -74,6 +84,11 @@ class LossJob(TrainedModelJob):
         from trainer.model import Kernels
 
         return Kernels(scoring=self.score.loss_kernel, activation=self.activation_kernel)
+
+    @property
+    def scoring_kernel(self) -> LossKernel:
+        """Return the kernel that losses are computed with."""
+        return self.score.loss_kernel
 
 
 class ScoreJob(LossJob):
@@ -139,6 +154,11 @@ class EvaluateJob(TrainedModelJob):
         from trainer.model import Kernels
 
         return Kernels(scoring=self.loss_kernel, activation=self.activation_kernel)
+
+    @property
+    def scoring_kernel(self) -> LossKernel:
+        """Return the kernel that losses are computed with."""
+        return self.loss_kernel
 
     def use(self, context: RankContext) -> None:
         """Answer the tasks that have no answers yet; see `trainer.evaluate.answer_tasks`."""

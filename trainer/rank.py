@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from data_scoring.base.progress import ProgressFile, silent
 from data_scoring.corpus.corpus import Corpus
 from trainer.devices import Device, initialise, resolve_precision
 from trainer.job import Job, RankContext, read_job
+from trainer.job_queue import JobQueue
 from trainer.pickles import allow_plain_pickles_only
 from trainer.rank_errors import RankError, errors_beside, leave_error, release_space, reserve_space
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
@@ -33,7 +35,7 @@ def main(job_path: Path) -> None:
     stop = StopRequest()
     end_with_launcher(job, stop)
     try:
-        _run(job, stop)
+        _run(job, JobQueue(job_path), job_path, stop)
     except StoppedError:
         sys.exit(128 + signal.SIGTERM)
     except BaseException as error:  # torch's CheckpointException is no Exception
@@ -45,16 +47,49 @@ def main(job_path: Path) -> None:
         release_space(job.errors, rank)
 
 
-def _run(job: Job, stop: StopRequest) -> None:
+def _run(job: Job, queue: JobQueue, job_path: Path, stop: StopRequest) -> None:
     device = initialise(job.device, int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group(device.backend, timeout=timedelta(minutes=30))
-    do(job, device, stop)
+    context = do(job, device, stop)
+    # Waiting in a collective of the device would keep it busy.
+    waiting = None if device.backend == "gloo" else torch.distributed.new_group(backend="gloo")
+    while (following := _next_job(job, job_path, queue, stop, waiting)) is not None:
+        job, job_path, weights = following
+        progress = ProgressFile(job.progress) if context.is_writer else silent
+        job.run(replace(context, progress=progress, weights=weights))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def do(job: Job, device: Device, stop: StopRequest) -> None:
-    """Run `job` on `device` as one of the ranks of the initialised process group.
+def _next_job(
+    job: Job, job_path: Path, queue: JobQueue, stop: StopRequest, group: torch.distributed.ProcessGroup | None
+) -> tuple[Job, Path, Path | None] | None:
+    """Return the next job on all ranks when all have done `job`: it, its file, and the weights that the model has.
+
+    Returns None if the ranks have to end.
+    """
+    is_stopping = torch.tensor(int(stop.is_made))
+    torch.distributed.all_reduce(is_stopping, group=group)
+    following: list[tuple[Job, Path, Path | None] | None] = [None]
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        queue.mark_done(job_path)
+    if is_stopping.item():
+        return None
+    # The space for an error is only reserved while a job runs: waiting ranks may be killed.
+    release_space(job.errors, rank)
+    if rank == 0:
+        weights, found = job.final_weights(), queue.wait()
+        # Files reach other hosts late; the first rank reads them for all ranks.
+        following = [None if found is None else (read_job(found), found, weights)]
+    torch.distributed.broadcast_object_list(following, src=0, group=group)
+    if following[0] is not None:
+        reserve_space(job.errors, rank)
+    return following[0]
+
+
+def do(job: Job, device: Device, stop: StopRequest) -> RankContext:
+    """Run `job` on `device` as one of the ranks of the initialised process group; return what it was given.
 
     Raises StoppedError if training ended because of `stop`.
     """
@@ -68,7 +103,9 @@ def do(job: Job, device: Device, stop: StopRequest) -> None:
     vocab_size = job.model.vocab_size or corpus.vocab_size
     model = build_model(job.model, vocab_size, corpus.seq_length, job.layout, device.torch_device, bf16, job.kernels())
     progress = ProgressFile(job.progress) if is_writer() else silent
-    job.run(RankContext(corpus, model, bf16, stop, is_writer(), progress))
+    context = RankContext(corpus, model, bf16, stop, is_writer(), progress)
+    job.run(context)
+    return context
 
 
 def _initialise_parallel(job: Job, device: Device) -> None:

@@ -1,5 +1,6 @@
 """One round of training: the mix in order, with periodic checkpoints and a record of every loss."""
 
+import gc
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from data_scoring.tokenizer.tokenizer import open_tokenizer
 from trainer.checkpoint import TrainingState, find_usable_checkpoint, load_checkpoint, load_weights
 from trainer.checkpoint_folder import CheckpointRecord, list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig
+from trainer.devices import free_cached_memory
 from trainer.evaluate import answer_tasks
 from trainer.forward import read_microbatches, run_schedule
 from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, prepare_seen
@@ -115,6 +117,16 @@ def wrap(model: Any, bf16: bool, is_sharded: bool) -> DistributedDataParallel:
     config = DistributedDataParallelConfig(use_distributed_optimizer=is_sharded, grad_reduce_in_fp32=bf16)
     model.config.finalize_model_grads_func = finalize_model_grads
     return DistributedDataParallel(model.config, config, model)
+
+
+def unwrap(model: Any) -> None:
+    """Undo `wrap`: free the gradients and the optimizer's state of `model`, once nothing else refers to them."""
+    model.config.finalize_model_grads_func = None
+    for parameter in model.parameters():
+        parameter.grad = parameter.main_grad = None
+    # The wrapper and its hooks refer to each other.
+    gc.collect()
+    free_cached_memory(next(model.parameters()).device)
 
 
 class _Logs:

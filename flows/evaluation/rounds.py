@@ -18,6 +18,7 @@ from flows.evaluation.questions import Question, evaluation_folder, evaluation_o
 from flows.evaluation.scores import WORTH, write_scores
 from flows.launch import launcher
 from flows.launch.job_fields import final_checkpoint
+from flows.launch.launcher import KeptRanks
 from flows.run.folder import Run
 from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.jobs import RepeatedEvaluation
@@ -40,15 +41,15 @@ class RoundEvaluation:
         """Return the folder of the round's answers and scores."""
         return evaluation_folder(self.run, self.round_number)
 
-    def ask(self, config: EvalConfig, progress: Progress) -> list[Question]:
+    def ask(self, config: EvalConfig, progress: Progress, kept: KeptRanks | None = None) -> list[Question]:
         """Return the questions of the tasks of `config`, after the round's final model has answered them.
 
-        Existing answers are reused.
+        Existing answers are reused. kept: see `flows.launch.launcher.launch`.
         """
         questions = read_questions(self.run, config.asked, config, progress)
         names = _asked(questions)
         if names:
-            self._ask(names, progress)
+            self._ask(names, progress, kept)
         return questions
 
     def score(self, questions: Sequence[Question], progress: Progress) -> None:
@@ -129,7 +130,7 @@ class RoundEvaluation:
         files = sorted(path for place in places for path in place.glob("*.parquet"))
         write_record(folder / _RECORD, {"files": self.run.measured(files)})
 
-    def _ask(self, names: tuple[str, ...], progress: Progress) -> None:
+    def _ask(self, names: tuple[str, ...], progress: Progress, kept: KeptRanks | None) -> None:
         """Answer the named tasks with the round's final model, unless the answers exist."""
         from flows.evaluation.harness_model import answer_job
 
@@ -143,7 +144,7 @@ class RoundEvaluation:
         )
         if not is_complete:
             self._forget(folder)
-            launcher.launch(job, run.folder, f"evaluate-{self.round_number}", progress, run.config.launch)
+            launcher.launch(job, run.folder, f"evaluate-{self.round_number}", progress, run.config.launch, kept)
 
     def _last_folder(self) -> Path:
         """Return the folder of the answers of the round's final model."""

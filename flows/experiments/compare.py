@@ -37,7 +37,7 @@ from flows.run.config import RunConfig
 from flows.run.folder import Run, open_run
 from flows.run.locks import locked
 from flows.stages.refine import preview
-from flows.stages.stage_order import complete, steps_to_train
+from flows.stages.stage_order import complete, complete_all, steps_at, steps_to_train
 from trainer.config import InheritConfig, InheritMethod, ModelConfig
 
 # An arm that does not use losses does not exclude outliers either.
@@ -267,9 +267,8 @@ def _train_base(config: RunConfig, progress: Progress) -> Run:
     progress = named(config, progress)
     with locked(config.folder):
         run = open_run(config)
-        for step in steps_to_train(config, 1):
-            complete(run, step.stage.name, step.round_number, progress)
-        complete(run, "score", 1, progress)
+        scoring = [step for step in steps_at(config, 2) if step.stage.name == "score"]
+        complete_all(run, [*steps_to_train(config, 1), *scoring], progress)
     return run
 
 
@@ -280,9 +279,8 @@ def _train_arm(config: RunConfig, before: Run, progress: Progress) -> Run:
         rounds = (f"rounds/{number}" for number in range(1, before.config.rounds.num_rounds + 1))
         share_run(before, config.folder, ["corpus", *rounds], progress)
         run = open_run(config)
-        for step in steps_to_train(config, config.rounds.num_rounds):
-            if step.place > 1:
-                complete(run, step.stage.name, step.round_number, progress)
+        steps = [step for step in steps_to_train(config, config.rounds.num_rounds) if step.place > 1]
+        complete_all(run, steps, progress)
     return run
 
 

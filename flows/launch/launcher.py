@@ -6,8 +6,11 @@
 
 import pkgutil
 import shutil
+import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,8 +20,13 @@ from flows.run.config import LaunchConfig, RunConfig
 from flows.run.errors import RanksFailedError
 from flows.run.launcher_kinds import LAUNCHER_KINDS
 from trainer.job import Job, write_job
+from trainer.job_queue import JobQueue
 from trainer.rank_errors import release_space
 
+_SECONDS_BETWEEN_POLLS = 0.1
+_SECONDS_BETWEEN_BEATS = 1.0
+# Kept ranks that do not end by themselves within this time are stopped.
+_SECONDS_TO_END = 30.0
 _LONGEST_PAUSE = 60.0
 _HERE = LaunchConfig(max_restarts=0)
 
@@ -31,15 +39,18 @@ class Launcher(ABC):
     an error for a rank that is killed. The ranks' output goes to `log_path`.
 
     tools: the commands that the launcher needs on this host.
+    keeps: whether the ranks wait for other jobs after theirs, until `queue` tells them to end.
     """
 
     tools: ClassVar[tuple[str, ...]] = ()
+    keeps = False
 
     def __init__(self, job: Job, name: str, run_folder: Path, config: LaunchConfig) -> None:
         """Store the arguments; starts nothing. `name` is the stem of the job's files in the run folder."""
         self.job, self.name, self.run_folder, self.config = job, name, run_folder, config
         self.job_path = run_folder / "logs" / f"{name}.job.json"
         self.log_path = run_folder / "logs" / f"{name}.log"
+        self.queue = JobQueue(self.job_path)
 
     @classmethod
     def missing_tools(cls) -> list[str]:
@@ -62,8 +73,22 @@ class Launcher(ABC):
             )
 
     def write_job(self) -> None:
-        """Write the job to `job_path`, where the ranks read it."""
+        """Write the job to `job_path`, where the ranks read it; call this when no ranks of an earlier launch run."""
+        self.queue.clear()
+        if self.keeps:
+            self.queue.put(self.job_path)
         write_job(self.job, self.job_path)
+
+    def hand_over(self, job: Job, name: str) -> None:
+        """Have the ranks, which wait, do `job`; `name` is the stem of its file. Output goes to the same log."""
+        self.job, self.name = job, name
+        self.job_path = self.run_folder / "logs" / f"{name}.job.json"
+        write_job(job, self.job_path)
+        self.queue.put(self.job_path)
+
+    def is_done(self) -> bool:
+        """Return whether the ranks have done the job, and wait for another."""
+        return self.keeps and self.queue.is_done(self.job_path)
 
     @abstractmethod
     def plan(self) -> str:
@@ -110,8 +135,98 @@ def plan(job: Job, run_folder: Path, name: str, config: LaunchConfig) -> str:
     return launcher_class(config.kind)(job, name, run_folder, config).plan()
 
 
-def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: LaunchConfig = _HERE) -> None:
+class KeptRanks:
+    """The ranks of the last launch, which wait for another job with the same model; a context manager that ends them.
+
+    They hold their devices: call `close` as soon as no such job follows.
+    """
+
+    def __init__(self) -> None:
+        self._launcher: Launcher | None = None
+        self._is_over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "KeptRanks":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        elif (launcher := self._release()) is not None:
+            _end(launcher)
+
+    def keep(self, launcher: Launcher) -> None:
+        """Keep the ranks of `launcher`, which have done their job and wait."""
+        self._launcher = launcher
+        if launcher.config.nodes > 1 and launcher.config.launcher_kind.is_joined:
+            self._is_over.clear()
+            self._thread = threading.Thread(target=self._poll, args=(launcher,), daemon=True)
+            self._thread.start()
+
+    def take(self, job: Job) -> Launcher | None:
+        """Return the launcher whose ranks wait and can do `job`; otherwise end them and return None."""
+        launcher = self._launcher
+        if launcher is None:
+            return None
+        if not job.can_follow(launcher.job) or not _is_running(launcher):
+            self.close()
+            return None
+        return self._release()
+
+    def close(self) -> None:
+        """Have the ranks end, and return when they have."""
+        launcher = self._release()
+        if launcher is None:
+            return
+        try:
+            launcher.queue.end()
+            deadline = time.monotonic() + _SECONDS_TO_END
+            while _is_running(launcher) and time.monotonic() < deadline:
+                time.sleep(_SECONDS_BETWEEN_POLLS)
+        finally:
+            _end(launcher)
+
+    def _release(self) -> Launcher | None:
+        launcher, self._launcher = self._launcher, None
+        self._is_over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return launcher
+
+    def _poll(self, launcher: Launcher) -> None:
+        """Poll while the ranks wait: joined hosts stop theirs when the launcher shows no sign of life."""
+        while _is_running(launcher) and not self._is_over.wait(_SECONDS_BETWEEN_BEATS):
+            pass
+
+
+def _is_running(launcher: Launcher) -> bool:
+    try:
+        return launcher.poll() is None
+    except RanksFailedError:
+        return False
+
+
+def _end(launcher: Launcher) -> None:
+    """Stop a launcher's ranks, if they run, and delete the files that they left."""
+    try:
+        launcher.stop()
+    finally:
+        release_space(launcher.job.errors)
+    launcher.queue.clear()
+
+
+def launch(
+    job: Job,
+    run_folder: Path,
+    name: str,
+    progress: Progress,
+    config: LaunchConfig = _HERE,
+    kept: KeptRanks | None = None,
+) -> None:
     """Run `job` on all its ranks according to `config`, until they are done; `name` is the stem of its log.
+
+    With `kept`, the ranks that it keeps do the job, if they can, and the ranks that have done the job are kept.
 
     If ranks or hosts are lost, the job is restarted and resumes from what is saved, up to `config.max_restarts` times
     in a row without new saved work. Raises ValueError with a rank's own message if the user can fix the cause, else
@@ -122,9 +237,13 @@ def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: La
     restarts = 0
     while True:
         saved = job.saved_work()
+        waiting = kept.take(job) if kept is not None else None
+        launcher = waiting or launcher_class(config.kind)(job, name, run_folder, config)
+        launcher.keeps = kept is not None
+        start = launcher.start if waiting is None else partial(launcher.hand_over, job, name)
         try:
-            _attempt(launcher_class(config.kind)(job, name, run_folder, config), progress)
-            return
+            if _attempt(launcher, job, start, progress, kept):
+                return
         except RanksFailedError as error:
             restarts = 0 if job.saved_work() != saved else restarts
             if restarts == config.max_restarts:
@@ -132,7 +251,7 @@ def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: La
             restarts += 1
             with (logs / f"{name}.log").open("a", encoding="utf-8") as log:
                 log.write(f"reprise: {error}\nreprise: restarting ({restarts} of {config.max_restarts})\n")
-        _pause(2.0**restarts, progress)
+            _pause(2.0**restarts, progress)
 
 
 def _pause(seconds: float, progress: Progress) -> None:
@@ -142,23 +261,31 @@ def _pause(seconds: float, progress: Progress) -> None:
         time.sleep(0.2)
 
 
-def _attempt(launcher: Launcher, progress: Progress) -> None:
-    job = launcher.job
+def _attempt(
+    launcher: Launcher, job: Job, start: Callable[[], None], progress: Progress, kept: KeptRanks | None
+) -> bool:
+    """Return whether the ranks have done the job: ranks that were kept may have ended before they received it."""
     job.errors.mkdir(parents=True, exist_ok=True)
     for stale in [*job.errors.glob("rank-*.json"), job.progress]:
         stale.unlink(missing_ok=True)
     release_space(job.errors)
+    is_kept = False
     try:
-        launcher.start()
-        while (code := launcher.poll()) is None:
+        start()
+        while (code := launcher.poll()) is None and not launcher.is_done():
             _follow(launcher, progress)
-            time.sleep(0.2)
+            time.sleep(_SECONDS_BETWEEN_POLLS)
         _follow(launcher, progress)
+        is_done = launcher.is_done() if launcher.keeps else code == 0
+        if code is None and kept is not None:
+            kept.keep(launcher)
+            is_kept = True
     finally:
-        launcher.stop()
-        release_space(job.errors)
-    if code != 0:
+        if not is_kept:
+            _end(launcher)
+    if code and not is_done:
         raise_failure(job.errors, f"{launcher.describe()}; exit code {code}", launcher.log_path)
+    return is_done
 
 
 def _follow(launcher: Launcher, progress: Progress) -> None:

@@ -14,6 +14,7 @@ from flows.run.errors import RanksFailedError
 from flows.run.locks import wait_for_ranks_to_end
 from trainer.devices import check_count, resolve
 from trainer.job import Job
+from trainer.job_queue import clear_queues
 
 
 class LocalLauncher(Launcher):
@@ -50,8 +51,10 @@ class LocalLauncher(Launcher):
 
     def start(self) -> None:
         """Start this host's ranks when those of an earlier launch have ended, and announce the job to other hosts."""
-        self.write_job()
         wait_for_ranks_to_end(self.job.lock, 60 + self.job.seconds_to_stop)
+        # Those of a killed launcher left them.
+        clear_queues(self.job_path.parent)
+        self.write_job()
         if self.config.nodes > 1:
             self._leader = Leader(self.run_folder, self.job_path, self._rendezvous)
         with self.log_path.open("ab") as log:

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NotRequired
 
 from typing_extensions import TypedDict
 
@@ -20,6 +21,7 @@ from flows.launch.launcher import Launcher
 from flows.launch.torchrun import rank_environment
 from flows.run.config import LaunchConfig
 from trainer.job import Job
+from trainer.job_queue import JobQueue
 
 _SECONDS_BETWEEN_POLLS = 2.0
 # After cancelling a job, Slurm kills its remaining processes, by default after 30 s (KillWait).
@@ -106,6 +108,8 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
 class _Submitted(TypedDict):
     id: str
     job: str
+    # The job that the ranks were started for, if it is another.
+    started_for: NotRequired[str]
 
 
 class SlurmLauncher(Launcher):
@@ -128,12 +132,11 @@ class SlurmLauncher(Launcher):
         Raises ValueError if Slurm's commands are missing or Slurm rejects the job.
         """
         self.check_tools(self.config.kind)
-        record = self.job_path.with_name(f"{self.name}.slurm.json")
-        known = read_record(record, _Submitted)
-        content = fingerprint(self.job.model_dump(mode="json"), self.config.model_dump())
+        known = read_record(self._record, _Submitted)
         if known is not None and _state(known["id"]) in _ACTIVE:
             self.id = known["id"]
-            if known["job"] == content:
+            if known["job"] == self._content:
+                self._find(known.get("started_for", self.name))
                 return
             self.stop()
         # Only now, since the old job might still have read it.
@@ -141,7 +144,35 @@ class SlurmLauncher(Launcher):
         path = self.job_path.with_name(f"{self.name}.sbatch")
         path.write_text(self.plan(), encoding="utf-8")
         self.id = _ask("sbatch", "--parsable", str(path)).split(";")[0].strip()
-        write_record(record, {"id": self.id, "job": content})
+        write_record(self._record, {"id": self.id, "job": self._content})
+
+    def hand_over(self, job: Job, name: str) -> None:
+        """Have the ranks, which wait, do `job`, recorded so that it can be found again."""
+        self.job, self.name = job, name
+        record = {"id": self.id, "job": self._content, "started_for": self.log_path.stem}
+        # First, so that no second Slurm job is submitted for it.
+        write_record(self._record, record)
+        super().hand_over(job, name)
+
+    def _find(self, started_for: str) -> None:
+        """Monitor the ranks of a killed launcher, which were started for the job `started_for`."""
+        first = self.job_path.with_name(f"{started_for}.job.json")
+        self.queue, self.log_path = JobQueue(first), self.log_path.with_name(f"{started_for}.log")
+        if started_for != self.name:
+            # The launcher may have been killed before it handed the job over.
+            super().hand_over(self.job, self.name)
+        if self.keeps:
+            self.queue.put(self.job_path)
+        else:
+            self.queue.end()
+
+    @property
+    def _record(self) -> Path:
+        return self.run_folder / "logs" / f"{self.name}.slurm.json"
+
+    @property
+    def _content(self) -> str:
+        return fingerprint(self.job.model_dump(mode="json"), self.config.model_dump())
 
     def describe(self) -> str:
         """Return the job's id and state."""

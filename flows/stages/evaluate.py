@@ -49,10 +49,14 @@ class Evaluate(Stage):
         """Return nothing: answers and scores have a record in each step's folder (`flows.evaluation.rounds`)."""
         return []
 
+    def can_follow_training(self, config: RunConfig) -> bool:
+        """Return True: the answers are those of the model that was trained."""
+        return True
+
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Answer the tasks on the run's ranks, and score the answers."""
         evaluation = RoundEvaluation(stages.run, round_number, stages.fingerprint("train", round_number))
-        questions = evaluation.ask(stages.run.config.eval, progress)
+        questions = evaluation.ask(stages.run.config.eval, progress, stages.kept)
         evaluation.score(questions, progress)
 
 

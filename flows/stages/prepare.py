@@ -86,14 +86,17 @@ class Prepare(Stage):
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Prepare the corpus."""
-        from flows.inheritance.teacher import check_inheritance
-        from trainer.checkpoint_shapes import check_start
-
         config = stages.run.config
-        check_inheritance(config)
+        # The modules of these checks take two seconds to import.
+        if config.model.inherits:
+            from flows.inheritance.teacher import check_inheritance
+
+            check_inheritance(config)
         if config.eval.asked:
             check_items(config.eval)
         if config.model.start_from is not None:
+            from trainer.checkpoint_shapes import check_start
+
             # The vocabulary of a tokenizer that is not trained yet is unknown: it depends on the text.
             vocab_size = None if config.tokenizer.path is None else _tokenizer_size(config)
             check_start(Path(config.model.start_from), config.model, vocab_size)

@@ -22,7 +22,6 @@ from data_scoring.refine.budget import (
     scoring_cost,
     write_budget,
 )
-from flows.launch import launcher
 from flows.launch.job_fields import device_kind, final_checkpoint, job_fields
 from flows.run.config import RunConfig
 from flows.run.folder import Run
@@ -55,6 +54,10 @@ class Score(Stage):
         calibration = [calibration_path(folder)] if run.config.score.budget == "auto" else []
         return [*losses, *calibration, budget_path(folder)]
 
+    def can_follow_training(self, config: RunConfig) -> bool:
+        """Return whether scoring needs the model; seen losses do not."""
+        return config.score.budget != "seen"
+
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Score on the run's ranks, and record the cost in budget.parquet.
 
@@ -62,7 +65,7 @@ class Score(Stage):
         """
         run = stages.run
         scoring = _Scoring(
-            run,
+            stages,
             round_number,
             stages.fingerprint("train", round_number),
             stages.fingerprint(self.name, round_number),
@@ -82,10 +85,15 @@ class Score(Stage):
 class _Scoring:
     """Scoring a round: `trained` is the fingerprint of its training, `identity` that of this stage."""
 
-    run: Run
+    stages: Stages
     round_number: int
     trained: str
     identity: str
+
+    @property
+    def run(self) -> Run:
+        """Return the run."""
+        return self.stages.run
 
     @property
     def folder(self) -> Path:
@@ -105,7 +113,7 @@ class _Scoring:
                 origin=origin,
                 round_number=self.round_number,
             )
-            launcher.launch(job, run.folder, f"calibrate-{self.round_number}", progress, run.config.launch)
+            self.stages.launch(job, f"calibrate-{self.round_number}", progress)
         return measure_candidates(corpus, self.folder, self.round_number, run.config.refine, run.config.seed)
 
     def score(self, budget: str, progress: Progress) -> None:
@@ -114,6 +122,8 @@ class _Scoring:
         origin = origin_of(run, self.round_number, self.trained, budget)
         identity = self._identity("losses", origin)
         if budget == "seen":
+            if self.stages.kept is not None:
+                self.stages.kept.close()
 
             def on_shard(done: int) -> None:
                 progress("taking seen losses (shards)", done, corpus.num_shards)
@@ -127,7 +137,7 @@ class _Scoring:
             origin=origin,
             prefix=prefix_of(budget),
         )
-        launcher.launch(job, run.folder, f"score-{self.round_number}", progress, run.config.launch)
+        self.stages.launch(job, f"score-{self.round_number}", progress)
 
     def _identity(self, what: str, origin: Origin) -> str:
         """Return the fingerprint of results, so that losses of another origin, such as precision, are not reused."""

@@ -10,9 +10,12 @@ from typing import Any
 from data_scoring.base.files import fingerprint
 from data_scoring.base.progress import Progress, silent
 from data_scoring.ledger import refresh_ledger
+from flows.launch import launcher
+from flows.launch.launcher import KeptRanks
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages import verification
+from trainer.job import Job
 
 
 class Stage(ABC):
@@ -57,6 +60,10 @@ class Stage(ABC):
         """Return whether the stage was completed with the current inputs."""
         return stages.run.recorded(self.name, round_number) == stages.fingerprint(self.name, round_number)
 
+    def can_follow_training(self, config: RunConfig) -> bool:
+        """Return whether the ranks that have trained the round can do this stage's work right after it."""
+        return False
+
     def waits_for(self, run: Run, round_number: int) -> str | None:
         """Return what a person has to do before the stage can run, or None."""
         return None
@@ -90,10 +97,13 @@ class Stage(ABC):
 
 
 class Stages:
-    """The stages of one run: checks and completes them."""
+    """The stages of one run: checks and completes them.
 
-    def __init__(self, run: Run, table: Sequence[Stage]) -> None:
-        self.run = run
+    kept: keeps ranks from one stage to the next; None: each launch starts its own.
+    """
+
+    def __init__(self, run: Run, table: Sequence[Stage], kept: KeptRanks | None = None) -> None:
+        self.run, self.kept = run, kept
         self._table = {stage.name: stage for stage in table}
 
     def fingerprint(self, name: str, round_number: int) -> str:
@@ -115,6 +125,10 @@ class Stages:
     def verify(self, progress: Progress = silent) -> None:
         """Raise ValueError if a file that a stage has written is damaged or missing; see `verification.verify`."""
         verification.verify(self.run, [*self._table.values()], progress)
+
+    def launch(self, job: Job, name: str, progress: Progress) -> None:
+        """Run `job` on the run's ranks; see `flows.launch.launcher.launch`."""
+        launcher.launch(job, self.run.folder, name, progress, self.run.config.launch, self.kept)
 
     def complete(self, name: str, round_number: int, progress: Progress) -> bool:
         """Complete a stage; return whether there was anything left to do."""

@@ -1,8 +1,10 @@
 """The stages of a run and their order: one list, read by the flow, the commands, status, trials and comparisons."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_scoring.base.progress import Progress
+from flows.launch.launcher import KeptRanks
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.contamination import Contamination
@@ -64,9 +66,28 @@ def steps_of_command(config: RunConfig, command: str, place: int) -> list[Step]:
     return chosen
 
 
-def stages_of(run: Run) -> Stages:
-    """Return the stages of a run."""
-    return Stages(run, STAGES)
+def complete_all(run: Run, steps: list[Step], progress: Progress) -> None:
+    """Complete steps, in order; the ranks that have trained a round also do what follows it."""
+    with KeptRanks() as kept:
+        for step, following in with_next(steps):
+            complete(run, step.stage.name, step.round_number, progress, kept)
+            if not keeps_ranks(run.config, following):
+                kept.close()
+
+
+def keeps_ranks(config: RunConfig, following: Step | None) -> bool:
+    """Return whether ranks are kept for the step `following`, if there is one."""
+    return following is not None and following.stage.can_follow_training(config)
+
+
+def with_next(steps: list[Step]) -> Iterator[tuple[Step, Step | None]]:
+    """Yield each step with the one that follows it; None follows the last."""
+    yield from zip(steps, [*steps[1:], None], strict=True)
+
+
+def stages_of(run: Run, kept: KeptRanks | None = None) -> Stages:
+    """Return the stages of a run; `kept` keeps ranks from one stage to the next."""
+    return Stages(run, STAGES, kept)
 
 
 def fingerprint_of(run: Run, stage: str, round_number: int = 0) -> str:
@@ -79,9 +100,9 @@ def is_complete(run: Run, stage: str, round_number: int = 0) -> bool:
     return stages_of(run).is_complete(stage, round_number)
 
 
-def complete(run: Run, stage: str, round_number: int, progress: Progress) -> bool:
+def complete(run: Run, stage: str, round_number: int, progress: Progress, kept: KeptRanks | None = None) -> bool:
     """Complete a stage; return whether there was anything left to do.
 
-    Raises ValueError if a stage that it needs is not complete.
+    kept: keeps ranks from one stage to the next. Raises ValueError if a stage that it needs is not complete.
     """
-    return stages_of(run).complete(stage, round_number, progress)
+    return stages_of(run, kept).complete(stage, round_number, progress)

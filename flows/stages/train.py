@@ -74,7 +74,7 @@ class Train(Stage):
         evaluation.forget_others(questions)
         job = _train_job(run, round_number, start_from, identity, questions)
         progress = evaluation.scoring_in_training(questions, progress)
-        launcher.launch(job, run.folder, f"train-{round_number}", progress, run.config.launch)
+        stages.launch(job, f"train-{round_number}", progress)
         evaluation.score_training(questions)
 
 
@@ -91,15 +91,17 @@ def launch_plan(config: RunConfig) -> str:
 
 def _start_of(run: Run, round_number: int) -> Path | None:
     """Return the checkpoint that a round starts from, or None if it starts from random weights."""
-    from flows.inheritance.initial_checkpoint import inherited_checkpoint
-    from trainer.checkpoint_shapes import check_start
-
     if round_number > 1:
         return final_checkpoint(run, round_number - 1)
     if run.config.model.inherits:
+        from flows.inheritance.initial_checkpoint import inherited_checkpoint
+
         return inherited_checkpoint(run)
     if run.config.model.start_from is None:
         return None
+    # Takes two seconds to import.
+    from trainer.checkpoint_shapes import check_start
+
     start_from = Path(run.config.model.start_from).absolute()
     check_start(start_from, run.config.model, run.corpus().vocab_size)
     return start_from
