@@ -1,9 +1,5 @@
 """CUDA jobs without CUDA: on tensors without data, with simulated ranks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +7,8 @@ import pytest
 from benchmarks.memory_budgets import BUDGETS
 from tests.conftest import TINY_MODEL
 from tests.rehearsal import fake_device
-from tests.rehearsal.cuda_jobs import PRESET, SEQ_LENGTH, STEPS, TRAIN, CudaJobs
+from tests.rehearsal.budgets import rehearse
+from tests.rehearsal.cuda_jobs import PRESET, SEQ_LENGTH, STEPS, TRAIN, TRAINED
 
 Found = dict[str, dict[str, Any]]
 
@@ -28,7 +25,6 @@ MOST_SYNCS = {
     "large 2": 222,
     "large 8": 222,
 }
-TRAINED = list(MOST_SYNCS)
 USES = ["score", "calibrate", "evaluate", "generate", "skip", "taylor", "masks", "resumed"]
 GIB = 1 << 30
 
@@ -39,16 +35,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     compiler = fake_device.find_compiler()
     if compiler is None:
         pytest.skip("what torch's CPU build lacks for tensors on CUDA is compiled here, and there is no C++ compiler")
-    folder = tmp_path_factory.mktemp("rehearsal")
-    library = folder / "fake_device.so"
-    fake_device.compile_library(compiler, library)
-    jobs = CudaJobs(folder)
-    script = Path(__file__).with_name("rehearse.py")
-    command = [sys.executable, str(script), str(library), str(jobs.write())]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return jobs.read()
+    return rehearse(tmp_path_factory.mktemp("rehearsal"), compiler)
 
 
 def parts_of(found: Found, name: str, part: str) -> list[dict[str, Any]]:
