@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.rehearsal.device_tensors import find_tensors, is_on_device
+from tests.rehearsal.device_tensors import PINNED, find_tensors, is_on_device
 
 _ATEN = torch.ops.aten
 # The caching allocator hands out multiples of that.
@@ -147,15 +147,16 @@ def _num_bytes(tensor: Tensor) -> int:
 def find_sync(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> str | None:
     """Return what makes the host wait for the device, if anything does, as torch's `set_sync_debug_mode` has it.
 
-    Those are numbers that are read, copies that are not told to go on by themselves, and results whose size the device
-    knows alone.
+    Those are numbers that are read, copies that are not told to go on by themselves or come from memory that is not
+    pinned, and results whose size the device knows alone.
     """
     are_here = [is_on_device(each) for each in tensors]
     if func is _ATEN._local_scalar_dense.default and any(are_here):
         return "a number is read"
-    if func is _ATEN._to_copy.default and not kwargs.get("non_blocking"):
+    if func is _ATEN._to_copy.default:
         goes_here = torch.device(kwargs.get("device") or args[0].device).type != "cpu"
-        if goes_here != are_here[0]:
+        is_by_itself = kwargs.get("non_blocking") and (not goes_here or args[0] in PINNED)
+        if goes_here != are_here[0] and not is_by_itself:
             return "a copy to the device" if goes_here else "a copy to the host"
     if (
         func is _ATEN.copy_.default
