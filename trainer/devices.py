@@ -165,7 +165,7 @@ def widest_dtype(kind: str) -> torch.dtype:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a copy of `tensor`, which is in host memory, on `device`, without waiting for the device; on CPU itself."""
+    """Return a copy on `device` of `tensor`, in host memory, without waiting for the device; on CPU `tensor` itself."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -63,9 +63,9 @@ def run_schedule(
     ranks must pass the same `seq_length`, which sets the shapes that pipeline stages receive. Returns, on the last
     pipeline stage, the rows of the samples of this rank's replica, [n] int64, their summed losses on the device, [n]
     float32, nats, and their numbers of predicted tokens in host memory, [n] int64; on other stages three empty ones.
-    With `prefixes`, sums and numbers cover the first `prefix` tokens of each sample, [n, len(prefixes)]. The gradient is
-    that of the sum of all losses, divided by all predicted tokens in `finalize_gradients`. The host does not wait for
-    the device.
+    With `prefixes`, sums and numbers cover the first `prefix` tokens of each sample, [n, len(prefixes)]. The gradient
+    is that of the sum of all losses, divided by all predicted tokens in `finalize_gradients`. The host does not wait
+    for the device.
     """
     rows = deal_rows(num_samples, micro_batch_size)
     device = next(model.parameters()).device

@@ -72,7 +72,8 @@ def measure_norm(gradients: list[Tensor], group: Any, device: torch.device) -> T
     # Reduced in single precision, as by Megatron: Ascend's collectives support no other.
     square = torch.linalg.vector_norm(torch.stack(norms)).float().square()
     torch.distributed.all_reduce(square, group=group)
-    return square.to(widest_dtype(device.type)).sqrt()
+    norm: Tensor = square.to(widest_dtype(device.type)).sqrt()
+    return norm
 
 
 def clip(gradients: list[Tensor], max_norm: float, norm: Tensor) -> None:

@@ -2,14 +2,14 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
 
 
-def read_ahead(items: Iterator[_Item], depth: int = 2) -> Iterator[_Item]:
+def read_ahead(items: Iterator[_Item], depth: int = 2) -> Generator[_Item, None, None]:
     """Yield `items`, read by a thread at most `depth` items ahead; its errors are raised here, in order.
 
     When this iterator is closed early, the thread ends with the item that it is reading.

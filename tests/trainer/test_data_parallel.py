@@ -16,16 +16,13 @@ from tests.forked_ranks import run_ranks
 from tests.trainer.training_states import make
 from trainer.config import ParallelConfig
 
-RANKS, VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCH, NUM_SAMPLES, STEPS = 4, 256, 16, 2, 8, 3
+RANKS, VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCH, NUM_SAMPLES, STEPS = 4, 256, 16, 2, 8, 2
 LAYOUTS = {
     "tensor": ParallelConfig(tensor=2, sequence=True, data=2),
     "pipeline": ParallelConfig(pipeline=2, data=2),
 }
 MODELS = {"apart": TINY_MODEL, "tied": TINY_MODEL.model_copy(update={"tied_embeddings": True})}
-CASES = [
-    *("tensor apart float32", "tensor tied bfloat16", "tensor tied float32"),
-    *("pipeline apart bfloat16", "pipeline tied float32", "pipeline apart float32"),
-]
+CASES = ["tensor apart float32", "tensor tied bfloat16", "pipeline apart bfloat16", "pipeline tied float32"]
 
 
 def work(rank: int, folder: Path) -> None:
@@ -73,13 +70,13 @@ def train(device: Any, case: str, is_overlapped: bool, folder: Path) -> dict[str
             group.next_param_gather_bucket_group = None
         return state
 
-    state, losses = start(1), []
+    state, steps = start(1), []
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)
     torch.distributed.barrier()
     saver = CheckpointSaver(folder, 2, is_asynchronous=True)
     for step in range(STEPS):
-        losses.append(run_step(state, step))
+        steps.append(run_step(state, step))
         if step == 0:
             # The weights have not been gathered since the update, and the next step begins while they are written.
             saver.save(1, state, {"fingerprint": "f"}, is_waiting=False)
@@ -88,10 +85,11 @@ def train(device: Any, case: str, is_overlapped: bool, folder: Path) -> dict[str
     gather_weights(state.model)
     resumed = start(2)
     load_checkpoint(folder / "step-00000001", resumed)
-    again = [run_step(resumed, step) for step in range(1, STEPS)]
+    again = [run_step(resumed, step)[0] for step in range(1, STEPS)]
     saver.save(STEPS, resumed, {"fingerprint": "f"}, is_waiting=True)
     return {
-        "losses": losses,
+        "losses": [losses for losses, _ in steps],
+        "norms": [norm for _, norm in steps],
         "again": again,
         "num_buckets": len(state.model.bucket_groups),
         "weights": [parameter.detach().float() for parameter in state.model.parameters()],
@@ -132,8 +130,10 @@ def test_training_is_bit_for_bit_what_it_is_when_replicas_wait(
 ) -> None:
     for rank in ranks[1]:
         overlapped, waiting = rank[f"{case} overlapped"], rank[f"{case} waiting"]
-        for name in ("losses", "again"):
-            assert overlapped[name] == waiting[name]
+        for name in ("losses", "norms", "again"):
+            # The norm is a sum over a replica's part, which differs.
+            tolerance = 1e-6 if name == "norms" else 0
+            np.testing.assert_allclose(overlapped[name], waiting[name], rtol=tolerance, atol=0)
         assert overlapped["again"] == overlapped["losses"][1:]
         for found, expected in zip(overlapped["weights"], waiting["weights"], strict=True):
             assert torch.equal(found, expected)
@@ -142,7 +142,8 @@ def test_training_is_bit_for_bit_what_it_is_when_replicas_wait(
 @pytest.mark.parametrize("case", CASES)
 def test_buckets_are_exchanged_meanwhile(case: str, ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     """On a stage after the first, Megatron has one bucket, beside one of an embedding that both stages have."""
-    is_pipeline, is_tied = "pipeline" in case, "tied" in case
+    is_pipeline = "pipeline" in case
+    is_tied = is_pipeline and "tied" in case
     for number, rank in enumerate(ranks[1]):
         overlapped, waiting = rank[f"{case} overlapped"], rank[f"{case} waiting"]
         assert waiting["num_buckets"] == 1 + is_tied
