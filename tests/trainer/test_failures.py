@@ -78,12 +78,9 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(ranks: Ranks, train
     shutil.copy(trained / "mix.parquet", job.round_folder)
     write_job(job, tmp_path / "spoiled.job.json")
     run_ranks(work, tmp_path, tmp_path / "spoiled.job.json", num_ranks=1)
-    assert (
-        (tmp_path / "error")
-        .read_text(encoding="utf-8")
-        .startswith(
-            f"{job.round_folder}: the gradient's norm at step 3 is nan; training stopped and step-00000002 was kept; lower "
-        )
+    error = (tmp_path / "error").read_text(encoding="utf-8")
+    assert error.startswith(
+        f"{job.round_folder}: the gradient's norm at step 3 is nan; training stopped and step-00000002"
     )
     kept = list_checkpoints(job.round_folder / "checkpoint")
     assert [path.name for path in kept] == ["step-00000001", "step-00000002"]
