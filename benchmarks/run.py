@@ -37,6 +37,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     """Return training against a plain torch loop, and scoring against training, for the demo's model on one rank."""
     device = single_rank()
     from trainer.forward import read_microbatches, run_schedule
+    from trainer.gradients import update_weights
     from trainer.model import Kernels, build_model
     from trainer.score import ModelScorer
     from trainer.train import make_state
@@ -63,7 +64,7 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
         microbatches = read_microbatches(corpus, np.zeros(BATCH, int), draw(), train.micro_batch_size, SEQ_LENGTH)
         run_schedule(state.model, microbatches, BATCH, train.micro_batch_size, SEQ_LENGTH, forward_only=False)
         state.scheduler.step(1)
-        state.optimizer.step()
+        update_weights(state.optimizer, torch.device("cpu"))
         return BATCH * SEQ_LENGTH
 
     def train_plain() -> int:

@@ -14,6 +14,8 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer.checkpoint_folder import RECORD, check_checkpoints, find_damage, list_checkpoints, set_aside
+from trainer.data_parallel import gather_weights
+from trainer.gradients import set_adam_kernel
 from trainer.optimizer_state import load_states, needed_states, owned_states
 from trainer.pickles import check_pickles, explain_refusal
 
@@ -116,6 +118,7 @@ class TrainingState:
 
         All ranks must call this together.
         """
+        gather_weights(self.model)
         weights = sharded_weights(self.model.module)
         if is_loading:
             return {"model": weights, "optimizer": {_PARAM_STATE: needed_states(self._inner, weights)}}
@@ -132,11 +135,7 @@ class TrainingState:
         # Megatron adds the loaded count to its own.
         self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(loaded["scheduler"])
-        if isinstance(self._inner.optimizer, torch.optim.Optimizer):
-            for moments in self._inner.optimizer.state.values():
-                # Megatron gives all parameters the same counter tensor, which each of them would then advance.
-                if isinstance(moments.get("step"), torch.Tensor):
-                    moments["step"] = moments["step"].clone()
+        set_adam_kernel(self.optimizer)
 
     @property
     def _inner(self) -> Any:

@@ -169,6 +169,26 @@ def has_fused_norm(kind: str) -> bool:
     return kind == "cuda"
 
 
+def has_fused_adam(kind: str) -> bool:
+    """Return whether torch updates all parameters with a single kernel of Adam on devices of `kind`."""
+    return kind != "npu"
+
+
+def overlaps_communication(kind: str) -> bool:
+    """Return whether devices of `kind` exchange data while they compute; a CPU's cores do one or the other."""
+    return kind != "cpu"
+
+
+def widest_dtype(kind: str) -> torch.dtype:
+    """Return the most precise dtype that devices of `kind` compute in."""
+    return torch.float32 if kind == "npu" else torch.float64
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy on `device` of `tensor`, in host memory, without waiting for the device; on CPU `tensor` itself."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def describe_devices() -> list[tuple[bool, str]]:
     """Return, for each kind of device, whether this host has it, and its description or how to install it."""
     rows = [(True, f"cpu: gloo {'is' if torch.distributed.is_gloo_available() else 'is not'} built into torch")]
@@ -205,10 +225,10 @@ def initialise(kind: str, local_rank: int) -> Device:
 
     `kind` is the result of `resolve`; `local_rank` is the rank within this host.
     """
+    # Divide the cores among the ranks: OpenMP's spinning threads slow each other down many-fold.
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, num_cores() // ranks_here))
     if kind == "cpu":
-        # Divide the cores among the ranks: OpenMP's spinning threads slow each other down many-fold.
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, num_cores() // ranks_here))
         _adapt_megatron_to_cpu()
         return Device("cpu", torch.device("cpu"), "gloo")
     if kind == "npu":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_scoring.corpus.corpus import Batch, Corpus
 from kernels.sample_loss import sum_per_sample
+from trainer.devices import send
 
 
 def read_microbatches(
@@ -60,15 +61,17 @@ def run_schedule(
 
     The samples are divided among data-parallel ranks; `microbatches` come from `read_microbatches` on this rank. All
     ranks must pass the same `seq_length`, which sets the shapes that pipeline stages receive. Returns, on the last
-    pipeline stage, the rows of the samples of this rank's replica, [n] int64, their summed losses, [n] float32, nats,
-    and their numbers of predicted tokens, [n] int64; on other stages three empty ones. With `prefixes`, sums and
-    numbers cover the first `prefix` tokens of each sample, [n, len(prefixes)]. The gradient is that of the sum of all
-    losses, divided by all predicted tokens in Megatron's `finalize_model_grads`.
+    pipeline stage, the rows of the samples of this rank's replica, [n] int64, their summed losses on the device, [n]
+    float32, nats, and their numbers of predicted tokens in host memory, [n] int64; on other stages three empty ones.
+    With `prefixes`, sums and numbers cover the first `prefix` tokens of each sample, [n, len(prefixes)]. The gradient
+    is that of the sum of all losses, divided by all predicted tokens in `finalize_gradients`. The host does not wait
+    for the device.
     """
     rows = deal_rows(num_samples, micro_batch_size)
+    device = next(model.parameters()).device
     losses: list[dict[str, Tensor]] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, prefixes),
-        data_iterator=_on_device(microbatches, seq_length, next(model.parameters()).device),
+        data_iterator=_on_device(microbatches, seq_length, device),
         model=[model],
         num_microbatches=len(rows),
         seq_length=seq_length,
@@ -76,21 +79,22 @@ def run_schedule(
         forward_only=forward_only,
     )
     if not losses:
-        return np.empty(0, np.int64), torch.empty(0), torch.empty(0, dtype=torch.int64)
+        return np.empty(0, np.int64), torch.empty(0, device=device), torch.empty(0, dtype=torch.int64)
     taken = np.concatenate(rows)
-    real = taken < num_samples
-    keep = torch.from_numpy(real)
-    sums = torch.cat([entry["sums"] for entry in losses]).cpu()[keep]
-    num_tokens = torch.cat([entry["num_tokens"] for entry in losses]).cpu()[keep]
-    return taken[real], sums, num_tokens
+    # Rows ascend, so that those beyond the last sample come last.
+    count = int((taken < num_samples).sum())
+    sums, num_tokens = (torch.cat([entry[name] for entry in losses])[:count] for name in ("sums", "num_tokens"))
+    return taken[:count], sums, num_tokens
 
 
 def _on_device(microbatches: Iterable[Batch], seq_length: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
     position_s = torch.arange(seq_length, device=device)
     for batch in microbatches:
+        num_tokens = torch.from_numpy(batch.num_tokens)
         yield {
-            "tokens": torch.from_numpy(batch.tokens).to(device, non_blocking=True),
-            "num_tokens": torch.from_numpy(batch.num_tokens).to(device, non_blocking=True),
+            "tokens": send(torch.from_numpy(batch.tokens), device),
+            "num_tokens": send(num_tokens, device),
+            "num_tokens_on_host": num_tokens,
             "positions": position_s.expand(len(batch.tokens), -1),
         }
 
@@ -105,16 +109,20 @@ def _forward_step(
         attention_mask=None,
         labels=batch["tokens"][:, 1:].contiguous(),
     )
-    return output, partial(_loss, batch["num_tokens"], prefixes)
+    return output, partial(_loss, batch["num_tokens"], batch["num_tokens_on_host"], prefixes)
 
 
 def _loss(
-    num_tokens_b: Tensor, prefixes: tuple[int, ...] | None, token_loss_bs: Tensor
+    num_tokens_b: Tensor, on_host_b: Tensor, prefixes: tuple[int, ...] | None, token_loss_bs: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the sum of losses, its number of tokens, and what `run_schedule` returns of each sample.
+
+    num_tokens_b: [batch] int64, on the device; on_host_b: the same in host memory.
+    """
     sums_b = sum_per_sample(token_loss_bs, num_tokens_b)
-    kept = {"sums": sums_b.detach(), "num_tokens": num_tokens_b}
+    kept = {"sums": sums_b.detach(), "num_tokens": on_host_b}
     if prefixes is not None:
-        counts = [num_tokens_b.clamp(max=prefix) for prefix in prefixes]
-        sums = [sum_per_sample(token_loss_bs, count_b) for count_b in counts]
+        sums = [sum_per_sample(token_loss_bs, num_tokens_b.clamp(max=prefix)) for prefix in prefixes]
+        counts = [on_host_b.clamp(max=prefix) for prefix in prefixes]
         kept = {"sums": torch.stack(sums, dim=1), "num_tokens": torch.stack(counts, dim=1)}
     return sums_b.sum(), num_tokens_b.sum().int(), kept

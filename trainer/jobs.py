@@ -53,7 +53,8 @@ class TrainJob(Job):
 
     def run(self, context: RankContext) -> None:
         """Train; see `trainer.train.train_round`. Only the weights stay in memory."""
-        from trainer.train import train_round, unwrap
+        from trainer.data_parallel import unwrap
+        from trainer.train import train_round
 
         train_round(self, context.corpus, context.model, context.bf16, context.stop)
         unwrap(context.model)

@@ -97,7 +97,7 @@ class _Samples:
         _, sums, num_tokens = run_schedule(model, microbatches, batch, job.micro_batch_size, seq_length, False)
         totals = torch.zeros(2)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
-            totals = torch.stack([sums.sum(), num_tokens.sum().float()])
+            totals = torch.stack([sums.cpu().sum(), num_tokens.sum().float()])
         totals = totals.to(next(model.parameters()).device)
         torch.distributed.all_reduce(totals)
         return float(totals[0] / totals[1])

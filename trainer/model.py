@@ -163,6 +163,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
+        # Megatron lets the host wait for the device after each exchange, because of an error of torch before 2.0.
+        batch_p2p_sync=False,
     )
 
 

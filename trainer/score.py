@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_scoring.corpus.corpus import VALIDATION, Batch, Corpus
 from data_scoring.losses.shard_scoring import Block, score_samples
+from trainer.devices import send
 from trainer.forward import read_microbatches, run_schedule
 
 # Enough microbatches to fill the pipeline, few enough for frequent progress reports.
@@ -65,8 +66,8 @@ class ModelScorer:
         if not parallel_state.is_pipeline_last_stage():
             return None
         losses = torch.zeros((count, sums.shape[1]), dtype=torch.float32)
-        losses[torch.from_numpy(rows)] = sums / num_tokens
-        losses = losses.to(self._device)
+        losses[torch.from_numpy(rows)] = sums.cpu() / num_tokens
+        losses = send(losses, self._device)
         torch.distributed.all_reduce(losses, group=parallel_state.get_data_parallel_group())
         return losses.cpu().numpy() if self.is_writer else None
 

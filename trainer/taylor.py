@@ -12,9 +12,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.calibration import draw_from
 from trainer.checkpoint import sharded_weights
+from trainer.data_parallel import wrap
 from trainer.forward import read_microbatches, run_schedule
 from trainer.saver import CheckpointSaver
-from trainer.train import wrap
 
 if TYPE_CHECKING:
     from trainer.jobs import TaylorJob

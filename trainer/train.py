@@ -1,15 +1,15 @@
 """One round of training: the mix in order, with periodic checkpoints and a record of every loss."""
 
-import gc
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     OptimizerConfig,
     ParamGroupOverride,
@@ -18,18 +18,22 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from numpy.typing import NDArray
 
 from data_scoring.base.files import fingerprint
 from data_scoring.base.progress import ProgressFile, silent
-from data_scoring.corpus.corpus import Corpus
+from data_scoring.base.read_ahead import read_ahead
+from data_scoring.corpus.corpus import Batch, Corpus
 from data_scoring.refine.training_mix import Mix
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from trainer.checkpoint import TrainingState, find_usable_checkpoint, load_checkpoint, load_weights
 from trainer.checkpoint_folder import CheckpointRecord, list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig
-from trainer.devices import free_cached_memory
+from trainer.data_parallel import gather_weights, remove_hooks, wrap
+from trainer.devices import send, widest_dtype
 from trainer.evaluate import answer_tasks
 from trainer.forward import read_microbatches, run_schedule
+from trainer.gradients import set_adam_kernel, update_weights
 from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, prepare_seen
 from trainer.requests import identify_answers, requests_path
 from trainer.saver import CheckpointSaver
@@ -72,6 +76,7 @@ def train_round(job: "TrainJob", corpus: Corpus, model: torch.nn.Module, bf16: b
         if not run.evaluate(step):
             raise StoppedError
         run.train_from(step)
+    remove_hooks(state.model)
     if torch.distributed.get_rank() == 0:
         # The round is complete: only its result is needed.
         for old in [*list_checkpoints(checkpoints)[:-1], *checkpoints.glob("damaged-*")]:
@@ -96,6 +101,7 @@ def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> Tr
     # In addition to Megatron's exceptions, vectors such as norms' weights.
     undecayed = {ParamKey(attr="without_weight_decay"): ParamGroupOverride(wd_mult=0.0)}
     optimizer = get_megatron_optimizer(config, [wrapped], {**get_standard_config_overrides(config), **undecayed})
+    set_adam_kernel(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -110,23 +116,6 @@ def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> Tr
         wd_incr_style="constant",
     )
     return TrainingState(wrapped, optimizer, scheduler)
-
-
-def wrap(model: Any, bf16: bool, is_sharded: bool) -> DistributedDataParallel:
-    """Return `model` wrapped for data parallelism: gradients are reduce-scattered if `is_sharded`, else all-reduced."""
-    config = DistributedDataParallelConfig(use_distributed_optimizer=is_sharded, grad_reduce_in_fp32=bf16)
-    model.config.finalize_model_grads_func = finalize_model_grads
-    return DistributedDataParallel(model.config, config, model)
-
-
-def unwrap(model: Any) -> None:
-    """Undo `wrap`: free the gradients and the optimizer's state of `model`, once nothing else refers to them."""
-    model.config.finalize_model_grads_func = None
-    for parameter in model.parameters():
-        parameter.grad = parameter.main_grad = None
-    # The wrapper and its hooks refer to each other.
-    gc.collect()
-    free_cached_memory(next(model.parameters()).device)
 
 
 class _Logs:
@@ -173,6 +162,15 @@ class _Logs:
         return {**digests, "seen": dict(sorted(self._checksums.items()))}
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """A step's samples, of all replicas, by shard and index, [n] int64 each, and this rank's microbatches of them."""
+
+    shards: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    microbatches: list[Batch]
+
+
 @dataclass
 class _Round:
     job: "TrainJob"
@@ -184,7 +182,7 @@ class _Round:
     stop: StopRequest
     num_steps: int
     saved_at: float = field(default_factory=time.monotonic)
-    # Set by `_reduce`, the same on all ranks: whether a save is due by time, whether any rank was asked to stop, and
+    # Set by every step, the same on all ranks: whether a save is due by time, whether any rank was asked to stop, and
     # whether any rank's writers are still writing the last checkpoint.
     is_time_up: bool = False
     is_stopping: bool = False
@@ -192,24 +190,37 @@ class _Round:
 
     def train_from(self, step: int) -> None:
         """Run all steps after `step`, with periodic validation and checkpoints, until the end or a stop request."""
-        while step < self.num_steps:
-            step = self.train_step(step)
-            is_last = step == self.num_steps
-            is_stopping = self.is_stopping and not is_last
-            is_due = step % self.job.train.validate_every_steps == 0 or self.is_evaluation_due(step)
-            is_validation_due = is_last or is_due
-            # A stop must take no longer than saving: postpone validation until the round resumes.
-            is_put_off = is_validation_due and is_stopping
-            if is_validation_due and not is_stopping:
-                self.validate(step)
-            if not is_stopping:
-                is_stopping = not self.evaluate(step)
-            if is_last or is_stopping or self.is_checkpoint_due(step):
-                self.save(step, is_last or is_stopping, is_put_off)
-            elif self.saver.is_pending() and not self.is_writing:
-                self.saver.finish()
-            if is_stopping:
-                raise StoppedError
+        with closing(read_ahead(self.read_batches(step), depth=1)) as batches:
+            for batch in batches:
+                step = self.train_step(step, batch)
+                self.finish_step(step)
+
+    def read_batches(self, step: int) -> Iterator[_Batch]:
+        """Yield this rank's share of the batch of every step after `step`."""
+        size, micro_batch_size = self.job.train.global_batch_size, self.job.train.micro_batch_size
+        for start in range(step * size, len(self.mix), size):
+            shards, samples = self.mix.read(start, min(start + size, len(self.mix)))
+            share = read_microbatches(self.corpus, shards, samples, micro_batch_size, self.corpus.seq_length)
+            yield _Batch(shards, samples, list(share))
+
+    def finish_step(self, step: int) -> None:
+        """Validate, evaluate and save after `step`, as far as each is due. Raises StoppedError on a stop request."""
+        is_last = step == self.num_steps
+        is_stopping = self.is_stopping and not is_last
+        is_due = step % self.job.train.validate_every_steps == 0 or self.is_evaluation_due(step)
+        is_validation_due = is_last or is_due
+        # A stop must take no longer than saving: postpone validation until the round resumes.
+        is_put_off = is_validation_due and is_stopping
+        if is_validation_due and not is_stopping:
+            self.validate(step)
+        if not is_stopping:
+            is_stopping = not self.evaluate(step)
+        if is_last or is_stopping or self.is_checkpoint_due(step):
+            self.save(step, is_last or is_stopping, is_put_off)
+        elif self.saver.is_pending() and not self.is_writing:
+            self.saver.finish()
+        if is_stopping:
+            raise StoppedError
 
     def save(self, step: int, is_waiting: bool, is_validation_due: bool) -> None:
         """Save the state after `step`, flushing all records first."""
@@ -223,50 +234,61 @@ class _Round:
         self.saver.save(step, self.state, record, is_waiting)
         self.saved_at = time.monotonic()
 
-    def train_step(self, step: int) -> int:
+    def train_step(self, step: int, batch: _Batch) -> int:
         """Run the step after `step` and return its number."""
         started = time.monotonic()
-        size = self.job.train.global_batch_size
-        shards, samples = self.mix.read(step * size, min((step + 1) * size, len(self.mix)))
         model, optimizer = self.state.model, self.state.optimizer
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        micro_batch_size, seq_length = self.job.train.micro_batch_size, self.corpus.seq_length
-        microbatches = read_microbatches(self.corpus, shards, samples, micro_batch_size, seq_length)
         rows, sums, num_tokens = run_schedule(
-            model, microbatches, len(samples), micro_batch_size, seq_length, forward_only=False
+            model,
+            batch.microbatches,
+            len(batch.samples),
+            self.job.train.micro_batch_size,
+            self.corpus.seq_length,
+            forward_only=False,
         )
-        loss, total_tokens = self._reduce(sums, num_tokens)
+        loss_sum, counts = self._reduce(sums, num_tokens)
+        self.state.scheduler.step(1)
+        norm = update_weights(optimizer, loss_sum.device)
         step += 1
+        # The host has waited for nothing so far, so that the device always has work to do. What is not finite has been
+        # put into the weights by now; they are never saved.
+        loss_sum, grad_norm = torch.stack([loss_sum, norm.to(loss_sum.dtype)]).tolist()
+        total_tokens, *agreed = counts.tolist()
+        self.is_time_up, self.is_stopping, self.is_writing = map(bool, agreed)
+        loss = loss_sum / total_tokens
         if not np.isfinite(loss):
             raise ValueError(self._diverged(step, "the loss", loss))
-        self.state.scheduler.step(1)
-        _, grad_norm, _ = optimizer.step()
         if not np.isfinite(grad_norm):
             raise ValueError(self._diverged(step, "the gradient's norm", grad_norm))
         if self.logs.seen is not None:
-            self.logs.seen.append(step, shards[rows], samples[rows], (sums / num_tokens).numpy())
+            losses = (sums.cpu() / num_tokens).numpy()
+            self.logs.seen.append(step, batch.shards[rows], batch.samples[rows], losses)
         if self.logs.steps is not None:
-            self._record(step, loss, float(grad_norm), len(samples), total_tokens, time.monotonic() - started)
+            self._record(step, loss, grad_norm, len(batch.samples), total_tokens, time.monotonic() - started)
         return step
 
-    def _reduce(self, sums: torch.Tensor, num_tokens: torch.Tensor) -> tuple[float, int]:
-        """Return the batch's mean loss and number of tokens, the same on all ranks; update the ranks' common flags."""
+    def _reduce(self, sums: torch.Tensor, num_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sums over all ranks, on the device: that of losses, [] float32, and of counts, [4] int64.
+
+        Counts are the number of tokens, and on how many ranks a checkpoint is due by time, a stop was requested, and
+        the last checkpoint is still being written.
+        """
         # Ascend's collectives support at most single precision; counts are reduced separately, to stay exact.
-        loss_sum, counts = torch.zeros(1), torch.zeros(4, dtype=torch.int64)
+        loss_sum = torch.zeros((), device=sums.device)
+        counts = torch.zeros(4, dtype=torch.int64)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
-            loss_sum[0], counts[0] = sums.double().sum(), num_tokens.sum()
+            loss_sum = sums.sum(dtype=widest_dtype(sums.device.type)).float()
+            counts[0] = num_tokens.sum()
         if torch.distributed.get_rank() == 0:
             # One rank's clock decides for all ranks.
             counts[1] = time.monotonic() - self.saved_at > 60 * self.job.checkpoint.every_minutes
         counts[2], counts[3] = self.stop.is_made, self.saver.is_writing()
-        device = next(self.state.model.parameters()).device
-        loss_sum, counts = loss_sum.to(device), counts.to(device)
+        counts = send(counts, sums.device)
         torch.distributed.all_reduce(loss_sum)
         torch.distributed.all_reduce(counts)
-        tokens, *agreed = counts.tolist()
-        self.is_time_up, self.is_stopping, self.is_writing = map(bool, agreed)
-        return loss_sum.item() / tokens, tokens
+        return loss_sum, counts
 
     def _record(
         self, step: int, loss: float, grad_norm: float, num_samples: int, num_tokens: int, seconds: float
@@ -300,6 +322,7 @@ class _Round:
 
     def validate(self, step: int) -> None:
         """Measure and record the validation loss of every source."""
+        gather_weights(self.state.model)
         self.state.model.eval()
         rows = validate(ModelScorer(self.state.model, self.corpus, self.job.score.micro_batch_size), self.corpus)
         self.state.model.train()
@@ -316,6 +339,7 @@ class _Round:
         evaluation = self.job.evaluate
         if evaluation is None or not self.is_evaluation_due(step):
             return True
+        gather_weights(self.state.model)
         tokenizer = open_tokenizer(self.corpus.tokenizer_path, evaluation.end_of_document)
         identity = fingerprint(self.job.fingerprint, step)
         folder = evaluation.answers / f"step-{step:08d}"

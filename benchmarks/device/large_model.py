@@ -60,6 +60,7 @@ class Steps:
     def step(self) -> float:
         """Run a step as training does, and return its loss, nats per token."""
         from trainer.forward import run_schedule
+        from trainer.gradients import update_weights
 
         self.state.model.zero_grad_buffer()
         self.state.optimizer.zero_grad()
@@ -68,8 +69,8 @@ class Steps:
             self.state.model, self._batches, samples, self.micro_batch_size, self.seq_length, forward_only=False
         )
         self.state.scheduler.step(1)
-        self.state.optimizer.step()
-        return float(sums.sum() / num_tokens.sum())
+        update_weights(self.state.optimizer, sums.device)
+        return float(sums.sum()) / float(num_tokens.sum())
 
 
 def check_steps(place: Place, record: Record, micro_batch_size: int) -> None:

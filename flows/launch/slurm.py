@@ -30,6 +30,11 @@ _KILL_WAIT_SECONDS = 30.0
 _PATIENCE_SECONDS = 60.0
 # If the controller does not answer, the job counts as active, so that it is not submitted twice.
 _UNREACHABLE = "UNREACHABLE"
+# Beginnings of the names of variables that a job is given; others are what they are on its nodes.
+_EXPORTED = (
+    *("GLOO_", "NCCL_", "OMP_", "CUDA_DEVICE_MAX_", "PYTORCH_"),
+    *("TORCHELASTIC_", "TORCH_ELASTIC_", "PYTHONWARNINGS"),
+)
 _ACTIVE = (
     _UNREACHABLE,
     "PENDING",
@@ -82,7 +87,7 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
     exports = {
         key: value
         for key, value in rank_environment(interface, job.seconds_to_stop).items()
-        if key.startswith(("GLOO_", "NCCL_", "OMP_", "TORCHELASTIC_", "TORCH_ELASTIC_", "PYTHONWARNINGS"))
+        if key.startswith(_EXPORTED)
     }
     return "\n".join(
         [

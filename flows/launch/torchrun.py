@@ -13,6 +13,9 @@ from typing import BinaryIO
 
 import psutil
 
+# Settings of the allocators of CUDA and of Ascend, which torch's PYTORCH_ALLOC_CONF replaces.
+_ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF")
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -72,7 +75,15 @@ def rank_environment(interface: str | None, seconds_to_stop: float) -> dict[str,
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         if interface != "lo":
             environment.setdefault("NCCL_SOCKET_IFNAME", interface)
+    # Each rank then sets the number of its threads (`trainer.devices.initialise`); without this, torchrun warns.
     environment.setdefault("OMP_NUM_THREADS", "1")
+    # Has the device start kernels in the order of their launch: before Blackwell, Megatron's collectives of tensor and
+    # sequence parallelism would otherwise wait for the matrix product that they are to overlap.
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for variable in _ALLOCATORS:
+        # Segments that grow leave fewer holes between tensors whose sizes change, as in validation and evaluation.
+        if "PYTORCH_ALLOC_CONF" not in environment:
+            environment.setdefault(variable, "expandable_segments:True")
     environment.setdefault("PYTHONWARNINGS", "ignore")
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(seconds_to_stop)))
     # Shows in the log which rank wrote a line.

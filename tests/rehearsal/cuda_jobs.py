@@ -1,6 +1,7 @@
 """The rehearsed jobs: training in several layouts, a large model, and all other work with weights."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ LAYOUTS = {
     "pipeline": ParallelConfig(pipeline=2),
     "all": ParallelConfig(tensor=2, pipeline=2, data=2),
 }
+# Names of the rehearsals of training: the layout, or the large model, and the rank, or the micro batch size.
+TRAINED = ("one", "tensor 0", "tensor 1", "pipeline 0", "pipeline 1", "all 0", "all 7", "large 2", "large 8")
 _STUDENT = TINY_MODEL.model_copy(
     update={"hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1, "head_size": 8, "ffn_hidden_size": 32}
 )
@@ -51,8 +54,8 @@ class CudaJobs:
         self._folder = folder
         self._plan: dict[str, Rehearsal] = {}
 
-    def write(self) -> Path:
-        """Plan everything, and return the path of the plan."""
+    def write(self, only: Collection[str] | None = None) -> Path:
+        """Plan the rehearsals with the names `only`, or all, and return the path of the plan."""
         short, long = self._corpus(32, 40), self._corpus(SEQ_LENGTH, 60)
         round_of_one = self._train("one", short, TINY_MODEL, TRAIN, steps=2 * STEPS)
         self._add("one", round_of_one, stop_after=STEPS)
@@ -74,7 +77,8 @@ class CudaJobs:
         # It removes what it went on from.
         self._add("resumed", round_of_one)
         path = self._folder / "plan.json"
-        path.write_text(json.dumps([asdict(each) for each in self._plan.values()]), encoding="utf-8")
+        planned = [asdict(each) for name, each in self._plan.items() if only is None or name in only]
+        path.write_text(json.dumps(planned), encoding="utf-8")
         return path
 
     def read(self) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,8 @@ _ATEN = torch.ops.aten
 _MOST_REMEMBERED = 64
 # Names of the process groups over gloo, which takes tensors on the host alone, as NCCL does those on the device.
 HOST_GROUPS: set[str] = set()
+# Host tensors in memory from which the device copies by itself.
+PINNED = WeakTensorKeyDictionary()
 
 
 def is_on_device(value: Any) -> bool:
@@ -62,6 +64,9 @@ class DeviceTensors(TorchDispatchMode):
         """Return what `func` does, with data where there are any."""
         kwargs = kwargs or {}
         tensors = list(find_tensors((args, *kwargs.values())))
+        if func is _ATEN._pin_memory.default:
+            PINNED[pinned := args[0].clone()] = True
+            return pinned
         if func.namespace == "c10d":
             return self._communicate(func, args, kwargs, tensors)
         device = kwargs.get("device")
@@ -69,9 +74,9 @@ class DeviceTensors(TorchDispatchMode):
         is_made = self._is_host_fake and not tensors
         if not (goes_to_device or is_made or any(isinstance(each, FakeTensor) for each in tensors)):
             return func(*args, **kwargs)
+        if func is _ATEN._local_scalar_dense.default and any(map(is_on_device, tensors)):
+            return self._read(args[0]).item()
         if not self._is_host_fake and any(map(is_on_device, tensors)):
-            if func is _ATEN._local_scalar_dense.default:
-                return self._read(args[0]).item()
             if func is _ATEN._to_copy.default and device is not None and not goes_to_device:
                 return self._read(args[0]).to(kwargs.get("dtype") or args[0].dtype)
             if func is _ATEN.copy_.default and not is_on_device(args[0]):

@@ -3,7 +3,7 @@
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.rehearsal.device_tensors import find_tensors, is_on_device
+from tests.rehearsal.device_tensors import PINNED, find_tensors, is_on_device
 
 _ATEN = torch.ops.aten
 # The caching allocator hands out multiples of that.
 _BLOCK = 512
-# These allocate or make views; everything else launches something.
+# These allocate or make views; everything else launches a kernel.
 _NO_KERNELS = {
     "empty",
     "empty_like",
@@ -28,18 +28,26 @@ _NO_KERNELS = {
     "detach",
     "alias",
     "lift_fresh",
+    "_unsafe_view",
+    "_reshape_alias",
 }
+# These overwrite their first argument without reading it.
+_OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _OF_THE_PROGRAM = ("rehearsal/flaws.py", "trainer/", "kernels/", "megatron/core/", "torch/optim/")
 
 
 @dataclass
 class Part:
-    """What a part of a program asked for: bytes at its beginning, at most and at its end, and how often what."""
+    """What a part of a program asked for: bytes at its beginning, at most and at its end, and how often what.
+
+    moved: bytes that each kernel reads and writes, counting every tensor that it takes or returns as a whole.
+    """
 
     begin: int
     peak: int
     end: int = 0
     kernels: Counter[str] = field(default_factory=Counter)
+    moved: Counter[str] = field(default_factory=Counter)
     collectives: Counter[str] = field(default_factory=Counter)
     collective_bytes: Counter[str] = field(default_factory=Counter)
     # Where the host waits for the device: what it asks for, and the innermost lines of the program.
@@ -94,8 +102,12 @@ class Measurements(TorchDispatchMode):
         if func.namespace == "c10d" and any(map(is_on_device, tensors)):
             self.part.collectives[name] += 1
             self.part.collective_bytes[name] += sum(each.nbytes for each in tensors)
-        elif made and not func.is_view and name not in _NO_KERNELS:
-            self.part.kernels[name] += 1
+        elif not func.is_view and name not in _NO_KERNELS:
+            written = _distinct([*made, *_mutated(func, args)])
+            if written:
+                read = _distinct(find_tensors((args[1:] if name in _OVERWRITING else args, *kwargs.values())))
+                self.part.kernels[name] += 1
+                self.part.moved[name] += sum(map(_num_bytes, written)) + sum(map(_num_bytes, read))
         for each in made:
             self._hold(each)
         return result
@@ -115,18 +127,36 @@ class Measurements(TorchDispatchMode):
         self._live -= self._sizes.pop(key)
 
 
+def _mutated(func: Any, args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """Yield the tensors that an operation changes in place; those of lists are not among its results."""
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.is_write:
+            yield from find_tensors(value)
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors that are on the device, each once."""
+    return list({id(each): each for each in tensors if is_on_device(each)}.values())
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor's elements; those of an expanded one are repeated, and count once."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+
+
 def find_sync(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> str | None:
     """Return what makes the host wait for the device, if anything does, as torch's `set_sync_debug_mode` has it.
 
-    Those are numbers that are read, copies that are not told to go on by themselves, and results whose size the device
-    knows alone.
+    Those are numbers that are read, copies that are not told to go on by themselves or come from memory that is not
+    pinned, and results whose size the device knows alone.
     """
     are_here = [is_on_device(each) for each in tensors]
     if func is _ATEN._local_scalar_dense.default and any(are_here):
         return "a number is read"
-    if func is _ATEN._to_copy.default and not kwargs.get("non_blocking"):
+    if func is _ATEN._to_copy.default:
         goes_here = torch.device(kwargs.get("device") or args[0].device).type != "cpu"
-        if goes_here != are_here[0]:
+        is_by_itself = kwargs.get("non_blocking") and (not goes_here or args[0] in PINNED)
+        if goes_here != are_here[0] and not is_by_itself:
             return "a copy to the device" if goes_here else "a copy to the host"
     if (
         func is _ATEN.copy_.default

@@ -97,7 +97,7 @@ def _watch(
     watch(model, "build_model", lambda model, *_: _describe_model(model))
     watch(train, "make_state")
     watch(train, "load_checkpoint", lambda _, folder, state: _describe_state(state))
-    watch(train._Round, "train_step", lambda _, this, step: _agree(this, rehearsal.stop_after == step + 1))
+    watch(train._Round, "train_step", lambda _, this, step, batch: _agree(this, rehearsal.stop_after == step + 1))
     watch(score.ModelScorer, "score")
     watch(checkpoint.TrainingState, "sharded", lambda sharded, *_: _describe_sharded(sharded))
     watch(evaluate, "_answer_likelihoods")

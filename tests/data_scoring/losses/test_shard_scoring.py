@@ -1,7 +1,5 @@
 """Scoring with a NumPy scorer: what is scored, in which order, what survives an interruption, and origins."""
 
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import pytest
 from numpy.typing import NDArray
 
 from data_scoring.base.progress import silent
-from data_scoring.base.read_ahead import read_ahead
 from data_scoring.corpus.corpus import Batch, Corpus
 from data_scoring.losses.origin import Origin, check_origins, read_origin
 from data_scoring.losses.shard_scoring import (
@@ -173,26 +170,6 @@ def test_a_loss_that_is_not_finite_is_never_committed(tiny_corpus: Corpus, tmp_p
     with pytest.raises(ValueError, match=r"shard=0001.parquet: sample 8 of shard 1 has the loss nan \(1 in all"):
         files.append(block, np.array([1.0, np.nan, 2.0], np.float32))
     assert not (tmp_path / "losses").exists()
-
-
-def test_reading_runs_ahead_and_its_errors_come_in_their_place() -> None:
-    begun = []
-
-    def items() -> Iterator[int]:
-        for number in range(4):
-            begun.append(number)
-            yield number
-        raise KeyError("gone")
-
-    reader = read_ahead(items())
-    assert next(reader) == 0
-    deadline = time.monotonic() + 600
-    while len(begun) < 3 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert len(begun) >= 3
-    assert list(zip(range(3), reader, strict=False)) == [(0, 1), (1, 2), (2, 3)]
-    with pytest.raises(KeyError, match="gone"):
-        next(reader)
 
 
 def test_losses_say_where_they_come_from(tiny_corpus: Corpus, tmp_path: Path) -> None:

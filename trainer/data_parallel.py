@@ -1,0 +1,78 @@
+"""Data parallelism: Megatron's wrapper, which may exchange gradients and weights while the model computes."""
+
+import gc
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.utils import unwrap_model
+
+from trainer.devices import free_cached_memory, overlaps_communication
+from trainer.gradients import finalize_gradients
+
+
+def wrap(model: Any, bf16: bool, is_sharded: bool) -> DistributedDataParallel:
+    """Return `model` wrapped for data parallelism: gradients are reduce-scattered if `is_sharded`, else all-reduced.
+
+    If they are reduce-scattered, between replicas on devices that compute meanwhile, each bucket of gradients is
+    reduced while the backward pass goes on, and each bucket of weights is gathered while the next forward pass begins.
+    """
+    kind = next(model.parameters()).device.type
+    replicas = int(parallel_state.get_data_parallel_world_size())
+    is_overlapped = is_sharded and replicas > 1 and overlaps_communication(kind)
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=is_sharded,
+        grad_reduce_in_fp32=bf16,
+        overlap_grad_reduce=is_overlapped,
+        overlap_param_gather=is_overlapped,
+    )
+    model.config.finalize_model_grads_func = finalize_gradients
+    wrapped = DistributedDataParallel(model.config, config, model)
+    if is_overlapped:
+        # Gradients are reduced in the last microbatch only.
+        model.config.no_sync_func = wrapped.no_sync
+        _gather_head(wrapped)
+    return wrapped
+
+
+def gather_weights(wrapped: Any) -> None:
+    """Wait until this rank has the weights that the last step has updated on other replicas.
+
+    A forward pass of training gathers them itself. Every rank must call this before anything else uses the weights.
+    """
+    if wrapped.ddp_config.overlap_param_gather:
+        for group in wrapped.bucket_groups:
+            group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def remove_hooks(wrapped: Any) -> None:
+    """Gather the weights that the last step has updated, and remove the hooks that gather weights in forward passes."""
+    if wrapped.ddp_config.overlap_param_gather:
+        gather_weights(wrapped)
+        wrapped.disable_forward_pre_hook(param_sync=False)
+        if hasattr(wrapped, "head_hook"):
+            wrapped.head_hook.remove()
+
+
+def unwrap(model: Any) -> None:
+    """Undo `wrap`: free the gradients and the optimizer's state of `model`, once nothing else refers to them.
+
+    The hooks must be removed already.
+    """
+    model.config.finalize_model_grads_func = model.config.no_sync_func = None
+    for parameter in model.parameters():
+        parameter.grad = parameter.main_grad = None
+    # The wrapper and its hooks refer to each other.
+    gc.collect()
+    free_cached_memory(next(model.parameters()).device)
+
+
+def _gather_head(wrapped: Any) -> None:
+    """Have the forward pass gather the head's weight before the loss.
+
+    A module's weights are gathered when it is called, and `Decoder` uses this one without calling its module.
+    """
+    decoder = unwrap_model(wrapped)
+    if decoder.post_process and decoder.output_layer.weight is not None:
+        group = wrapped.param_to_bucket_group[decoder.output_layer.weight]
+        wrapped.head_hook = decoder.decoder.register_forward_hook(lambda *_: group.finish_param_sync())
