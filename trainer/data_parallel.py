@@ -62,6 +62,8 @@ def unwrap(model: Any) -> None:
     model.config.finalize_model_grads_func = model.config.no_sync_func = None
     for parameter in model.parameters():
         parameter.grad = parameter.main_grad = None
+        # Megatron's optimizer leaves its main weights here in bfloat16.
+        parameter.main_param = None
     # The wrapper and its hooks refer to each other.
     gc.collect()
     free_cached_memory(next(model.parameters()).device)
