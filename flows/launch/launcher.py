@@ -119,6 +119,9 @@ def launch(job: Job, run_folder: Path, name: str, progress: Progress, config: La
     """
     logs = run_folder / "logs"
     logs.mkdir(exist_ok=True)
+    if config.launcher_kind.sees_devices:
+        # The job's file tells which kernels were used; elsewhere, ranks resolve them.
+        job = job.resolved()
     restarts = 0
     while True:
         saved = job.saved_work()

@@ -19,13 +19,14 @@ from flows.launch.launcher import check, launcher_class
 from flows.run.config import RunConfig
 from flows.run.folder import package_versions
 from flows.run.launcher_kinds import LAUNCHER_KINDS
-from flows.stages.prepare import check_kernels, check_vocabulary, vocabulary_size
+from flows.stages.prepare import check_vocabulary, vocabulary_size
 from trainer.devices import (
     check_layers,
     describe_devices,
     has_fused_norm,
     least_free_memory,
     resolve,
+    resolve_kernels,
     resolve_precision,
 )
 from trainer.memory import RankMemory, Workload, checkpoint_bytes, rank_memory
@@ -101,11 +102,7 @@ def _run(config: RunConfig) -> Iterator[Finding]:
     here = ranks // config.launch.nodes
     yield _checked(f"{ranks} processes on {config.launch.nodes} hosts", lambda: check(config))
     yield _checked(f"model.layers {config.model.layers}", lambda: check_layers(config.model.layers))
-    yield _checked(
-        f"train.loss_kernel {config.train.loss_kernel}, train.activation_kernel {config.train.activation_kernel}, "
-        f"score.loss_kernel {config.score.loss_kernel}",
-        lambda: check_kernels(config),
-    )
+    yield _kernels(config)
     yield _checked("tokenizer and vocabulary", lambda: _check_tokenizer(config))
     for source in config.corpus.sources:
         if source.format == "datasets":
@@ -114,6 +111,23 @@ def _run(config: RunConfig) -> Iterator[Finding]:
         yield _checked(f"source {source.name}: {source.path}", partial(check_source, source))
     yield _checked(f"output: {config.output}", lambda: _check_output(config))
     yield from _space(config, here)
+
+
+def _kernels(config: RunConfig) -> Finding:
+    """Return the kernels, with what `auto` selects on the ranks' devices."""
+    try:
+        train, score = resolve_kernels(config.train, config.score, _kind(config))
+    except ValueError as error:
+        return Finding("missing", str(error))
+    rows = (
+        ("train.loss_kernel", config.train.loss_kernel, train.loss_kernel),
+        ("train.activation_kernel", config.train.activation_kernel, train.activation_kernel),
+        ("score.loss_kernel", config.score.loss_kernel, score.loss_kernel),
+    )
+    return Finding(
+        "ok",
+        ", ".join(f"{name} {asked}{f' ({found})' if asked != found else ''}" for name, asked, found in rows),
+    )
 
 
 def _check_tokenizer(config: RunConfig) -> None:
@@ -133,7 +147,7 @@ def _space(config: RunConfig, here: int) -> Iterator[Finding]:
     try:
         workload = _workload(config)
     except ValueError:
-        # The tokenizer's own check reports why it cannot be opened.
+        # Their own checks report why the tokenizer cannot be opened, or a kernel cannot run.
         return
     yield from (_on_host if _kind(config) == "cpu" else _on_devices)(config, workload, here)
     yield _disk(config, workload)
@@ -179,14 +193,15 @@ def _parameters(workload: Workload) -> int:
 
 
 def _workload(config: RunConfig) -> Workload:
-    """Return the workload of training. Raises ValueError if the tokenizer cannot be opened."""
+    """Return the workload of training. Raises ValueError if the tokenizer cannot be opened, or a kernel cannot run."""
     kind = _kind(config)
     precision = resolve_precision(config.train.precision, kind)
+    train, _ = resolve_kernels(config.resolved_train, config.score, kind)
     return Workload(
         config.model,
         vocabulary_size(config),
         config.corpus.seq_length,
-        config.resolved_train,
+        train,
         config.parallel,
         precision,
         has_fused_norm=has_fused_norm(kind),

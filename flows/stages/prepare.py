@@ -118,15 +118,9 @@ def check_machine(config: RunConfig) -> None:
 
 def check_kernels(config: RunConfig) -> None:
     """Raise ValueError if training or scoring uses a kernel that is not installed or does not support the device."""
-    from trainer.devices import check_kernel
+    from trainer.devices import resolve_kernels
 
-    for field, kernel, other in (
-        ("train.loss_kernel", config.train.loss_kernel, "chunked"),
-        ("train.activation_kernel", config.train.activation_kernel, "reference"),
-        ("score.loss_kernel", config.score.loss_kernel, "chunked"),
-    ):
-        if kernel == "triton":
-            check_kernel(field, kernel, device_kind(config), other)
+    resolve_kernels(config.train, config.score, device_kind(config))
 
 
 def check_vocabulary(config: RunConfig) -> None:
