@@ -173,7 +173,7 @@ def _num_ffn_tensors(workload: Workload) -> int:
         # The activated gate, and Megatron's copy of up.
         return kept + 2
     if workload.train.activation_kernel == "reference":
-        # The input of each term, and the sum of the terms.
+        # Without recomputing: the input of each term, and the sum of the terms.
         kept += workload.model.activation_terms + 1
     return kept
 
@@ -181,7 +181,8 @@ def _num_ffn_tensors(workload: Workload) -> int:
 def _layer_gradients(workload: Workload) -> int:
     """Return the most bytes that the backward pass of a feed-forward layer allocates before freeing saved tensors."""
     model, parallel = workload.model, workload.parallel
-    num_ffn_tensors = 3 if model.activation_terms > 1 and workload.train.activation_kernel == "triton" else 6
+    is_recomputed = model.activation_terms > 1 and workload.train.activation_kernel != "reference"
+    num_ffn_tensors = 3 if is_recomputed else 6
     channels = 2 * model.hidden_size + num_ffn_tensors * model.ffn_size // parallel.tensor
     return workload.micro_batch_tokens * channels * workload.element_bytes
 

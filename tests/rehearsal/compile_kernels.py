@@ -31,6 +31,8 @@ from trainer.presets import PRESETS
 _VOCAB_SIZE, _NUM_TOKENS = 32_000, 4096
 # Single precision is nobody's default: one preset on one architecture says that it compiles.
 _SINGLE_PRECISION = ("pangu-pi-1b-pro", 90)
+# Rows that no descriptor takes.
+_UNALIGNED = ModelConfig(hidden_size=516, num_attention_heads=4, vocab_size=48_000)
 # What multiplies matrices on tensor cores, by the generation's name for it.
 _TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
@@ -50,6 +52,7 @@ def main(architectures: list[int]) -> None:
                 _launch(modules, ModelConfig(preset=name), torch.bfloat16)
             if architecture == _SINGLE_PRECISION[1]:
                 _launch(modules, ModelConfig(preset=_SINGLE_PRECISION[0]), torch.float32)
+                _launch(modules, _UNALIGNED, torch.bfloat16)
     found = [variant for _, variant in variants.values()]
     print(json.dumps({"variants": found, "unused": _find_unused(modules, {each["name"] for each in found})}))
 
@@ -98,6 +101,7 @@ def _describe(function: Any, kernel: Any, args: tuple[Any, ...], log: str) -> di
         "architecture": re.search(r"\.target (sm_\w+)", ptx)[1],  # type: ignore[index]
         "dtype": str(getattr(args[0], "base", args[0]).dtype).removeprefix("torch."),
         "sizes": [value for value in args if isinstance(value, int)],
+        "width": next((each for each in reversed(args) if isinstance(each, int)), 0),
         "spilled_bytes": sum(map(int, spills)),
         "registers": int(registers[1]),
         "shared_bytes": kernel.metadata.shared,

@@ -35,8 +35,12 @@ def workload(
     seq_length: int = 64,
     **train: Any,
 ) -> Workload:
-    """Return a workload of few words: 8 microbatches a step and data-parallel rank, on an accelerator."""
+    """Return a workload of few words: 8 microbatches a step and data-parallel rank, on an accelerator.
+
+    Kernels are the reference ones unless given.
+    """
     tensor, pipeline, data, sequence = layout
+    train = {"loss_kernel": "reference", "activation_kernel": "reference", **train}
     model = ModelConfig.model_validate(fields)
     size = train.setdefault("micro_batch_size", 2)
     return Workload(
@@ -49,9 +53,10 @@ def workload(
 def measured_workloads() -> list[Workload]:
     """Return workloads that are trained on this CPU: long enough for what is not activations to be little."""
     asked = [
-        workload({**SMALL, **shape}, precision=precision, seq_length=512, micro_batch_size=8)
+        workload({**SMALL, **shape}, precision=precision, seq_length=512, micro_batch_size=8, **kernels)
         for shape in SHAPES
         for precision in ("float32", "bfloat16")
+        for kernels in ({}, {"loss_kernel": "chunked", "activation_kernel": "recompute"})
     ]
     return [replace(each, has_fused_norm=False, has_fused_step=False) for each in asked]
 
