@@ -129,9 +129,10 @@ def _logit_gradients(
         label = tl.load(labels + tokens, mask=is_token, other=-1)
         log_sum = tl.load(log_sums + tokens, mask=is_token, other=0.0)
         grad = tl.load(grads + tokens, mask=is_token, other=0.0)
-        logits = tl.where((rows < num_rows)[None, :], logits, float("-inf"))
         is_label = (rows[None, :] == label[:, None]).to(tl.float32)
         values = (tl.exp(logits - log_sum[:, None]) - is_label) * grad[:, None]
+        # Padding's logits may be of any size; masking the values takes fewer registers than masking these.
+        values = tl.where((rows < num_rows)[None, :], values, 0.0)
         place = tokens[:, None].to(tl.int64) * total_rows + rows[None, :]
         tl.store(out + place, values.to(out.dtype.element_ty), mask=is_token[:, None] & (rows < total_rows)[None, :])
 
@@ -198,11 +199,12 @@ class _Launch:
 
     def __init__(self, hidden_nh: Tensor, weight_vh: Tensor) -> None:
         capability, self._num_processors = _describe_device()
-        self.tile = _find_tile(hidden_nh.dtype, capability)
         self._num_tokens, width = hidden_nh.shape
         # Descriptors need rows at multiples of 16 bytes.
         is_aligned = all(each.data_ptr() % 16 == 0 for each in (hidden_nh, weight_vh))
         has_descriptors = capability >= _DESCRIPTORS_FROM and width * hidden_nh.element_size() % 16 == 0 and is_aligned
+        # Without descriptors, addresses take registers, too.
+        self.tile = _find_tile(hidden_nh.dtype, capability if has_descriptors else min(_TILES))
         self.inputs: tuple[Any, Any] = (hidden_nh, weight_vh)
         if has_descriptors:
             blocks = (self.tile.block_n, self.tile.block_v)

@@ -19,6 +19,8 @@ ARCHITECTURES = {
 HEAD = "kernels.linear_cross_entropy_triton"
 ACTIVATION = "kernels.series_activation_triton"
 KERNELS = [f"{HEAD}._statistics", f"{HEAD}._logit_gradients", f"{ACTIVATION}._activate", f"{ACTIVATION}._gradients"]
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All variants of the kernels, and the kernels of which there is none."""

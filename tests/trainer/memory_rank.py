@@ -53,10 +53,9 @@ def workload(
 def measured_workloads() -> list[Workload]:
     """Return workloads that are trained on this CPU: long enough for what is not activations to be little."""
     asked = [
-        workload({**SMALL, **shape}, precision=precision, seq_length=512, micro_batch_size=8, **kernels)
+        workload({**SMALL, **shape}, precision=precision, seq_length=512, micro_batch_size=8)
         for shape in SHAPES
         for precision in ("float32", "bfloat16")
-        for kernels in ({}, {"loss_kernel": "chunked", "activation_kernel": "recompute"})
     ]
     return [replace(each, has_fused_norm=False, has_fused_step=False) for each in asked]
 
