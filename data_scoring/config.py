@@ -13,7 +13,7 @@ from data_scoring.base.user_paths import USER_PATH, UserPath
 from data_scoring.evaluation.tasks import TaskName
 
 # How token losses are computed from the model's last hidden states; `kernels.linear_cross_entropy` holds them.
-LossKernel = Literal["reference", "chunked", "triton"]
+LossKernel = Literal["auto", "reference", "chunked", "triton"]
 # Rows of embedding and head are padded to a multiple of this, the same for every tensor-parallel size that divides it.
 VOCABULARY_MULTIPLE = 128
 
@@ -120,9 +120,9 @@ class ScoreConfig(Config):
         default=300, ge=10, le=10_000_000, description="Samples that budget auto scores in full to compare the budgets."
     )
     loss_kernel: Annotated[LossKernel, FREE] = Field(
-        default="chunked",
+        default="auto",
         description="How token losses are computed, in validation too: reference holds all logits; chunked, on any "
-        "device, a few megabytes of them; triton, on CUDA, has to be installed.",
+        "device, a part of them; triton, on CUDA, has to be installed; auto: triton where it runs, else chunked.",
     )
 
 

@@ -20,9 +20,13 @@ LossKernel = Literal["reference", "chunked", "triton"]
 
 
 class Kernel(NamedTuple):
-    """The two functions of a fused kernel; labels outside the weight's rows belong to other ranks."""
+    """The two functions of a fused kernel.
 
-    statistics: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    Both take hidden states, weight, labels, which belong to other ranks if outside the weight's rows, and the number of
+    rows that are not padding.
+    """
+
+    statistics: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     gradients: Callable[..., tuple[Tensor | None, Tensor | None]]
 
 
@@ -43,11 +47,25 @@ def linear_cross_entropy(
     """
     if group is not None:
         hidden_nh = _SumGradients.apply(hidden_nh, group)  # type: ignore[no-untyped-call]
-    weight_vh, labels_n, kernel = _own_part(weight_vh, labels_n, kernel, group, num_rows)
+    labels_n, own_rows = _own_part(weight_vh, labels_n, group, num_rows)
     if kernel == "reference":
-        return _reference(hidden_nh, weight_vh, labels_n, group)
-    loss: Tensor = _Fused.apply(hidden_nh, weight_vh, labels_n, group, _kernel(kernel))  # type: ignore[no-untyped-call]
+        return _reference(hidden_nh, weight_vh, labels_n, own_rows, group)
+    arguments = (hidden_nh, weight_vh, labels_n, own_rows, group, _kernel(kernel))
+    loss: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
+
+
+def chunk_bytes(kernel: str, is_accelerator: bool, element_bytes: int, num_tokens: int, num_rows: int) -> int:
+    """Return the most bytes of logits and their gradients that chunked or triton holds, 0 for the reference.
+
+    element_bytes: the bytes of an element of hidden states and weight; num_tokens, num_rows: the shape of the logits.
+    """
+    if kernel == "reference":
+        return 0
+    tokens, rows = chunked.TRITON_CHUNK if kernel == "triton" else chunked.chunk_of(is_accelerator)
+    # The gradients, which have the dtype of the inputs; without Triton, logits, and those in single precision.
+    copies = [element_bytes] if kernel == "triton" else [element_bytes, element_bytes, *[4] * (element_bytes != 4)]
+    return min(tokens, num_tokens) * min(rows, num_rows) * sum(copies)
 
 
 @torch.no_grad()
@@ -64,14 +82,14 @@ def score_labels(
     Takes the same arguments; not differentiable. Of equally probable tokens, the first counts, as in argmax; ties are
     common in bfloat16, where logits are rounded.
     """
-    weight_vh, labels_n, kernel = _own_part(weight_vh, labels_n, kernel, group, num_rows)
+    labels_n, own_rows = _own_part(weight_vh, labels_n, group, num_rows)
     if kernel == "triton":
         # Its logits are not rounded, so ties do not occur by chance.
-        first_n, statistics = labels_n, _kernel(kernel).statistics(hidden_nh, weight_vh, labels_n)
+        first_n, statistics = labels_n, _kernel(kernel).statistics(hidden_nh, weight_vh, labels_n, own_rows)
     else:
         first_n = torch.zeros_like(labels_n)
         compute = _reference_statistics if kernel == "reference" else chunked.statistics
-        statistics = compute(hidden_nh, weight_vh, labels_n, first_n)
+        statistics = compute(hidden_nh, weight_vh, labels_n, own_rows, first_n)
     own_n = statistics[0].clone()
     maximum_n, sum_n, target_n = _reduce(*statistics, group)
     comes_later_n = ((own_n == maximum_n) & (first_n < labels_n)).float()
@@ -81,16 +99,12 @@ def score_labels(
 
 
 def _own_part(
-    weight_vh: Tensor, labels_n: Tensor, kernel: LossKernel, group: ProcessGroup | None, num_rows: int | None
-) -> tuple[Tensor, Tensor, LossKernel]:
-    """Return this rank's rows without padding, the labels relative to them, and a kernel that supports them."""
+    weight_vh: Tensor, labels_n: Tensor, group: ProcessGroup | None, num_rows: int | None
+) -> tuple[Tensor, int]:
+    """Return the labels relative to this rank's rows, and how many of these rows are not padding; possibly none."""
     first_row = 0 if group is None else get_rank(group) * len(weight_vh)
-    if num_rows is not None and first_row + len(weight_vh) > num_rows:
-        weight_vh = weight_vh[: max(0, num_rows - first_row)]
-        if not len(weight_vh):
-            # Only padding: the chunked kernel supports zero rows, and communicates like the others.
-            kernel = "chunked"
-    return weight_vh, labels_n - first_row, kernel
+    own_rows = len(weight_vh) if num_rows is None else min(max(0, num_rows - first_row), len(weight_vh))
+    return labels_n - first_row, own_rows
 
 
 def _reduce(
@@ -115,31 +129,41 @@ def _kernel(name: str) -> Kernel:
     return Kernel(chunked.statistics, chunked.gradients)
 
 
-def _reference(hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, group: ProcessGroup | None) -> Tensor:
+def _logits(hidden_nh: Tensor, weight_vh: Tensor, num_rows: int) -> Tensor:
+    """Return all logits, [n, v] float32, -inf for padding."""
+    bias_v = None
+    if num_rows < len(weight_vh):
+        # Slicing the padding off would leave the product with unaligned rows, which tensor cores do not support.
+        bias_v = hidden_nh.new_zeros(len(weight_vh))
+        bias_v[num_rows:] = -torch.inf
+    return F.linear(hidden_nh, weight_vh, bias_v).float()
+
+
+def _reference(
+    hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, num_rows: int, group: ProcessGroup | None
+) -> Tensor:
     """Return the same losses in plain torch, holding the logits."""
-    logits_nv = F.linear(hidden_nh, weight_vh).float()
+    logits_nv = _logits(hidden_nh, weight_vh, num_rows)
     if group is None:
         return F.cross_entropy(logits_nv, labels_n, reduction="none")
     maximum_n = logits_nv.detach().amax(dim=1)
     all_reduce(maximum_n, ReduceOp.MAX, group)
     sum_n = torch.exp(logits_nv - maximum_n[:, None]).sum(dim=1)
-    is_here_n = (labels_n >= 0) & (labels_n < len(weight_vh))
-    target_n = logits_nv.gather(1, labels_n.clamp(0, len(weight_vh) - 1)[:, None])[:, 0].where(is_here_n, 0.0)
+    target_n = chunked.label_logits(logits_nv, labels_n, num_rows)
     sum_n, target_n = _Sum.apply(torch.stack([sum_n, target_n]), group)  # type: ignore[no-untyped-call]
     loss: Tensor = maximum_n + sum_n.log() - target_n
     return loss
 
 
 def _reference_statistics(
-    hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, first_n: Tensor
+    hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, num_rows: int, first_n: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a kernel's statistics in plain torch, holding the logits; `first_n` as in the chunked kernel."""
-    logits_nv = F.linear(hidden_nh, weight_vh).float()
+    logits_nv = _logits(hidden_nh, weight_vh, num_rows)
     maximum_n, row_n = logits_nv.max(dim=1)
     first_n.copy_(row_n)
     sum_n = torch.exp(logits_nv - maximum_n[:, None]).sum(dim=1)
-    is_here_n = (labels_n >= 0) & (labels_n < len(weight_vh))
-    target_n = logits_nv.gather(1, labels_n.clamp(0, len(weight_vh) - 1)[:, None])[:, 0].where(is_here_n, 0.0)
+    target_n = chunked.label_logits(logits_nv, labels_n, num_rows)
     return maximum_n, sum_n, target_n
 
 
@@ -148,18 +172,25 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, group: ProcessGroup | None, kernel: Kernel
+        ctx: Any,
+        hidden_nh: Tensor,
+        weight_vh: Tensor,
+        labels_n: Tensor,
+        num_rows: int,
+        group: ProcessGroup | None,
+        kernel: Kernel,
     ) -> Tensor:
-        maximum_n, sum_n, target_n = _reduce(*kernel.statistics(hidden_nh, weight_vh, labels_n), group)
+        maximum_n, sum_n, target_n = _reduce(*kernel.statistics(hidden_nh, weight_vh, labels_n, num_rows), group)
         log_sum_n = maximum_n + sum_n.log()
         ctx.save_for_backward(hidden_nh, weight_vh, labels_n, log_sum_n)
-        ctx.kernel = kernel
+        ctx.kernel, ctx.num_rows = kernel, num_rows
         return log_sum_n - target_n
 
     @staticmethod
-    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden_grad, weight_grad = ctx.kernel.gradients(*ctx.saved_tensors, grad_n, *ctx.needs_input_grad[:2])
-        return hidden_grad, weight_grad, None, None, None
+    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        needed = ctx.needs_input_grad[:2]
+        hidden_grad, weight_grad = ctx.kernel.gradients(*ctx.saved_tensors, grad_n, ctx.num_rows, *needed)
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 class _Sum(torch.autograd.Function):

@@ -4,14 +4,17 @@ Shapes: n tokens, c channels, t terms.
 """
 
 import math
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# reference uses torch's autograd, which saves intermediates of every term; triton saves only the inputs.
-ActivationKernel = Literal["reference", "triton"]
+# reference uses torch's autograd, which saves intermediates of every term; recompute, in plain torch, and triton save
+# only the inputs.
+ActivationKernel = Literal["reference", "recompute", "triton"]
 
 # Largest silu of the initial offsets: far enough from 0 for terms to differ, far from silu's minimum, -0.278.
 _LARGEST_INITIAL_VALUE = 0.1
@@ -25,7 +28,7 @@ def series_activation(gate_and_up: Tensor, scale_tc: Tensor, offset_tc: Tensor, 
     """
     if kernel == "reference":
         return reference(gate_and_up, scale_tc, offset_tc)
-    activated: Tensor = _Fused.apply(gate_and_up, scale_tc, offset_tc)  # type: ignore[no-untyped-call]
+    activated: Tensor = _Fused.apply(gate_and_up, scale_tc, offset_tc, kernel)  # type: ignore[no-untyped-call]
     return activated
 
 
@@ -61,22 +64,24 @@ class _Fused(torch.autograd.Function):
     """The activation, whose backward pass recomputes the terms instead of saving them."""
 
     @staticmethod
-    def forward(ctx: Any, gate_and_up: Tensor, scale_tc: Tensor, offset_tc: Tensor) -> Tensor:
-        # Triton is an optional dependency, imported only on request.
-        from kernels import series_activation_triton as triton
-
+    def forward(ctx: Any, gate_and_up: Tensor, scale_tc: Tensor, offset_tc: Tensor, kernel: ActivationKernel) -> Tensor:
         ctx.save_for_backward(gate_and_up, scale_tc, offset_tc)
+        ctx.module = _module(kernel)
         inputs_n2c = gate_and_up.flatten(0, -2).contiguous()
-        out_nc = triton.activate(inputs_n2c, scale_tc.contiguous(), offset_tc.contiguous())
+        out_nc: Tensor = ctx.module.activate(inputs_n2c, scale_tc.contiguous(), offset_tc.contiguous())
         return out_nc.view(*gate_and_up.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from kernels import series_activation_triton as triton
-
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         gate_and_up, scale_tc, offset_tc = ctx.saved_tensors
         inputs_n2c, grad_nc = (tensor.flatten(0, -2).contiguous() for tensor in (gate_and_up, grad))
-        inputs_grad, scale_grad, offset_grad = triton.gradients(
+        inputs_grad, scale_grad, offset_grad = ctx.module.gradients(
             inputs_n2c, scale_tc.contiguous(), offset_tc.contiguous(), grad_nc
         )
-        return inputs_grad.view_as(gate_and_up), scale_grad, offset_grad
+        return inputs_grad.view_as(gate_and_up), scale_grad, offset_grad, None
+
+
+def _module(kernel: ActivationKernel) -> ModuleType:
+    """Return the module with the kernel's functions `activate` and `gradients`."""
+    # Triton is an optional dependency, imported only on request.
+    return import_module(f"kernels.series_activation_{kernel}")

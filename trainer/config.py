@@ -11,7 +11,7 @@ from data_scoring.config import Config, LossKernel
 from trainer.presets import fill_from_preset
 
 # Implementations of the series informed activation, in `kernels.series_activation`.
-ActivationKernel = Literal["reference", "triton"]
+ActivationKernel = Literal["auto", "reference", "recompute", "triton"]
 # Compute precision of models; with bfloat16, gradients and optimizer state are in single precision.
 Precision = Literal["float32", "bfloat16"]
 # How the neurons to keep are chosen; base: none are kept, weights are random.
@@ -312,15 +312,16 @@ class TrainConfig(Config):
         default="auto", description="Compute precision of the model; auto: bfloat16 on accelerators, float32 on CPU."
     )
     loss_kernel: Annotated[LossKernel, FREE] = Field(
-        default="reference",
+        default="auto",
         description="Implementation of token losses and their gradients: reference holds all logits; chunked, on any "
-        "device, holds a few megabytes of them and computes each twice; triton needs CUDA and the triton package.",
+        "device, holds a part of them and computes each twice; triton needs CUDA and the triton package; auto: triton "
+        "where it runs, else chunked.",
     )
     activation_kernel: Annotated[ActivationKernel, FREE] = Field(
-        default="reference",
+        default="auto",
         description="Implementation of the series informed activation, also used in scoring: reference keeps "
-        "intermediates of every term for the backward pass; triton keeps only the inputs, and needs CUDA and the "
-        "triton package.",
+        "intermediates of every term for the backward pass; recompute, on any device, keeps only the inputs, and so "
+        "does triton, which needs CUDA and the triton package; auto: triton where it runs, else recompute.",
     )
 
     @model_validator(mode="after")

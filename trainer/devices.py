@@ -15,11 +15,18 @@ from typing import Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
+from data_scoring.config import ScoreConfig
 from trainer import ascend
-from trainer.config import Precision
+from trainer.config import Precision, TrainConfig
 
 _LOG = logging.getLogger(__name__)
 _GIB = 1 << 30
+# What `auto` selects for a field where Triton does not run.
+_PORTABLE_KERNELS = {
+    "train.loss_kernel": "chunked",
+    "score.loss_kernel": "chunked",
+    "train.activation_kernel": "recompute",
+}
 
 
 @dataclass(frozen=True)
@@ -110,21 +117,38 @@ def check_layers(layers: str) -> None:
         )
 
 
-def check_kernel(field: str, kernel: str, kind: str, other: str) -> None:
-    """Raise ValueError if `kernel`, the value of `field`, is not installed or does not run on devices of `kind`.
+def resolve_kernel(field: str, requested: str, kind: str) -> Any:
+    """Return the kernel, one of those that `field` offers, that `field: requested` selects on devices of `kind`.
 
-    `other` is the kernel that the error suggests instead.
+    field: train.loss_kernel, score.loss_kernel or train.activation_kernel. Raises ValueError if the kernel is requested
+    by name and is not installed or does not run there.
     """
-    if kernel != "triton":
-        return
-    remedy = f"or set {field}: {other}"
-    if importlib.util.find_spec("triton") is None:
+    portable = _PORTABLE_KERNELS[field]
+    is_installed = importlib.util.find_spec("triton") is not None
+    if requested == "auto":
+        # If the devices are on another host, Triton is expected there: torch's CUDA builds depend on it.
+        is_expected = is_installed or not torch.cuda.is_available()
+        return "triton" if is_expected and kind == "cuda" else portable
+    if requested == "triton" and not is_installed:
         raise ValueError(
             f"{field}: 'triton' was requested but it is not installed; install it with pip install 'reprise[triton]', "
-            f"{remedy}"
+            f"or set {field}: {portable}"
         )
-    if kind != "cuda":
-        raise ValueError(f"{field}: 'triton' was requested but the device is {kind}; use a CUDA device, {remedy}")
+    if requested == "triton" and kind != "cuda":
+        raise ValueError(
+            f"{field}: 'triton' was requested but the device is {kind}; use a CUDA device, or set {field}: {portable}"
+        )
+    return requested
+
+
+def resolve_kernels(train: TrainConfig, score: ScoreConfig, kind: str) -> tuple[TrainConfig, ScoreConfig]:
+    """Return the sections with the kernels that they select on devices of `kind`; raises as `resolve_kernel` does."""
+    of_training = {
+        name: resolve_kernel(f"train.{name}", getattr(train, name), kind)
+        for name in ("loss_kernel", "activation_kernel")
+    }
+    of_scoring = {"loss_kernel": resolve_kernel("score.loss_kernel", score.loss_kernel, kind)}
+    return train.model_copy(update=of_training), score.model_copy(update=of_scoring)
 
 
 def least_free_memory(kind: str, num_ranks: int) -> int | None:

@@ -42,6 +42,9 @@ _TURNS = 8
 # Limits of a generation batch: tokens (prompts and continuations) in the key-value cache, and sequences.
 _GENERATED_AT_ONCE = 16_384
 _SEQUENCES_AT_ONCE = 64
+# Tokens and predictions of a tree are padded to multiples of this on accelerators, for products to be aligned and their
+# shapes few.
+_TREE_MULTIPLE = 128
 # Attributes by which Megatron's modules enable sequence parallelism.
 _SHARING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
@@ -167,6 +170,8 @@ def _answer_likelihoods(
 def _score_tree(gpt: Any, tree: PrefixTree) -> tuple[Tensor, Tensor] | None:
     """Return, on the last pipeline stage, the result of `score_labels` for a tree's targets, [p] float32 each."""
     device = next(gpt.parameters()).device
+    tree = tree.padded(1 if device.type == "cpu" else _TREE_MULTIPLE)
+    num_predictions = len(tree.places)
     tokens_n, depths_n, ends_n, nodes_p, targets_p = (
         torch.from_numpy(column).to(device)
         for column in (tree.tokens, tree.depths, tree.ends, tree.nodes, tree.targets)
@@ -190,7 +195,7 @@ def _score_tree(gpt: Any, tree: PrefixTree) -> tuple[Tensor, Tensor] | None:
     )
     if parallel_state.is_pipeline_last_stage():
         losses_p, are_greatest_p = gpt.judge(hidden_nbh[nodes_p, 0], targets_p)
-        return losses_p, are_greatest_p.float()
+        return losses_p[:num_predictions], are_greatest_p[:num_predictions].float()
     torch.distributed.send(hidden_nbh.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), stages)
     return None
 

@@ -9,7 +9,7 @@ import pkgutil
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
@@ -81,11 +81,21 @@ class Job(Config):
         """Return how the model is divided among the ranks."""
         return self.parallel
 
+    def resolved(self) -> Self:
+        """Return the job with the kernels that `auto` selects on its device, on a host that has such devices.
+
+        Raises ValueError if a kernel is requested by name and is not installed or does not run there.
+        """
+        from trainer.devices import resolve_kernel
+
+        kernel = resolve_kernel("train.activation_kernel", self.activation_kernel, self.device)
+        return self.model_copy(update={"activation_kernel": kernel})
+
     def kernels(self) -> "Kernels":
-        """Return the kernels that the model is built with."""
+        """Return the kernels that the model is built with, resolved for its device."""
         from trainer.model import Kernels
 
-        return Kernels(activation=self.activation_kernel)
+        return Kernels.resolve(self.device, activation=self.activation_kernel)
 
     @property
     def scoring_kernel(self) -> LossKernel | None:

@@ -1,7 +1,7 @@
 """The jobs of a run's stages (train, score, calibrate, evaluate), and measurements on a trained model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field
 
@@ -45,11 +45,18 @@ class TrainJob(Job):
     start_from: Path | None = Field(description="Checkpoint whose weights the round starts from; null: random ones.")
     evaluate: RepeatedEvaluation | None = Field(default=None, description="In-training evaluation.")
 
+    def resolved(self) -> Self:
+        """Return the job with the kernels that `auto` selects on its device."""
+        from trainer.devices import resolve_kernels
+
+        train, score = resolve_kernels(self.train, self.score, self.device)
+        return super().resolved().model_copy(update={"train": train, "score": score})
+
     def kernels(self) -> "Kernels":
         """Return training's kernels, with scoring's for validation."""
         from trainer.model import Kernels
 
-        return Kernels(self.train.loss_kernel, self.score.loss_kernel, self.activation_kernel)
+        return Kernels.resolve(self.device, self.train.loss_kernel, self.score.loss_kernel, self.activation_kernel)
 
     def run(self, context: RankContext) -> None:
         """Train; see `trainer.train.train_round`. Only the weights stay in memory."""
@@ -80,11 +87,19 @@ class LossJob(TrainedModelJob):
     score: ScoreConfig
     origin: Origin = Field(description="Origin that the files of losses record.")
 
+    def resolved(self) -> Self:
+        """Return the job with the kernels that `auto` selects on its device."""
+        from trainer.devices import resolve_kernel
+
+        kernel = resolve_kernel("score.loss_kernel", self.score.loss_kernel, self.device)
+        score = self.score.model_copy(update={"loss_kernel": kernel})
+        return super().resolved().model_copy(update={"score": score})
+
     def kernels(self) -> "Kernels":
         """Return the kernels that losses are computed with."""
         from trainer.model import Kernels
 
-        return Kernels(scoring=self.score.loss_kernel, activation=self.activation_kernel)
+        return Kernels.resolve(self.device, scoring=self.score.loss_kernel, activation=self.activation_kernel)
 
     @property
     def scoring_kernel(self) -> LossKernel:
@@ -150,11 +165,18 @@ class EvaluateJob(TrainedModelJob):
         """Return the folder of the answers without a block of layers, and the fingerprint of that model."""
         return self.answers / f"skip-{start:05d}-{length}", fingerprint(self.fingerprint, start, length)
 
+    def resolved(self) -> Self:
+        """Return the job with the kernels that `auto` selects on its device."""
+        from trainer.devices import resolve_kernel
+
+        kernel = resolve_kernel("score.loss_kernel", self.loss_kernel, self.device)
+        return super().resolved().model_copy(update={"loss_kernel": kernel})
+
     def kernels(self) -> "Kernels":
         """Return the kernels that losses are computed with."""
         from trainer.model import Kernels
 
-        return Kernels(scoring=self.loss_kernel, activation=self.activation_kernel)
+        return Kernels.resolve(self.device, scoring=self.loss_kernel, activation=self.activation_kernel)
 
     @property
     def scoring_kernel(self) -> LossKernel:

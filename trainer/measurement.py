@@ -33,7 +33,7 @@ class MeasureJob(Job):
         """Return training's and scoring's kernels."""
         from trainer.model import Kernels
 
-        return Kernels(self.train.loss_kernel, self.score.loss_kernel, self.activation_kernel)
+        return Kernels.resolve(self.device, self.train.loss_kernel, self.score.loss_kernel, self.activation_kernel)
 
     def run(self, context: RankContext) -> None:
         """Measure, and write speed.json: seconds a step, seconds a scored token, seconds of the whole measurement."""

@@ -8,6 +8,7 @@ its allocator are not included.
 from dataclasses import astuple, dataclass
 
 from data_scoring.config import padded_vocab_size
+from kernels.linear_cross_entropy import chunk_bytes
 from trainer.config import ModelConfig, ParallelConfig, Precision, TrainConfig
 
 _SINGLE = 4
@@ -16,8 +17,6 @@ PROCESS_BYTES = 1 << 29
 # Memory that the C library's allocator holds in addition, as a share of what each step allocates and frees (34 % with
 # 30 M parameters in float32).
 _UNUSED_SHARE = 0.4
-# Upper bounds of the logits held by the chunked kernels.
-_CHUNK_BYTES = {"chunked": 16 << 20, "triton": 64 << 20}
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class RankMemory:
 class Workload:
     """A model in training under a parallel layout.
 
-    vocab_size: the entries of embedding and head, without padding. train: as returned by `TrainConfig.resolve`.
+    vocab_size: the entries of embedding and head, without padding. train: as returned by `TrainConfig.resolve`,
+    with the kernels that `trainer.devices.resolve_kernels` selects.
     has_fused_norm: whether torch has a fused norm kernel on this kind of device. has_fused_step: whether torch's AdamW
     updates all parameters at once there.
     """
@@ -203,7 +203,7 @@ def _num_ffn_tensors(workload: Workload) -> int:
         # The activated gate, and Megatron's copy of up.
         return kept + 2
     if workload.train.activation_kernel == "reference":
-        # The input of each term, and the sum of the terms.
+        # Without recomputing: the input of each term, and the sum of the terms.
         kept += workload.model.activation_terms + 1
     return kept
 
@@ -211,7 +211,8 @@ def _num_ffn_tensors(workload: Workload) -> int:
 def _layer_gradients(workload: Workload) -> int:
     """Return the most bytes that the backward pass of a feed-forward layer allocates before freeing saved tensors."""
     model, parallel = workload.model, workload.parallel
-    num_ffn_tensors = 3 if model.activation_terms > 1 and workload.train.activation_kernel == "triton" else 6
+    is_recomputed = model.activation_terms > 1 and workload.train.activation_kernel != "reference"
+    num_ffn_tensors = 3 if is_recomputed else 6
     channels = 2 * model.hidden_size + num_ffn_tensors * model.ffn_size // parallel.tensor
     return workload.micro_batch_tokens * channels * workload.element_bytes
 
@@ -219,10 +220,12 @@ def _layer_gradients(workload: Workload) -> int:
 def _logits(workload: Workload) -> int:
     """Return the most bytes that head and loss take in their backward pass."""
     tokens, hidden, size = workload.micro_batch_tokens, workload.model.hidden_size, workload.element_bytes
-    rows = workload.rows(padded=False)
+    rows = workload.rows(padded=True)
     if workload.train.loss_kernel == "reference":
         # In single precision: log-probabilities, their gradient, and that of the logits. With tensor parallelism:
         # exponentials, their gradient, that of the labels' logits, and the sum of both.
         return tokens * rows * _SINGLE * (3 if workload.parallel.tensor == 1 else 4)
     # The gradients of the head's weights and of its input, which is accumulated in single precision; chunks of logits.
-    return rows * hidden * size + tokens * hidden * (_SINGLE + size) + _CHUNK_BYTES[workload.train.loss_kernel]
+    kernel, is_accelerator = workload.train.loss_kernel, workload.has_fused_step
+    chunk = chunk_bytes("chunked" if kernel == "auto" else kernel, is_accelerator, size, tokens, rows)
+    return rows * hidden * size + tokens * hidden * (_SINGLE + size) + chunk

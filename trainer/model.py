@@ -17,10 +17,11 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from data_scoring.config import LossKernel, padded_vocab_size
-from kernels.linear_cross_entropy import linear_cross_entropy, score_labels
-from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
-from trainer.devices import check_kernel, check_layers
+from data_scoring.config import padded_vocab_size
+from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy, score_labels
+from kernels.series_activation import ActivationKernel
+from trainer.config import ModelConfig, ParallelConfig
+from trainer.devices import check_layers, resolve_kernel
 from trainer.initialisation import initialise, projection_init
 from trainer.pangu import AugmentedShortcut, SeriesActivation
 
@@ -68,15 +69,21 @@ class RMSNorm(torch.nn.RMSNorm):
 class Kernels:
     """The kernels of token losses, in training and in evaluation mode (validation, scoring), and of the activation."""
 
-    training: LossKernel = "reference"
+    training: LossKernel = "chunked"
     scoring: LossKernel = "chunked"
-    activation: ActivationKernel = "reference"
+    activation: ActivationKernel = "recompute"
 
-    def check(self, kind: str) -> None:
-        """Raise ValueError if one of them is not installed or does not run on devices of `kind`."""
-        check_kernel("train.loss_kernel", self.training, kind, "chunked")
-        check_kernel("score.loss_kernel", self.scoring, kind, "chunked")
-        check_kernel("train.activation_kernel", self.activation, kind, "reference")
+    @classmethod
+    def resolve(cls, kind: str, training: str = "auto", scoring: str = "auto", activation: str = "auto") -> "Kernels":
+        """Return the kernels that a configuration's values select on devices of `kind`.
+
+        Raises ValueError if one of them is requested by name and is not installed or does not run there.
+        """
+        return cls(
+            resolve_kernel("train.loss_kernel", training, kind),
+            resolve_kernel("score.loss_kernel", scoring, kind),
+            resolve_kernel("train.activation_kernel", activation, kind),
+        )
 
 
 class Decoder(GPTModel):
@@ -178,7 +185,6 @@ def build_model(
     kernels: Kernels,
 ) -> MegatronModule:
     """Return this rank's part of the model, freshly initialised, on `device`."""
-    kernels.check(device.type)
     config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32)
     gpt = Decoder(
         kernels,

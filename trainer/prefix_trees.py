@@ -5,7 +5,7 @@ if j <= i <= end[j], where `end[j]` is the last token below j. Its position is i
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -38,6 +38,24 @@ class PrefixTree:
     targets: Integers
     places: Integers
     num_requests: int
+
+    def padded(self, multiple: int) -> "PrefixTree":
+        """Return the tree with its numbers of tokens and of predictions rounded up to multiples of `multiple`.
+
+        Padding tokens follow the others, see only themselves and are seen by no other. Padding predictions follow the
+        others, and have no places.
+        """
+        size, num_padding = len(self.tokens), -len(self.tokens) % multiple
+        more = np.zeros(num_padding, np.int64)
+        none = np.zeros(-len(self.nodes) % multiple, np.int64)
+        return replace(
+            self,
+            tokens=np.concatenate([self.tokens, more]),
+            depths=np.concatenate([self.depths, more]),
+            ends=np.concatenate([self.ends, np.arange(size, size + num_padding)]),
+            nodes=np.concatenate([self.nodes, none]),
+            targets=np.concatenate([self.targets, none]),
+        )
 
 
 def build_prefix_trees(requests: Sequence[Likelihood], hidden_size: int, budget: int | None = None) -> list[PrefixTree]:

@@ -234,6 +234,9 @@ def launch(
     """
     logs = run_folder / "logs"
     logs.mkdir(exist_ok=True)
+    if config.launcher_kind.sees_devices:
+        # The job's file tells which kernels were used; elsewhere, ranks resolve them.
+        job = job.resolved()
     restarts = 0
     while True:
         saved = job.saved_work()

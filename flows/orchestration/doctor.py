@@ -21,12 +21,13 @@ from flows.planning.workload import workload_of
 from flows.run.config import RunConfig
 from flows.run.folder import package_versions
 from flows.run.launcher_kinds import LAUNCHER_KINDS
-from flows.stages.prepare import check_kernels, check_vocabulary, vocabulary_size
+from flows.stages.prepare import check_vocabulary, vocabulary_size
 from trainer.devices import (
     check_layers,
     describe_devices,
     least_free_memory,
     resolve,
+    resolve_kernels,
 )
 from trainer.hardware import LIBRARY_BYTES, Hardware
 from trainer.memory import (
@@ -110,11 +111,7 @@ def _run(config: RunConfig, assumed: Hardware | None) -> Iterator[Finding]:
     else:
         yield _checked(f"{hosts}: {assumed.describe()}, assumed", lambda: _check_assumed(config, assumed))
     yield _checked(f"model.layers {config.model.layers}", lambda: check_layers(config.model.layers))
-    yield _checked(
-        f"train.loss_kernel {config.train.loss_kernel}, train.activation_kernel {config.train.activation_kernel}, "
-        f"score.loss_kernel {config.score.loss_kernel}",
-        lambda: check_kernels(config, None if assumed is None else assumed.kind),
-    )
+    yield _kernels(config, _kind(config) if assumed is None else assumed.kind)
     yield _checked("tokenizer and vocabulary", lambda: _check_tokenizer(config))
     for source in config.corpus.sources:
         if source.format == "datasets":
@@ -136,6 +133,23 @@ def _check_assumed(config: RunConfig, assumed: Hardware) -> None:
         )
 
 
+def _kernels(config: RunConfig, kind: str) -> Finding:
+    """Return the kernels, with what `auto` selects on devices of `kind`."""
+    try:
+        train, score = resolve_kernels(config.train, config.score, kind)
+    except ValueError as error:
+        return Finding("missing", str(error))
+    rows = (
+        ("train.loss_kernel", config.train.loss_kernel, train.loss_kernel),
+        ("train.activation_kernel", config.train.activation_kernel, train.activation_kernel),
+        ("score.loss_kernel", config.score.loss_kernel, score.loss_kernel),
+    )
+    return Finding(
+        "ok",
+        ", ".join(f"{name} {asked}{f' ({found})' if asked != found else ''}" for name, asked, found in rows),
+    )
+
+
 def _check_tokenizer(config: RunConfig) -> None:
     check_vocabulary(config)
     vocabulary_size(config)
@@ -154,7 +168,7 @@ def _space(config: RunConfig, here: int, assumed: Hardware | None) -> Iterator[F
     try:
         workload = workload_of(config, kind)
     except ValueError:
-        # The tokenizer's own check reports why it cannot be opened.
+        # Their own checks report why the tokenizer cannot be opened, or a kernel cannot run.
         return
     if kind == "cpu":
         yield _on_host(config, workload, here)

@@ -10,7 +10,7 @@ from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.prepare import vocabulary_size
 from trainer.config import AUTO, ParallelConfig
-from trainer.devices import has_fused_norm, list_accelerators, resolve_precision
+from trainer.devices import has_fused_norm, list_accelerators, resolve_kernels, resolve_precision
 from trainer.hardware import ACCELERATORS, Hardware, accelerators, find_accelerator
 from trainer.layout_choice import with_micro_batch
 from trainer.memory import Workload
@@ -22,9 +22,9 @@ _TYPED_GRES = re.compile(r"[a-z]+:([a-z0-9_-]+):([1-9][0-9]{0,3})(\(.*\))?", re.
 def workload_of(config: RunConfig, kind: str) -> Workload:
     """Return the workload of training on devices of `kind`; what is `auto` is one rank, and one sample.
 
-    Raises ValueError if the tokenizer cannot be opened.
+    Raises ValueError if the tokenizer cannot be opened, or a kernel cannot run there.
     """
-    train = config.resolved_train
+    train, _ = resolve_kernels(config.resolved_train, config.score, kind)
     workload = Workload(
         config.model,
         _vocabulary_size(config),

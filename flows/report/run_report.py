@@ -4,11 +4,13 @@ import html
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import yaml
 
 from data_scoring.base.files import writing
+from data_scoring.base.validation import read_record
 from data_scoring.ledger import open_ledger, refresh_ledger
 from flows.display.figures import render_figure
 from flows.display.html import html_figure, html_page, html_table
@@ -75,6 +77,7 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) -
         "<h2>Corpus</h2>",
         _corpus_table(sources),
         "<h2>Configuration</h2>",
+        *_kernels(run),
         f"<pre>{html.escape(yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False))}</pre>",
     ]
     return sections
@@ -94,6 +97,22 @@ def _model(config: RunConfig, vocab_size: int) -> str:
         f"Trained from {start}, in batches of "
         f"{train.global_batch_size * config.corpus.seq_length:,} tokens, at a learning rate of up to {train.lr:.3g}."
     )
+
+
+def _kernels(run: Run) -> list[str]:
+    """Return a sentence about the kernels that the last training job used; empty without its file."""
+    jobs = sorted((run.folder / "logs").glob("train-*.job.json"), key=lambda path: path.stat().st_mtime)
+    job = read_record(jobs[-1], dict[str, Any]) if jobs else None
+    if job is None:
+        return []
+    used = {
+        "train.loss_kernel": job["train"]["loss_kernel"],
+        "train.activation_kernel": job["activation_kernel"],
+        "score.loss_kernel": job["score"]["loss_kernel"],
+    }
+    # On nodes that the launching host cannot see, each rank resolved `auto` itself.
+    listed = ", ".join(f"<code>{name}</code> {html.escape(str(kernel))}" for name, kernel in used.items())
+    return [f"<p>Kernels of the last training: {listed}.</p>"]
 
 
 def _inheritance(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) -> list[str]:

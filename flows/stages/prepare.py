@@ -119,20 +119,11 @@ def check_machine(config: RunConfig) -> None:
         check_reference(config.refine)
 
 
-def check_kernels(config: RunConfig, kind: str | None = None) -> None:
-    """Raise ValueError if training or scoring uses a kernel that is not installed or does not support the device.
+def check_kernels(config: RunConfig) -> None:
+    """Raise ValueError if training or scoring uses a kernel that is not installed or does not support the device."""
+    from trainer.devices import resolve_kernels
 
-    kind: of the device; None: that of the run's ranks.
-    """
-    from trainer.devices import check_kernel
-
-    for field, kernel, other in (
-        ("train.loss_kernel", config.train.loss_kernel, "chunked"),
-        ("train.activation_kernel", config.train.activation_kernel, "reference"),
-        ("score.loss_kernel", config.score.loss_kernel, "chunked"),
-    ):
-        if kernel == "triton":
-            check_kernel(field, kernel, kind or device_kind(config), other)
+    resolve_kernels(config.train, config.score, device_kind(config))
 
 
 def check_vocabulary(config: RunConfig) -> None:

@@ -24,6 +24,8 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 # Tokens, rows of the vocabulary, channels; the large ones cross the borders of chunks.
 SHAPES = [(252, 507, 123), (1, 2, 8), (129, 257, 65), (1100, 4999, 33)]
+# For descriptors, which take whole multiples of 16 bytes: ends inside of tiles, and more blocks of tokens than a group.
+ALIGNED_SHAPES = [(252, 507, 136), (1100, 70, 16)]
 VOCABULARIES = [(5, 48_000, 24), (5, 151_936, 24)]
 # A kernel may be as far from float64 as the reference in the same dtype, and one rounding further.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
@@ -112,28 +114,68 @@ def test_chunks_are_as_exact_as_the_reference_and_bitwise_reproducible(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("shape", [*SHAPES[:3], *ALIGNED_SHAPES])
 def test_triton_is_as_exact_as_the_reference_and_bitwise_reproducible(
     shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     assert_as_good_as_the_reference("triton", shape, dtype)
 
 
+@pytest.mark.skipif(not IS_INTERPRETED, reason="a device has one capability")
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("width", [64, 72, 65])
+def test_every_device_has_its_tiles_and_its_loads(capability: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole blocks of channels, an end of a block, and rows that no descriptor takes."""
+    launches: list[Any] = []
+    launch_of = linear_cross_entropy_triton._Launch
+
+    def launch(*tensors: Tensor) -> Any:
+        launches.append(launch_of(*tensors))
+        return launches[-1]
+
+    monkeypatch.setattr(linear_cross_entropy_triton, "_INTERPRETED", (capability, 3))
+    monkeypatch.setattr(linear_cross_entropy_triton, "_Launch", launch)
+    assert_as_good_as_the_reference("triton", (129, 300, width), torch.bfloat16)
+    assert {each.options["HAS_DESCRIPTORS"] for each in launches} == {capability >= 90 and width != 65}
+    assert {each.options["IS_EVEN"] for each in launches} == {width == 64}
+    assert {each.tile.block_v for each in launches} == {256 if capability == 90 and width != 65 else 128}
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="it is the interpreter's number of multiprocessors that changes")
+def test_the_number_of_multiprocessors_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs((300, 700, 24), torch.float32)
+    found = []
+    for processors in (1, 7, 132):
+        monkeypatch.setattr(linear_cross_entropy_triton, "_INTERPRETED", (90, processors))
+        found.append(run(with_kernel("triton"), *tensors))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kernel", ["reference", "chunked", "triton"])
-def test_rows_of_padding_count_for_nothing(kernel: LossKernel) -> None:
-    hidden, weight, labels, grad = inputs((7, 40, 12), torch.float32)
+@pytest.mark.parametrize(
+    ("shape", "num_rows"), [((7, 40, 12), 33), ((9, 384, 16), 300), ((9, 384, 16), 257), ((5, 4224, 8), 4097)]
+)
+def test_rows_of_padding_count_for_nothing(
+    shape: tuple[int, int, int], num_rows: int, kernel: LossKernel, dtype: torch.dtype
+) -> None:
+    hidden, weight, labels, grad = inputs(shape, dtype)
+    # Padding with the greatest logits would show.
+    weight[num_rows:] = 10 * hidden[0]
+    labels = labels % num_rows
+    device = DEVICE if kernel == "triton" else "cpu"
 
     def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, labels % 33, kernel, num_rows=33)
+        return linear_cross_entropy(hidden, weight, labels, kernel, num_rows=num_rows)
 
-    def expected_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(hidden @ weight[:33].t(), labels % 33, reduction="none")
+    def cut(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight[:num_rows], labels, kernel)
 
-    device = DEVICE if kernel == "triton" else "cpu"
-    found = run(loss_of, *[tensor.to(device) for tensor in (hidden, weight, labels, grad)])
-    expected = run(expected_of, hidden.double(), weight.double(), labels, grad)
-    assert max(errors(found, expected)) < TOLERANCE[torch.float32] * 10
-    assert not found[2][33:].any()
+    tensors = [tensor.to(device) for tensor in (hidden, weight, labels, grad)]
+    found, expected = run(loss_of, *tensors), run(cut, *tensors)
+    assert max(errors(found, [each.cpu().double() for each in expected])) < TOLERANCE[dtype]
+    assert not found[2][num_rows:].any()
 
 
 def judged(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -176,8 +218,8 @@ def test_of_labels_that_rounding_makes_equal_the_first_is_told(kernel: LossKerne
 def test_triton_at_large_vocabularies(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     if IS_INTERPRETED:
         # The interpreter's time goes by the number of tiles, whatever their size.
-        monkeypatch.setattr(linear_cross_entropy_triton, "_BLOCK_N", 16)
-        monkeypatch.setattr(linear_cross_entropy_triton, "_BLOCK_V", 16_384)
+        large = linear_cross_entropy_triton._SINGLE_TILE._replace(block_n=16, block_v=16_384)
+        monkeypatch.setattr(linear_cross_entropy_triton, "_SINGLE_TILE", large)
     assert_as_good_as_the_reference("triton", shape, torch.float32)
 
 
@@ -228,6 +270,14 @@ def _rank(rank: int, ranks: int, folder: Path) -> None:
     results = {
         kernel: run(with_kernel(kernel, group), hidden, part, labels, grad) for kernel in ("reference", "chunked")
     }
+    # The second rank has padding alone.
+    padded = {
+        kernel: run(
+            lambda *tensors, kernel=kernel: linear_cross_entropy(*tensors, kernel, group, FEW),
+            hidden, part, labels % FEW, grad,
+        )
+        for kernel in ("reference", "chunked")
+    }  # fmt: skip
     hidden, weight, labels, num_rows = judged(SHARDED)
     part = weight.chunk(ranks)[rank]
     told = {kernel: score_labels(hidden, part, labels, kernel, group, num_rows) for kernel in results}
@@ -236,11 +286,14 @@ def _rank(rank: int, ranks: int, folder: Path) -> None:
         kernel: [score_labels(hidden, weight, labels + first, kernel, group)[1] for first in (0, len(weight))]
         for kernel in results
     }
-    torch.save({"results": results, "reduced": reduced[:6], "told": told, "again": again}, folder / f"{rank}.pt")
+    found = {"results": results, "padded": padded, "reduced": reduced[:6], "told": told, "again": again}
+    torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 SHARDED = (252, 506, 123)
+# Rows that are no padding, on the first of two ranks.
+FEW = 200
 
 
 def test_ranks_with_parts_of_the_vocabulary_agree_with_one_and_exchange_little(tmp_path: Path) -> None:
@@ -255,6 +308,13 @@ def test_ranks_with_parts_of_the_vocabulary_agree_with_one_and_exchange_little(t
         assert torch.equal(loss, other_loss)
         assert torch.equal(hidden_grad, other_hidden_grad)
         for tensor, one in zip((loss, hidden_grad, torch.cat([part, other_part])), expected, strict=True):
+            torch.testing.assert_close(tensor, one, atol=2e-6, rtol=1e-5)
+    hidden, weight, labels, grad = inputs(SHARDED, torch.float32)
+    expected = run(with_kernel("reference"), hidden, weight[:FEW], labels % FEW, grad)
+    for kernel, rank in itertools.product(("reference", "chunked"), range(2)):
+        loss, hidden_grad, part = found[rank]["padded"][kernel]
+        whole = torch.zeros_like(part) if rank else torch.cat([expected[2], torch.zeros(len(part) - FEW, channels)])
+        for tensor, one in zip((loss, hidden_grad, part), (*expected[:2], whole), strict=True):
             torch.testing.assert_close(tensor, one, atol=2e-6, rtol=1e-5)
     hidden, weight, labels, num_rows = judged(SHARDED)
     logits = hidden @ weight[:num_rows].t()
@@ -287,6 +347,21 @@ print(peak() - before)
 """
 
 
+@pytest.mark.parametrize("kernel", ["reference", "chunked", "triton"])
+def test_a_rank_with_padding_alone_has_no_probability(kernel: LossKernel) -> None:
+    """Its statistics are those of no rows, and its gradients 0."""
+    hidden, weight, labels, grad = (tensor.to(DEVICE) for tensor in inputs((9, 70, 8), torch.float32))
+    if kernel == "reference":
+        maximum, total, target = module._reference_statistics(hidden, weight, labels, 0, torch.zeros_like(labels))
+        assert target.tolist() == [0] * 9 and set(maximum.tolist()) == {-torch.inf}
+        return
+    functions = module._kernel(kernel)
+    maximum, total, target = functions.statistics(hidden, weight, labels, 0)
+    assert set(maximum.tolist()) == {-torch.inf} and not total.any() and not target.any()
+    hidden_grad, weight_grad = functions.gradients(hidden, weight, labels, grad, grad, 0, True, True)
+    assert not hidden_grad.any() and not weight_grad.any()
+
+
 def test_scoring_holds_64_megabytes_of_a_large_vocabulary_at_most() -> None:
     """The peak of a fresh process's memory, code loaded on first use included; the logits would take 593 MiB."""
     megabytes = float(subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout)
@@ -294,4 +369,4 @@ def test_scoring_holds_64_megabytes_of_a_large_vocabulary_at_most() -> None:
 
 
 def test_configurations_offer_the_kernels_that_there_are() -> None:
-    assert get_args(config.LossKernel) == get_args(LossKernel)
+    assert get_args(config.LossKernel) == ("auto", *get_args(LossKernel))

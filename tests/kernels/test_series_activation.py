@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import series_activation_recompute
 from kernels.series_activation import ActivationKernel, series_activation
 from trainer import config
 
@@ -58,13 +59,15 @@ def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [float((a.cpu().double() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
 
 
-def assert_as_good_as_the_reference(shape: tuple[tuple[int, ...], int, int], dtype: torch.dtype) -> None:
+def assert_as_good_as_the_reference(
+    kernel: ActivationKernel, shape: tuple[tuple[int, ...], int, int], dtype: torch.dtype
+) -> None:
     tensors = [tensor.to(DEVICE) for tensor in inputs(shape, dtype)]
-    found, expected = run("triton", tensors), truth(tensors)
+    found, expected = run(kernel, tensors), truth(tensors)
     assert {tensor.dtype for tensor in found} == {dtype}
     for error, bound in zip(errors(found, expected), errors(run("reference", tensors), expected), strict=True):
         assert error <= bound + TOLERANCE[dtype]
-    assert all(torch.equal(a, b) for a, b in zip(found, run("triton", tensors), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, run(kernel, tensors), strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -75,10 +78,17 @@ def test_the_reference_is_the_formula(shape: tuple[tuple[int, ...], int, int]) -
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_triton_is_as_exact_as_the_reference_and_bitwise_reproducible(
-    shape: tuple[tuple[int, ...], int, int], dtype: torch.dtype
+@pytest.mark.parametrize("kernel", ["recompute", "triton"])
+def test_kernels_are_as_exact_as_the_reference_and_bitwise_reproducible(
+    kernel: ActivationKernel, shape: tuple[tuple[int, ...], int, int], dtype: torch.dtype
 ) -> None:
-    assert_as_good_as_the_reference(shape, dtype)
+    assert_as_good_as_the_reference(kernel, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_recomputing_block_by_block_of_tokens_adds_up(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(series_activation_recompute, "_CPU_ELEMENTS", 30 * 70)
+    assert_as_good_as_the_reference("recompute", SHAPES[1], dtype)
 
 
 @pytest.mark.gpu
@@ -87,7 +97,7 @@ def test_triton_is_as_exact_as_the_reference_and_bitwise_reproducible(
 def test_triton_on_a_gpu(shape: tuple[tuple[int, ...], int, int], dtype: torch.dtype) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    assert_as_good_as_the_reference(shape, dtype)
+    assert_as_good_as_the_reference("triton", shape, dtype)
 
 
 def test_scales_shared_by_all_channels_get_the_sum_of_their_gradients() -> None:
@@ -98,7 +108,8 @@ def test_scales_shared_by_all_channels_get_the_sum_of_their_gradients() -> None:
         offset = torch.tensor([[0.0], [0.3]], device=DEVICE, requires_grad=True)
         series_activation(gate_and_up, scale.expand(-1, 70), offset.expand(-1, 70), kernel).backward(grad)
         gradients.append((scale.grad, offset.grad))
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-5)
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0], other, atol=1e-4, rtol=1e-5)
 
 
 def test_the_plain_activation_is_a_case_of_it() -> None:
@@ -108,17 +119,17 @@ def test_the_plain_activation_is_a_case_of_it() -> None:
     assert torch.equal(series_activation(gate_and_up, scale, offset, "reference"), F.silu(gate.contiguous()) * up)
 
 
-def test_the_backward_pass_of_the_fused_kernel_keeps_the_inputs_alone() -> None:
+def test_the_backward_pass_of_fused_kernels_keeps_the_inputs_alone() -> None:
     kept: dict[str, list[Any]] = {}
     for kernel in get_args(ActivationKernel):
         tensors = [tensor.to(DEVICE).requires_grad_() for tensor in inputs(((64,), 32, 2), torch.float32)[:3]]
         kept[kernel] = []
         with torch.autograd.graph.saved_tensors_hooks(kept[kernel].append, lambda tensor: tensor):
             series_activation(*tensors, kernel)
-        if kernel == "triton":
+        if kernel != "reference":
             assert {tensor.data_ptr() for tensor in kept[kernel]} == {tensor.data_ptr() for tensor in tensors}
-    assert len(kept["triton"]) == 3 < len(kept["reference"])
+    assert len(kept["triton"]) == len(kept["recompute"]) == 3 < len(kept["reference"])
 
 
 def test_configurations_offer_the_kernels_that_there_are() -> None:
-    assert get_args(config.ActivationKernel) == get_args(ActivationKernel)
+    assert get_args(config.ActivationKernel) == ("auto", *get_args(ActivationKernel))

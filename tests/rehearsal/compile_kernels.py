@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import kernels
+from data_scoring.config import padded_vocab_size
 from trainer.config import ModelConfig
 from trainer.presets import PRESETS
 
@@ -30,6 +31,8 @@ from trainer.presets import PRESETS
 _VOCAB_SIZE, _NUM_TOKENS = 32_000, 4096
 # Single precision is nobody's default: one preset on one architecture says that it compiles.
 _SINGLE_PRECISION = ("pangu-pi-1b-pro", 90)
+# Rows that no descriptor takes.
+_UNALIGNED = ModelConfig(hidden_size=516, num_attention_heads=6, vocab_size=48_000)
 # What multiplies matrices on tensor cores, by the generation's name for it.
 _TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
@@ -49,6 +52,7 @@ def main(architectures: list[int]) -> None:
                 _launch(modules, ModelConfig(preset=name), torch.bfloat16)
             if architecture == _SINGLE_PRECISION[1]:
                 _launch(modules, ModelConfig(preset=_SINGLE_PRECISION[0]), torch.float32)
+                _launch(modules, _UNALIGNED, torch.bfloat16)
     found = [variant for _, variant in variants.values()]
     print(json.dumps({"variants": found, "unused": _find_unused(modules, {each["name"] for each in found})}))
 
@@ -61,6 +65,7 @@ class _Driver(SimpleNamespace):
             get_current_device=lambda: architecture,
             get_current_stream=lambda device: 0,
             get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+            utils=SimpleNamespace(get_device_properties=lambda device: {"multiprocessor_count": 132}),
         )
 
 
@@ -94,12 +99,14 @@ def _describe(function: Any, kernel: Any, args: tuple[Any, ...], log: str) -> di
     return {
         "name": f"{function.fn.__module__}.{function.fn.__name__}",
         "architecture": re.search(r"\.target (sm_\w+)", ptx)[1],  # type: ignore[index]
-        "dtype": str(args[0].dtype).removeprefix("torch."),
+        "dtype": str(getattr(args[0], "base", args[0]).dtype).removeprefix("torch."),
         "sizes": [value for value in args if isinstance(value, int)],
+        "width": next((each for each in reversed(args) if isinstance(each, int)), 0),
         "spilled_bytes": sum(map(int, spills)),
         "registers": int(registers[1]),
         "shared_bytes": kernel.metadata.shared,
         "has_products": "tt.dot" in kernel.asm["ttir"],
+        "descriptor_loads": ptx.count("cp.async.bulk.tensor"),
         "tensor_cores": {name: ptx.count(name) for name in _TENSOR_CORES if name in ptx},
     }
 
@@ -113,11 +120,12 @@ def _launch(modules: list[ModuleType], model: ModelConfig, dtype: torch.dtype) -
 
 def _launch_head(module: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     hidden_nh = torch.empty(_NUM_TOKENS, model.hidden_size, dtype=dtype, device="meta")
-    weight_vh = torch.empty(model.vocab_size or _VOCAB_SIZE, model.hidden_size, dtype=dtype, device="meta")
+    num_rows = model.vocab_size or _VOCAB_SIZE
+    weight_vh = torch.empty(padded_vocab_size(num_rows), model.hidden_size, dtype=dtype, device="meta")
     labels_n = torch.empty(_NUM_TOKENS, dtype=torch.int64, device="meta")
     number_n = torch.empty(_NUM_TOKENS, device="meta")
-    module.statistics(hidden_nh, weight_vh, labels_n)
-    module.gradients(hidden_nh, weight_vh, labels_n, number_n, number_n, True, True)
+    module.statistics(hidden_nh, weight_vh, labels_n, num_rows)
+    module.gradients(hidden_nh, weight_vh, labels_n, number_n, number_n, num_rows, True, True)
 
 
 def _launch_activation(module: Any, model: ModelConfig, dtype: torch.dtype) -> None:

@@ -33,7 +33,8 @@ from trainer.requests import Generation, Likelihood, requests_path, write_reques
 
 PRESET, SEQ_LENGTH = "pangu-pi-1b-pro", 2048
 STEPS = 2
-TRAIN = TrainConfig(global_batch_size=4, micro_batch_size=2, validate_every_steps=1000)
+REFERENCE = {"loss_kernel": "reference", "activation_kernel": "reference"}
+TRAIN = TrainConfig(global_batch_size=4, micro_batch_size=2, validate_every_steps=1000, **REFERENCE)
 LAYOUTS = {
     "one": ParallelConfig(),
     "tensor": ParallelConfig(tensor=2, sequence=True),
@@ -66,7 +67,7 @@ class CudaJobs:
                 job = self._train(name, short, TINY_MODEL, TRAIN, parallel)
                 self._add(name, job, rank=rank, world_size=parallel.world_size, checkpoint="planned")
         for size, options in ((2, {"checkpoint": "planned"}), (8, {"checkpoint": "none", "stop_after": STEPS})):
-            train = TrainConfig(global_batch_size=size, micro_batch_size=size, validate_every_steps=1000)
+            train = TrainConfig(global_batch_size=size, micro_batch_size=size, validate_every_steps=1000, **REFERENCE)
             steps = STEPS + ("stop_after" in options)
             job = self._train(f"large {size}", long, ModelConfig(preset=PRESET), train, steps=steps)
             self._add(f"large {size}", job, has_host_data=False, **options)

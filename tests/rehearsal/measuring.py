@@ -79,6 +79,10 @@ class Measurements(TorchDispatchMode):
         """Count a place where the host waits for the device."""
         self.part.syncs[f"{what} at {_place()}"] += 1
 
+    def note_kernel(self, name: str) -> None:
+        """Count a kernel that torch does not launch."""
+        self.part.kernels[name] += 1
+
     def note_attention(self, kernel: str) -> None:
         """Count a kernel of scaled dot product attention."""
         self.part.attention[kernel] += 1

@@ -51,6 +51,7 @@ def _rehearse(rehearsal: "Rehearsal") -> None:
     from tests.rehearsal.device_tensors import DeviceTensors
     from tests.rehearsal.device_torch import DeviceFunctions, join
     from tests.rehearsal.measuring import Measurements
+    from tests.rehearsal.triton_kernels import pretend_triton
     from trainer.rank import main as do_job
 
     os.environ["LOCAL_RANK"] = "0"
@@ -59,6 +60,7 @@ def _rehearse(rehearsal: "Rehearsal") -> None:
     parts: dict[str, list[dict[str, Any]]] = {}
     _watch(rehearsal, tensors, measurements, parts)
     error = None
+    pretend_triton(measurements.note_kernel)
     with tensors, measurements, DeviceFunctions(measurements.note_attention):
         try:
             do_job(Path(rehearsal.job))

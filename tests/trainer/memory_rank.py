@@ -35,8 +35,12 @@ def workload(
     seq_length: int = 64,
     **train: Any,
 ) -> Workload:
-    """Return a workload of few words: 8 microbatches a step and data-parallel rank, on an accelerator."""
+    """Return a workload of few words: 8 microbatches a step and data-parallel rank, on an accelerator.
+
+    Kernels are the reference ones unless given.
+    """
     tensor, pipeline, data, sequence = layout
+    train = {"loss_kernel": "reference", "activation_kernel": "reference", **train}
     model = ModelConfig.model_validate(fields)
     size = train.setdefault("micro_batch_size", 2)
     return Workload(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.devices import check_kernel, check_layers
+from data_scoring.config import ScoreConfig
+from trainer.config import TrainConfig
+from trainer.devices import check_layers, resolve_kernel, resolve_kernels
 
 FOLDERS = ("flows", "data_scoring", "trainer", "kernels")
 NAMES = {"cuda", "npu", "torch_npu", "mindspeed", "transfer_to_npu"}
@@ -78,15 +80,32 @@ def test_layers_that_are_not_installed_are_named() -> None:
             check_layers("transformer_engine")
 
 
-def test_kernels_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernel in ("reference", "chunked"):
-        check_kernel("score.loss_kernel", kernel, "cpu", "chunked")
-    with pytest.raises(
-        ValueError, match=r"score.loss_kernel: 'triton' was requested but the device is cpu; use a CUDA"
-    ):
-        check_kernel("score.loss_kernel", "triton", "cpu", "chunked")
-    with pytest.raises(ValueError, match=r"use a CUDA device, or set train.activation_kernel: reference$"):
-        check_kernel("train.activation_kernel", "triton", "cpu", "reference")
+PORTABLE = {"train.loss_kernel": "chunked", "score.loss_kernel": "chunked", "train.activation_kernel": "recompute"}
+
+
+@pytest.mark.parametrize("field", PORTABLE)
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_auto_is_triton_where_it_runs(field: str, is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if is_installed else None)
+    assert resolve_kernel(field, "auto", "cuda") == ("triton" if is_installed else PORTABLE[field])
+    assert resolve_kernel(field, "auto", "cpu") == resolve_kernel(field, "auto", "npu") == PORTABLE[field]
+    for kind in ("cuda", "npu", "cpu"):
+        for kernel in ("reference", PORTABLE[field]):
+            assert resolve_kernel(field, kernel, kind) == kernel
+
+
+@pytest.mark.parametrize("field", PORTABLE)
+def test_kernels_that_are_requested_and_cannot_run_are_named(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    remedy = f"or set {field}: {PORTABLE[field]}$"
+    with pytest.raises(ValueError, match=rf"{field}: 'triton' was requested but the device is cpu; use .*, {remedy}"):
+        resolve_kernel(field, "triton", "cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"train.loss_kernel: 'triton' .* not installed; install it with pip install"):
-        check_kernel("train.loss_kernel", "triton", "cuda", "chunked")
+    with pytest.raises(ValueError, match=rf"{field}: 'triton' .* not installed; install it with pip .*, {remedy}"):
+        resolve_kernel(field, "triton", "cuda")
+
+
+def test_sections_are_resolved_field_by_field() -> None:
+    train, score = TrainConfig(loss_kernel="reference", lr=0.1), ScoreConfig()
+    found = resolve_kernels(train, score, "cpu")
+    assert found[0] == train.model_copy(update={"activation_kernel": "recompute"})
+    assert found[1] == score.model_copy(update={"loss_kernel": "chunked"})

@@ -30,6 +30,22 @@ def ancestors(tree: PrefixTree) -> list[list[int]]:
     return ways
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_padding_sees_itself_alone_and_is_seen_by_none(multiple: int) -> None:
+    for tree in build_prefix_trees(draw(1, 60), 8, 100):
+        padded = tree.padded(multiple)
+        size = len(tree.tokens)
+        for name in ("tokens", "depths", "ends", "nodes", "targets"):
+            before, after = getattr(tree, name), getattr(padded, name)
+            assert np.array_equal(after[: len(before)], before)
+            assert len(after) % multiple == 0 and len(after) - len(before) < multiple
+        assert np.array_equal(padded.places, tree.places)
+        number_n = np.arange(len(padded.tokens))
+        sees = (number_n[None, :] <= number_n[:, None]) & (number_n[:, None] <= padded.ends[None, :])
+        assert np.array_equal(sees[size:], np.eye(len(number_n), dtype=bool)[size:])
+        assert not sees[:size, size:].any()
+
+
 @pytest.mark.parametrize("budget", [1, 20, 60, 10_000])
 def test_a_token_sees_its_way_from_the_root_and_predicts_what_was_asked(budget: int) -> None:
     requests = draw(0, 80)

@@ -39,7 +39,8 @@ def line(config: RunConfig, start: str) -> tuple[str, str]:
 
 
 def seven_billion(**train: Any) -> RunConfig:
-    train = {"global_batch_size": 32, "micro_batch_size": 1, **train}
+    kernels = {"loss_kernel": "reference", "activation_kernel": "reference"}
+    train = {"global_batch_size": 32, "micro_batch_size": 1, **kernels, **train}
     return configured(device="cuda", model={"preset": "llama-7b"}, parallel={"data": 8}, train=train)
 
 
