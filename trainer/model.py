@@ -19,40 +19,11 @@ from torch import Tensor
 
 from data_scoring.config import LossKernel, padded_vocab_size
 from kernels.linear_cross_entropy import linear_cross_entropy, score_labels
+from trainer.attention import RotaryAttention, RotaryTables, ScaledDotProductAttention
 from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
 from trainer.devices import check_kernel, check_layers
 from trainer.initialisation import initialise, projection_init
 from trainer.pangu import AugmentedShortcut, SeriesActivation
-
-
-class ScaledDotProductAttention(MegatronModule):
-    """Causal core attention with torch's `scaled_dot_product_attention`, which does not materialise the scores."""
-
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
-        super().__init__(config=config)
-        self.softmax_scale = softmax_scale
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """Return the attention's output, [seq, batch, heads x channels], for [seq, batch, heads, channels] inputs.
-
-        attention_mask: as torch's function takes it, [batch or 1, 1, queries, keys]; None: causal, where a single query
-        is the last position and attends to all keys.
-        """
-        query_bhsd, key_bhsd, value_bhsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        if attention_mask is not None and query.shape[2] != key.shape[2]:
-            # On CUDA, torch's only kernel for both a mask and grouped queries materialises all scores.
-            size = query.shape[2] // key.shape[2]
-            key_bhsd, value_bhsd = (tensor.repeat_interleave(size, dim=1) for tensor in (key_bhsd, value_bhsd))
-        out_bhsd = F.scaled_dot_product_attention(
-            query_bhsd,
-            key_bhsd,
-            value_bhsd,
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None and query.shape[0] > 1,
-            scale=self.softmax_scale,
-            enable_gqa=query_bhsd.shape[1] != key_bhsd.shape[1],
-        )
-        return out_bhsd.permute(2, 0, 1, 3).flatten(start_dim=2)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -193,6 +164,8 @@ def build_model(
         rope_scaling_factor=model.rotary_scaling or 1.0,
         share_embeddings_and_output_weights=model.tied_embeddings,
     )
+    if model.layers == "torch":
+        gpt.rotary_pos_emb = RotaryTables(gpt.rotary_pos_emb, config)
     initialise(gpt.decoder, model)
     gpt.to(device)
     return Float16Module(config, gpt) if bf16 else gpt
@@ -218,6 +191,7 @@ def _decoder_spec(
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.self_attention.module = RotaryAttention
         layer.submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductAttention)
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     if model.attention_bias == "all":
