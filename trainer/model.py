@@ -19,20 +19,21 @@ from torch import Tensor
 
 from data_scoring.config import LossKernel, padded_vocab_size
 from kernels.linear_cross_entropy import linear_cross_entropy, score_labels
+from kernels.swiglu import swiglu
 from trainer.attention import RotaryAttention, RotaryTables, ScaledDotProductAttention
 from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
 from trainer.devices import check_kernel, check_layers
 from trainer.initialisation import initialise, projection_init
+from trainer.normalisation import RMSNorm
 from trainer.pangu import AugmentedShortcut, SeriesActivation
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """Torch's RMSNorm, marked for sequence parallelism."""
+class SwiGLU(MegatronModule):
+    """The activation of the gated feed-forward layer."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps=eps)
-        # Tells Megatron to sum the gradient over tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        """Return silu(gate) times up, [seq, batch, f], of gate and up, [seq, batch, 2 f]."""
+        return swiglu(gate_and_up)
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         # The gradient is that of the mean over the batch's tokens, independent of layout and padding.
         calculate_per_token_loss=True,
         bias_activation_fusion=False,
-        # Megatron supports an activation module with weights only through this option.
-        use_te_activation_func=model.activation_terms > 1,
+        # Megatron takes a module for the whole gated activation only through this option.
+        use_te_activation_func=model.layers == "torch" or model.activation_terms > 1,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -192,6 +193,7 @@ def _decoder_spec(
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         layer.submodules.self_attention.module = RotaryAttention
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
         layer.submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductAttention)
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     if model.attention_bias == "all":
