@@ -4,7 +4,7 @@ Shapes: h channels. Torch's own composition saves the input in single precision 
 backward pass takes twice as many operations.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class _Normalise(torch.autograd.Function):
         normalised = inputs * scale
         if weight_h is not None:
             normalised *= weight_h
-        return normalised.to(inputs.dtype)
+        return cast(Tensor, normalised.to(inputs.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -41,13 +41,13 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, table: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(table)
         ctx.channels = channels
-        heads = _rotate(qkv, table, channels, 1).unflatten(-1, (-1, channels))
+        heads = _rotate(qkv, table, channels, 1).view(*qkv.shape[:3], -1, channels)
         return heads[..., :-2, :].flatten(2, 3), heads[..., -2, :], heads[..., -1, :]
 
     @staticmethod
     def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
         (table,) = ctx.saved_tensors
-        queries = query.unflatten(2, (key.shape[2], -1))
+        queries = query.reshape(*key.shape[:3], -1, ctx.channels)
         gradient = torch.cat([queries, key[..., None, :], value[..., None, :]], dim=3)
         return _rotate(gradient.flatten(3), table, ctx.channels, -1), None, None
 

@@ -72,7 +72,7 @@ class RotaryTables(torch.nn.Module):
 class RotaryAttention(SelfAttention):
     """Megatron's self-attention that rotates queries and keys in one pass, and caches keys after their rotation."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,

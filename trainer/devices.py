@@ -267,9 +267,10 @@ def _adapt_megatron_to_cpu() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     # A torch-function mode would do the same, but would be called for every operation.
-    for function in _device_constructors():
-        if getattr(torch, function.__name__, None) is function:
-            setattr(torch, function.__name__, _on_cpu(function))
+    constructors = _device_constructors()
+    for name, function in list(vars(torch).items()):
+        if callable(function) and function in constructors:
+            setattr(torch, name, _on_cpu(function))
     torch.Tensor.to = _move  # type: ignore[method-assign, assignment]
     torch.Tensor.type = _name_type  # type: ignore[method-assign, assignment]
 
