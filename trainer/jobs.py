@@ -49,7 +49,7 @@ class TrainJob(Job):
         """Return training's kernels, with scoring's for validation."""
         from trainer.model import Kernels
 
-        return Kernels(self.train.loss_kernel, self.score.loss_kernel, self.activation_kernel)
+        return Kernels(self.train.loss_kernel, self.score.loss_kernel, self.activation_kernel, self.train.recompute)
 
     def run(self, context: RankContext) -> None:
         """Train; see `trainer.train.train_round`."""

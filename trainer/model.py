@@ -21,9 +21,10 @@ from data_scoring.config import LossKernel, padded_vocab_size
 from kernels.linear_cross_entropy import linear_cross_entropy, score_labels
 from kernels.swiglu import swiglu
 from trainer.attention import RotaryAttention, RotaryTables, ScaledDotProductAttention
-from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
+from trainer.config import ActivationKernel, ModelConfig, ParallelConfig, Recompute
 from trainer.devices import check_kernel, check_layers
 from trainer.initialisation import initialise, projection_init
+from trainer.layer import Layer
 from trainer.normalisation import RMSNorm
 from trainer.pangu import AugmentedShortcut, SeriesActivation
 
@@ -38,11 +39,15 @@ class SwiGLU(MegatronModule):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of token losses, in training and in evaluation mode (validation, scoring), and of the activation."""
+    """The kernels of token losses, in training and in evaluation mode (validation, scoring), and of the activation.
+
+    recompute: what the backward pass computes again, as in `train.recompute`.
+    """
 
     training: LossKernel = "reference"
     scoring: LossKernel = "chunked"
     activation: ActivationKernel = "reference"
+    recompute: Recompute = "none"
 
     def check(self, kind: str) -> None:
         """Raise ValueError if one of them is not installed or does not run on devices of `kind`."""
@@ -98,7 +103,9 @@ class Decoder(GPTModel):
         return cast(Tensor, self.shared_embedding_or_output_weight() if tied else self.output_layer.weight)
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: Recompute = "none"
+) -> TransformerConfig:
     """Return Megatron's configuration of `model` under `parallel`, computing in `dtype`."""
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -135,6 +142,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_modules=["layernorm"] if model.layers == "torch" else ["mlp"],
     )
 
 
@@ -149,7 +160,7 @@ def build_model(
 ) -> MegatronModule:
     """Return this rank's part of the model, freshly initialised, on `device`."""
     kernels.check(device.type)
-    config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32)
+    config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32, kernels.recompute)
     gpt = Decoder(
         kernels,
         vocab_size,
@@ -191,6 +202,7 @@ def _decoder_spec(
         layer = get_gpt_layer_with_transformer_engine_spec()
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.module = Layer
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         layer.submodules.self_attention.module = RotaryAttention
         layer.submodules.mlp.submodules.activation_func = SwiGLU
