@@ -23,7 +23,6 @@ from flows.stages.prepare import check_kernels, check_vocabulary, vocabulary_siz
 from trainer.devices import (
     check_layers,
     describe_devices,
-    has_fused_norm,
     least_free_memory,
     resolve,
     resolve_precision,
@@ -189,7 +188,6 @@ def _workload(config: RunConfig) -> Workload:
         config.resolved_train,
         config.parallel,
         precision,
-        has_fused_norm=has_fused_norm(kind),
         has_fused_step=kind != "cpu",
     )
 
