@@ -45,7 +45,8 @@ class _Normalise(torch.autograd.Function):
         if weight_h is None:
             along, weighted = product.sum(dim=-1), product.copy_(grad)
         else:
-            along, weighted = product @ weight_h.to(product.dtype), torch.mul(grad, weight_h, out=product)
+            factor_h = weight_h.to(product.dtype)
+            along, weighted = product @ factor_h, torch.mul(grad, factor_h, out=product)
         # The gradient's part along the input changes nothing.
         mean = along[..., None] / inputs.shape[-1]
         return weighted.addcmul_(normalised, mean, value=-1).mul_(scale).to(inputs.dtype), weight_grad, None

@@ -52,9 +52,9 @@ class ScaledDotProductAttention(MegatronModule):
 class RotaryTables(torch.nn.Module):
     """Megatron's rotary embedding with the table of `kernels.rotary` in place of angles, computed once."""
 
-    def __init__(self, embedding: RotaryEmbedding, config: TransformerConfig) -> None:
+    def __init__(self, embedding: RotaryEmbedding, config: TransformerConfig, device: torch.device) -> None:
         super().__init__()
-        self._angles, self._dtype = embedding.get_freqs_non_repeated, config.params_dtype
+        self._angles, self._dtype, self._device = embedding.get_freqs_non_repeated, config.params_dtype, device
         self._num_queries = config.num_attention_heads // cast(int, config.num_query_groups)
         self.get_rotary_seq_len = embedding.get_rotary_seq_len
         self._table: Tensor | None = None
@@ -65,7 +65,7 @@ class RotaryTables(torch.nn.Module):
             # What is made in inference mode could not be used in training.
             with torch.inference_mode(False):
                 table = rotary_table(self._angles(length), self._num_queries, self._dtype)
-                self._table = table.to(torch.cuda.current_device())
+                self._table = table.to(self._device)
         return self._table[:length]
 
 

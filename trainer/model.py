@@ -177,7 +177,7 @@ def build_model(
         share_embeddings_and_output_weights=model.tied_embeddings,
     )
     if model.layers == "torch":
-        gpt.rotary_pos_emb = RotaryTables(gpt.rotary_pos_emb, config)
+        gpt.rotary_pos_emb = RotaryTables(gpt.rotary_pos_emb, config, device)
     initialise(gpt.decoder, model)
     gpt.to(device)
     return Float16Module(config, gpt) if bf16 else gpt
