@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def rms_norm(inputs: Tensor, weight_h: Tensor | None, epsilon: float) -> Tensor:
-    """Return x / √(mean(x²) + epsilon) · w, [..., h], computed in float32, in the dtype of the inputs, differentiable.
+    """Return x / √(mean(x²) + epsilon) · w, [..., h], in the dtype of the inputs, differentiable; half precision is computed in single.
 
-    inputs: [..., h], float32 or bfloat16; weight_h: [h], of the same dtype; None: ones.
+    inputs: [..., h]; weight_h: [h], of the same dtype; None: ones.
     """
     normalised: Tensor = _Normalise.apply(inputs, weight_h, epsilon)  # type: ignore[no-untyped-call]
     return normalised
@@ -24,7 +24,8 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight_h: Tensor | None, epsilon: float) -> Tensor:
-        norm = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True, dtype=torch.float32)
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True, dtype=dtype)
         scale = norm.square_().div_(inputs.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(inputs, weight_h, scale)
         normalised = inputs * scale
