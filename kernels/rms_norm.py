@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 def rms_norm(inputs: Tensor, weight_h: Tensor | None, epsilon: float) -> Tensor:
-    """Return x / √(mean(x²) + epsilon) · w, [..., h], in the dtype of the inputs, differentiable; half precision is computed in single.
+    """Return x / √(mean(x²) + epsilon) · w, [..., h], in the dtype of the inputs, differentiable.
 
-    inputs: [..., h]; weight_h: [h], of the same dtype; None: ones.
+    inputs: [..., h]; weight_h: [h], of the same dtype; None: ones. Half precision is computed in
+    single.
     """
     normalised: Tensor = _Normalise.apply(inputs, weight_h, epsilon)  # type: ignore[no-untyped-call]
     return normalised
