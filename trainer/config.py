@@ -14,6 +14,8 @@ from trainer.presets import fill_from_preset
 ActivationKernel = Literal["auto", "reference", "recompute", "triton"]
 # Compute precision of models; with bfloat16, gradients and optimizer state are in single precision.
 Precision = Literal["float32", "bfloat16"]
+# What the backward pass computes again.
+Recompute = Literal["none", "selective", "full"]
 # How the neurons to keep are chosen; base: none are kept, weights are random.
 InheritMethod = Literal["base", "l1", "l2", "taylor", "learned"]
 LayerNumber = Annotated[Integer, Field(ge=0)]
@@ -322,6 +324,12 @@ class TrainConfig(Config):
         description="Implementation of the series informed activation, also used in scoring: reference keeps "
         "intermediates of every term for the backward pass; recompute, on any device, keeps only the inputs, and so "
         "does triton, which needs CUDA and the triton package; auto: triton where it runs, else recompute.",
+    )
+    recompute: Annotated[Recompute, FREE] = Field(
+        default="none",
+        description="What the backward pass computes again instead of keeping it: selective: the outputs of norms and "
+        "activations, which take no matrix product (with transformer_engine, feed-forward layers); full: whole layers, "
+        "of which only the inputs are kept, for about a third more computation. Results do not change.",
     )
 
     @model_validator(mode="after")

@@ -9,11 +9,12 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from data_scoring.config import ScoreConfig
 from trainer import ascend
@@ -281,21 +282,35 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Creates on the CPU every tensor requested on `cuda`, and reports CPU tensors' types as Megatron expects."""
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a constructor of tensors that creates on the CPU what is requested on `cuda`."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
+    @functools.wraps(function)
+    def construct(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
             kwargs["device"] = torch.device("cpu")
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], torch.device("cpu"), *args[2:])
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron groups gradient buffers by type names such as torch.cuda.FloatTensor.
-            return str(func(*args)).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return construct
+
+
+def _move(
+    tensor: torch.Tensor, *args: Any, function: Callable[..., torch.Tensor] = torch.Tensor.to, **kwargs: Any
+) -> torch.Tensor:
+    """Return `Tensor.to`, with the CPU in the place of `cuda`."""
+    if args and _is_cuda(args[0]):
+        args = (torch.device("cpu"), *args[1:])
+    if _is_cuda(kwargs.get("device")):
+        kwargs["device"] = torch.device("cpu")
+    return function(tensor, *args, **kwargs)
+
+
+def _name_type(
+    tensor: torch.Tensor, *args: Any, function: Callable[..., Any] = torch.Tensor.type, **kwargs: Any
+) -> Any:
+    """Return `Tensor.type`, whose names Megatron compares with those of tensors on `cuda`: torch.cuda.FloatTensor."""
+    result = function(tensor, *args, **kwargs)
+    return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
 
 def _is_cuda(device: Any) -> bool:
@@ -315,7 +330,13 @@ def _adapt_megatron_to_cpu() -> None:
     torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
-    _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
+    # A torch-function mode would do the same, but would be called for every operation.
+    constructors = _device_constructors()
+    for name, function in list(vars(torch).items()):
+        if callable(function) and function in constructors:
+            setattr(torch, name, _on_cpu(function))
+    torch.Tensor.to = _move  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = _name_type  # type: ignore[method-assign, assignment]
 
     # Megatron compiles its fusions on import. None of them is used here, and importing the compiler takes each rank
     # longer than everything else.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from data_scoring.base.progress import Progress, silent
 from data_scoring.tokenizer.tokenizer import Tokenizer
+from trainer.attention import ScaledDotProductAttention
 from trainer.generate import Endings, generate
-from trainer.model import ScaledDotProductAttention
 from trainer.prefix_trees import PrefixTree, build_prefix_trees
 from trainer.requests import (
     Answer,

@@ -56,7 +56,13 @@ class TrainJob(Job):
         """Return training's kernels, with scoring's for validation."""
         from trainer.model import Kernels
 
-        return Kernels.resolve(self.device, self.train.loss_kernel, self.score.loss_kernel, self.activation_kernel)
+        return Kernels.resolve(
+            self.device,
+            self.train.loss_kernel,
+            self.score.loss_kernel,
+            self.activation_kernel,
+            self.train.recompute,
+        )
 
     def run(self, context: RankContext) -> None:
         """Train; see `trainer.train.train_round`. Only the weights stay in memory."""

@@ -51,9 +51,7 @@ class Workload:
     """A model in training under a parallel layout.
 
     vocab_size: the entries of embedding and head, without padding. train: as returned by `TrainConfig.resolve`,
-    with the kernels that `trainer.devices.resolve_kernels` selects.
-    has_fused_norm: whether torch has a fused norm kernel on this kind of device. has_fused_step: whether torch's AdamW
-    updates all parameters at once there.
+    with the kernels that `trainer.devices.resolve_kernels` selects. kind: of the device, cuda, npu or cpu.
     """
 
     model: ModelConfig
@@ -62,8 +60,7 @@ class Workload:
     train: TrainConfig
     parallel: ParallelConfig
     precision: Precision
-    has_fused_norm: bool
-    has_fused_step: bool
+    kind: str
 
     @property
     def element_bytes(self) -> int:
@@ -143,15 +140,15 @@ def stage_memory(workload: Workload, stage: int) -> RankMemory:
     optimizer_bytes = (3 if is_half else 2) * _SINGLE
     share = -(-count // workload.parallel.data)
     activations, logits = _activations(workload, stage), _logits(workload) if is_last else 0
-    # Updating all parameters at once also holds the square roots of their second moments.
-    step = share * _SINGLE if workload.has_fused_step else 0
+    # Unless a single kernel updates all parameters, the square roots of their second moments are held, too.
+    step = share * _SINGLE if workload.kind == "npu" else 0
     return RankMemory(
         weights=count * workload.element_bytes,
         gradients=count * _SINGLE,
         optimizer=share * optimizer_bytes,
         activations=activations,
         logits=logits,
-        workspace=max(0, _layer_gradients(workload) - logits, step - activations - logits),
+        workspace=max(0, _layer_gradients(workload, stage) - logits, step - activations - logits),
     )
 
 
@@ -159,8 +156,11 @@ def _activations(workload: Workload, stage: int) -> int:
     """Return the bytes that a stage saves for the backward pass: in its layers and, on the last stage, their output."""
     model, parallel = workload.model, workload.parallel
     layers = model.num_layers // parallel.pipeline
-    size = workload.in_flight(stage) * layers * _layer_bytes(workload) * workload.micro_batch_tokens
     hidden = model.hidden_size * workload.element_bytes * workload.micro_batch_tokens
+    size = workload.in_flight(stage) * layers * _layer_bytes(workload) * workload.micro_batch_tokens
+    if workload.train.recompute == "full":
+        # The inputs of all layers.
+        size = workload.in_flight(stage) * layers * hidden // (parallel.tensor if parallel.sequence else 1)
     if stage == parallel.pipeline - 1:
         # The outputs of the last layer and of the final norm; the latter is not split along the sequence.
         size += hidden // (parallel.tensor if parallel.sequence else 1) + hidden
@@ -175,46 +175,44 @@ def _layer_bytes(workload: Workload) -> int:
     model, parallel, size = workload.model, workload.parallel, workload.element_bytes
     hidden = model.hidden_size
     queries, keys_and_values = model.channels * model.num_attention_heads, 2 * model.channels * model.num_groups
-    # Both norms: input, output, and one value per token.
-    stream = 2 * (2 * hidden * size + _SINGLE)
-    if not workload.has_fused_norm:
-        # An unfused norm also saves its result before the weights, and its input in single precision.
-        stream += 2 * hidden * (_SINGLE if size == _SINGLE else 2 * _SINGLE - size)
+    # Both norms: input, output unless it is computed again, and one value per token.
+    stream = 2 * (hidden * size * (1 if workload.train.recompute == "selective" else 2) + _SINGLE)
     if model.shortcut_reduction is not None:
         # The outputs of the first matrix and of GELU.
         stream += 2 * (hidden // model.shortcut_reduction) * size
-        casts = size != _SINGLE and not workload.has_fused_norm
         if model.shortcut_input == "normalised":
-            stream += hidden * (size + _SINGLE * casts) + _SINGLE
-        elif casts:
-            # The stream itself; the norm saves only its copy in single precision.
-            stream += hidden * size
-    # Queries, keys and values in one tensor, kept alive by the values; rotated queries and keys; the output.
-    attention = (3 * queries + keys_and_values + keys_and_values // 2) * size + model.num_attention_heads * _SINGLE
+            stream += hidden * size + _SINGLE
+    # Rotated queries and keys, and values, in one tensor; the output.
+    attention = (2 * queries + keys_and_values) * size + model.num_attention_heads * _SINGLE
     shared = attention + _num_ffn_tensors(workload) * model.ffn_size * size
     return (stream // parallel.tensor if parallel.sequence else stream) + shared // parallel.tensor
 
 
 def _num_ffn_tensors(workload: Workload) -> int:
     """Return how many tensors of the feed-forward layer's width are saved."""
-    # Gate and up, and the input of the last matrix.
-    kept = 3
-    if workload.model.activation_terms == 1:
-        # The activated gate, and Megatron's copy of up.
-        return kept + 2
-    if workload.train.activation_kernel == "reference":
-        # Without recomputing: the input of each term, and the sum of the terms.
+    # Gate and up, and the input of the last matrix unless it is computed again.
+    kept = 2 if workload.train.recompute == "selective" else 3
+    if workload.model.activation_terms > 1 and workload.train.activation_kernel == "reference":
+        # The input of each term, and the sum of the terms.
         kept += workload.model.activation_terms + 1
     return kept
 
 
-def _layer_gradients(workload: Workload) -> int:
-    """Return the most bytes that the backward pass of a feed-forward layer allocates before freeing saved tensors."""
+def _layer_gradients(workload: Workload, stage: int) -> int:
+    """Return the most bytes that the backward pass of a layer allocates before freeing saved tensors.
+
+    Those are the gradients in its feed-forward part, and all that it saves if it is computed again.
+    """
     model, parallel = workload.model, workload.parallel
-    is_recomputed = model.activation_terms > 1 and workload.train.activation_kernel != "reference"
-    num_ffn_tensors = 3 if is_recomputed else 6
+    size = 0
+    if workload.train.recompute == "full":
+        # All but its input; and the outputs of the last layer and of the final norm are free again.
+        num_counted = 3 if stage == parallel.pipeline - 1 else 1
+        size = _layer_bytes(workload) - num_counted * model.hidden_size * workload.element_bytes
+    is_plain = model.activation_terms > 1 and workload.train.activation_kernel == "reference"
+    num_ffn_tensors = 6 if is_plain else 3
     channels = 2 * model.hidden_size + num_ffn_tensors * model.ffn_size // parallel.tensor
-    return workload.micro_batch_tokens * channels * workload.element_bytes
+    return workload.micro_batch_tokens * (size + channels * workload.element_bytes)
 
 
 def _logits(workload: Workload) -> int:
@@ -226,6 +224,6 @@ def _logits(workload: Workload) -> int:
         # exponentials, their gradient, that of the labels' logits, and the sum of both.
         return tokens * rows * _SINGLE * (3 if workload.parallel.tensor == 1 else 4)
     # The gradients of the head's weights and of its input, which is accumulated in single precision; chunks of logits.
-    kernel, is_accelerator = workload.train.loss_kernel, workload.has_fused_step
+    kernel, is_accelerator = workload.train.loss_kernel, workload.kind != "cpu"
     chunk = chunk_bytes("chunked" if kernel == "auto" else kernel, is_accelerator, size, tokens, rows)
     return rows * hidden * size + tokens * hidden * (_SINGLE + size) + chunk

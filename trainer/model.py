@@ -20,61 +20,45 @@ from torch import Tensor
 from data_scoring.config import padded_vocab_size
 from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy, score_labels
 from kernels.series_activation import ActivationKernel
-from trainer.config import ModelConfig, ParallelConfig
+from kernels.swiglu import swiglu
+from trainer.attention import RotaryAttention, RotaryTables, ScaledDotProductAttention
+from trainer.config import ModelConfig, ParallelConfig, Recompute
 from trainer.devices import check_layers, resolve_kernel
 from trainer.initialisation import initialise, projection_init
+from trainer.layer import Layer
+from trainer.normalisation import RMSNorm
 from trainer.pangu import AugmentedShortcut, SeriesActivation
 
 
-class ScaledDotProductAttention(MegatronModule):
-    """Causal core attention with torch's `scaled_dot_product_attention`, which does not materialise the scores."""
+class SwiGLU(MegatronModule):
+    """The activation of the gated feed-forward layer."""
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
-        super().__init__(config=config)
-        self.softmax_scale = softmax_scale
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """Return the attention's output, [seq, batch, heads x channels], for [seq, batch, heads, channels] inputs.
-
-        attention_mask: as torch's function takes it, [batch or 1, 1, queries, keys]; None: causal, where a single query
-        is the last position and attends to all keys.
-        """
-        query_bhsd, key_bhsd, value_bhsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        if attention_mask is not None and query.shape[2] != key.shape[2]:
-            # On CUDA, torch's only kernel for both a mask and grouped queries materialises all scores.
-            size = query.shape[2] // key.shape[2]
-            key_bhsd, value_bhsd = (tensor.repeat_interleave(size, dim=1) for tensor in (key_bhsd, value_bhsd))
-        out_bhsd = F.scaled_dot_product_attention(
-            query_bhsd,
-            key_bhsd,
-            value_bhsd,
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None and query.shape[0] > 1,
-            scale=self.softmax_scale,
-            enable_gqa=query_bhsd.shape[1] != key_bhsd.shape[1],
-        )
-        return out_bhsd.permute(2, 0, 1, 3).flatten(start_dim=2)
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """Torch's RMSNorm, marked for sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps=eps)
-        # Tells Megatron to sum the gradient over tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        """Return silu(gate) times up, [seq, batch, f], of gate and up, [seq, batch, 2 f]."""
+        return swiglu(gate_and_up)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of token losses, in training and in evaluation mode (validation, scoring), and of the activation."""
+    """The kernels of token losses, in training and in evaluation mode (validation, scoring), and of the activation.
+
+    recompute: what the backward pass computes again, as in `train.recompute`.
+    """
 
     training: LossKernel = "chunked"
     scoring: LossKernel = "chunked"
     activation: ActivationKernel = "recompute"
+    recompute: Recompute = "none"
 
     @classmethod
-    def resolve(cls, kind: str, training: str = "auto", scoring: str = "auto", activation: str = "auto") -> "Kernels":
+    def resolve(
+        cls,
+        kind: str,
+        training: str = "auto",
+        scoring: str = "auto",
+        activation: str = "auto",
+        recompute: Recompute = "none",
+    ) -> "Kernels":
         """Return the kernels that a configuration's values select on devices of `kind`.
 
         Raises ValueError if one of them is requested by name and is not installed or does not run there.
@@ -83,6 +67,7 @@ class Kernels:
             resolve_kernel("train.loss_kernel", training, kind),
             resolve_kernel("score.loss_kernel", scoring, kind),
             resolve_kernel("train.activation_kernel", activation, kind),
+            recompute,
         )
 
 
@@ -133,7 +118,9 @@ class Decoder(GPTModel):
         return cast(Tensor, self.shared_embedding_or_output_weight() if tied else self.output_layer.weight)
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: Recompute = "none"
+) -> TransformerConfig:
     """Return Megatron's configuration of `model` under `parallel`, computing in `dtype`."""
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -164,14 +151,18 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         # The gradient is that of the mean over the batch's tokens, independent of layout and padding.
         calculate_per_token_loss=True,
         bias_activation_fusion=False,
-        # Megatron supports an activation module with weights only through this option.
-        use_te_activation_func=model.activation_terms > 1,
+        # Megatron takes a module for the whole gated activation only through this option.
+        use_te_activation_func=model.layers == "torch" or model.activation_terms > 1,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
         # Megatron lets the host wait for the device after each exchange, because of an error of torch before 2.0.
         batch_p2p_sync=False,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_modules=["layernorm"] if model.layers == "torch" else ["mlp"],
     )
 
 
@@ -185,7 +176,7 @@ def build_model(
     kernels: Kernels,
 ) -> MegatronModule:
     """Return this rank's part of the model, freshly initialised, on `device`."""
-    config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32)
+    config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32, kernels.recompute)
     gpt = Decoder(
         kernels,
         vocab_size,
@@ -201,6 +192,8 @@ def build_model(
         rope_scaling_factor=model.rotary_scaling or 1.0,
         share_embeddings_and_output_weights=model.tied_embeddings,
     )
+    if model.layers == "torch":
+        gpt.rotary_pos_emb = RotaryTables(gpt.rotary_pos_emb, config, device)
     initialise(gpt.decoder, model)
     gpt.to(device)
     return Float16Module(config, gpt) if bf16 else gpt
@@ -225,7 +218,10 @@ def _decoder_spec(
         layer = get_gpt_layer_with_transformer_engine_spec()
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.module = Layer
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.self_attention.module = RotaryAttention
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
         layer.submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductAttention)
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     if model.attention_bias == "all":

@@ -19,6 +19,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from kernels.series_activation import ActivationKernel, initial_offsets, series_activation
+from trainer.normalisation import normalise
 
 
 class SeriesActivation(MegatronModule):
@@ -103,5 +104,5 @@ class AugmentedShortcut(MegatronModule):
         """Return T(stream); both are [seq, batch, hidden]."""
         z = stream
         if self.is_normalised:
-            z = F.rms_norm(stream, stream.shape[-1:], eps=self.config.layernorm_epsilon)
+            z = normalise(stream, None, self.config.layernorm_epsilon)
         return F.linear(F.gelu(F.linear(z, self.down)), self.up)

@@ -10,7 +10,7 @@ from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.prepare import vocabulary_size
 from trainer.config import AUTO, ParallelConfig
-from trainer.devices import has_fused_norm, list_accelerators, resolve_kernels, resolve_precision
+from trainer.devices import list_accelerators, resolve_kernels, resolve_precision
 from trainer.hardware import ACCELERATORS, Hardware, accelerators, find_accelerator
 from trainer.layout_choice import with_micro_batch
 from trainer.memory import Workload
@@ -32,8 +32,7 @@ def workload_of(config: RunConfig, kind: str) -> Workload:
         train,
         ParallelConfig() if config.requested_parallel == AUTO else config.parallel,
         resolve_precision(train.precision, kind),
-        has_fused_norm=has_fused_norm(kind),
-        has_fused_step=kind != "cpu",
+        kind=kind,
     )
     return with_micro_batch(workload, 1) if train.requested_micro_batch_size == AUTO else workload
 

@@ -46,7 +46,7 @@ def workload(
     return Workload(
         model, model.vocab_size or 500, seq_length, TrainConfig(**train, global_batch_size=8 * size * data),
         ParallelConfig(tensor=tensor, pipeline=pipeline, data=data, sequence=sequence), precision,
-        has_fused_norm=True, has_fused_step=True,
+        kind="cuda",
     )  # fmt: skip
 
 
@@ -57,7 +57,10 @@ def measured_workloads() -> list[Workload]:
         for shape in SHAPES
         for precision in ("float32", "bfloat16")
     ]
-    return [replace(each, has_fused_norm=False, has_fused_step=False) for each in asked]
+    asked += [replace(each, train=each.train.model_copy(update={"recompute": "full"})) for each in asked[:4]] + [
+        replace(each, train=each.train.model_copy(update={"recompute": "selective"})) for each in asked[:4]
+    ]
+    return [replace(each, kind="cpu") for each in asked]
 
 
 def work(rank: int, folder: Path) -> None:
@@ -102,7 +105,7 @@ def _counts(fields: dict[str, Any], layout: tuple[int, int, int, bool]) -> list[
 def _build(asked: Workload) -> torch.nn.Module:
     from trainer.model import Kernels, build_model
 
-    kernels = Kernels(asked.train.loss_kernel, "chunked", asked.train.activation_kernel)
+    kernels = Kernels(asked.train.loss_kernel, "chunked", asked.train.activation_kernel, asked.train.recompute)
     device, is_half = torch.get_default_device(), asked.precision == "bfloat16"
     return build_model(asked.model, asked.vocab_size, asked.seq_length, asked.parallel, device, is_half, kernels)
 

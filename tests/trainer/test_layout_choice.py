@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_told_with_the_smallest_change(
 
 
 def test_on_cpu_a_host_has_one_rank() -> None:
-    before = replace(asked(SMALL, batch=16, seq_length=256), has_fused_norm=False, has_fused_step=False)
+    before = replace(asked(SMALL, batch=16, seq_length=256), kind="cpu")
     choice = choose_layout(before, Hardware("cpu", 1, 1, 8 * GIB))
     assert choice is not None
     assert (choice.parallel, choice.micro_batch_size) == (ParallelConfig(), 8)

@@ -102,7 +102,7 @@ def _measure(corpus: Corpus, model: torch.nn.Module, parallel: ParallelConfig) -
     from trainer.layer_ablation import measure_ablation
 
     rows_through_layers: list[int] = []
-    layers = [module for module in model.modules() if type(module).__name__ == "TransformerLayer"]
+    layers = [module for module in model.modules() if type(module).__name__ == "Layer"]
     for layer in layers:
         layer.register_forward_hook(lambda _layer, _inputs, output: rows_through_layers.append(output[0].shape[1]))
     with tempfile.TemporaryDirectory() as folder:

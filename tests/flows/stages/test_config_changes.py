@@ -48,7 +48,7 @@ CHANGES: dict[str, Any] = {
     "train.lr.increment_rate": 1.0, "train.lr.base_lr": 0.02, "train.lr.base_tokens": 9, "train.min_lr": 0.0,
     "train.max_tokens": 999, "train.warmup_fraction": 0.2, "train.weight_decay": 0.0, "train.adam_beta1": 0.8,
     "train.adam_beta2": 0.9, "train.clip_grad": 2.0, "train.validate_every_steps": 7, "train.precision": "bfloat16",
-    "train.loss_kernel": "chunked", "train.activation_kernel": "triton",
+    "train.loss_kernel": "chunked", "train.activation_kernel": "triton", "train.recompute": "selective",
     "checkpoint.every_minutes": 1.0, "checkpoint.every_steps": 7, "checkpoint.keep_last": 5,
     "checkpoint.asynchronous": "never",
     "score.micro_batch_size": 2, "score.budget": "full", "score.min_correlation": 0.5, "score.calibration_samples": 32,
