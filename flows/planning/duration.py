@@ -51,9 +51,8 @@ class Duration:
         return start + samples * self.workload.seq_length / speed + (validating or 0.0)
 
     def scoring(self, samples: int, prefix: int | None) -> float | None:
-        """Return the seconds of scoring the first `prefix` tokens, None: all, of so many samples."""
-        seconds = self._forward(samples * min(prefix or self.workload.seq_length, self.workload.seq_length))
-        return seconds if self.speed is None or seconds is None else seconds + self.speed.launch
+        """Return the seconds of scoring the first `prefix` tokens, None: all, of so many samples, on trained ranks."""
+        return self._forward(samples * min(prefix or self.workload.seq_length, self.workload.seq_length))
 
     def other(self, size: CorpusSize | None) -> float:
         """Return the seconds of preparing the corpus, of Prefect's start and of the report; 0 if not measured."""

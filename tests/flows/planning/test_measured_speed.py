@@ -60,8 +60,8 @@ def test_minutes_by_hand(tmp_path: Path) -> None:
     assert duration.tokens_per_second() == 8 * 64 / 0.5
     assert duration.training(100, 13, size) == pytest.approx(3.0 + 100 / 8 * 0.5 + 20 * 64 * 1e-3)
     assert duration.training(1000, 125, size) == pytest.approx(3.0 + 125 * 0.5 + 2 * 20 * 64 * 1e-3)
-    assert duration.scoring(100, None) == pytest.approx(3.0 + 100 * 64 * 1e-3)
-    assert duration.scoring(100, 16) == pytest.approx(3.0 + 100 * 16 * 1e-3)
+    assert duration.scoring(100, None) == pytest.approx(100 * 64 * 1e-3)
+    assert duration.scoring(100, 16) == pytest.approx(100 * 16 * 1e-3)
     # Preparing the text, and four starts for Prefect and the report.
     assert duration.other(size) == pytest.approx(0.05 + 12.0)
 
