@@ -105,6 +105,11 @@ def accelerators(name: str, num_nodes: int, per_node: int) -> Hardware:
     return Hardware(row.kind, num_nodes, per_node, row.memory, name, row.peak_flops)
 
 
+def accelerator_kind(device: str) -> str:
+    """Return the kind of accelerator to plan for with `device`, a kind or `auto`: npu if it is that, else cuda."""
+    return "npu" if device == "npu" else "cuda"
+
+
 def find_accelerator(name: str) -> str | None:
     """Return the known accelerator that a driver calls `name`, or None."""
     words = {word.removeprefix("Ascend") for word in re.split(r"[ _-]", name)}

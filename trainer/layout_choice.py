@@ -90,15 +90,26 @@ def choose_layout(workload: Workload, hardware: Hardware, micro_batch_size: int 
     )
 
 
+# The settings that take most memory, and changes to settings that take less, the fastest first.
+_MOST_MEMORY = ("reference", "none")
+_LESS_MEMORY: tuple[dict[str, str], ...] = (
+    {"loss_kernel": "chunked"},
+    {"loss_kernel": "chunked", "recompute": "selective"},
+    {"loss_kernel": "chunked", "recompute": "full"},
+)
+
+
 def remedy(workload: Workload, hardware: Hardware) -> str:
     """Return the smallest change with which a workload that does not fit would, as fields to set."""
     size = largest_micro_batch(workload, hardware)
     if size is not None:
         return f"set train.micro_batch_size: {size}"
     smallest = with_micro_batch(workload, 1)
-    chunked = replace(smallest, train=smallest.train.model_copy(update={"loss_kernel": "chunked"}))
-    if fits(chunked, hardware):
-        return "set train.micro_batch_size: 1 and train.loss_kernel: chunked"
+    for changes in _LESS_MEMORY:
+        changed = {name: value for name, value in changes.items() if getattr(smallest.train, name) in _MOST_MEMORY}
+        if fits(replace(smallest, train=smallest.train.model_copy(update=changed)), hardware):
+            fields = {"micro_batch_size": "1", **changed}
+            return "set " + ", ".join(f"train.{name}: {value}" for name, value in fields.items())
     for parallel in sorted(_splits(workload, hardware), key=lambda each: (each.tensor * each.pipeline, each.pipeline)):
         if fits(replace(smallest, parallel=parallel), hardware):
             fields = ", ".join(f"{name}: {value}" for name, value in parallel.model_dump(exclude_defaults=True).items())

@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass
 from data_scoring.config import padded_vocab_size
 from kernels.linear_cross_entropy import chunk_bytes
 from trainer.config import ModelConfig, ParallelConfig, Precision, TrainConfig
+from trainer.devices import has_fused_adam
 
 _SINGLE = 4
 # Host memory of a rank's process besides tensors: the interpreter, torch and Megatron.
@@ -141,7 +142,7 @@ def stage_memory(workload: Workload, stage: int) -> RankMemory:
     share = -(-count // workload.parallel.data)
     activations, logits = _activations(workload, stage), _logits(workload) if is_last else 0
     # Unless a single kernel updates all parameters, the square roots of their second moments are held, too.
-    step = share * _SINGLE if workload.kind == "npu" else 0
+    step = share * _SINGLE if not has_fused_adam(workload.kind) else 0
     return RankMemory(
         weights=count * workload.element_bytes,
         gradients=count * _SINGLE,

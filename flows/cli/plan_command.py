@@ -68,7 +68,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _given_hardware(options: argparse.Namespace, config: RunConfig) -> "Hardware | None":
     """Return the devices that the options name, or None. Raises ValueError if they do not fit together."""
-    from trainer.hardware import GIB, Hardware, assumed_hardware
+    from trainer.hardware import GIB, Hardware, accelerator_kind, assumed_hardware
 
     if options.assume is not None:
         if options.devices is not None or options.memory is not None:
@@ -81,5 +81,4 @@ def _given_hardware(options: argparse.Namespace, config: RunConfig) -> "Hardware
     nodes = config.launch.nodes
     if options.devices % nodes:
         raise ValueError(f"--devices: {options.devices} is not a multiple of launch.nodes {nodes}; change one of them")
-    kind = config.device if config.device == "npu" else "cuda"
-    return Hardware(kind, nodes, options.devices // nodes, round(options.memory * GIB))
+    return Hardware(accelerator_kind(config.device), nodes, options.devices // nodes, round(options.memory * GIB))

@@ -14,7 +14,7 @@ from flows.planning.workload import workload_of
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 from trainer.flops import FORMULA, model_flops
-from trainer.hardware import CAPACITIES, GIB, Hardware
+from trainer.hardware import CAPACITIES, GIB, Hardware, accelerator_kind
 from trainer.layout_choice import choose_layout, fits, largest_micro_batch, remedy
 from trainer.memory import Workload, checkpoint_bytes, kinds_of_stages, stage_memory, stage_parameters
 
@@ -209,7 +209,7 @@ def _ranks(workload: Workload) -> Iterator[RankPlan]:
 
 
 def _capacities(workload: Workload, hardware: Hardware) -> Iterator[CapacityPlan]:
-    kind = "cuda" if hardware.kind == "cpu" else hardware.kind
+    kind = accelerator_kind(hardware.kind)
     for gigabytes, gib in CAPACITIES.items():
         device = Hardware(kind, hardware.num_nodes, hardware.per_node, round(gib * GIB))
         yield CapacityPlan(gigabytes, largest_micro_batch(workload, device))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_scoring.config import ScoreConfig
 from trainer.config import TrainConfig
@@ -21,6 +22,8 @@ ALLOWED = {
     ("flows/run/config.py", "npu"): "device: what a user may choose",
     ("trainer/job.py", "cuda"): "a job's device: what the choice was resolved to",
     ("trainer/job.py", "npu"): "a job's device: what the choice was resolved to",
+    ("trainer/hardware.py", "cuda"): "a table of accelerators, which need not be here",
+    ("trainer/hardware.py", "npu"): "a table of accelerators, which need not be here",
 }
 
 
@@ -87,6 +90,9 @@ PORTABLE = {"train.loss_kernel": "chunked", "score.loss_kernel": "chunked", "tra
 @pytest.mark.parametrize("is_installed", [True, False])
 def test_auto_is_triton_where_it_runs(field: str, is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if is_installed else None)
+    # Where there is none, the devices are on other hosts, and Triton is expected there.
+    assert resolve_kernel(field, "auto", "cuda") == "triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_kernel(field, "auto", "cuda") == ("triton" if is_installed else PORTABLE[field])
     assert resolve_kernel(field, "auto", "cpu") == resolve_kernel(field, "auto", "npu") == PORTABLE[field]
     for kind in ("cuda", "npu", "cpu"):
