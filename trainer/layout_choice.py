@@ -108,8 +108,8 @@ def remedy(workload: Workload, hardware: Hardware) -> str:
     for changes in _LESS_MEMORY:
         changed = {name: value for name, value in changes.items() if getattr(smallest.train, name) in _MOST_MEMORY}
         if fits(replace(smallest, train=smallest.train.model_copy(update=changed)), hardware):
-            fields = {"micro_batch_size": "1", **changed}
-            return "set " + ", ".join(f"train.{name}: {value}" for name, value in fields.items())
+            to_set = {"micro_batch_size": "1", **changed}
+            return "set " + ", ".join(f"train.{name}: {value}" for name, value in to_set.items())
     for parallel in sorted(_splits(workload, hardware), key=lambda each: (each.tensor * each.pipeline, each.pipeline)):
         if fits(replace(smallest, parallel=parallel), hardware):
             fields = ", ".join(f"{name}: {value}" for name, value in parallel.model_dump(exclude_defaults=True).items())
