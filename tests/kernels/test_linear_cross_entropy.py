@@ -141,6 +141,22 @@ def test_every_device_has_its_tiles_and_its_loads(capability: int, width: int, m
     assert {each.tile.block_v for each in launches} == {256 if capability == 90 and width != 65 else 128}
 
 
+@pytest.mark.skipif(not IS_INTERPRETED, reason="a device has one number of multiprocessors")
+@pytest.mark.parametrize(
+    ("tokens", "rows", "programs", "tiles"),
+    [(8192, 48_000, 132, 64 * 188), (8192, 131_072, 132, 64 * 512), (130, 300, 4, 2 * 2)],
+)
+def test_a_program_per_multiprocessor_takes_whole_waves_of_tiles(
+    tokens: int, rows: int, programs: int, tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_cross_entropy_triton, "_INTERPRETED", (90, 132))
+    hidden, weight = (torch.empty(size, 8, dtype=torch.bfloat16) for size in (tokens, rows))
+    launch = linear_cross_entropy_triton._Launch(hidden, weight)
+    assert launch.grid(rows) == (programs,)
+    assert -(-tokens // launch.tile.block_n) * -(-rows // launch.tile.block_v) == tiles
+    assert tiles / programs / -(-tiles // programs) > 0.97
+
+
 @pytest.mark.skipif(not IS_INTERPRETED, reason="it is the interpreter's number of multiprocessors that changes")
 def test_the_number_of_multiprocessors_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs((300, 700, 24), torch.float32)

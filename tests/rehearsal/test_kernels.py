@@ -69,14 +69,6 @@ def test_tiles_are_loaded_by_descriptor_where_devices_have_them(compiled: dict[s
     assert len({each["descriptor_loads"] > 0 for each in variants_of(compiled, name, "sm_90a")}) == 2
 
 
-@pytest.mark.parametrize(("tokens", "vocabulary"), [(8192, 48_000), (8192, 131_072), (4096, 48_000)])
-def test_waves_are_full(tokens: int, vocabulary: int) -> None:
-    """On an H100 with 132 multiprocessors, of 128 x 256 tiles; a program per tile range left 2.4 waves."""
-    tiles = -(-tokens // 128) * -(-vocabulary // 256)
-    waves = tiles / 132
-    assert waves / -(-tiles // 132) > 0.97
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_shared_memory_is_the_devices(compiled: dict[str, Any], name: str, architecture: str) -> None:
