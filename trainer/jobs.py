@@ -78,8 +78,9 @@ class TrainJob(Job):
         return self.score.loss_kernel
 
     def final_weights(self) -> Path | None:
-        """Return the round's last checkpoint."""
-        return list_checkpoints(self.round_folder / "checkpoint")[-1]
+        """Return the round's last checkpoint, or None if it is missing."""
+        checkpoints = list_checkpoints(self.round_folder / "checkpoint")
+        return checkpoints[-1] if checkpoints else None
 
     def saved_work(self) -> tuple[str | int, ...]:
         """Return the name of the last checkpoint."""

@@ -73,13 +73,15 @@ def _next_job(
     following: list[tuple[Job, Path, Path | None] | None] = [None]
     rank = torch.distributed.get_rank()
     if rank == 0:
+        # Once the job is done, its files are the launcher's.
+        weights = job.final_weights()
         queue.mark_done(job_path)
     if is_stopping.item():
         return None
     # The space for an error is only reserved while a job runs: waiting ranks may be killed.
     release_space(job.errors, rank)
     if rank == 0:
-        weights, found = job.final_weights(), queue.wait()
+        found = queue.wait()
         # Files reach other hosts late; the first rank reads them for all ranks.
         following = [None if found is None else (read_job(found), found, weights)]
     torch.distributed.broadcast_object_list(following, src=0, group=group)

@@ -62,7 +62,7 @@ def test_every_part_has_its_numbers(parts: dict[str, dict[str, Any]]) -> None:
         (kernel, what) for kernel in ("reference", "chunked") for what in ("forward", "forward and backward")
     ]
     assert all(row["ms"] > 0 for row in [*rows, *parts["kernel_speed"]["figures"]["activation"]])
-    assert parts["kernel_tests"]["figures"]["tests"] == 3
+    assert parts["kernel_tests"]["figures"]["tests"] == 11
 
 
 def test_losses_are_those_recorded_and_resumed_training_is_unbroken(

@@ -132,8 +132,8 @@ def test_what_does_not_fit_is_said_first_with_the_change(text: Path, capsys: pyt
     plan = make_plan(config, hardware)
     assert plan.fault is not None
     assert plan.fault.startswith("does not fit: a rank takes ")
-    assert plan.fault.endswith("; set train.micro_batch_size: 8")
-    assert make_plan(config.with_choice(config.parallel, 8), hardware).fault is None
+    assert plan.fault.endswith("; set train.micro_batch_size: 16")
+    assert make_plan(config.with_choice(config.parallel, 16), hardware).fault is None
     path = text / "x.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")))
     assert main(["plan", str(path), "--assume", "1xh100"]) == 0
