@@ -16,15 +16,15 @@ Found = dict[str, dict[str, Any]]
 MOST_SYNCS = 3
 # Kernels of a step, and the GB that they read and write, at most.
 MOST_WORK = {
-    "one": (641, 0.01209),
-    "tensor 0": (707, 0.0073),
-    "tensor 1": (707, 0.00646),
-    "pipeline 0": (318, 0.00503),
-    "pipeline 1": (364, 0.00706),
-    "all 0": (186, 0.00146),
-    "all 7": (222, 0.00201),
-    "large 2": (2649, 198.2),
-    "large 8": (2649, 558.4),
+    "one": (515, 0.01225),
+    "tensor 0": (579, 0.0071),
+    "tensor 1": (581, 0.00711),
+    "pipeline 0": (254, 0.00487),
+    "pipeline 1": (302, 0.00739),
+    "all 0": (154, 0.00141),
+    "all 7": (191, 0.00238),
+    "large 2": (1977, 191.0),
+    "large 8": (1977, 530.8),
 }
 USES = ["score", "calibrate", "evaluate", "generate", "skip", "taylor", "masks", "resumed"]
 GIB = 1 << 30
