@@ -187,8 +187,9 @@ def test_an_interrupt_ends_it_at_once(run: Path) -> None:
     time.sleep(1)
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - started < 5
+    _, errors = process.communicate(timeout=60)
+    # By itself, the query would not end; other processes may have the cores.
+    assert time.monotonic() - started < 30
     assert b"KeyboardInterrupt" in errors
     # Not aborted, as by the interpreter's end while DuckDB is at work.
     assert process.returncode in (-signal.SIGINT, 130), errors
