@@ -36,14 +36,11 @@ class RepeatedEvaluation(Evaluation):
     every_steps: int = Field(ge=1, description="Steps from one evaluation to the next.")
 
 
-class TrainJob(Job):
-    """Train one round over its mix: from its own last checkpoint, else from `start_from`, else from scratch."""
+class ModelInTrainingJob(Job):
+    """A job that trains a model by its configuration, and computes losses with it."""
 
     train: TrainConfig
-    checkpoint: CheckpointConfig
     score: ScoreConfig
-    start_from: Path | None = Field(description="Checkpoint whose weights the round starts from; null: random ones.")
-    evaluate: RepeatedEvaluation | None = Field(default=None, description="In-training evaluation.")
 
     def resolved(self) -> Self:
         """Return the job with the kernels that `auto` selects on its device."""
@@ -53,7 +50,7 @@ class TrainJob(Job):
         return super().resolved().model_copy(update={"train": train, "score": score})
 
     def kernels(self) -> "Kernels":
-        """Return training's kernels, with scoring's for validation."""
+        """Return the kernels of training and of scoring."""
         from trainer.model import Kernels
 
         return Kernels.resolve(
@@ -63,6 +60,14 @@ class TrainJob(Job):
             self.activation_kernel,
             self.train.recompute,
         )
+
+
+class TrainJob(ModelInTrainingJob):
+    """Train one round over its mix: from its own last checkpoint, else from `start_from`, else from scratch."""
+
+    checkpoint: CheckpointConfig
+    start_from: Path | None = Field(description="Checkpoint whose weights the round starts from; null: random ones.")
+    evaluate: RepeatedEvaluation | None = Field(default=None, description="In-training evaluation.")
 
     def run(self, context: RankContext) -> None:
         """Train; see `trainer.train.train_round`. Only the weights stay in memory."""
@@ -84,8 +89,8 @@ class TrainJob(Job):
 
     def saved_work(self) -> tuple[str | int, ...]:
         """Return the name of the last checkpoint."""
-        checkpoints = list_checkpoints(self.round_folder / "checkpoint")
-        return (checkpoints[-1].name,) if checkpoints else ()
+        last = self.final_weights()
+        return () if last is None else (last.name,)
 
 
 class LossJob(TrainedModelJob):

@@ -2,47 +2,36 @@
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from data_scoring.base.files import write_record
-from data_scoring.config import ScoreConfig
 from data_scoring.losses.shard_scoring import Block
-from trainer.config import TrainConfig
-from trainer.job import Job, RankContext
-
-if TYPE_CHECKING:
-    from trainer.model import Kernels
+from trainer.job import RankContext
+from trainer.jobs import ModelInTrainingJob
 
 # Repetitions that are enough if they are quick.
 _MOST = 50
 
 
-class MeasureJob(Job):
+class MeasureJob(ModelInTrainingJob):
     """Measure a few training steps and scored blocks, from random weights; writes the round's speed.json."""
 
-    train: TrainConfig
-    score: ScoreConfig
     num_microbatches: int = Field(ge=1, description="Microbatches of a measured step, for each replica.")
     seconds: float = Field(gt=0, description="Seconds to train, and to score, at most about twice that.")
-
-    def kernels(self) -> "Kernels":
-        """Return training's and scoring's kernels."""
-        from trainer.model import Kernels
-
-        return Kernels.resolve(self.device, self.train.loss_kernel, self.score.loss_kernel, self.activation_kernel)
 
     def run(self, context: RankContext) -> None:
         """Measure, and write speed.json: seconds a step, seconds a scored token, seconds of the whole measurement."""
         from trainer.forward import read_microbatches, run_schedule
+        from trainer.gradients import update_weights
         from trainer.score import ModelScorer
         from trainer.train import make_state
 
         started = time.monotonic()
         corpus, size = context.corpus, self.train.micro_batch_size
+        device = next(context.model.parameters()).device
         state = make_state(self.train, context.model, _MOST, context.bf16)
         count = self.num_microbatches * size * self.parallel.data
         samples = np.arange(count) % corpus.num_samples(0)
@@ -54,7 +43,7 @@ class MeasureJob(Job):
             microbatches = read_microbatches(corpus, shards, samples, size, corpus.seq_length)
             run_schedule(state.model, microbatches, count, size, corpus.seq_length, forward_only=False)
             state.scheduler.step(1)
-            state.optimizer.step()
+            update_weights(state.optimizer, device)
 
         seconds_a_step = _measure(step, self.seconds)
         state.model.eval()

@@ -73,6 +73,16 @@ class Workload:
         """Return the tokens per microbatch."""
         return self.train.micro_batch_size * self.seq_length
 
+    @property
+    def num_microbatches(self) -> int:
+        """Return the microbatches of a step on each data-parallel rank."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.data)
+
+    @property
+    def num_parameters(self) -> int:
+        """Return the parameters of the model, with the padding of embedding and head."""
+        return self.model.num_parameters(padded_vocab_size(self.vocab_size))
+
     def rows(self, padded: bool) -> int:
         """Return the rows of the embedding, and of the head, on each tensor-parallel rank."""
         size = padded_vocab_size(self.vocab_size)
@@ -80,8 +90,7 @@ class Workload:
 
     def in_flight(self, stage: int) -> int:
         """Return the most microbatches whose activations a pipeline stage, counted from 0, holds at once (1F1B)."""
-        num_microbatches = self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.data)
-        return min(self.parallel.pipeline - stage, num_microbatches)
+        return min(self.parallel.pipeline - stage, self.num_microbatches)
 
 
 def rank_memory(workload: Workload) -> RankMemory:

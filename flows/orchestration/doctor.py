@@ -12,7 +12,6 @@ import httpx
 import psutil
 from prefect.settings import get_current_settings
 
-from data_scoring.config import padded_vocab_size
 from data_scoring.corpus.sources import check_source
 from flows.launch.job_fields import device_kind
 from flows.launch.launcher import check, launcher_class
@@ -211,16 +210,12 @@ def _beside_devices(config: RunConfig, workload: Workload, here: int) -> Finding
 
 
 def _checkpoint_bytes(workload: Workload) -> int:
-    return checkpoint_bytes(_parameters(workload), workload.precision)
+    return checkpoint_bytes(workload.num_parameters, workload.precision)
 
 
 def _shape(workload: Workload) -> str:
     ranks = workload.parallel.world_size
-    return f"{_parameters(workload) / 1e6:,.1f} M parameters on {ranks} rank{'s' if ranks > 1 else ''}"
-
-
-def _parameters(workload: Workload) -> int:
-    return workload.model.num_parameters(padded_vocab_size(workload.vocab_size))
+    return f"{workload.num_parameters / 1e6:,.1f} M parameters on {ranks} rank{'s' if ranks > 1 else ''}"
 
 
 def _kind(config: RunConfig) -> str:

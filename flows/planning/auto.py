@@ -31,11 +31,11 @@ def _resolve(config: RunConfig, hardware: Hardware | None) -> tuple[RunConfig, t
         kept = f"the numbers that {folder / 'run.yaml'} has: the run has begun with them"
         return config.with_choice(parallel, train.micro_batch_size), (kept,)
     hardware = hardware or find_hardware(config)
-    choice = choose(config, hardware)
+    choice = _choose(config, hardware)
     return config.with_choice(choice.parallel, choice.micro_batch_size), choice.reasons
 
 
-def choose(config: RunConfig, hardware: Hardware) -> Choice:
+def _choose(config: RunConfig, hardware: Hardware) -> Choice:
     """Return the layout and the micro batch for `config` on `hardware`, chosen where it has `auto`.
 
     Raises ValueError, with the smallest change that would fit, if nothing does.

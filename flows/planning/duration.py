@@ -36,8 +36,7 @@ class Duration:
         if self.hardware.peak_flops is None:
             return None
         flops = model_flops(self.workload.model, self.workload.vocab_size, self.workload.seq_length)
-        num_microbatches = train.global_batch_size // (train.micro_batch_size * parallel.data)
-        bubble = pipeline_bubble(parallel, num_microbatches)
+        bubble = pipeline_bubble(parallel, self.workload.num_microbatches)
         return parallel.world_size * self.hardware.peak_flops * self.utilisation / (flops * bubble)
 
     def training(self, samples: int, steps: int, size: CorpusSize) -> float | None:

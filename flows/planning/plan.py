@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from data_scoring.base.progress import Progress, silent
-from data_scoring.config import padded_vocab_size, prefix_of
-from flows.planning.auto import choose
+from data_scoring.config import prefix_of
+from flows.planning.auto import resolve_auto
 from flows.planning.corpus_size import CorpusSize, megatron_size, prepared_size, sampled_size
 from flows.planning.duration import Duration
 from flows.planning.measured_speed import MeasuredSpeed, is_measurable, measure
@@ -118,10 +118,7 @@ def make_plan(
     On this host's CPU, a small model's speed is measured; any other follows from `utilisation`, an assumed share of the
     devices' peak. Raises ValueError if the tokenizer cannot be opened, or if `auto` finds nothing that fits.
     """
-    reasons: tuple[str, ...] = ()
-    if config.is_auto:
-        choice = choose(config, hardware)
-        config, reasons = config.with_choice(choice.parallel, choice.micro_batch_size), choice.reasons
+    config, reasons = resolve_auto(config, hardware)
     workload = workload_of(config, hardware.kind)
     progress("planning: reading a sample of the text, and measuring", 0, None)
     speed, size, corpus_basis = _speed_and_size(config, workload, hardware)
@@ -139,7 +136,7 @@ def make_plan(
         largest_micro_batch=largest_micro_batch(workload, hardware),
         reasons=reasons,
         suggestion=None if reasons else _suggestion(config, workload, hardware),
-        parameters=_parameters(workload),
+        parameters=workload.num_parameters,
         ranks=tuple(_ranks(workload)),
         capacities=tuple(_capacities(workload, hardware)),
         flops_a_token=flops,
@@ -161,11 +158,10 @@ def _speed_and_size(
     config: RunConfig, workload: Workload, hardware: Hardware
 ) -> tuple[MeasuredSpeed | None, CorpusSize | None, str]:
     """Return the measured speed, the size of the corpus, and where it comes from, or why it is unknown."""
-    num_microbatches = workload.train.global_batch_size // (workload.train.micro_batch_size * workload.parallel.data)
     speed = None
     try:
         if is_measurable(config, workload, hardware):
-            speed, size = measure(config, num_microbatches)
+            speed, size = measure(config, workload.num_microbatches)
         else:
             size = prepared_size(Run(config, config.folder.absolute())) or megatron_size(config) or sampled_size(config)
     except (ValueError, OSError) as error:
@@ -215,10 +211,6 @@ def _capacities(workload: Workload, hardware: Hardware) -> Iterator[CapacityPlan
         yield CapacityPlan(gigabytes, largest_micro_batch(workload, device))
 
 
-def _parameters(workload: Workload) -> int:
-    return workload.model.num_parameters(padded_vocab_size(workload.vocab_size))
-
-
 def _rounds(config: RunConfig, size: CorpusSize, duration: Duration) -> Iterator[RoundPlan]:
     mean = size.train_tokens / max(1, size.num_samples)
     for number in range(1, config.rounds.num_rounds + 1):
@@ -248,7 +240,7 @@ def _scoring(config: RunConfig, size: CorpusSize, duration: Duration) -> Scoring
 
 
 def _disk(config: RunConfig, workload: Workload, size: CorpusSize | None) -> DiskPlan:
-    one = checkpoint_bytes(_parameters(workload), workload.precision)
+    one = checkpoint_bytes(workload.num_parameters, workload.precision)
     rounds = config.rounds.num_rounds
     losses = None
     if size is not None:
