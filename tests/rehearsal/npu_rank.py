@@ -8,10 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-from trainer import rank
+import torch
+
 from trainer.checkpoint_folder import list_checkpoints
+from trainer.devices import Device, initialise
 from trainer.job import Job, read_job
 from trainer.pickles import allow_plain_pickles_only
+from trainer.rank import do
 from trainer.stopping import StoppedError, StopRequest, end_with_launcher
 
 
@@ -38,27 +41,27 @@ def main(jobs: Path) -> None:
     end_with_launcher(tasks[0][0], StopRequest())
     for job, stop_at, port in tasks:
         os.environ["MASTER_PORT"] = str(port)
+        device = initialise(job.device, int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(device.backend)
         if stop_at is None:
-            rank._run(job, StopRequest())
+            do(job, device, StopRequest())
         else:
-            run_until(job, stop_at)
+            run_until(job, device, stop_at)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
 
 
-def run_until(job: Job, step: int) -> None:
-    """Do a job that is asked to stop in `step`, and what it leaves to the end of its process."""
-    import torch
-
+def run_until(job: Job, device: Device, step: int) -> None:
+    """Do a job that is asked to stop in `step`, and see that it did."""
     try:
-        rank._run(job, StopAtStep(step))
+        do(job, device, StopAtStep(step))
     except StoppedError:
         assert list_checkpoints(job.round_folder / "checkpoint")[-1].name == f"step-{step:08d}"
     else:
         raise AssertionError("nobody stopped")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -91,6 +91,9 @@ def mem_get_info(_: Any = None) -> tuple[int, int]:
     return 60 << 30, 64 << 30
 
 
+def empty_cache() -> None: ...
+
+
 def get_amp_supported_dtype() -> list[torch.dtype]:
     return [torch.bfloat16]
 
