@@ -132,7 +132,7 @@ class EvalConfig(Config):
     tasks: tuple[TaskName, ...] = Field(
         default=(),
         description="Tasks on which the model of every round is evaluated; paper stands for the ten of the paper's "
-        "table, ablation for HellaSwag and ARC-Easy. Empty: none.",
+        "table, ablation for the three of its comparison of inheritance strategies. Empty: none.",
     )
     data: Annotated[PathText | None, USER_PATH] = Field(
         default=None,

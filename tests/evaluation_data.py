@@ -1,4 +1,4 @@
-"""A tiny evaluation folder: made-up items of all twelve tasks, in the data sets' original schemas, quirks included."""
+"""A tiny evaluation folder: made-up items of all tasks, in the data sets' original schemas, quirks included."""
 
 import json
 from pathlib import Path
@@ -77,6 +77,19 @@ FILES: dict[str, list[Any]] = {
             "ind": 2, "activity_label": "Rowing", "ctx_a": "A boat moves.", "ctx_b": "", "ctx": "unused",
             "label": 0,
             "endings": ["It is rowed.", "It is eaten by the crew.", "It is a car.", "It is a very long day."],
+        },
+    ],
+    "arc_easy_dev.jsonl": [
+        {
+            "id": "Mercury_3",
+            "question": {
+                "stem": "What is cold?",
+                "choices": [
+                    {"text": "fire", "label": "1"}, {"text": "a hot stone", "label": "2"},
+                    {"text": "a glacier", "label": "3"}, {"text": "tea", "label": "4"},
+                ],
+            },
+            "answerKey": "3",
         },
     ],
     "arc_easy.jsonl": [

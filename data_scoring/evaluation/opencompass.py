@@ -1,12 +1,12 @@
-"""Four tasks that lm-eval lacks: OpenCompass' definitions for base models, as lm-eval task configurations.
+"""OpenCompass' definitions for base models, as lm-eval task configurations.
 
 Without a chat template, OpenCompass joins the prompt and the answer with a line feed (`opencompass/models/base.py`),
-hence the delimiters.
+hence the delimiters. The configurations are those of February 2024, when the paper was written; they have not changed.
 """
 
 from typing import Any
 
-from data_scoring.evaluation.rows import SENTIMENTS
+from data_scoring.evaluation.rows import MARKUP, SENTIMENTS
 
 # configs/datasets/SuperGLUE_AX_b/SuperGLUE_AX_b_ppl_6db806.py
 AXB: dict[str, Any] = {
@@ -59,5 +59,46 @@ C3: dict[str, Any] = {
     "doc_to_text": "文章：{{context | join(' ')}}\n问题：{{question}}",
     "doc_to_choice": lambda doc: [f"答案：{choice}" for choice in doc["choice"]],
     "doc_to_target": lambda doc: doc["choice"].index(doc["answer"]),
+    "target_delimiter": "\n",
+}
+
+# configs/datasets/ARC_e/ARC_e_ppl_a450bd.py and opencompass/datasets/arc.py, which skips items without four options.
+ARC_EASY: dict[str, Any] = {
+    "dataset_path": "allenai/ai2_arc",
+    "dataset_name": "ARC-Easy",
+    "validation_split": "validation",
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{question}}\nAnswer: ",
+    "doc_to_choice": lambda doc: doc["choices"]["text"],
+    "doc_to_target": lambda doc: doc["choices"]["label"].index(doc["answerKey"]),
+    "target_delimiter": "\n",
+}
+
+
+def hellaswag_context(doc: dict[str, Any]) -> str:
+    """Return the context of a HellaSwag item, as `opencompass/datasets/hellaswag.py` reads it.
+
+    That file cuts lm-eval's query after the second ": ", so a context that holds one loses what precedes it.
+    """
+    query = hellaswag_text(f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}")
+    return query.split(": ", 2)[-1]
+
+
+def hellaswag_text(text: str) -> str:
+    """Return a text of HellaSwag without WikiHow's headings, as lm-eval's `hellaswag/utils.py` cleans it.
+
+    OpenCompass' copy of the data set has the fields that lm-eval makes.
+    """
+    return MARKUP.sub("", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+# configs/datasets/hellaswag/hellaswag_ppl_47bff9.py
+HELLASWAG: dict[str, Any] = {
+    "dataset_path": "Rowan/hellaswag",
+    "validation_split": "validation",
+    "output_type": "multiple_choice",
+    "doc_to_text": hellaswag_context,
+    "doc_to_choice": lambda doc: [hellaswag_text(ending) for ending in doc["endings"]],
+    "doc_to_target": lambda doc: int(doc["label"]),
     "target_delimiter": "\n",
 }

@@ -7,7 +7,7 @@ the data set's original release. Sources of the schemas: the releases named in d
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Row = dict[str, Any]
@@ -27,8 +27,8 @@ _AGIEVAL_GENERATED = frozenset({"math", "gaokao-mathcloze"})
 # What stands between question and options there.
 _AGIEVAL_OPTIONS = (" Answer Choices: ", " 选项：")
 
-# WikiHow's headings, which lm-eval takes out of HellaSwag's texts.
-_MARKUP = re.compile(r"\[.*?\]")
+# WikiHow's headings, which lm-eval removes from HellaSwag's texts.
+MARKUP = re.compile(r"\[.*?\]")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Schema:
     subject: str | None = None  # field of the record that names the subject
     needed: tuple[str, ...] = ()  # fields of the row without which there is no question
     num_options: int | None = None  # how many every item has; None: as many as it has
+    scored_options: int | None = None  # how many a scored item has; others are listed. None: any number
     split: Callable[[Any], list[Any]] = lambda record: [record]  # one line of the file -> records
 
 
@@ -79,6 +80,8 @@ def _option_defect(schema: Schema, row: Row, options: list[Any]) -> str | None:
         return "options are missing"
     if schema.num_options is not None and len(options) > schema.num_options:
         raise ValueError(f"{len(options)} options, and {schema.num_options} are asked; repair the item")
+    if schema.scored_options not in (None, len(options)):
+        return f"{len(options)} options; the task scores items of {schema.scored_options}"
     for letter, option in zip(LETTERS, options, strict=False):
         if is_blank(option):
             return f"option {letter} is missing"
@@ -343,7 +346,7 @@ HELLASWAG = Schema(
     _convert_hellaswag,
     question=lambda row: f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b']}",
     # lm-eval removes headings, so an ending that is only a heading counts as missing.
-    options=lambda row: [ending and _MARKUP.sub("", ending) for ending in row["endings"]],
+    options=lambda row: [ending and MARKUP.sub("", ending) for ending in row["endings"]],
     answer=lambda row: row["label"],
     gold=lambda row: [_position(str(row["label"]), [str(index) for index in range(len(row["endings"]))])],
 )
@@ -355,3 +358,5 @@ ARC_EASY = Schema(
     answer=lambda row: row["answerKey"],
     gold=lambda row: [_position(row["answerKey"], row["choices"]["label"])],
 )
+
+ARC_EASY_OF_FOUR = replace(ARC_EASY, scored_options=4)

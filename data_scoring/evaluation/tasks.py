@@ -12,6 +12,7 @@ from data_scoring.evaluation import opencompass, rows
 from data_scoring.evaluation.rows import Schema
 
 AVERAGE = "average"
+ABLATION_AVERAGE = "ablation_average"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: a task, with its title and its group; the average, `AVERAGE`, has no group."""
+    """A column of the table: a task or one of `AVERAGES`, with its title and its group."""
 
     name: str
     title: str
@@ -104,22 +105,36 @@ _PAPER = (
 )  # fmt: skip
 _ABLATION = (
     Task(
-        "hellaswag", "HellaSwag", "Ablation", rows.HELLASWAG, Files(("hellaswag.jsonl",)), folder="hellaswag",
+        "arc_easy_opencompass", "ARC-Easy (OpenCompass)", "Ablation", rows.ARC_EASY_OF_FOUR,
+        Files(("arc_easy_dev.jsonl",)), definition=opencompass.ARC_EASY, scoring="whole_text", metric="acc_text",
+    ),
+    Task(
+        "hellaswag_opencompass", "HellaSwag (OpenCompass)", "Ablation", rows.HELLASWAG, Files(("hellaswag.jsonl",)),
+        definition=opencompass.HELLASWAG, scoring="whole_text", metric="acc_text",
+    ),
+)  # fmt: skip
+_OTHERS = (
+    Task(
+        "hellaswag", "HellaSwag", "lm-eval", rows.HELLASWAG, Files(("hellaswag.jsonl",)), folder="hellaswag",
         metric="acc_norm",
     ),
-    Task("arc_easy", "ARC-Easy", "Ablation", rows.ARC_EASY, Files(("arc_easy.jsonl",)), folder="arc"),
+    Task("arc_easy", "ARC-Easy", "lm-eval", rows.ARC_EASY, Files(("arc_easy.jsonl",)), folder="arc"),
 )  # fmt: skip
-TASKS = {task.name: task for task in (*_PAPER, *_ABLATION)}
-# The tasks of the average.
+TASKS = {task.name: task for task in (*_PAPER, *_ABLATION, *_OTHERS)}
 PAPER = tuple(task.name for task in _PAPER)
-ABLATION = tuple(task.name for task in _ABLATION)
+# The tasks by which the paper compares inheritance strategies.
+ABLATION = (*(task.name for task in _ABLATION), "c3")
+# The tasks of each average, in the order of the paper's tables.
+AVERAGES = {AVERAGE: PAPER, ABLATION_AVERAGE: ABLATION}
 _SETS = {"paper": PAPER, "ablation": ABLATION}
 
 
 def columns() -> list[Column]:
-    """Return the table's columns: the paper's tasks, their average, and the other tasks."""
+    """Return the table's columns: the paper's tasks, their average, those of its ablations, and the other tasks."""
     found = [Column(task.name, task.title, task.group) for task in TASKS.values()]
-    return [*found[: len(PAPER)], Column(AVERAGE, "Average", ""), *found[len(PAPER) :]]
+    first, second = len(PAPER), len(PAPER) + len(_ABLATION)
+    average = Column(ABLATION_AVERAGE, "Average with C3", "Ablation")
+    return [*found[:first], Column(AVERAGE, "Average", ""), *found[first:second], average, *found[second:]]
 
 
 def task_names() -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
-from data_scoring.evaluation.tasks import TASKS
+from data_scoring.evaluation.tasks import ABLATION_AVERAGE, TASKS
 from data_scoring.ledger import open_ledger
 from flows.cli.options import path
 from flows.evaluation.results_table import Row
@@ -49,7 +49,8 @@ def add_evaluate(commands: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from flows.display.terminal_progress import TerminalProgress
-    from flows.evaluation.results import columns_of, paper_rows
+    from flows.evaluation.published import inheritance_rows, paper_rows
+    from flows.evaluation.results import columns_of
     from flows.evaluation.results_table import render_table
 
     runs = [read_run(folder) for folder in options.runs]
@@ -71,7 +72,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         _print_details(run, numbers, sys.stdout if options.format == "terminal" else sys.stderr)
     rows = _rows(chosen)
     if options.reference == "paper":
-        rows += paper_rows()
+        has_ablation = any(ABLATION_AVERAGE in row.scores for row in rows)
+        rows += [*paper_rows(), *(inheritance_rows() if has_ablation else [])]
     print(render_table(rows, columns_of(rows), options.format))
 
 

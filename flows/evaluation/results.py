@@ -6,8 +6,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from data_scoring.evaluation.tasks import AVERAGE, PAPER, Column, columns
-from flows.evaluation.results_table import Row, with_average, with_averages
+from data_scoring.evaluation.tasks import AVERAGES, Column, columns
+from flows.evaluation.results_table import Row, with_common_average, with_paper_averages
 
 # A model's score in a task, with the columns of the view `scores`; 0 to 1.
 SCORE = pa.struct(
@@ -21,18 +21,6 @@ SCORE = pa.struct(
     ]
 )
 
-# As published, evaluated with OpenCompass: PanGu-π Pro (arXiv 2402.02791), its table of results and section 1. Scores
-# are in the order of `PAPER`, percent; for one model, only the average is known. docs/evaluation.md describes how they
-# were compared.
-_PUBLISHED = {
-    "Sheared-LLaMA-1.3B": (24.28, 25.10, 25.77, 18.01, 62.39, 43.57, 72.91, 46.25, 16.44, 35.45),
-    "TinyLLaMA-1.1B": (27.85, 24.64, 25.75, 18.54, 56.06, 45.47, 70.62, 46.25, 20.15, 36.71),
-    "PanGu-π-1B": (36.85, 35.90, 35.96, 30.77, 58.44, 43.48, 61.92, 55.62, 15.92, 49.21),
-    "PanGu-π-1B Pro": (46.50, 46.56, 50.38, 41.58, 63.43, 53.99, 64.96, 74.38, 18.40, 52.66),
-    "Qwen-1.8B": (53.60, 52.12, 46.43, 35.83, 64.31, 57.79, 73.83, 88.12, 20.03, 58.30),
-}
-_PUBLISHED_AVERAGES = {"PanGu-π-1.5B Pro": 60.64}
-
 
 def read_rows(ledger: duckdb.DuckDBPyConnection, name: str, rounds: Sequence[int] | None = None) -> list[Row]:
     """Return a row for each evaluated round (only `rounds`, if given) of the run called `name`."""
@@ -42,7 +30,7 @@ def read_rows(ledger: duckdb.DuckDBPyConnection, name: str, rounds: Sequence[int
         mine = [entry for entry in found if entry[0] == number]
         scores = {task: score for _, task, score, _ in mine}
         errors = {task: error for _, task, _, error in mine if error is not None}
-        rows.append(with_average(Row(f"{name}, round {number}", scores, errors), PAPER))
+        rows.append(with_paper_averages(Row(f"{name}, round {number}", scores, errors)))
     return rows
 
 
@@ -53,7 +41,7 @@ def read_chance(ledger: duckdb.DuckDBPyConnection) -> dict[str, float]:
 
 def chance_rows(chances: dict[str, float]) -> list[Row]:
     """Return the row of chance scores, or no row if there are none."""
-    return [with_average(Row("chance", chances, {}, "chance"), PAPER)] if chances else []
+    return [with_paper_averages(Row("chance", chances, {}, "chance"))] if chances else []
 
 
 def score_rows(found: Sequence[tuple[Any, ...]]) -> list[Row]:
@@ -66,22 +54,15 @@ def score_rows(found: Sequence[tuple[Any, ...]]) -> list[Row]:
         mine = [entry for entry in found if entry[0] == name]
         errors = {task: error for _, task, _, error, _ in mine if error is not None}
         rows.append(Row(name, {task: score for _, task, score, _, _ in mine}, errors))
-    return with_averages(rows)
-
-
-def paper_rows() -> list[Row]:
-    """Return the paper's published rows, in percent."""
-    published = {label: dict(zip(PAPER, scores, strict=True)) for label, scores in _PUBLISHED.items()}
-    published |= {label: {AVERAGE: score} for label, score in _PUBLISHED_AVERAGES.items()}
-    return [with_average(Row(label, scores, {}, "quoted"), PAPER) for label, scores in published.items()]
+    return with_common_average(rows)
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """Return, in the table's order, the columns with a score in a row that is not quoted, and the average if any."""
+    """Return, in the table's order, the columns with a score in a row that is not quoted, and the averages if any."""
     return [
         column
         for column in columns()
-        if any(column.name in row.scores and (row.kind != "quoted" or column.name == AVERAGE) for row in rows)
+        if any(column.name in row.scores and (row.kind != "quoted" or column.name in AVERAGES) for row in rows)
     ]
 
 

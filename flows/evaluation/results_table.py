@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table
-from data_scoring.evaluation.tasks import AVERAGE, TASKS, Column
+from data_scoring.evaluation.tasks import AVERAGE, AVERAGES, TASKS, Column
 from flows.display.markdown import markdown_text
 
 Format = Literal["terminal", "markdown", "latex", "html"]
@@ -31,18 +31,25 @@ class Row:
     kind: Literal["own", "quoted", "chance"] = "own"
 
 
-def with_average(row: Row, tasks: Sequence[str]) -> Row:
-    """Return `row` with the mean of its scores of `tasks` and its standard error, if it has all of them."""
-    if AVERAGE in row.scores or any(task not in row.scores for task in tasks):
+def with_average(row: Row, tasks: Sequence[str], name: str = AVERAGE) -> Row:
+    """Return `row` with the mean of its scores of `tasks` and its standard error as `name`, if it has all of them."""
+    if name in row.scores or any(task not in row.scores for task in tasks):
         return row
-    scores = {**row.scores, AVERAGE: sum(row.scores[task] for task in tasks) / len(tasks)}
+    scores = {**row.scores, name: sum(row.scores[task] for task in tasks) / len(tasks)}
     errors = dict(row.errors)
     if all(task in row.errors for task in tasks):
-        errors[AVERAGE] = sum(row.errors[task] ** 2 for task in tasks) ** 0.5 / len(tasks)
+        errors[name] = sum(row.errors[task] ** 2 for task in tasks) ** 0.5 / len(tasks)
     return Row(row.label, scores, errors, row.kind)
 
 
-def with_averages(rows: Sequence[Row]) -> list[Row]:
+def with_paper_averages(row: Row) -> Row:
+    """Return `row` with each of the paper's averages of whose tasks it has all scores."""
+    for name, tasks in AVERAGES.items():
+        row = with_average(row, tasks, name)
+    return row
+
+
+def with_common_average(rows: Sequence[Row]) -> list[Row]:
     """Return `rows`, each with its mean over the tasks that all rows have, if there are several."""
     common = [task for task in TASKS if all(task in row.scores for row in rows)]
     return [with_average(row, common) for row in rows] if len(common) > 1 else list(rows)

@@ -15,6 +15,13 @@ SHARED = Path("../shared/evaldata")
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the samples of public evaluation sets")
 
 # By hand, in the hub's schemas: what lm-eval's definitions read.
+_HELLASWAG = {
+    "activity_label": "Baking",
+    "ctx_a": "A man bakes [header] bread.",
+    "ctx_b": "he",
+    "endings": ["flies away.", "sings to the oven.", "waits.", "is a loaf of bread."],
+    "label": "2",
+}
 ROWS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "ceval": ({"question": "accountant 0?", "A": "one", "B": "two", "C": "three", "D": "four", "answer": "B"}, [1]),
     "cmmlu": ({"Question": "agronomy 0?", "A": "one", "B": "two", "C": "three", "D": "four", "Answer": "C"}, [2]),
@@ -36,13 +43,13 @@ ROWS: dict[str, tuple[dict[str, Any], list[int]]] = {
         {"context": ["男：你好。", "女：再见。"], "question": "谁先走?", "choice": ["女的", "男的"], "answer": "女的"},
         [0],
     ),
-    "hellaswag": (
+    "hellaswag_opencompass": (_HELLASWAG, [2]),
+    "hellaswag": (_HELLASWAG, [2]),
+    "arc_easy_opencompass": (
         {
-            "activity_label": "Baking",
-            "ctx_a": "A man bakes [header] bread.",
-            "ctx_b": "he",
-            "endings": ["flies away.", "sings to the oven.", "waits.", "is a loaf of bread."],
-            "label": "2",
+            "question": "What is cold?",
+            "choices": {"text": ["fire", "a hot stone", "a glacier", "tea"], "label": ["1", "2", "3", "4"]},
+            "answerKey": "3",
         },
         [2],
     ),
@@ -268,9 +275,11 @@ def test_the_public_samples_are_read_whole() -> None:
     golds = {task: [TASKS[task].schema.gold(item.row) for item in read_items(task, SHARED)] for task in TASKS}
     assert {task: len(found) for task, found in golds.items()} == {
         "ceval": 208, "cmmlu": 201, "mmlu": 228, "agieval": 210, "boolq": 200, "axb": 200, "piqa": 200,
-        "eprstmt": 200, "xsum": 200, "c3": 298, "hellaswag": 200, "arc_easy": 200,
+        "eprstmt": 200, "xsum": 200, "c3": 298, "arc_easy_opencompass": 50, "hellaswag_opencompass": 200,
+        "hellaswag": 200, "arc_easy": 200,
     }  # fmt: skip
-    assert all(item.defect is None for task in TASKS for item in read_items(task, SHARED))
+    defects = [(task, item.defect) for task in TASKS for item in read_items(task, SHARED) if item.defect is not None]
+    assert defects == [("arc_easy_opencompass", "5 options; the task scores items of 4")]
     assert Counter(gold for (gold,) in golds["boolq"]) == {1: 127, 0: 73}
     assert Counter(gold for (gold,) in golds["axb"]) == {1: 106, 0: 94}
     assert Counter(gold for (gold,) in golds["eprstmt"]) == {1: 83, 0: 117}
@@ -279,7 +288,8 @@ def test_the_public_samples_are_read_whole() -> None:
     firsts = {task: found[0] for task, found in golds.items()}
     assert firsts == {
         "ceval": [3], "cmmlu": [1], "mmlu": [1], "agieval": [0], "boolq": [0], "axb": [1], "piqa": [0],
-        "eprstmt": [0], "xsum": [], "c3": [2], "hellaswag": [3], "arc_easy": [0],
+        "eprstmt": [0], "xsum": [], "c3": [2], "arc_easy_opencompass": [0], "hellaswag_opencompass": [3],
+        "hellaswag": [3], "arc_easy": [0],
     }  # fmt: skip
     assert golds["agieval"][93] == [0, 3]
     assert golds["arc_easy"][:1] == [[0]]

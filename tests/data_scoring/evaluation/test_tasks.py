@@ -8,7 +8,7 @@ import pytest
 from data_scoring.base.progress import silent
 from data_scoring.config import EvalConfig
 from data_scoring.evaluation.items import evaluation_texts, item_files, read_items
-from data_scoring.evaluation.tasks import AVERAGE, PAPER, TASKS, Task, columns, resolve_names
+from data_scoring.evaluation.tasks import ABLATION_AVERAGE, AVERAGE, PAPER, TASKS, Task, columns, resolve_names
 from data_scoring.sandboxed_query import ask
 from flows.cli.main import main
 from flows.run.config import parse_config
@@ -48,7 +48,10 @@ def test_the_configuration_takes_it_and_lists_it(added: Task) -> None:
     schema = EvalConfig.model_json_schema()["properties"]
     for field in ("tasks", "training_tasks"):
         assert schema[field]["items"]["enum"] == ["paper", "ablation", *TASKS]
-    assert [column.name for column in columns()] == [*PAPER, AVERAGE, "hellaswag", "arc_easy", "weather"]
+    assert [column.name for column in columns()] == [
+        *PAPER, AVERAGE, "arc_easy_opencompass", "hellaswag_opencompass", ABLATION_AVERAGE, "hellaswag", "arc_easy",
+        "weather",
+    ]  # fmt: skip
 
 
 def test_without_it_the_name_is_refused() -> None:

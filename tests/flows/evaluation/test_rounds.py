@@ -231,10 +231,21 @@ def test_the_command_prints_the_table(
     assert lines[2] == "| chance | 50.0 | 50.0 | – |"
     # Quoted rows have places as well.
     assert lines[3] == "| x, round 1 | 50.0 ± 50.0 | **100.0** ± 0.0 | – |"
-    assert "| PanGu-π-1.5B Pro (quoted) | – | – | **60.6** |" in lines
+    assert "| PanGu-π-1.5B Pro (quoted) | 70.6 | <u>79.5</u> | **60.6** |" in lines
+    assert not any("inheritance" in line for line in lines)
+    ablation = ["--tasks", "ablation", "--data", str(data), "--format", "markdown", "--reference", "paper"]
+    assert main(["evaluate", folder, *ablation]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head, _, chance, *rows = [[cell.strip(" *<u>/") for cell in line.split("|")] for line in lines]
+    places = [head.index(f"Ablation: {name} (OpenCompass)") for name in ("ARC-Easy", "HellaSwag")]
+    places += [head.index("Understanding: C3"), head.index("Ablation: Average with C3")]
+    # Chance: the mean of twice 1/4, and C3's (1/2 + 1/4) / 2.
+    assert [chance[place] for place in places] == ["25.0", "25.0", "37.5", "29.2"]
+    [learned] = [row for row in rows if row[1:2] == ["inheritance: Learned (quoted)"]]
+    assert [learned[place] for place in places] == ["40.7", "51.8", "51.7", "48.1"]
     assert main(["evaluate", folder, *chosen]) == 0
     assert "x, round 1  50.0 ±50.0  100.0 ±0.0" in capsys.readouterr().out
-    assert duckdb.sql(f"select count(*) from '{folder}/rounds/1/evaluation/*/scores/*.parquet'").fetchall() == [(2,)]
+    assert duckdb.sql(f"select count(*) from '{folder}/rounds/1/evaluation/*/scores/*.parquet'").fetchall() == [(5,)]
     for arguments, message in (
         (["--round", "3"], "--round: '3' is not a trained round of"),
         (["--tasks", "mmlu,squad"], "evaluate: eval.tasks.1: input should be 'paper', 'ablation', 'ceval'"),

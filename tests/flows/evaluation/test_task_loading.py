@@ -1,4 +1,4 @@
-"""The twelve tasks: prompts and scores worked out by hand, lm-eval's own evaluator computing the metrics."""
+"""The tasks: prompts and scores worked out by hand, lm-eval's own evaluator computing the metrics."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ import yaml
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
-from data_scoring.evaluation.tasks import ABLATION, PAPER, columns, resolve_names
+from data_scoring.evaluation.tasks import ABLATION, PAPER, TASKS, columns, resolve_names
 from flows.evaluation.opencompass_scoring import score_summary, score_whole_text
 from flows.evaluation.task_loading import EvaluationTask, load_tasks, task_texts
 from tests.evaluation_data import FILES, write_items
@@ -47,13 +47,11 @@ class ShortestAnswer(LM):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EvaluationTask]:
-    """Return the twelve tasks over the tiny folder, loaded while nothing can be fetched."""
+    """Return all tasks over the tiny folder, loaded while nothing can be fetched."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("socket.socket.connect", _refuse)
         patch.setattr(datasets, "load_dataset", _refuse)
-        loaded = load_tasks(
-            [*PAPER, *ABLATION], write_items(tmp_path_factory.mktemp("items")), None, _all_fit, _characters
-        )
+        loaded = load_tasks([*TASKS], write_items(tmp_path_factory.mktemp("items")), None, _all_fit, _characters)
     return {task.name: task for task in loaded}
 
 
@@ -82,15 +80,18 @@ def test_titles_groups_and_metrics_of_the_table(tasks: dict[str, EvaluationTask]
         ("EPRSTMT", "Understanding", "acc_text", 0),
         ("XSum", "Understanding", "rouge1", 0),
         ("C3", "Understanding", "acc_text", 0),
-        ("HellaSwag", "Ablation", "acc_norm", 0),
-        ("ARC-Easy", "Ablation", "acc", 0),
+        ("ARC-Easy (OpenCompass)", "Ablation", "acc_text", 0),
+        ("HellaSwag (OpenCompass)", "Ablation", "acc_text", 0),
+        ("HellaSwag", "lm-eval", "acc_norm", 0),
+        ("ARC-Easy", "lm-eval", "acc", 0),
     ]
     assert all(not task.unscorable and not task.num_shortened for task in tasks.values())
 
 
 def test_chance_by_hand(tasks: dict[str, EvaluationTask]) -> None:
     chances = {name: task.chance for name, task in tasks.items()}
-    quarter = dict.fromkeys(("ceval", "cmmlu", "mmlu", "hellaswag"), 0.25)
+    of_four = ("ceval", "cmmlu", "mmlu", "hellaswag", "hellaswag_opencompass", "arc_easy_opencompass")
+    quarter = dict.fromkeys(of_four, 0.25)
     half = dict.fromkeys(("boolq", "axb", "piqa", "eprstmt"), 0.5)
     # AGIEval's subjects: one of five, two right ones of four, one of two, and two that are generated.
     agieval = (1 / 5 + 2 / 4 + 1 / 2 + 0 + 0) / 5
@@ -111,6 +112,11 @@ def test_prompts_of_zero_shots_by_hand(tasks: dict[str, EvaluationTask]) -> None
     assert _requests(tasks["c3"])[:2] == [("", f"{c3}\n答案：女的"), ("", f"{c3}\n答案：男的")]
     hellaswag = "Baking: A man bakes bread. He"
     assert _requests(tasks["hellaswag"])[0] == (hellaswag, " flies away.")
+    # OpenCompass has no activity, and a line feed between prompt and option.
+    context = "A man bakes bread. He"
+    assert _requests(tasks["hellaswag_opencompass"])[0] == ("", f"{context}\nflies away.")
+    arc = "Question: What is cold?\nAnswer: "
+    assert _requests(tasks["arc_easy_opencompass"])[1:3] == [("", f"{arc}\na hot stone"), ("", f"{arc}\na glacier")]
     arc = "Question: What is hot?\nAnswer:"
     assert _requests(tasks["arc_easy"])[:3] == [(arc, " a glacier"), (arc, " fire"), (arc, " a stone")]
     xsum, options = _requests(tasks["xsum"])[0]
@@ -289,6 +295,7 @@ def test_a_task_of_which_nothing_can_be_scored_says_why_of_each_item(tmp_path: P
 def test_names_of_groups_of_tasks() -> None:
     assert resolve_names(["paper"]) == PAPER
     assert resolve_names(["piqa", "ablation", "piqa"]) == ("piqa", *ABLATION)
+    assert ABLATION == ("arc_easy_opencompass", "hellaswag_opencompass", "c3")
 
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,14 +347,15 @@ def test_the_command_line_starts_without_lm_eval() -> None:
 
 @needs_shared
 def test_the_public_samples_are_asked_and_scored_whole() -> None:
-    tasks = {task.name: task for task in load_tasks([*PAPER, *ABLATION], SHARED, None, _all_fit, _characters)}
+    tasks = {task.name: task for task in load_tasks([*TASKS], SHARED, None, _all_fit, _characters)}
     counts = {name: (len(task.subtasks), sum(map(len, task.samples.values()))) for name, task in tasks.items()}
     assert counts == {
         "ceval": (52, 208), "cmmlu": (67, 201), "mmlu": (57, 228), "agieval": (21, 210), "boolq": (1, 200),
         "axb": (1, 200), "piqa": (1, 200), "eprstmt": (1, 200), "xsum": (1, 200), "c3": (1, 298),
-        "hellaswag": (1, 200), "arc_easy": (1, 200),
+        "arc_easy_opencompass": (1, 49), "hellaswag_opencompass": (1, 200), "hellaswag": (1, 200), "arc_easy": (1, 200),
     }  # fmt: skip
-    assert not any(task.unscorable for task in tasks.values())
+    # One item of ARC-Easy's development set has five options.
+    assert [task.name for task in tasks.values() for _ in task.unscorable] == ["arc_easy_opencompass"]
     assert tasks["c3"].chance == pytest.approx((240 / 4 + 37 / 3 + 21 / 2) / 298)
     assert tasks["arc_easy"].chance == pytest.approx((199 / 4 + 1 / 3) / 200)
     # Prompts put together from the files themselves.
