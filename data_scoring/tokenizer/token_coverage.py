@@ -124,12 +124,29 @@ def size_for_coverage(curve: Curve, coverage: float) -> int:
     return min(padded_vocab_size(int(curve.sizes[enough])), int(curve.sizes[-1]))
 
 
-def cheapest_size(curve: Curve, num_parameters: NDArray[np.float64]) -> int:
+def cheapest_size(curve: Curve, num_parameters: NDArray[np.float64], least: int = 0, most: int | None = None) -> int:
     """Return the size with the least training cost per byte of text, in steps of `VOCABULARY_MULTIPLE`.
 
     `num_parameters`, [num_sizes], is that of the model at each size. The cost per byte is proportional to tokens per
-    byte times parameters.
+    byte times parameters. least, most: the range of sizes to choose from, which holds at least one step.
     """
     costs = curve.lengths * num_parameters
-    steps = np.flatnonzero((curve.sizes % VOCABULARY_MULTIPLE == 0) | (curve.sizes == curve.sizes[-1]))
+    steps = _steps(curve)
+    steps = steps[(curve.sizes[steps] >= least) & (curve.sizes[steps] <= (most or curve.sizes[-1]))]
     return int(curve.sizes[steps[np.argmin(costs[steps])]])
+
+
+def sizes_within(curve: Curve, shares: NDArray[np.float64], coverage: float, share: float) -> tuple[int, int] | None:
+    """Return the least and the largest size that cover more than `coverage` and take less than `share`, or None.
+
+    `shares`, [num_sizes], is the share of the model's parameters in embedding and head at each size. Coverage and share
+    both grow with the size. In steps of `VOCABULARY_MULTIPLE`.
+    """
+    steps = _steps(curve)
+    within = steps[(curve.coverage[steps] > coverage) & (shares[steps] < share)]
+    return (int(curve.sizes[within[0]]), int(curve.sizes[within[-1]])) if len(within) else None
+
+
+def _steps(curve: Curve) -> NDArray[np.intp]:
+    """Return the indices of the sizes to choose from: multiples of `VOCABULARY_MULTIPLE`, and the largest."""
+    return np.flatnonzero((curve.sizes % VOCABULARY_MULTIPLE == 0) | (curve.sizes == curve.sizes[-1]))

@@ -26,7 +26,11 @@ def add_tokenizer(commands: Any) -> None:
         help="run folder, YAML configuration, or a file, folder or glob of text",
     )  # fmt: skip
     size = compact.add_mutually_exclusive_group()
-    size.add_argument("--vocab-size", type=int, help="tokens to keep (default: the size that makes training cheapest)")
+    size.add_argument(
+        "--vocab-size",
+        type=int,
+        help="tokens to keep (default: the size that makes training cheapest within the paper's rule)",
+    )
     size.add_argument("--coverage", type=float, help="keep the fewest tokens that cover this share of the corpus")
     compact.add_argument(
         "--output", type=path, help="folder to create (default: next to T, named after T and the size)"

@@ -14,6 +14,9 @@ from flows.run.folder import Run
 from flows.stages.stage_order import fingerprint_of
 from trainer.jobs import GenerateJob
 
+# Sequences generated at once; each of them grows at the batch's speed divided by this.
+BATCH_SIZE = 20
+
 
 class _Measured(TypedDict):
     fingerprint: str
@@ -21,7 +24,7 @@ class _Measured(TypedDict):
 
 
 def generation_speed(run: Run, round_number: int, progress: Progress, num_new_tokens: int = 510) -> float:
-    """Return the new tokens per second that one replica of a round's model generates greedily.
+    """Return the new tokens per second that one replica of a round's model generates greedily, over a whole batch.
 
     Measured once, and stored in the round's generation.json with the device and the layout.
     """
@@ -32,6 +35,7 @@ def generation_speed(run: Run, round_number: int, progress: Progress, num_new_to
     job = GenerateJob(
         **job_fields(run, round_number, identity),
         weights=final_checkpoint(run, round_number),
+        batch_size=BATCH_SIZE,
         num_new_tokens=num_new_tokens,
     )
     path = run.round_folder(round_number) / "generation.json"

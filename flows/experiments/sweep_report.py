@@ -14,6 +14,7 @@ from flows.display.figures import render
 from flows.display.result_page import Page, Picture, Section, span, write_page
 from flows.evaluation.results import columns_of, describe_items, score_rows
 from flows.evaluation.results_table import table_cells
+from flows.experiments.generation_speed import BATCH_SIZE
 from flows.experiments.sweep_plots import PLOTS
 from flows.experiments.sweep_results import OUTCOMES, open_views, read_trials
 from flows.run.config import RunConfig
@@ -128,16 +129,29 @@ def _correlations(views: duckdb.DuckDBPyConnection) -> Section | None:
 
 def _front(views: duckdb.DuckDBPyConnection) -> Section | None:
     rows = views.sql(
-        "select num_layers, hidden_size, ffn_hidden_size, expansion, num_parameters, loss, generation_speed from pareto"
+        """select num_layers, hidden_size, ffn_hidden_size, expansion, num_parameters, loss, generation_speed,
+            sequence_speed
+        from pareto"""
     ).fetchall()
     if not rows:
         return None
     cells = [
-        [f"{depth} × {width}", str(ffn), f"{expansion:.2f}", f"{count:,}", f"{loss:.4f}", f"{speed:,.1f}"]
-        for depth, width, ffn, expansion, count, loss, speed in rows
+        [
+            f"{depth} × {width}",
+            str(ffn),
+            f"{expansion:.2f}",
+            f"{count:,}",
+            f"{loss:.4f}",
+            f"{speed:,.1f}",
+            f"{each:,.2f}",
+        ]
+        for depth, width, ffn, expansion, count, loss, speed, each in rows
     ]
-    notes = ["No other trial has both a lower loss and a higher speed. Speed: new tokens/s, prefix 2, batch 20."]
-    head = ["depth × width", "FFN", "expansion", "parameters", "loss", "tokens/s"]
+    notes = [
+        "No other trial has both a lower loss and a higher speed. Speed: new tokens/s after a prefix of 2 tokens, of a "
+        f"batch of {BATCH_SIZE} and of each of its sequences."
+    ]
+    head = ["depth × width", "FFN", "expansion", "parameters", "loss", "tokens/s", "tokens/s of a sequence"]
     return Section("Pareto front of quality and speed", notes, head, cells)
 
 
@@ -156,7 +170,7 @@ def _recommendation(views: duckdb.DuckDBPyConnection) -> Section | None:
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
     model = dict(zip(names, chosen[:4], strict=True)) | ({"num_query_groups": chosen[6]} if chosen[6] else {})
     shape = f"{chosen[0]} layers of width {chosen[1]}, FFN {chosen[2]} (expansion {chosen[2] / chosen[1]:.2f})"
-    speed = "" if chosen[5] is None else f" and generates {chosen[5]:,.1f} tokens/s"
+    speed = "" if chosen[5] is None else f" and generates {_speed(chosen[5])}"
     if chosen == best:
         reason = f"it has the lowest validation loss, {best[4]:.4f}{speed}"
         if len(close) > 1:
@@ -165,11 +179,14 @@ def _recommendation(views: duckdb.DuckDBPyConnection) -> Section | None:
         reason = (
             f"its validation loss, {chosen[4]:.4f}, is within {_CLOSE:.1%} of the lowest ({best[4]:.4f}, {best[0]} "
             f"layers of width {best[1]}), and of the {len(close)} such trials it generates fastest: "
-            f"{chosen[5]:,.1f} tokens/s, "
-            + (f"against {best[5]:,.1f}" if best[5] is not None else "where that was measured")
+            f"{_speed(chosen[5])}, " + (f"against {best[5]:,.1f}" if best[5] is not None else "where that was measured")
         )
     notes = [f"Take {shape}: {reason}.", "For the model section of a configuration; keep its other fields:"]
     return Section("Recommendation", notes, code=yaml.safe_dump({"model": model}, sort_keys=False))
+
+
+def _speed(speed: float) -> str:
+    return f"{speed:,.1f} tokens/s ({speed / BATCH_SIZE:,.2f} per sequence)"
 
 
 def _scores(views: duckdb.DuckDBPyConnection) -> Section | None:
@@ -199,6 +216,7 @@ def _trials(folder: Path) -> Section | None:
         "loss": ".4f",
         "tasks (%)": ".1f",
         "generation (tokens/s)": ",.1f",
+        "of a sequence (tokens/s)": ",.2f",
         "training (tokens/s)": ",.0f",
     }
     cells = [

@@ -8,6 +8,7 @@ import pyarrow as pa
 from data_scoring.base.databases import replacing_views
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.sql import literal, parquet_rows
+from flows.experiments.generation_speed import BATCH_SIZE
 from flows.experiments.trials import TRIAL
 
 FACTORS = ("depth", "width", "expansion")
@@ -16,10 +17,12 @@ OUTCOMES = ("quality", "task score", "generation speed")
 # Views by name: (comment, SQL).
 _VIEWS = {
     "trials": (
-        "One row per trial: its shape, its losses (nats per token), its speeds (tokens per second). Quality is the "
-        "negative loss over all validation tokens; task_score is the mean over tasks, percent.",
-        """select *, -loss as quality, 100 * list_avg([part.score for part in scores]) as task_score
-        from {trials}""",
+        "One row per trial: its shape, its losses (nats per token), its speeds (tokens per second; generation_speed is "
+        "that of a batch, sequence_speed that of one of its sequences). Quality is the negative loss over all "
+        "validation tokens; task_score is the mean over tasks, percent.",
+        f"""select *, -loss as quality, 100 * list_avg([part.score for part in scores]) as task_score,
+            generation_speed / {BATCH_SIZE} as sequence_speed
+        from {{trials}}""",
     ),
     "points": (
         "One row per trained trial, factor and measured outcome.",
@@ -88,6 +91,7 @@ def read_trials(folder: Path) -> list[dict[str, object]]:
             """select trial, state, num_layers as depth, hidden_size as width, ffn_hidden_size as ffn,
                 round(expansion, 2) as expansion, num_parameters as parameters, round(loss, 4) as loss,
                 round(task_score, 1) as "tasks (%)", round(generation_speed, 1) as "generation (tokens/s)",
+                round(sequence_speed, 2) as "of a sequence (tokens/s)",
                 round(training_speed) as "training (tokens/s)", round(seconds) as seconds, reason
             from trials order by trials.loss nulls last, trial"""
         ).to_arrow_table()

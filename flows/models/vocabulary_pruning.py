@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from data_scoring.base.files import commit
 from data_scoring.base.progress import Progress
@@ -20,12 +21,16 @@ from data_scoring.tokenizer.token_coverage import (
     choose_tokens,
     measure_curve,
     size_for_coverage,
+    sizes_within,
 )
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from data_scoring.tokenizer.vocabulary import open_vocabulary
 from flows.models.counted_text import CountedText, end_of_document, open_text
 from flows.models.vocabulary_pruning_result import (
     PAPER_COVERAGE,
+    RULE,
+    RULE_COVERAGE,
+    RULE_SHARE,
     PrunedVocabulary,
     Request,
     dropped_tokens,
@@ -33,7 +38,7 @@ from flows.models.vocabulary_pruning_result import (
 )
 from trainer.config import ModelConfig
 
-# PanGu-π-1B, for which the paper gives the shares of parameters.
+# The shape of PanGu-π-1B.
 _PAPER_MODEL = ModelConfig(num_layers=12, hidden_size=2048, num_attention_heads=16, ffn_hidden_size=5632)
 # Size of the text of each source on which sequence lengths are measured; it is held in memory.
 _MEASURED_BYTES = 16 << 20
@@ -55,9 +60,10 @@ def prune_vocabulary(request: Request, progress: Progress) -> PrunedVocabulary:
     counts = np.sum([source.counts for source in sources], axis=0)
     curve = measure_curve(vocabulary, counts)
     model = request.model or text.model or _PAPER_MODEL
-    paper_size = size_for_coverage(curve, PAPER_COVERAGE)
-    cheapest = cheapest_size(curve, parameters_at(model, curve))
-    size, reason = _decide(request, curve, cheapest, paper_size)
+    parameters = parameters_at(model, curve)
+    paper_size, cheapest = size_for_coverage(curve, PAPER_COVERAGE), cheapest_size(curve, parameters)
+    within_rule = sizes_within(curve, 1 - model.num_parameters(0) / parameters, RULE_COVERAGE, RULE_SHARE)
+    size, reason = _decide(request, curve, parameters, within_rule)
     choice = choose_tokens(vocabulary, counts, size)
     folder = request.output or parent / f"{request.tokenizer.stem}-{size}"
     _check_output(folder)
@@ -71,7 +77,7 @@ def prune_vocabulary(request: Request, progress: Progress) -> PrunedVocabulary:
         lengths = _measure(request, text, sources, temporary, name, progress)
         made = PrunedVocabulary(
             folder, folder / name, vocabulary.pieces, counts, sources, curve, choice, lengths, model, paper_size,
-            cheapest, reason,
+            cheapest, within_rule, reason,
         )  # fmt: skip
         _write_tables(made, temporary)
         if request.checkpoint is not None:
@@ -109,7 +115,9 @@ def _check_output(folder: Path) -> None:
         raise ValueError(f"{folder}: already exists; delete it, or name another folder with --output")
 
 
-def _decide(request: Request, curve: Curve, cheapest: int, paper_size: int) -> tuple[int, str]:
+def _decide(
+    request: Request, curve: Curve, parameters: NDArray[np.float64], within_rule: tuple[int, int] | None
+) -> tuple[int, str]:
     """Return the vocabulary size to use, and the reason in one sentence."""
     if request.size is not None:
         return request.size, f"{request.size:,} tokens, as requested."
@@ -119,10 +127,23 @@ def _decide(request: Request, curve: Curve, cheapest: int, paper_size: int) -> t
             size,
             f"{size:,} tokens are the fewest, in steps of 128, that cover {request.coverage:.2%} of the corpus.",
         )
-    return cheapest, (
-        f"{cheapest:,} tokens make training cheapest per byte of this text: with fewer, the longer text costs more "
-        "than the saved parameters; with more, the parameters cost more than the shorter text saves "
-        f"(the paper's coverage of {PAPER_COVERAGE:.2%} takes {paper_size:,})."
+    cheapest = cheapest_size(curve, parameters)
+    if within_rule is None:
+        size = size_for_coverage(curve, RULE_COVERAGE)
+        return size, (
+            f"{size:,} tokens are the fewest, in steps of 128, that cover {RULE_COVERAGE:.0%} of the corpus. No size "
+            f"keeps the paper's rule ({RULE}) for this model; training would be cheapest with {cheapest:,}."
+        )
+    size = cheapest_size(curve, parameters, *within_rule)
+    if size != cheapest:
+        return size, (
+            f"{size:,} tokens make training cheapest per byte of this text within the paper's rule ({RULE}); outside "
+            f"of it, {cheapest:,} would be cheaper."
+        )
+    return size, (
+        f"{size:,} tokens make training cheapest per byte of this text: with fewer, the longer text costs more "
+        "than the saved parameters; with more, the parameters cost more than the shorter text saves. "
+        f"They keep the paper's rule ({RULE})."
     )
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from flows.display.figures import render_figure
 from flows.display.html import html_figure, html_page, html_table
 from flows.display.markdown import markdown_table
-from flows.models.vocabulary_pruning_result import PAPER_COVERAGE, PrunedVocabulary, Request, dropped_tokens
+from flows.models.vocabulary_pruning_result import PAPER_COVERAGE, RULE, PrunedVocabulary, Request, dropped_tokens
 
 _COLORS = {"coverage": "#0072b2", "share": "#d55e00", "length": "#009e73", "cost": "#cc79a7"}
 _MOST_DROPPED = 60
@@ -22,6 +22,7 @@ def summarise(made: PrunedVocabulary) -> str:
     return "\n\n".join(
         [
             made.reason,
+            *made.warnings(),
             markdown_table(head, rows),
             markdown_table(length_head, length_rows),
             _measured_on(made),
@@ -40,9 +41,11 @@ def write_page(made: PrunedVocabulary, request: Request, folder: Path) -> None:
     reasons = list(made.choice.reasons.values())
     body = [
         f'<p class="lead">{html.escape(made.reason)}</p>',
+        *(f"<p><strong>{html.escape(warning)}</strong></p>" for warning in made.warnings()),
         f"<p>Tokenizer {html.escape(str(request.tokenizer))}, counted over {html.escape(str(request.corpus))}: "
         f"{int(made.counts.sum()):,} tokens from {len(made.sources)} sources.</p>",
         html_table(head, [tuple(row) for row in rows]),
+        f"<p>The paper's rule: {RULE}.</p>",
         html_figure(png, "Coverage, share of parameters, text length and training cost against vocabulary size."),
         "<h2>Sequence length by source</h2>",
         html_table(length_head, [tuple(row) for row in length_rows]),
@@ -57,24 +60,29 @@ def write_page(made: PrunedVocabulary, request: Request, folder: Path) -> None:
 
 
 def _sizes(made: PrunedVocabulary) -> tuple[list[str], list[list[str]]]:
-    """Return a table of the sizes of interest: before, after, the cheapest, that for the paper's coverage."""
+    """Return a table of the sizes of interest: before, after, the cheapest, and those of the paper."""
     whole, size = int(made.curve.sizes[-1]), len(made.choice.tokens)
     named = {
         "before": whole, "after": size, "cheapest to train": made.cheapest,
         f"for {PAPER_COVERAGE:.2%} (the paper)": made.paper_size,
     }  # fmt: skip
+    if made.within_rule is not None:
+        named |= dict(zip(("least within the rule", "most within the rule"), made.within_rule, strict=True))
     total = made.model.num_parameters(whole)
     rows = []
     for name, tokens in named.items():
         length = made.length(tokens)
         cost = length * made.model.num_parameters(tokens) / total
+        broken = made.broken_rules(tokens)
         rows.append(
             [
                 name, f"{tokens:,}", f"{made.coverage(tokens):.2%}", f"{made.share(tokens):.2%}",
                 f"{made.model.num_parameters(tokens):,}", f"{length:.4f}", f"{cost:.4f}",
+                f"not its {' and '.join(broken)}" if broken else "kept",
             ]
         )  # fmt: skip
     head = ["vocabulary", "tokens", "coverage", "share of parameters", "parameters", "length of the text", "cost"]
+    head.append("the paper's rule")
     return head, rows
 
 

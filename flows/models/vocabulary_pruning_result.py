@@ -10,8 +10,11 @@ from data_scoring.corpus.token_counts import SourceCounts, SourceLength
 from data_scoring.tokenizer.token_coverage import Choice, Curve
 from trainer.config import ModelConfig
 
-# Coverage of the paper's vocabulary of 48,000 tokens on its corpus (section 3.1).
+# Coverage of the paper's vocabulary of 48,000 tokens on its corpus ("Compact Tokenizer").
 PAPER_COVERAGE = 0.9786
+# The paper's rule: a vocabulary covers more than this of the corpus, with less than this of the parameters.
+RULE_COVERAGE, RULE_SHARE = 0.9, 0.2
+RULE = f"coverage above {RULE_COVERAGE:.0%}, embedding and head below {RULE_SHARE:.0%} of the parameters"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class PrunedVocabulary:
     model: ModelConfig
     paper_size: int
     cheapest: int
+    within_rule: tuple[int, int] | None  # the least and the largest size that keep `RULE`
     reason: str
 
     def share(self, size: int) -> float:
@@ -62,6 +66,37 @@ class PrunedVocabulary:
     def length(self, size: int) -> float:
         """Return the estimated number of tokens of the corpus with a vocabulary of `size`, relative to before."""
         return float(self.curve.lengths[size - self.curve.sizes[0]])
+
+    def broken_rules(self, size: int) -> list[str]:
+        """Return which parts of the paper's rule a vocabulary of `size` breaks: coverage, share."""
+        broken = {"coverage": self.coverage(size) <= RULE_COVERAGE, "share": self.share(size) >= RULE_SHARE}
+        return [part for part, is_broken in broken.items() if is_broken]
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each part of the paper's rule that the vocabulary breaks, with what that costs."""
+        size = len(self.choice.tokens)
+        found = {
+            "coverage": f"{size:,} tokens cover {self.coverage(size):.2%} of the corpus, not more than "
+            f"{RULE_COVERAGE:.0%}: {self._longer()}, which costs as much more to train and to generate, and a sequence "
+            "holds less text.",
+            "share": f"embedding and head take {self.share(size):.2%} of the parameters, not less than "
+            f"{RULE_SHARE:.0%}: layers would make more of them.",
+        }
+        return [f"Warning: outside the paper's rule: {found[part]}" for part in self.broken_rules(size)]
+
+    def _longer(self) -> str:
+        """Return how much longer the text becomes, by the source that loses most and the one that loses least."""
+        growths = [
+            (length.tokens_after / length.tokens_before - 1, length.name)
+            for length in self.lengths
+            if length.tokens_before
+        ]
+        if not growths:
+            return f"text becomes {self.length(len(self.choice.tokens)) - 1:.1%} longer"
+        (least, _), (most, name) = min(growths), max(growths)
+        if len(growths) == 1:
+            return f"text becomes {most:.1%} longer"
+        return f"text becomes {least:.1%} to {most:.1%} longer, most of all {name}"
 
 
 def parameters_at(model: ModelConfig, curve: Curve) -> NDArray[np.float64]:

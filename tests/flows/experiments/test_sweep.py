@@ -120,7 +120,10 @@ def test_the_page_says_what_to_take_and_why(config: RunConfig, tmp_path: Path) -
     text, content = " ".join(page.text.split()), page.page.read_text()
     # The third is within half a per cent of the second, which is the best, and faster.
     assert "Take 8 layers of width 80, FFN 120 (expansion 1.50): its validation loss, 5.0200, is within 0.5%" in text
-    assert "it generates fastest: 400.0 tokens/s, against 300.0" in text
+    # A batch has 20 sequences.
+    assert "it generates fastest: 400.0 tokens/s (20.00 per sequence), against 300.0" in text
+    assert "| 5.1000 | 900.0 | 45.00 |" in text
+    assert "| generation (tokens/s) | of a sequence (tokens/s) |" in text
     [code] = [part for part in page.text.split("```") if part.startswith("yaml")]
     model = yaml.safe_load(code.removeprefix("yaml"))["model"]
     assert model == {"num_layers": 8, "hidden_size": 80, "ffn_hidden_size": 120, "num_attention_heads": 5}

@@ -1,6 +1,8 @@
 """`reprise tokenizer compact`: its files, its output, and the requests that it rejects."""
 
+import html
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -80,16 +82,92 @@ def test_a_tokenizer_is_cut_with_its_tables_and_page(place: Path, capsys: pytest
     assert open_tokenizer(place / "out" / "tokenizer.json", None).vocab_size == 300
 
 
-def test_without_a_size_the_cheapest_is_taken(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compact(place, "--output", str(place / "out"), corpus="c.yaml") == 0
+def zipf_texts(count: int, seed: int) -> list[str]:
+    """Return texts of 40 words out of 1,500, the r-th of which occurs in proportion to 1/r."""
+    draw = random.Random(0)
+    syllables = [a + b for a in "bcdfghklmnprstvz" for b in "aeiou"]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(1500)]
+    draw, weights = random.Random(seed), [1 / rank for rank in range(1, 1501)]
+    return [" ".join(draw.choices(words, weights, k=40)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def zipf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer t.json of 1,500 tokens, and two sources; the second is made of its rarer half."""
+    folder = tmp_path_factory.mktemp("zipf")
+    install_tokenizer(TokenizerConfig(vocab_size=1500), zipf_texts(800, 1), 0, folder)
+    (folder / "tokenizer.json").rename(folder / "t.json")
+    (folder / "text").mkdir()
+    for name, texts in sources_of_zipf().items():
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / "text" / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def sources_of_zipf() -> dict[str, list[str]]:
+    texts = zipf_texts(330, 2)
+    rare = [" ".join(sorted(text.split(), key=len)[-9:]) for text in texts[300:]]
+    return {"all": texts[:300], "rare": rare}
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "case"),
+    [(1, "No size keeps the paper's rule"), (12, "outside of it, "), (16, "They keep the paper's rule")],
+)
+def test_the_recommended_size_keeps_the_paper_s_rule(
+    num_layers: int, case: str, zipf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Coverage above 90 %, share below 20 %: against a search over the table of sizes."""
+    (tmp_path / "m.yaml").write_text(
+        "name: m\ncorpus: {sources: [{name: a, path: a.txt}]}\n"
+        f"model: {{num_layers: {num_layers}, hidden_size: 64}}\n"
+    )
+    assert compact(zipf, "--model", str(tmp_path / "m.yaml"), "--output", str(tmp_path / "out")) == 0
     printed = capsys.readouterr().out
-    rows = duckdb.query(f"select * from '{place / 'out' / 'curve.parquet'}' where vocab_size % 128 = 0").fetchnumpy()  # type: ignore[union-attr]
-    costs = rows["relative_length"] * rows["parameters"]
-    best = int(rows["vocab_size"][costs.argmin()])
-    assert open_tokenizer(place / "out" / "tokenizer.json", None).vocab_size == best
-    assert f"{best:,} tokens make training cheapest per byte of this text" in printed
-    model = read_config(place / "c.yaml", []).model
-    assert rows["parameters"][0] == model.num_parameters(int(rows["vocab_size"][0]))
+    rows = duckdb.query(
+        f"""select vocab_size, coverage, embedding_and_head_share, relative_length * parameters
+        from '{tmp_path / "out" / "curve.parquet"}' where vocab_size % 128 = 0"""
+    ).fetchall()  # type: ignore[union-attr]
+    model = read_config(tmp_path / "m.yaml", []).model
+    size = rows[3][0]
+    assert rows[3][2] == pytest.approx(2 * 64 * size / model.num_parameters(size))
+    within = [row for row in rows if row[1] > 0.9 and row[2] < 0.2]
+    cheapest = min(rows, key=lambda row: row[3])
+    expected = min(within, key=lambda row: row[3]) if within else next(row for row in rows if row[1] >= 0.9)
+    assert open_tokenizer(tmp_path / "out" / "tokenizer.json", None).vocab_size == expected[0]
+    assert printed.startswith(f"{expected[0]:,} tokens ")
+    assert case in printed
+    assert (expected == cheapest) is (case == "They keep the paper's rule")
+    rules = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in printed.splitlines() if "|" in line}
+    assert rules["after"] == ("kept" if within else "not its share")
+    assert rules["cheapest to train"] == {1: "not its coverage and share", 12: "not its share", 16: "kept"}[num_layers]
+    assert ("least within the rule" in rules) is bool(within)
+    assert ("Warning: outside the paper's rule: embedding and head take " in printed) is (not within)
+    assert "tokens cover" not in printed
+
+
+def test_a_size_below_the_rule_is_a_warning_that_says_what_it_costs(
+    zipf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--vocab-size", "512", "--model", "llama-30m", "--output", str(tmp_path / "out"))
+    assert compact(zipf, *options) == 0
+    printed = capsys.readouterr().out
+    whole, small = (open_tokenizer(path, None) for path in (zipf / "t.json", tmp_path / "out" / "tokenizer.json"))
+    longer = {}
+    for name, texts in sources_of_zipf().items():
+        before, after = (sum(map(len, each.encode_batch(texts))) for each in (whole, small))
+        longer[name] = after / before - 1
+    assert 0.1 < longer["all"] < longer["rare"]
+    kept = duckdb.query(
+        f"select sum(count) filter (kept) / sum(count) from '{tmp_path / 'out' / 'vocabulary.parquet'}'"
+    ).fetchall()[0][0]  # type: ignore[union-attr]
+    warning = (
+        f"Warning: outside the paper's rule: 512 tokens cover {kept:.2%} of the corpus, not more than 90%: "
+        f"text becomes {longer['all']:.1%} to {longer['rare']:.1%} longer, most of all rare, which costs as much more "
+        "to train and to generate, and a sequence holds less text."
+    )
+    assert warning in printed
+    assert html.escape(warning) in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_run_is_counted_as_it_lies_and_its_checkpoint_cut(
