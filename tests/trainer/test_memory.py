@@ -19,7 +19,9 @@ from trainer.checkpoint_folder import list_checkpoints
 from trainer.memory import checkpoint_bytes, rank_memory, stage_parameters
 
 GIB = 1 << 30
-PRO, LARGER_PRO, LLAMA = ({"preset": name} for name in ("pangu-pi-1b-pro", "pangu-pi-1.5b-pro", "llama-7b"))
+PRO, LLAMA = ({"preset": name} for name in ("pangu-pi-1b-pro", "llama-7b"))
+# The shape that was rehearsed.
+LARGER_PRO = {"preset": "pangu-pi-1.5b-pro", "ffn_hidden_size": 5632}
 CHUNKED, TRITON = {"loss_kernel": "chunked"}, {"activation_kernel": "triton"}
 PLAIN = {"tied_embeddings": True, "activation_terms": 1, "shortcut_reduction": None}
 ALONE = (1, 1, 1, False)

@@ -34,7 +34,7 @@ def test_the_closed_form_counts_the_parameters_of_the_models_that_are_built(foun
         (
             "pangu-pi-1.5b-pro",
             48_000,
-            196_608_000 + 22 * (16_777_216 + 34_603_008 + 4096 + 22_528 + 262_144) + 2048,
+            196_608_000 + 22 * (16_777_216 + 42_467_328 + 4096 + 27_648 + 262_144) + 2048,
         ),
     ],
 )
@@ -42,6 +42,32 @@ def test_the_paper_s_models(name: str, vocab_size: int, expected: int) -> None:
     model = ModelConfig(preset=name)
     assert model.vocab_size == vocab_size
     assert model.num_parameters(vocab_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "vocab_size", "share"), [(20, 48_000, "18.07%"), (15, 100_883, "38.20%")], ids=["compact", "whole"]
+)
+def test_the_paper_s_shares_of_embedding_and_head_are_of_one_width(
+    num_layers: int, vocab_size: int, share: str
+) -> None:
+    """The authors' configuration has 20 layers, and is plain LLaMA; with the larger vocabulary, 15 cost as much."""
+    model = ModelConfig(preset="pangu-pi-1b-pro", num_layers=num_layers, activation_terms=1, shortcut_reduction=None)
+    assert (model.hidden_size, model.ffn_size, model.num_attention_heads) == (1792, 4864, 14)
+    layer = 4 * 1792**2 + 3 * 1792 * 4864 + 2 * 1792
+    embeddings = 2 * vocab_size * 1792
+    assert model.num_parameters(vocab_size) == embeddings + num_layers * layer + 1792
+    assert f"{model.embedding_share(vocab_size):.2%}" == share
+    assert f"{embeddings / (embeddings + num_layers * layer + 1792):.2%}" == share
+    # What the smaller vocabulary saves is spent on depth: both have as many parameters.
+    assert model.num_parameters(vocab_size) == pytest.approx(949e6, rel=0.005)
+
+
+def test_1_5b_pro_has_the_parameters_of_its_name() -> None:
+    plain = {"preset": "pangu-pi-1.5b-pro", "activation_terms": 1, "shortcut_reduction": None}
+    assert ModelConfig.model_validate(plain).num_parameters(48_000) == 1_500_080_128
+    # Half as wide, half the width of the layer: the expansion is the preset's.
+    half = {**plain, "hidden_size": 1024, "num_attention_heads": 8}
+    assert ModelConfig.model_validate(half).ffn_size == 3584
 
 
 def test_a_preset_fills_what_is_not_given() -> None:
