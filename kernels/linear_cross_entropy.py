@@ -2,7 +2,7 @@
 
 Shapes: n tokens, h hidden channels, v rows of this rank's part of the vocabulary. With tensor parallelism, every rank
 of `group` holds the same hidden states and consecutive rows of the weight; ranks exchange two small tensors (as in
-Megatron-LM, Shoeybi et al. 2019, section 3).
+Megatron-LM, Shoeybi et al. 2019, "Model Parallel Transformers").
 """
 
 from collections.abc import Callable

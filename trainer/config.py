@@ -29,7 +29,10 @@ BEGINNING = Decides(("inherit", "train"))
 
 
 class InheritConfig(Config):
-    """How round 1 inherits the most important layers and neurons of a larger model (the paper, section 4)."""
+    """How round 1 inherits the most important layers and neurons of a larger model.
+
+    Source: arXiv 2402.02791, "Parameter Inheritance".
+    """
 
     teacher: Annotated[PathText, USER_PATH] = Field(
         alias="from", description="The larger model: a run's folder, or one of `reprise import hf`."
@@ -255,7 +258,10 @@ class ModelConfig(Config):
 
 
 class ScaledLr(Config):
-    """A peak learning rate scaled by batch size: (batch / base_tokens)^increment_rate x base_lr (the paper, 5)."""
+    """A peak learning rate scaled by batch size: (batch / base_tokens)^increment_rate x base_lr.
+
+    Source: arXiv 2402.02791, "Batchsize & Learning Rate".
+    """
 
     rule: Literal["scaled"] = Field(default="scaled", description="Distinguishes this form from a plain number.")
     increment_rate: Number = Field(default=0.5, ge=0, le=2, description="Exponent r of the relative batch size.")

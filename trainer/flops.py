@@ -9,7 +9,8 @@ def model_flops(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
     """Return the FLOPs per token of training: two per weight in the forward pass, four in the backward pass.
 
     The embedding is a lookup and not counted. Attention is counted without causal masking, as in PaLM (Chowdhery et al.
-    2022, appendix B), though a causal kernel skips half of it; recomputation is not counted.
+    2022, its appendix on model FLOPs utilization), though a causal kernel skips half of it. Recomputation is not
+    counted.
     """
     embedding = 0 if model.tied_embeddings else vocab_size * model.hidden_size
     attention = 12 * model.num_layers * model.num_attention_heads * model.channels * seq_length
@@ -19,6 +20,6 @@ def model_flops(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
 def pipeline_bubble(parallel: ParallelConfig, num_microbatches: int) -> float:
     """Return the factor by which filling and draining the pipeline lengthens a step: 1 + (stages - 1) / microbatches.
 
-    Source: Narayanan et al. 2021, section 2.2, for the schedule without interleaving.
+    Source: Narayanan et al. 2021, "Pipeline Model Parallelism", for the schedule without interleaving.
     """
     return 1 + (parallel.pipeline - 1) / num_microbatches

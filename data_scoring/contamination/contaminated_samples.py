@@ -1,8 +1,8 @@
 """Contamination: which evaluation items, or parts of them, occur in the training text, found by n-grams.
 
-The rule is GPT-3's (Brown et al. 2020, arXiv 2005.14165, appendix C): an item overlaps if any of its n-grams, by
-default 13 units long, is in the corpus. N-grams in more than 10 documents are common phrases and boilerplate and do not
-count. `ngrams.py` defines units and the normalisation of text.
+The rule is GPT-3's (Brown et al. 2020, arXiv 2005.14165, its appendix on test set contamination): an item overlaps if
+any of its n-grams, by default 13 units long, is in the corpus. N-grams in more than 10 documents are common phrases and
+boilerplate and do not count. `ngrams.py` defines units and the normalisation of text.
 """
 
 import hashlib

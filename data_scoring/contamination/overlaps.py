@@ -17,7 +17,7 @@ from data_scoring.contamination.ngrams import Units, split_units
 from data_scoring.corpus.reading_order import ReadingOrder
 from data_scoring.tokenizer.tokenizer import Tokenizer
 
-# An n-gram in more documents than this is a common phrase (GPT-3, appendix C).
+# An n-gram in more documents than this is a common phrase (GPT-3, its appendix on test set contamination).
 MOST_DOCUMENTS = 10
 # Longer documents are decoded in pieces, which overlap by more tokens than an n-gram can have.
 _PIECE_TOKENS = 1 << 13

@@ -1,4 +1,6 @@
-"""The paper's draw without replacement (arXiv 2402.02791, section 5), as keys, of which the N0 highest are kept.
+"""The paper's draw without replacement, as keys, of which the N0 highest are kept.
+
+Source: arXiv 2402.02791, "Multiple-Round Training".
 
 Within each shard, N0 of N samples with p_i = exp(l_i / T) / sum_j exp(l_j / T). Keeping the N0 largest of
 l_i / T - ln(-ln U_i), U_i uniform, is exactly that draw (Gumbel-top-k; Kool et al. 2019, arXiv 1903.06059).

@@ -1,6 +1,7 @@
 """A grid of batch sizes and learning rates: every cell trains one round on the same number of tokens.
 
-The learning rate of a cell is (batch / base_tokens)^r x base_lr (arXiv 2402.02791, section 5).
+The learning rate of a cell is (batch / base_tokens)^r x base_lr (arXiv 2402.02791,
+"Batchsize & Learning Rate").
 """
 
 from collections.abc import Callable

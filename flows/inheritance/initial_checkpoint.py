@@ -1,4 +1,4 @@
-"""The initial checkpoint of round 1, from layers and neurons of a larger model (the paper, section 4).
+"""The initial checkpoint of round 1, from layers and neurons of a larger model.
 
 All files are in rounds/1/inherit: the measurements (skips.parquet, masks.json), the pruning plan (part.json and, for
 the ledger, lineage.parquet), and the checkpoint itself.

@@ -91,7 +91,10 @@ def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
 
 
 def forgetting_curve(round_number: int) -> Plot:
-    """Return the plot of seen loss and re-scored loss along the training order of `round_number` (paper: figure 9)."""
+    """Return the plot of seen loss and re-scored loss along the training order of `round_number`.
+
+    Source: the figure on forgetting in arXiv 2402.02791, "Multiple-Round Training".
+    """
 
     def plot(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
         rows = ledger.sql(
