@@ -21,7 +21,8 @@ from benchmarks.measure import single_rank, topics
 from flows.models.hugging_face_models import export_model
 from flows.run.stored_model import MODEL, find_model
 from trainer.checkpoint_shapes import shapes_of
-from trainer.config import ModelConfig, ParallelConfig
+from trainer.config import ModelConfig
+from trainer.parallel_config import ParallelConfig
 from trainer.requests import Likelihood
 from trainer.weights import write_weights
 

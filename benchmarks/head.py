@@ -21,7 +21,8 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_we
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.shard_scoring import Block
 from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy
-from trainer.config import ModelConfig, ParallelConfig
+from trainer.config import ModelConfig
+from trainer.parallel_config import ParallelConfig
 
 VOCAB_SIZE = 48_000
 SEQ_LENGTH = 256

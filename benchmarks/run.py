@@ -26,7 +26,8 @@ from data_scoring.base.files import read_json, write_json
 from data_scoring.losses.shard_scoring import Block
 from flows.run.folder import VERIFIED, package_versions, read_run
 from flows.stages.stage_order import stages_of, steps_of
-from trainer.config import ModelConfig, ParallelConfig, TrainConfig
+from trainer.config import ModelConfig, TrainConfig
+from trainer.parallel_config import ParallelConfig
 
 RESULTS = Path("benchmarks/results")
 BATCH = 16

@@ -22,9 +22,10 @@ from data_scoring.refine.refine_shards import mix_all
 from flows.launch.launcher import launch
 from tests.forked_ranks import forking
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
+from trainer.config import CheckpointConfig, ModelConfig, TrainConfig
 from trainer.job import Job
 from trainer.jobs import AblationJob, CalibrateJob, GenerateJob, ScoreJob, TrainJob
+from trainer.parallel_config import ParallelConfig
 
 # Threads that wait leave their core to the other processes of the tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

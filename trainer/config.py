@@ -381,38 +381,6 @@ class TrainConfig(Config):
         )
 
 
-class ParallelConfig(Config):
-    """The degrees of tensor, pipeline and data parallelism; their product is the number of processes."""
-
-    tensor: Integer = Field(
-        default=1, ge=1, le=1024, description="Ranks that each layer is split over (tensor parallelism)."
-    )
-    pipeline: Integer = Field(
-        default=1, ge=1, le=1024, description="Stages that the layers are split into (pipeline parallelism)."
-    )
-    data: Integer = Field(
-        default=1, ge=1, le=65_536, description="Replicas of the model, each training on its part of the batch."
-    )
-    sequence: bool = Field(
-        default=False,
-        description="Whether tensor-parallel ranks also split activations between layers along the sequence (sequence "
-        "parallelism): less memory for the same communication.",
-    )
-
-    @model_validator(mode="after")
-    def _check_sequence(self) -> "ParallelConfig":
-        if self.sequence and self.tensor == 1:
-            raise ValueError(
-                "sequence: true needs tensor-parallel ranks, but tensor is 1; raise it, or set it to false"
-            )
-        return self
-
-    @property
-    def world_size(self) -> int:
-        """Return the number of processes."""
-        return self.tensor * self.pipeline * self.data
-
-
 class CheckpointConfig(Config):
     """When and how training saves checkpoints."""
 
@@ -425,31 +393,3 @@ class CheckpointConfig(Config):
         default="auto",
         description="Whether training continues while a checkpoint is written; auto: on accelerators, not on CPU.",
     )
-
-
-def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, seq_length: int) -> None:
-    """Raise ValueError if `parallel` does not divide heads, layers, the batch of `train` or the sequence evenly."""
-    if parallel.sequence and seq_length % parallel.tensor:
-        raise ValueError(
-            f"parallel.sequence: parallel.tensor {parallel.tensor} does not divide corpus.seq_length {seq_length}; "
-            "change one of them, or set it to false"
-        )
-    for count, name in (
-        (model.num_attention_heads, "model.num_attention_heads"),
-        (model.num_groups, "model.num_query_groups"),
-        (model.ffn_size, "model.ffn_hidden_size"),
-        (128, "the vocabulary's padding"),
-    ):
-        if count % parallel.tensor:
-            raise ValueError(f"parallel.tensor: {parallel.tensor} does not divide {name} {count}; choose a divisor")
-    if model.num_layers % parallel.pipeline:
-        raise ValueError(
-            f"parallel.pipeline: {parallel.pipeline} does not divide model.num_layers {model.num_layers}; "
-            "choose a divisor"
-        )
-    micro_batch_size = 1 if train.requested_micro_batch_size == AUTO else train.micro_batch_size
-    if train.global_batch_size % (micro_batch_size * parallel.data):
-        raise ValueError(
-            f"train.global_batch_size: {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{micro_batch_size} x parallel.data {parallel.data}; change one of them"
-        )

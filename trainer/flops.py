@@ -1,6 +1,7 @@
 """Floating-point operations of a training step, and what the pipeline adds to its time."""
 
-from trainer.config import ModelConfig, ParallelConfig
+from trainer.config import ModelConfig
+from trainer.parallel_config import ParallelConfig
 
 FORMULA = "a token: 6 (parameters - embedding) + 12 layers x heads x channels x sequence"
 

@@ -20,7 +20,8 @@ from data_scoring.base.validation import read_record, validated
 from data_scoring.config import Config, LossKernel
 from data_scoring.corpus.corpus import Corpus
 from trainer.checkpoint_folder import SECONDS_TO_STOP
-from trainer.config import ActivationKernel, ModelConfig, ParallelConfig
+from trainer.config import ActivationKernel, ModelConfig
+from trainer.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:
     import torch

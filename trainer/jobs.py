@@ -12,8 +12,9 @@ from data_scoring.losses.origin import Origin
 from data_scoring.losses.shard_scoring import LossFiles, score_shards
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
+from trainer.config import CheckpointConfig, ModelConfig, TrainConfig
 from trainer.job import Job, RankContext, TrainedModelJob
+from trainer.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:
     from trainer.model import Kernels

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from trainer.config import MOST_MICRO_BATCH_SIZE, ModelConfig, ParallelConfig
+from trainer.config import MOST_MICRO_BATCH_SIZE, ModelConfig
 from trainer.hardware import GIB, Hardware
 from trainer.memory import Workload, needed_bytes
+from trainer.parallel_config import ParallelConfig
 
 # Tokens of a microbatch beyond which matrix products gain little: on accelerators, and on a CPU with its small caches.
 ENOUGH_TOKENS = 16_384

@@ -9,8 +9,9 @@ from dataclasses import astuple, dataclass
 
 from data_scoring.config import padded_vocab_size
 from kernels.linear_cross_entropy import chunk_bytes
-from trainer.config import ModelConfig, ParallelConfig, Precision, TrainConfig
+from trainer.config import ModelConfig, Precision, TrainConfig
 from trainer.devices import has_fused_adam
+from trainer.parallel_config import ParallelConfig
 
 _SINGLE = 4
 # Host memory of a rank's process besides tensors: the interpreter, torch and Megatron.

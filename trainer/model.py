@@ -22,12 +22,13 @@ from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy, score
 from kernels.series_activation import ActivationKernel
 from kernels.swiglu import swiglu
 from trainer.attention import RotaryAttention, RotaryTables, ScaledDotProductAttention
-from trainer.config import ModelConfig, ParallelConfig, Recompute
+from trainer.config import ModelConfig, Recompute
 from trainer.devices import check_layers, resolve_kernel
 from trainer.initialisation import initialise, projection_init
 from trainer.layer import Layer
 from trainer.normalisation import RMSNorm
 from trainer.pangu import AugmentedShortcut, SeriesActivation
+from trainer.parallel_config import ParallelConfig
 
 
 class SwiGLU(MegatronModule):

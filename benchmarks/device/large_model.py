@@ -16,10 +16,11 @@ from benchmarks.device.settings import SEED, Place
 from benchmarks.measure import matrix_product_speed, single_rank
 from benchmarks.memory_budgets import BUDGETS
 from data_scoring.corpus.corpus import Batch
-from trainer.config import ParallelConfig, TrainConfig
+from trainer.config import TrainConfig
 from trainer.devices import Device
 from trainer.flops import FORMULA, model_flops
 from trainer.hardware import ACCELERATORS, find_accelerator
+from trainer.parallel_config import ParallelConfig
 
 NUM_MICROBATCHES = 2
 _WARM_UP, _PROFILED, _TOP = 3, 2, 20

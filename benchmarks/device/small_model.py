@@ -33,9 +33,10 @@ from data_scoring.tokenizer.tokenizer import open_tokenizer
 from flows.launch.launcher import launch
 from flows.run.errors import RanksFailedError
 from trainer.checkpoint_folder import list_checkpoints, read_checkpoint_record
-from trainer.config import ActivationKernel, CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
+from trainer.config import ActivationKernel, CheckpointConfig, ModelConfig, TrainConfig
 from trainer.devices import Device, resolve_precision
 from trainer.jobs import Evaluation, TrainJob
+from trainer.parallel_config import ParallelConfig
 from trainer.requests import Answer, read_answers, requests_path
 
 TASKS = ("likelihoods", "generations")

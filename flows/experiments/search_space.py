@@ -15,7 +15,8 @@ from scipy.stats import qmc
 from data_scoring.base.field_effects import FREE
 from data_scoring.base.field_types import Integer, Number
 from data_scoring.config import Config
-from trainer.config import ModelConfig, ParallelConfig
+from trainer.config import ModelConfig
+from trainer.parallel_config import ParallelConfig
 
 _MOST_HEADS, _LEAST_WIDTH, _MOST_WIDTH = 1024, 8, 65_536
 # Feed-forward widths are multiples of this on every rank, which suits matrix units.

@@ -15,9 +15,9 @@ from flows.launch.job_fields import device_kind, job_fields
 from flows.run.folder import Run
 from flows.run.stored_model import StoredModel
 from trainer.checkpoint_folder import read_checkpoint_record
-from trainer.config import check_layout
 from trainer.devices import resolve_precision
 from trainer.jobs import AblationJob
+from trainer.parallel_config import check_layout
 
 # Sums of increases are compared in integer billionths of a nat, so that ties do not depend on the order of addition.
 _UNITS_PER_NAT = 10**9

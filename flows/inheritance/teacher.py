@@ -11,7 +11,8 @@ from flows.run.config import RunConfig
 from flows.run.stored_model import MODEL, StoredModel, find_model
 from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.checkpoint_shapes import find_difference, read_shapes, shapes_of
-from trainer.config import InheritConfig, ModelConfig, check_layout
+from trainer.config import InheritConfig, ModelConfig
+from trainer.parallel_config import check_layout
 from trainer.pruning import check_student
 
 

@@ -9,11 +9,12 @@ from flows.launch.job_fields import device_kind
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.prepare import vocabulary_size
-from trainer.config import AUTO, ParallelConfig
+from trainer.config import AUTO
 from trainer.devices import list_accelerators, resolve_kernels, resolve_precision
 from trainer.hardware import ACCELERATORS, Hardware, accelerators, find_accelerator
 from trainer.layout_choice import with_micro_batch
 from trainer.memory import Workload
+from trainer.parallel_config import ParallelConfig
 
 # Slurm's generic resource with the devices' type, such as gpu:h100:8.
 _TYPED_GRES = re.compile(r"[a-z]+:([a-z0-9_-]+):([1-9][0-9]{0,3})(\(.*\))?", re.IGNORECASE)

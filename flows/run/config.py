@@ -26,15 +26,8 @@ from data_scoring.corpus.source_files import match_path
 from data_scoring.refine.policies import SEEN_LOSS
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.launcher_kinds import LAUNCHER_KINDS, LauncherKind
-from trainer.config import (
-    AUTO,
-    SET_A_NUMBER,
-    CheckpointConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    check_layout,
-)
+from trainer.config import AUTO, SET_A_NUMBER, CheckpointConfig, ModelConfig, TrainConfig
+from trainer.parallel_config import ParallelConfig, check_layout
 
 # Text that comes with every Python installation: the default sources, which the demo uses.
 _DEMO_SOURCES = (

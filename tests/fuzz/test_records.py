@@ -26,9 +26,9 @@ from tests.conftest import ORIGIN, TINY_MODEL
 from tests.fuzz.cases import check_message, numbers_of_cases, run_cases
 from tests.fuzz.configurations import mutated
 from trainer.checkpoint_folder import find_damage, read_checkpoint_record
-from trainer.config import ParallelConfig
 from trainer.job import read_job, write_job
 from trainer.jobs import ScoreJob
+from trainer.parallel_config import ParallelConfig
 from trainer.rank_errors import RankError, leave_error, root_cause
 
 _GOLDEN = Path(__file__).parents[1] / "flows" / "stages" / "golden"

@@ -16,7 +16,7 @@ from data_scoring.refine.training_mix import write_mix
 from tests.conftest import ORIGIN, TINY_MODEL, make_documents
 from tests.rehearsal.flaws import FLAWS
 from tests.rehearsal.plan import Rehearsal
-from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig, TrainConfig
+from trainer.config import CheckpointConfig, ModelConfig, TrainConfig
 from trainer.job import Job, write_job
 from trainer.jobs import (
     AblationJob,
@@ -29,6 +29,7 @@ from trainer.jobs import (
     TaylorJob,
     TrainJob,
 )
+from trainer.parallel_config import ParallelConfig
 from trainer.requests import Generation, Likelihood, requests_path, write_requests
 
 PRESET, SEQ_LENGTH = "pangu-pi-1b-pro", 2048

@@ -20,7 +20,7 @@ from data_scoring.config import LossKernel, ScoreConfig
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.training_mix import write_mix
 from tests.conftest import ORIGIN, TINY_MODEL, TINY_TRAIN
-from trainer.config import CheckpointConfig, ParallelConfig
+from trainer.config import CheckpointConfig
 from trainer.job import Job, write_job
 from trainer.jobs import (
     AblationJob,
@@ -33,6 +33,7 @@ from trainer.jobs import (
     TaylorJob,
     TrainJob,
 )
+from trainer.parallel_config import ParallelConfig
 from trainer.requests import Generation, Likelihood, LogLikelihood, read_answers, requests_path, write_requests
 
 STEPS, STOPPED_AT = 6, 3

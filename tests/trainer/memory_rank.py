@@ -13,9 +13,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_scoring.corpus.corpus import Batch
-from trainer.config import ModelConfig, ParallelConfig, TrainConfig
+from trainer.config import ModelConfig, TrainConfig
 from trainer.devices import initialise
 from trainer.memory import Workload
+from trainer.parallel_config import ParallelConfig
 
 SMALL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 192, "vocab_size": 500}
 # Tensor, pipeline and data-parallel ranks, and whether tensor ranks share the sequence.

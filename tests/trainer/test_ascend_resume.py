@@ -10,7 +10,7 @@ import torch
 from tests.conftest import TINY_MODEL
 from tests.forked_ranks import run_ranks
 from tests.trainer.training_states import make, train, values
-from trainer.config import ParallelConfig
+from trainer.parallel_config import ParallelConfig
 
 VOCAB_SIZE, SEQ_LENGTH = 256, 8
 # What of the optimizer MindSpeed replaces it with.

@@ -14,7 +14,7 @@ from data_scoring.corpus.corpus import Batch
 from tests.conftest import TINY_MODEL
 from tests.forked_ranks import run_ranks
 from tests.trainer.training_states import make
-from trainer.config import ParallelConfig
+from trainer.parallel_config import ParallelConfig
 
 RANKS, VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCH, NUM_SAMPLES, STEPS = 4, 256, 16, 2, 8, 2
 LAYOUTS = {

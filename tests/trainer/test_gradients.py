@@ -10,7 +10,7 @@ import torch
 from tests.conftest import TINY_MODEL
 from tests.forked_ranks import run_ranks
 from tests.trainer.training_states import make, values
-from trainer.config import ParallelConfig
+from trainer.parallel_config import ParallelConfig
 
 VOCAB_SIZE, SEQ_LENGTH, MAX_NORM = 256, 8, 1.0
 LAYOUTS = {

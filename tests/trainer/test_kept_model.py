@@ -16,9 +16,9 @@ from tests.conftest import ORIGIN, Ranks, read_rows
 from tests.forked_ranks import forking
 from tests.trainer.measured_training_job import MeasuredTrainJob
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.config import ParallelConfig
 from trainer.job import Job
 from trainer.jobs import CalibrateJob, ScoreJob, TrainJob
+from trainer.parallel_config import ParallelConfig
 
 LAYOUTS = {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2)}
 

@@ -8,10 +8,11 @@ import pytest
 
 from benchmarks.memory_budgets import BUDGETS
 from tests.trainer.memory_rank import SMALL, workload
-from trainer.config import ParallelConfig, TrainConfig, check_layout
+from trainer.config import TrainConfig
 from trainer.hardware import CAPACITIES, GIB, Hardware, assumed_hardware
 from trainer.layout_choice import choose_layout, choose_micro_batch, fits, largest_micro_batch, remedy, with_micro_batch
 from trainer.memory import Workload
+from trainer.parallel_config import ParallelConfig, check_layout
 
 PRO, LLAMA = {"preset": "pangu-pi-1b-pro"}, {"preset": "llama-7b"}
 

@@ -10,7 +10,7 @@ import torch
 from tests.conftest import TINY_MODEL
 from tests.forked_ranks import run_ranks
 from tests.trainer.training_states import make, train, values
-from trainer.config import ParallelConfig
+from trainer.parallel_config import ParallelConfig
 
 # Of three ranks, some parameters lie across two, and the embedding is more than a rank's share.
 RANKS, VOCAB_SIZE, SEQ_LENGTH = 3, 1024, 8

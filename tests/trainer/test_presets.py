@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from trainer.config import ModelConfig, ParallelConfig, TrainConfig, check_layout
+from trainer.config import ModelConfig, TrainConfig
+from trainer.parallel_config import ParallelConfig, check_layout
 from trainer.presets import PRESETS
 
 

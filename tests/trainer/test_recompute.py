@@ -9,8 +9,9 @@ import torch
 
 from data_scoring.corpus.corpus import Batch
 from tests.forked_ranks import run_ranks
-from trainer.config import ModelConfig, ParallelConfig, Recompute
+from trainer.config import ModelConfig, Recompute
 from trainer.devices import initialise
+from trainer.parallel_config import ParallelConfig
 
 SEQ_LENGTH, VOCAB_SIZE, BATCH = 32, 256, 2
 SHAPES = (

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import ModelConfig, ParallelConfig, TrainConfig
+from trainer.config import ModelConfig, TrainConfig
+from trainer.parallel_config import ParallelConfig
 
 
 def make(

@@ -18,8 +18,9 @@ from tests.trainer import two_ranks_bfloat16, two_ranks_evaluation, two_ranks_ma
 from tests.trainer.rendezvous import meet
 from tests.trainer.two_ranks_hugging_face import LAYOUTS, agree
 from tests.trainer.two_ranks_layers import skip_layers
-from trainer.config import ModelConfig, ParallelConfig, TrainConfig
+from trainer.config import ModelConfig, TrainConfig
 from trainer.devices import Device, initialise
+from trainer.parallel_config import ParallelConfig
 from trainer.presets import PRESETS
 
 VOCAB_SIZE, SEQ_LENGTH = 256, 32

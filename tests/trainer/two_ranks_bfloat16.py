@@ -20,7 +20,7 @@ from tests.trainer.rendezvous import meet
 from tests.trainer.test_pruning import random_plan
 from tests.trainer.two_ranks_evaluation import make_requests
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.config import CheckpointConfig, ModelConfig, ParallelConfig
+from trainer.config import CheckpointConfig, ModelConfig
 from trainer.devices import Device
 from trainer.job import Job
 from trainer.jobs import (
@@ -33,6 +33,7 @@ from trainer.jobs import (
     ScoreJob,
     TrainJob,
 )
+from trainer.parallel_config import ParallelConfig
 from trainer.pruning import slice_checkpoint
 from trainer.requests import requests_path, write_requests
 from trainer.stopping import StoppedError, StopRequest

@@ -20,9 +20,10 @@ from flows.evaluation.harness_requests import Reader, Response
 from flows.run.stored_model import find_model
 from tests.trainer.two_ranks_layers import LAYOUTS, MODEL, random_model, share, shared_model
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.config import CheckpointConfig, ParallelConfig, TrainConfig
+from trainer.config import CheckpointConfig, TrainConfig
 from trainer.devices import Device
 from trainer.jobs import RepeatedEvaluation, TrainJob
+from trainer.parallel_config import ParallelConfig
 from trainer.requests import (
     Answer,
     Generation,

@@ -11,7 +11,8 @@ from data_scoring.corpus.corpus import Batch
 from flows.run.stored_model import find_model
 from tests.hugging_face_models import MODELS, TIED
 from tests.trainer.rendezvous import meet
-from trainer.config import ParallelConfig, TrainConfig
+from trainer.config import TrainConfig
+from trainer.parallel_config import ParallelConfig
 
 LAYOUTS = {"one": (1, 1), "tensor": (2, 1), "pipeline": (1, 2)}
 

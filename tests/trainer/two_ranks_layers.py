@@ -15,9 +15,10 @@ from data_scoring.base.progress import silent
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.calibration import draw_calibration_set
 from tests.trainer.rendezvous import meet
-from trainer.config import ModelConfig, ParallelConfig
+from trainer.config import ModelConfig
 from trainer.devices import Device
 from trainer.jobs import AblationJob
+from trainer.parallel_config import ParallelConfig
 
 MODEL = ModelConfig(
     num_layers=4,

@@ -15,10 +15,11 @@ from tests.conftest import TINY_MODEL
 from tests.trainer.rendezvous import meet
 from tests.trainer.test_pruning import random_plan
 from trainer.checkpoint_shapes import shapes_of
-from trainer.config import ModelConfig, ParallelConfig
+from trainer.config import ModelConfig
 from trainer.devices import Device
 from trainer.jobs import MaskJob, TaylorJob
 from trainer.neuron_scores import choose
+from trainer.parallel_config import ParallelConfig
 from trainer.pruning import PruningPlan, slice_checkpoint, whole_layers
 from trainer.weights import Weights, write_weights
 

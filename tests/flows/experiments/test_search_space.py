@@ -9,7 +9,8 @@ import yaml
 
 from flows.experiments.search_space import SearchConfig, draw_models
 from flows.run.config import RunConfig
-from trainer.config import ModelConfig, ParallelConfig
+from trainer.config import ModelConfig
+from trainer.parallel_config import ParallelConfig
 
 BASE = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
 ALONE = ParallelConfig()

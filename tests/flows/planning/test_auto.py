@@ -17,8 +17,8 @@ from flows.run.config import RunConfig, parse_config
 from flows.run.folder import open_run, read_run
 from flows.stages.stage_order import complete
 from tests.conftest import make_documents
-from trainer.config import ParallelConfig
 from trainer.hardware import assumed_hardware
+from trainer.parallel_config import ParallelConfig
 
 GIB = 1 << 30
 
