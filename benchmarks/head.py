@@ -71,8 +71,8 @@ def _reprise(corpus: Corpus) -> tuple[Callable[[np.ndarray], np.ndarray], dict[s
     from trainer.score import ModelScorer
 
     device.seed(0)
-    gpt = build_model(MODEL, VOCAB_SIZE, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, Kernels()).eval()
-    scorer = ModelScorer(gpt, corpus, BATCH)
+    model = build_model(MODEL, VOCAB_SIZE, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, Kernels()).eval()
+    scorer = ModelScorer(model, corpus, BATCH)
 
     def score(samples: np.ndarray) -> np.ndarray:
         block = Block(np.zeros(len(samples), int), samples, SEQ_LENGTH)
@@ -80,7 +80,7 @@ def _reprise(corpus: Corpus) -> tuple[Callable[[np.ndarray], np.ndarray], dict[s
         assert losses is not None
         return losses[:, 0]
 
-    return score, stacked_weights(gpt, MODEL.num_layers)
+    return score, stacked_weights(model.decoders[0], MODEL.num_layers)
 
 
 def _llama(corpus: Corpus, weights: dict[str, Tensor] | None) -> Callable[[np.ndarray], np.ndarray]:

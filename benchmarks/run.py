@@ -46,15 +46,15 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
     device.seed(0)
     corpus = topics(folder, SEQ_LENGTH)
     model_config, train = ModelConfig(), TrainConfig().resolve(SEQ_LENGTH)
-    gpt = build_model(
+    model = build_model(
         model_config, corpus.vocab_size, SEQ_LENGTH, ParallelConfig(), device.torch_device, False, Kernels()
     )
     plain = PlainModel(model_config, corpus.vocab_size)
-    load_megatron_weights(plain, stacked_weights(gpt, model_config.num_layers))
-    state = make_state(train, gpt, 10_000, bf16=False)
+    load_megatron_weights(plain, stacked_weights(model.decoders[0], model_config.num_layers))
+    state = make_state(train, model, 10_000, bf16=False)
     adam = torch.optim.AdamW(plain.parameters(), lr=train.lr, betas=(0.9, 0.95), weight_decay=0.1)
     generator = np.random.default_rng(0)
-    scorer = ModelScorer(gpt, corpus, micro_batch_size=8)
+    scorer = ModelScorer(model, corpus, micro_batch_size=8)
 
     def draw() -> np.ndarray:
         return generator.integers(0, corpus.num_samples(0) - 1, BATCH)

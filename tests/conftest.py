@@ -134,6 +134,10 @@ def prepare_tiny_corpus(folder: Path) -> None:
     prepare_corpus(corpus, TokenizerConfig(vocab_size=300), 0, folder / "corpus", "tiny", silent)
 
 
+# Tensor-parallel ranks, pipeline stages, replicas, and the chunks of a stage, by default one.
+Layout = tuple[int, int, int] | tuple[int, int, int, int]
+
+
 class Ranks:
     """Runs jobs over the tiny corpus on real ranks.
 
@@ -145,10 +149,16 @@ class Ranks:
     ) -> None:
         self.corpus, self.folder, self._starting = corpus, folder, starting
 
-    def _common(self, round_folder: Path, layout: tuple[int, int, int], model: ModelConfig) -> dict[str, Any]:
-        tensor, pipeline, data = layout
+    def _common(self, round_folder: Path, layout: Layout, model: ModelConfig) -> dict[str, Any]:
+        tensor, pipeline, data, *chunks = layout
         # Ranks that share layers and stages share the sequence as well: most layouts have it off, one has it on.
-        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, data=data, sequence=tensor > 1 and pipeline > 1)
+        parallel = ParallelConfig(
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual_pipeline=chunks[0] if chunks else 1,
+            data=data,
+            sequence=tensor > 1 and pipeline > 1,
+        )
         return {
             "corpus": self.corpus.folder,
             "round_folder": round_folder,
@@ -167,7 +177,7 @@ class Ranks:
     def train(
         self,
         name: str,
-        layout: tuple[int, int, int] = (1, 1, 1),
+        layout: Layout = (1, 1, 1),
         start_from: Path | None = None,
         make_mix: Callable[[Path], int] | None = None,
         checkpoint: CheckpointConfig = TINY_CHECKPOINT,
@@ -187,7 +197,7 @@ class Ranks:
     def job(
         self,
         name: str,
-        layout: tuple[int, int, int] = (1, 1, 1),
+        layout: Layout = (1, 1, 1),
         start_from: Path | None = None,
         checkpoint: CheckpointConfig = TINY_CHECKPOINT,
         train: TrainConfig = TINY_TRAIN,
@@ -201,7 +211,7 @@ class Ranks:
         self,
         name: str,
         weights: Path,
-        layout: tuple[int, int, int] = (1, 1, 1),
+        layout: Layout = (1, 1, 1),
         model: ModelConfig = TINY_MODEL,
     ) -> Path:
         """Score all shards into the folder `name` and return it."""
@@ -211,7 +221,7 @@ class Ranks:
         self.launch(job, f"score-{name}")
         return folder
 
-    def calibrate(self, name: str, weights: Path, layout: tuple[int, int, int]) -> Path:
+    def calibrate(self, name: str, weights: Path, layout: Layout) -> Path:
         """Score all samples by every candidate prefix into the folder `name` and return it."""
         folder = self.folder / name
         folder.mkdir()
@@ -221,15 +231,15 @@ class Ranks:
         self.launch(job, f"calibrate-{name}")
         return folder
 
-    def generate(self, name: str, weights: Path, layout: tuple[int, int, int]) -> dict[str, Any]:
+    def generate(self, name: str, weights: Path, layout: Layout, model: ModelConfig = TINY_MODEL) -> dict[str, Any]:
         """Generate 30 tokens for each of 3 random prompts and return what generation.json says."""
         folder = self.folder / name
         folder.mkdir()
-        common = self._common(folder, layout, TINY_MODEL)
+        common = self._common(folder, layout, model)
         self.launch(GenerateJob(**common, weights=weights, batch_size=3, num_new_tokens=30), f"generate-{name}")
         return dict(json.loads((folder / "generation.json").read_text()))
 
-    def skip(self, name: str, weights: Path, layout: tuple[int, int, int], model: ModelConfig) -> Path:
+    def skip(self, name: str, weights: Path, layout: Layout, model: ModelConfig) -> Path:
         """Measure what skipping layers costs, on 50 samples, and return the file that says so."""
         common = self._common(self.folder / name, layout, model)
         job = AblationJob(**common, weights=weights, num_samples=50, micro_batch_size=4)

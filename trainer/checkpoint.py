@@ -10,12 +10,12 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer.checkpoint_folder import RECORD, check_checkpoints, find_damage, list_checkpoints, set_aside
 from trainer.data_parallel import gather_weights
 from trainer.gradients import set_adam_kernel
+from trainer.model_chunks import ModelChunks
 from trainer.optimizer_state import load_states, needed_states, owned_states
 from trainer.pickles import check_pickles, explain_refusal
 
@@ -64,7 +64,7 @@ def load_checkpoint(checkpoint: Path, state: "TrainingState") -> None:
     state.load(_load(checkpoint, state.sharded(is_loading=True)))
 
 
-def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
+def load_weights(checkpoint: Path, model: ModelChunks) -> None:
     """Load only the weights of a checkpoint, saved under any layout, into `model`.
 
     Raises ValueError if the checkpoint is damaged.
@@ -73,18 +73,24 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
     if damage is not None:
         raise ValueError(_failure(checkpoint, f"it is damaged: {damage}"))
     # Extra state, which layers of Transformer Engine save beside their weights, means nothing to torch's layers.
-    wanted = {name: part for name, part in sharded_weights(model).items() if not name.endswith(_EXTRA)}
+    wanted = {
+        number: {name: part for name, part in chunk.items() if not name.endswith(_EXTRA)}
+        for number, chunk in sharded_weights(model).items()
+    }
+    loaded = _load(checkpoint, {"model": wanted})["model"]
     # Megatron's wrapper for bfloat16 does not report missing keys.
-    inner = unwrap_model(model)
-    missing, unexpected = inner.load_state_dict(_load(checkpoint, {"model": wanted})["model"], strict=False)
-    assert not unexpected
-    assert all(name.endswith(_EXTRA) for name in missing), missing
+    for number, decoder in enumerate(model.decoders):
+        missing, unexpected = decoder.load_state_dict(loaded[number], strict=False)
+        assert not unexpected
+        assert all(name.endswith(_EXTRA) for name in missing), missing
 
 
-def sharded_weights(model: Any) -> ShardedStateDict:
-    """Return the sharded state dict of the weights that this rank holds."""
-    sharded: ShardedStateDict = model.sharded_state_dict(prefix="")
-    return sharded
+def sharded_weights(model: ModelChunks) -> dict[int, ShardedStateDict]:
+    """Return the sharded state dict of the weights of each chunk that this rank holds, by its number, from 0.
+
+    In a checkpoint, weights have names of their own, which do not depend on the chunk.
+    """
+    return {number: decoder.sharded_state_dict(prefix="") for number, decoder in enumerate(model.decoders)}
 
 
 def _load(checkpoint: Path, sharded: ShardedStateDict) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def _failure(checkpoint: Path, reason: str) -> str:
 class TrainingState:
     """The state that a checkpoint holds: model (wrapped for data parallelism), optimizer and learning-rate schedule."""
 
-    def __init__(self, model: Any, optimizer: Any, scheduler: Any) -> None:
+    def __init__(self, model: ModelChunks, optimizer: Any, scheduler: Any) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
 
     def sharded(self, is_loading: bool) -> ShardedStateDict:
@@ -119,7 +125,7 @@ class TrainingState:
         All ranks must call this together.
         """
         gather_weights(self.model)
-        weights = sharded_weights(self.model.module)
+        weights = sharded_weights(self.model)
         if is_loading:
             return {"model": weights, "optimizer": {_PARAM_STATE: needed_states(self._inner, weights)}}
         optimizer = {**self.optimizer.state_dict(), _PARAM_STATE: owned_states(self._inner, weights)}
@@ -127,7 +133,8 @@ class TrainingState:
 
     def load(self, loaded: dict[str, Any]) -> None:
         """Load the state that `dist_checkpointing.load` returned for `sharded`."""
-        unwrap_model(self.model).load_state_dict(loaded["model"])
+        for number, decoder in enumerate(self.model.decoders):
+            decoder.load_state_dict(loaded["model"][number])
         # This makes Megatron's optimizer, or MindSpeed's replacement, allocate its state; `load_states` then fills it.
         states = loaded["optimizer"].pop(_PARAM_STATE, {})
         self.optimizer.load_state_dict(loaded["optimizer"])

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from data_scoring.base.progress import Progress, silent
 from data_scoring.tokenizer.tokenizer import Tokenizer
 from trainer.attention import ScaledDotProductAttention
 from trainer.generate import Endings, generate
+from trainer.model_chunks import ModelChunks, pass_through
 from trainer.prefix_trees import PrefixTree, build_prefix_trees
 from trainer.requests import (
     Answer,
@@ -50,7 +50,7 @@ _SHARING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter
 
 
 def answer_tasks(
-    model: torch.nn.Module,
+    model: ModelChunks,
     evaluation: "Evaluation",
     answers: Path,
     identity: str,
@@ -71,7 +71,7 @@ def answer_tasks(
         if _any_rank(is_writer() and has_answers(target, answers_identity), model):
             continue
         requests = read_requests(asked)
-        check_requests(asked, requests, unwrap_model(model).max_sequence_length, tokenizer.vocab_size)
+        check_requests(asked, requests, model.max_sequence_length, tokenizer.vocab_size)
 
         def note(_: str, done: int, total: int | None, task: str = task) -> None:
             progress(f"evaluating {task} (requests)", done, total)
@@ -82,7 +82,7 @@ def answer_tasks(
 
 
 def answer_requests(
-    model: torch.nn.Module,
+    model: ModelChunks,
     requests: Sequence[Request],
     tokenizer: Tokenizer,
     progress: Progress = silent,
@@ -94,7 +94,6 @@ def answer_requests(
     data-parallel ranks. The model is left unchanged, including its training mode. Raises StoppedError if any rank was
     asked to stop.
     """
-    gpt: Any = unwrap_model(model)
     likelihoods = [request for request in requests if isinstance(request, Likelihood)]
     generations = [request for request in requests if isinstance(request, Generation)]
 
@@ -102,10 +101,10 @@ def answer_requests(
         if is_writer():
             progress("evaluating (requests)", done, len(requests))
 
-    with _evaluating(model, gpt), torch.no_grad():
-        log_likelihoods = iter(_answer_likelihoods(gpt, likelihoods, note, stop))
+    with _evaluating(model), torch.no_grad():
+        log_likelihoods = iter(_answer_likelihoods(model, likelihoods, note, stop))
         generated = iter(
-            _answer_generations(gpt, generations, tokenizer, lambda done: note(len(likelihoods) + done), stop)
+            _answer_generations(model, generations, tokenizer, lambda done: note(len(likelihoods) + done), stop)
         )
     if not is_writer():
         return None
@@ -113,14 +112,14 @@ def answer_requests(
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module, gpt: Any) -> Iterator[None]:
+def _evaluating(model: ModelChunks) -> Iterator[None]:
     """Set the model to evaluation mode, without sequence parallelism and with maskable attention; then restore it."""
-    was_training, input_tensor = model.training, gpt.decoder.input_tensor
+    was_training, input_tensors = model.training, [decoder.decoder.input_tensor for decoder in model.decoders]
     # Trees have any length, and decoding takes one token at a time: neither can be split along the sequence.
     sharing = [
-        (owner, name) for owner in (gpt.config, *gpt.modules()) for name in _SHARING if getattr(owner, name, False)
+        (owner, name) for owner in (model.config, *model.modules()) for name in _SHARING if getattr(owner, name, False)
     ]
-    attention = [layer.self_attention for layer in gpt.decoder.layers]
+    attention = [layer.self_attention for layer in model.layers]
     cores = [each.core_attention for each in attention]
     model.eval()
     try:
@@ -129,32 +128,33 @@ def _evaluating(model: torch.nn.Module, gpt: Any) -> Iterator[None]:
         for each in attention:
             # Core attention has no weights, in Transformer Engine either, so it can be replaced.
             if not isinstance(each.core_attention, ScaledDotProductAttention):
-                each.core_attention = ScaledDotProductAttention(gpt.config, gpt.config.softmax_scale)
+                each.core_attention = ScaledDotProductAttention(model.config, model.config.softmax_scale)
         yield
     finally:
         for each, core in zip(attention, cores, strict=True):
             each.core_attention = core
         for owner, name in sharing:
             setattr(owner, name, True)
-        gpt.decoder.set_input_tensor(input_tensor)
+        for decoder, input_tensor in zip(model.decoders, input_tensors, strict=True):
+            decoder.decoder.set_input_tensor(input_tensor)
         model.train(was_training)
 
 
 def _answer_likelihoods(
-    gpt: Any, requests: Sequence[Likelihood], note: Callable[[int], None], stop: StopRequest | None
+    model: ModelChunks, requests: Sequence[Likelihood], note: Callable[[int], None], stop: StopRequest | None
 ) -> list[LogLikelihood]:
     """Return the answers, on the last pipeline stage; on others an empty list."""
     if not requests:
         return []
     counts = [len(request.continuation) for request in requests]
     # Rows: each predicted token's negative log-likelihood, and 1 if it is the most probable one.
-    found = torch.zeros(2, sum(counts), device=next(gpt.parameters()).device)
+    found = torch.zeros(2, sum(counts), device=model.device)
     for tree in _own_items(
-        gpt, build_prefix_trees(requests, gpt.config.hidden_size), lambda tree: tree.num_requests, note, stop
+        model, build_prefix_trees(requests, model.config.hidden_size), lambda tree: tree.num_requests, note, stop
     ):
-        scores = _score_tree(gpt, tree)
+        scores = _score_tree(model, tree)
         if scores is not None:
-            found[:, torch.from_numpy(tree.places).to(found.device)] = torch.stack(scores)
+            found[:, torch.from_numpy(tree.places).to(found.device)] = scores
     if not parallel_state.is_pipeline_last_stage():
         return []
     torch.distributed.all_reduce(found, group=parallel_state.get_data_parallel_group())
@@ -167,41 +167,36 @@ def _answer_likelihoods(
     ]
 
 
-def _score_tree(gpt: Any, tree: PrefixTree) -> tuple[Tensor, Tensor] | None:
-    """Return, on the last pipeline stage, the result of `score_labels` for a tree's targets, [p] float32 each."""
-    device = next(gpt.parameters()).device
+def _score_tree(model: ModelChunks, tree: PrefixTree) -> Tensor | None:
+    """Return, on the last pipeline stage, the result of `score_labels` for a tree's targets, [2, p] float32."""
+    device = model.device
     tree = tree.padded(1 if device.type == "cpu" else _TREE_MULTIPLE)
     num_predictions = len(tree.places)
     tokens_n, depths_n, ends_n, nodes_p, targets_p = (
         torch.from_numpy(column).to(device)
         for column in (tree.tokens, tree.depths, tree.ends, tree.nodes, tree.targets)
     )
-    stages = parallel_state.get_pipeline_model_parallel_group()
-    hidden_nbh = None
-    if parallel_state.is_pipeline_first_stage():
-        hidden_nbh = gpt.embedding(input_ids=tokens_n[None], position_ids=None)
-    else:
-        shape = (len(tokens_n), 1, gpt.config.hidden_size)
-        received = torch.empty(shape, dtype=gpt.config.pipeline_dtype, device=device)
-        torch.distributed.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), stages)
-        gpt.decoder.set_input_tensor(received)
-    mask_nn = torch.zeros(len(ends_n), len(ends_n), dtype=gpt.config.params_dtype, device=device)
+    mask_nn = torch.zeros(len(ends_n), len(ends_n), dtype=model.config.params_dtype, device=device)
     number_n = torch.arange(len(ends_n), device=device)
     mask_nn.masked_fill_((number_n[None, :] > number_n[:, None]) | (number_n[:, None] > ends_n[None, :]), -torch.inf)
-    hidden_nbh = gpt.decoder(
-        hidden_states=hidden_nbh,
-        attention_mask=mask_nn[None, None],
-        rotary_pos_emb=gpt.rotary_pos_emb(gpt.max_sequence_length)[depths_n],
-    )
-    if parallel_state.is_pipeline_last_stage():
+
+    def compute(gpt: Any, hidden_nbh: Tensor | None) -> Tensor:
+        if hidden_nbh is None:
+            hidden_nbh = gpt.embedding(input_ids=tokens_n[None], position_ids=None)
+        else:
+            gpt.decoder.set_input_tensor(hidden_nbh)
+        rotary = gpt.rotary_pos_emb(gpt.max_sequence_length)[depths_n]
+        hidden_nbh = gpt.decoder(hidden_states=hidden_nbh, attention_mask=mask_nn[None, None], rotary_pos_emb=rotary)
+        if not gpt.post_process:
+            return hidden_nbh
         losses_p, are_greatest_p = gpt.judge(hidden_nbh[nodes_p, 0], targets_p)
-        return losses_p[:num_predictions], are_greatest_p[:num_predictions].float()
-    torch.distributed.send(hidden_nbh.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), stages)
-    return None
+        return torch.stack([losses_p, are_greatest_p.float()])[:, :num_predictions]
+
+    return pass_through(model, lambda _: (len(tokens_n), 1, model.config.hidden_size), compute)
 
 
 def _answer_generations(
-    gpt: Any,
+    model: ModelChunks,
     requests: Sequence[Generation],
     tokenizer: Tokenizer,
     note: Callable[[int], None],
@@ -211,8 +206,8 @@ def _answer_generations(
     if not requests:
         return []
     local: dict[int, list[int]] = {}
-    for batch in _own_items(gpt, _cut_batches(requests, gpt.max_sequence_length), len, note, stop):
-        local |= zip(batch, _generate(gpt, [requests[number] for number in batch], tokenizer), strict=True)
+    for batch in _own_items(model, _cut_batches(requests, model.max_sequence_length), len, note, stop):
+        local |= zip(batch, _generate(model, [requests[number] for number in batch], tokenizer), strict=True)
     replicas: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
     torch.distributed.all_gather_object(replicas, local, parallel_state.get_data_parallel_group())
     found = {number: tokens for part in replicas for number, tokens in part.items()}
@@ -235,23 +230,22 @@ def _cut_batches(requests: Sequence[Generation], seq_length: int) -> list[list[i
     return batches
 
 
-def _generate(gpt: Any, requests: Sequence[Generation], tokenizer: Tokenizer) -> list[list[int]]:
+def _generate(model: ModelChunks, requests: Sequence[Generation], tokenizer: Tokenizer) -> list[list[int]]:
     """Return the continuations, token ids, of a batch of prompts."""
     longest = max(len(request.prompt) for request in requests)
     prompts = np.zeros((len(requests), longest), np.int64)
     num_pads = np.array([longest - len(request.prompt) for request in requests])
     for row, request in enumerate(requests):
         prompts[row, num_pads[row] :] = request.prompt
-    endings = Endings(requests, gpt.max_sequence_length, tokenizer)
+    endings = Endings(requests, model.max_sequence_length, tokenizer)
     if endings.num_new_tokens:
-        device = next(gpt.parameters()).device
-        prompts_bs, num_pads_b = (torch.from_numpy(each).to(device) for each in (prompts, num_pads))
-        generate(gpt, prompts_bs, endings.num_new_tokens, tokenizer.vocab_size, num_pads_b, endings.take)
+        prompts_bs, num_pads_b = (torch.from_numpy(each).to(model.device) for each in (prompts, num_pads))
+        generate(model, prompts_bs, endings.num_new_tokens, tokenizer.vocab_size, num_pads_b, endings.take)
     return endings.tokens
 
 
 def _own_items(
-    gpt: Any,
+    model: ModelChunks,
     items: Sequence[_Item],
     count: Callable[[_Item], int],
     note: Callable[[int], None],
@@ -262,7 +256,7 @@ def _own_items(
     replica = int(parallel_state.get_data_parallel_rank())
     done = 0
     for turn, start in enumerate(range(0, len(items), replicas)):
-        if stop is not None and turn % _TURNS == 0 and _any_rank(stop.is_made, gpt):
+        if stop is not None and turn % _TURNS == 0 and _any_rank(stop.is_made, model):
             raise StoppedError
         if start + replica < len(items):
             yield items[start + replica]
@@ -270,8 +264,8 @@ def _own_items(
         note(done)
 
 
-def _any_rank(condition: bool, model: torch.nn.Module) -> bool:
+def _any_rank(condition: bool, model: ModelChunks) -> bool:
     """Return, on all ranks, whether `condition` holds on any rank."""
-    count = torch.tensor([int(condition)], device=next(model.parameters()).device)
+    count = torch.tensor([int(condition)], device=model.device)
     torch.distributed.all_reduce(count)
     return bool(count.item())

@@ -14,6 +14,7 @@ from torch import Tensor
 from data_scoring.corpus.corpus import Batch, Corpus
 from kernels.sample_loss import sum_per_sample
 from trainer.devices import send
+from trainer.model_chunks import ModelChunks
 
 
 def read_microbatches(
@@ -41,15 +42,19 @@ def read_microbatches(
 
 
 def deal_rows(num_samples: int, micro_batch_size: int) -> list[NDArray[np.int64]]:
-    """Return the rows of each microbatch of this rank's replica; in the last one, they may exceed the samples."""
+    """Return the rows of each microbatch of this rank's replica; in the last ones, they may exceed the samples."""
     per_round = micro_batch_size * int(parallel_state.get_data_parallel_world_size())
     first = int(parallel_state.get_data_parallel_rank()) * micro_batch_size
-    starts = range(first, -(-num_samples // per_round) * per_round, per_round)
+    num_microbatches = -(-num_samples // per_round)
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
+        # Megatron's interleaved schedule takes a multiple of the pipeline stages.
+        num_microbatches += -num_microbatches % int(parallel_state.get_pipeline_model_parallel_world_size())
+    starts = range(first, num_microbatches * per_round, per_round)
     return [np.arange(start, start + micro_batch_size) for start in starts]
 
 
 def run_schedule(
-    model: torch.nn.Module,
+    model: ModelChunks,
     microbatches: Iterable[Batch],
     num_samples: int,
     micro_batch_size: int,
@@ -68,11 +73,13 @@ def run_schedule(
     for the device.
     """
     rows = deal_rows(num_samples, micro_batch_size)
-    device = next(model.parameters()).device
+    device = model.device
+    # Every chunk goes through the microbatches at its own pace.
+    share = list(microbatches)
     losses: list[dict[str, Tensor]] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, prefixes),
-        data_iterator=_on_device(microbatches, seq_length, device),
-        model=[model],
+        data_iterator=[_on_device(share, seq_length, device) for _ in model],
+        model=list(model),
         num_microbatches=len(rows),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,

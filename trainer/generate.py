@@ -11,11 +11,12 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from data_scoring.tokenizer.tokenizer import Tokenizer
+from trainer.model_chunks import ModelChunks, pass_through
 from trainer.requests import Generation
 
 
 def generate(
-    model: Any,
+    model: ModelChunks,
     prompts_bs: Tensor,
     num_new_tokens: int,
     vocab_size: int,
@@ -50,30 +51,20 @@ def generate(
 
 
 def _next_logits(
-    model: Any, tokens_bs: Tensor, context: StaticInferenceContext, num_pads_b: Tensor | None
+    model: ModelChunks, tokens_bs: Tensor, context: StaticInferenceContext, num_pads_b: Tensor | None
 ) -> Tensor | None:
     """Return the next token's logits, [batch, padded vocabulary], on the last pipeline stage; None on others."""
     start, length = context.sequence_len_offset, tokens_bs.shape[1]
     position_bs = torch.arange(start, start + length, device=tokens_bs.device).expand(len(tokens_bs), -1)
-    stages = parallel_state.get_pipeline_model_parallel_group()
-    if not parallel_state.is_pipeline_first_stage():
-        config = model.config
-        hidden_sbh = torch.empty(
-            (length, len(tokens_bs), config.hidden_size), dtype=config.pipeline_dtype, device=tokens_bs.device
-        )
-        torch.distributed.recv(hidden_sbh, parallel_state.get_pipeline_model_parallel_prev_rank(), stages)
-        model.set_input_tensor(hidden_sbh)
-    output: Tensor = model(
-        input_ids=tokens_bs,
-        position_ids=position_bs,
-        attention_mask=None if num_pads_b is None else _mask_padding(num_pads_b, start, length),
-        inference_context=context,
-        runtime_gather_output=True,
-    )
-    if parallel_state.is_pipeline_last_stage():
-        return output[:, -1]
-    torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), stages)
-    return None
+    mask = None if num_pads_b is None else _mask_padding(num_pads_b, start, length)
+
+    def compute(gpt: Any, hidden_sbh: Tensor | None) -> Tensor:
+        gpt.set_input_tensor(hidden_sbh)
+        output: Tensor = gpt(tokens_bs, position_bs, mask, inference_context=context, runtime_gather_output=True)
+        return output
+
+    logits_bsv = pass_through(model, lambda _: (length, len(tokens_bs), model.config.hidden_size), compute)
+    return None if logits_bsv is None else logits_bsv[:, -1]
 
 
 def _mask_padding(num_pads_b: Tensor, start: int, length: int) -> Tensor:
@@ -122,16 +113,15 @@ class Endings:
 
 @torch.inference_mode()
 def measure_generation(
-    model: Any, batch_size: int, num_prompt_tokens: int, num_new_tokens: int, vocab_size: int, seed: int
+    model: ModelChunks, batch_size: int, num_prompt_tokens: int, num_new_tokens: int, vocab_size: int, seed: int
 ) -> dict[str, Any]:
     """Return one replica's new tokens per second, over all sequences of the batch, and the first sequence.
 
     Prompts are random; a short generation before the measured one serves as warm-up. The first sequence is its prompt
     followed by its continuation, token ids.
     """
-    device = next(model.parameters()).device
     prompts = np.random.default_rng(seed).integers(0, vocab_size, (batch_size, num_prompt_tokens))
-    prompts_bs = torch.from_numpy(prompts).to(device)
+    prompts_bs = torch.from_numpy(prompts).to(model.device)
     generate(model, prompts_bs, min(8, num_new_tokens), vocab_size).cpu()
     started = time.perf_counter()
     # Copying the result synchronises with the device.

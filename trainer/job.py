@@ -24,9 +24,8 @@ from trainer.config import ActivationKernel, ModelConfig
 from trainer.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from trainer.model import Kernels
+    from trainer.model_chunks import ModelChunks
     from trainer.stopping import StopRequest
 
 
@@ -43,7 +42,7 @@ class RankContext:
     """
 
     corpus: Corpus
-    model: "torch.nn.Module"
+    model: "ModelChunks"
     bf16: bool
     stop: "StopRequest"
     is_writer: bool

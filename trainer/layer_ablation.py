@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from megatron.core import parallel_state
-from megatron.core.utils import unwrap_model
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from data_scoring.losses.calibration import draw_calibration_set
 from data_scoring.losses.shard_scoring import check_finite, cut_blocks, longest_first, score_blocks
 from kernels.sample_loss import sum_per_sample
 from trainer.forward import deal_rows
+from trainer.model_chunks import ModelChunks, pass_through
 from trainer.score import ModelScorer
 
 if TYPE_CHECKING:
@@ -67,10 +66,10 @@ def list_blocks(num_layers: int, longest: int) -> list[LayerBlock]:
 
 
 @contextmanager
-def skipping(model: torch.nn.Module, block: LayerBlock) -> Iterator[None]:
-    """Make `model`, or this rank's stage of it, leave out the layers of a block within the context."""
+def skipping(model: ModelChunks, block: LayerBlock) -> Iterator[None]:
+    """Make this rank's chunks of a model leave out the layers of a block within the context."""
     # Megatron counts layers from 1.
-    skipped = [layer for layer in unwrap_model(model).decoder.layers if block.start < layer.layer_number <= block.end]
+    skipped = [layer for layer in model.layers if block.start < layer.layer_number <= block.end]
     for layer in skipped:
         layer.forward = _pass_on
     try:
@@ -84,7 +83,7 @@ def _pass_on(hidden_states: Tensor, *_: Any, context: Tensor | None = None, **__
     return hidden_states, context
 
 
-def measure_ablation(job: "AblationJob", corpus: Corpus, model: torch.nn.Module, progress: Progress) -> None:
+def measure_ablation(job: "AblationJob", corpus: Corpus, model: ModelChunks, progress: Progress) -> None:
     """Write how the loss increases without each block of layers to `job.result`.
 
     Every rank calls this; one of them writes. Raises ValueError if a loss is not finite.
@@ -140,56 +139,55 @@ def summarise_ablation(losses: NDArray[np.floating], num_tokens: NDArray[np.inte
 class AblationScorer(ModelScorer):
     """A `Scorer` with one column of losses per variant in `blocks`, in their order."""
 
-    def __init__(self, model: torch.nn.Module, corpus: Corpus, micro_batch_size: int, blocks: list[LayerBlock]) -> None:
+    def __init__(self, model: ModelChunks, corpus: Corpus, micro_batch_size: int, blocks: list[LayerBlock]) -> None:
         super().__init__(model, corpus, micro_batch_size)
         self._blocks = blocks
-        self._gpt: Any = unwrap_model(model)
 
     def _sum_losses(self, share: list[Batch], count: int, length: int) -> tuple[NDArray[np.int64], Tensor, Tensor]:
-        rotary = self._gpt.rotary_pos_emb(length)
-        sums, num_tokens = [], []
-        for batch in share:
-            states = self._go_through_layers(self._begin(batch, length), rotary)
-            if parallel_state.is_pipeline_last_stage():
-                sums.append(self._losses(states, batch))
-                num_tokens.append(torch.from_numpy(batch.num_tokens))
-            else:
-                self._send(states)
+        sums = [loss_sums for batch in share if (loss_sums := self._sums(batch, length)) is not None]
         if not sums:
             return np.empty(0, np.int64), torch.empty(0), torch.empty(0)
         taken = np.concatenate(deal_rows(count, self._micro_batch_size))
         keep = torch.from_numpy(taken < count)
-        return taken[taken < count], torch.cat(sums)[keep], torch.cat(num_tokens)[keep, None]
+        num_tokens = torch.cat([torch.from_numpy(batch.num_tokens) for batch in share])
+        return taken[taken < count], torch.cat(sums)[keep], num_tokens[keep, None]
 
-    def _begin(self, batch: Batch, length: int) -> _States:
-        """Return the input states of this stage's first layer: the embedding, or what the previous stage sent."""
-        if parallel_state.is_pipeline_first_stage():
+    def _sums(self, batch: Batch, length: int) -> Tensor | None:
+        """Return, on the last pipeline stage, the summed losses of a microbatch, [batch, variants] float32, nats."""
+
+        def shape(gpt: Any) -> tuple[int, ...]:
+            carriers = self._carriers(gpt.decoder.layers[0].layer_number - 1)
+            return len(carriers), length // self._multiple, len(batch.tokens), gpt.config.hidden_size
+
+        def compute(gpt: Any, received: Tensor | None) -> Tensor:
+            states = self._go_through_layers(gpt, self._begin(gpt, batch, received), gpt.rotary_pos_emb(length))
+            if gpt.post_process:
+                return self._losses(gpt, states, batch)
+            # States that variants share are sent once.
+            return torch.stack([states[carrier] for carrier in self._carriers(gpt.decoder.layers[-1].layer_number)])
+
+        return pass_through(self._model, shape, compute)
+
+    def _begin(self, gpt: Any, batch: Batch, received: Tensor | None) -> _States:
+        """Return the input states of a chunk's first layer: the embedding, or what the chunk before has sent."""
+        if received is None:
             tokens = torch.from_numpy(batch.tokens[:, :-1]).to(self._device)
-            return {WHOLE: self._gpt.embedding(input_ids=tokens, position_ids=None)}
-        config, position = self._gpt.config, self._gpt.decoder.layers[0].layer_number - 1
-        carriers = list(dict.fromkeys(_carrier(block, position) for block in self._begun(position)))
-        shape = (len(carriers), length // self._multiple, len(batch.tokens), config.hidden_size)
-        received = torch.empty(shape, dtype=config.pipeline_dtype, device=self._device)
-        stages = parallel_state.get_pipeline_model_parallel_group()
-        torch.distributed.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), stages)
-        carried = dict(zip(carriers, received, strict=True))
+            return {WHOLE: gpt.embedding(input_ids=tokens, position_ids=None)}
+        position = gpt.decoder.layers[0].layer_number - 1
+        carried = dict(zip(self._carriers(position), received, strict=True))
         return {block: carried[_carrier(block, position)] for block in self._begun(position)}
 
-    def _send(self, states: _States) -> None:
-        """Send the states after this stage's last layer to the next stage; states that variants share are sent once."""
-        position = self._gpt.decoder.layers[-1].layer_number
-        carriers = dict.fromkeys(_carrier(block, position) for block in self._begun(position))
-        stages = parallel_state.get_pipeline_model_parallel_group()
-        sent = torch.stack([states[carrier] for carrier in carriers])
-        torch.distributed.send(sent, parallel_state.get_pipeline_model_parallel_next_rank(), stages)
+    def _carriers(self, position: int) -> list[LayerBlock]:
+        """Return the variants whose states, before the layer at `position`, are those of all variants."""
+        return list(dict.fromkeys(_carrier(block, position) for block in self._begun(position)))
 
     def _begun(self, position: int) -> Iterator[LayerBlock]:
         """Return the whole model and the variants whose block begins before the layer at `position`."""
         return (block for block in self._blocks if block == WHOLE or block.start < position)
 
-    def _go_through_layers(self, states: _States, rotary: Tensor) -> _States:
-        """Return the states after this stage's layers."""
-        for layer in self._gpt.decoder.layers:
+    def _go_through_layers(self, gpt: Any, states: _States, rotary: Tensor) -> _States:
+        """Return the states after a chunk's layers."""
+        for layer in gpt.decoder.layers:
             position = layer.layer_number - 1
             # Until its block ends, a variant has the state that it branched off from, which all such variants share.
             states |= {block: states[WHOLE] for block in self._blocks if block.length and block.start == position}
@@ -200,15 +198,15 @@ class AblationScorer(ModelScorer):
                 states |= zip(variants, output.chunk(len(variants), dim=1), strict=True)
         return states
 
-    def _losses(self, states: _States, batch: Batch) -> Tensor:
+    def _losses(self, gpt: Any, states: _States, batch: Batch) -> Tensor:
         """Return the summed losses of a microbatch's samples, [batch, variants] float32, nats."""
         labels = torch.from_numpy(batch.tokens[:, 1:]).to(self._device)
         num_tokens = torch.from_numpy(batch.num_tokens).to(self._device)
         columns: list[Tensor] = []
         for variants in _chunks(self._blocks):
             together = torch.cat([states[block] for block in variants], dim=1)
-            token_loss = self._gpt._postprocess(
-                hidden_states=self._gpt.decoder.final_layernorm(together), labels=labels.repeat(len(variants), 1)
+            token_loss = gpt._postprocess(
+                hidden_states=gpt.decoder.final_layernorm(together), labels=labels.repeat(len(variants), 1)
             )
             columns += sum_per_sample(token_loss, num_tokens.repeat(len(variants))).chunk(len(variants))
         return torch.stack(columns, dim=1).cpu()

@@ -1,7 +1,7 @@
 """Learning which neurons to keep: trained masks over a model with frozen weights, on any layout."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from data_scoring.losses.calibration import draw_from
 from trainer.forward import read_microbatches, run_schedule
 from trainer.masked_model import MaskedModel
 from trainer.masks import Masks
+from trainer.model_chunks import ModelChunks
 from trainer.neuron_scores import Scores, keep_best, sum_bottlenecks
 from trainer.pruning import PruningPlan
 from trainer.score import is_writer
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from trainer.jobs import MaskJob
 
 
-def learn_masks(job: "MaskJob", corpus: Corpus, model: Any) -> None:
+def learn_masks(job: "MaskJob", corpus: Corpus, model: ModelChunks) -> None:
     """Learn which part of `model`, whose weights are frozen, gives the best student; write masks.json to the round.
 
     masks.json has the `part`, the `losses` of the steps, nats per token, and the `settings`. Every step draws a mask of
@@ -44,7 +45,7 @@ def learn_masks(job: "MaskJob", corpus: Corpus, model: Any) -> None:
         temperature = job.first_temperature * (job.last_temperature / job.first_temperature) ** fraction
         hard, soft = masks.draw(generator, temperature)
         masked.put_on(hard)
-        loss = samples.pass_through(model, step)
+        loss = samples.run(model, step)
         if not math.isfinite(loss):
             raise ValueError(
                 f"{job.weights}: the larger model's loss is {loss} with some neurons masked (step {step + 1}); set "
@@ -86,7 +87,7 @@ class _Samples:
         # They are ordered by shard.
         self._order = np.random.default_rng(job.seed).permutation(len(self._samples))
 
-    def pass_through(self, model: Any, step: int) -> float:
+    def run(self, model: ModelChunks, step: int) -> float:
         """Run `model` forward and backward over the batch of `step`; return its mean loss, the same on all ranks."""
         job, seq_length = self._job, self._corpus.seq_length
         batch = min(job.batch_size, len(self._order))
@@ -98,6 +99,6 @@ class _Samples:
         totals = torch.zeros(2)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             totals = torch.stack([sums.cpu().sum(), num_tokens.sum().float()])
-        totals = totals.to(next(model.parameters()).device)
+        totals = totals.to(model.device)
         torch.distributed.all_reduce(totals)
         return float(totals[0] / totals[1])

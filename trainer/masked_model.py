@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from trainer.config import ModelConfig
+from trainer.model_chunks import ModelChunks
 from trainer.pruning import Numbers
 
 _NORMS = ("layernorm.weight", "layer_norm_weight")
@@ -21,16 +22,18 @@ class MaskedModel:
     `bottleneck`, which is per layer, are zeroed permanently.
     """
 
-    def __init__(self, model: Any, teacher: ModelConfig, student: ModelConfig, bottleneck: tuple[Numbers, ...]) -> None:
-        gpt = getattr(model, "module", model)
-        self._teacher, self._is_sequence_shared = teacher, gpt.config.sequence_parallel
-        self._device = next(model.parameters()).device
+    def __init__(
+        self, model: ModelChunks, teacher: ModelConfig, student: ModelConfig, bottleneck: tuple[Numbers, ...]
+    ) -> None:
+        self._teacher, self._is_sequence_shared = teacher, model.config.sequence_parallel
+        self._device = model.device
         self._masks: dict[str, Tensor] = {}
         model.requires_grad_(False)
-        _normalise_over(student.hidden_size, gpt, teacher)
-        if gpt.pre_process:
-            gpt.embedding.register_forward_hook(lambda _module, _inputs, output: self._on_channels(output))
-        for layer in gpt.decoder.layers:
+        _normalise_over(student.hidden_size, model, teacher)
+        for decoder in model.decoders:
+            if decoder.pre_process:
+                decoder.embedding.register_forward_hook(lambda _module, _inputs, output: self._on_channels(output))
+        for layer in model.layers:
             number = layer.layer_number - 1
             self._hook(layer, number)
             if teacher.shortcut_reduction is not None:
@@ -93,18 +96,19 @@ def _own(mask: Tensor) -> Tensor:
     return own
 
 
-def _normalise_over(channels: int, gpt: Any, teacher: ModelConfig) -> None:
+def _normalise_over(channels: int, model: ModelChunks, teacher: ModelConfig) -> None:
     """Rescale norms over the teacher's width to the student's width, all other channels being zero.
 
     With k of h channels, x / √(Σx²/k + ε) is √(k/h) x / √(Σx²/h + ε k/h).
     """
     ratio = channels / teacher.hidden_size
-    gpt.config.layernorm_epsilon *= ratio
-    for module in gpt.modules():
+    model.config.layernorm_epsilon *= ratio
+    module: Any
+    for module in model.modules():
         if isinstance(getattr(module, "eps", None), float):
             module.eps *= ratio
     scaled = (*_NORMS, "self_attn_bda.down") if teacher.shortcut_input == "normalised" else _NORMS
     with torch.no_grad():
-        for name, parameter in gpt.named_parameters():
+        for name, parameter in model.named_parameters():
             if name.endswith(scaled):
                 parameter.mul_(ratio**0.5)

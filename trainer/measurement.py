@@ -31,7 +31,7 @@ class MeasureJob(ModelInTrainingJob):
 
         started = time.monotonic()
         corpus, size = context.corpus, self.train.micro_batch_size
-        device = next(context.model.parameters()).device
+        device = context.model.device
         state = make_state(self.train, context.model, _MOST, context.bf16)
         count = self.num_microbatches * size * self.parallel.data
         samples = np.arange(count) % corpus.num_samples(0)

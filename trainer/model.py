@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.pipeline_parallel.utils import is_vp_first_stage, is_vp_last_stage
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -26,6 +27,7 @@ from trainer.config import ModelConfig, Recompute
 from trainer.devices import check_layers, resolve_kernel
 from trainer.initialisation import initialise, projection_init
 from trainer.layer import Layer
+from trainer.model_chunks import ModelChunks
 from trainer.normalisation import RMSNorm
 from trainer.pangu import AugmentedShortcut, SeriesActivation
 from trainer.parallel_config import ParallelConfig
@@ -123,6 +125,7 @@ def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: Recompute = "none"
 ) -> TransformerConfig:
     """Return Megatron's configuration of `model` under `parallel`, computing in `dtype`."""
+    is_interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -146,6 +149,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if is_interleaved else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -157,7 +161,11 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # A chunk is computed while the last one's output is sent, which must stay until then; and with two stages,
+        # batched exchanges would mix up what the same two ranks send each other in both directions.
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
+        deallocate_pipeline_outputs=not is_interleaved,
         # Megatron lets the host wait for the device after each exchange, because of an error of torch before 2.0.
         batch_p2p_sync=False,
         recompute_granularity=None if recompute == "none" else recompute,
@@ -175,18 +183,37 @@ def build_model(
     device: torch.device,
     bf16: bool,
     kernels: Kernels,
-) -> MegatronModule:
+) -> ModelChunks:
     """Return this rank's part of the model, freshly initialised, on `device`."""
     config = transformer_config(model, parallel, torch.bfloat16 if bf16 else torch.float32, kernels.recompute)
+    chunks = (
+        _build_chunk(number, model, vocab_size, seq_length, config, device, kernels)
+        for number in range(parallel.virtual_pipeline)
+    )
+    return ModelChunks(Float16Module(config, chunk) if bf16 else chunk for chunk in chunks)
+
+
+def _build_chunk(
+    number: int,
+    model: ModelConfig,
+    vocab_size: int,
+    seq_length: int,
+    config: TransformerConfig,
+    device: torch.device,
+    kernels: Kernels,
+) -> Decoder:
+    """Return the chunk `number`, counted from 0, of this pipeline stage."""
+    size = config.virtual_pipeline_model_parallel_size
     gpt = Decoder(
         kernels,
         vocab_size,
         config=config,
-        transformer_layer_spec=_decoder_spec(model, config, kernels.activation),
+        transformer_layer_spec=_decoder_spec(number, model, config, kernels.activation),
         vocab_size=padded_vocab_size(vocab_size),
         max_sequence_length=seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage() and is_vp_first_stage(number, size),
+        post_process=parallel_state.is_pipeline_last_stage() and is_vp_last_stage(number, size),
+        vp_stage=number,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
         rope_scaling=model.rotary_scaling is not None,
@@ -197,7 +224,7 @@ def build_model(
         gpt.rotary_pos_emb = RotaryTables(gpt.rotary_pos_emb, config, device)
     initialise(gpt.decoder, model)
     gpt.to(device)
-    return Float16Module(config, gpt) if bf16 else gpt
+    return gpt
 
 
 def with_bias(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
@@ -211,9 +238,9 @@ def with_bias(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
 
 def _decoder_spec(
-    model: ModelConfig, config: TransformerConfig, kernel: ActivationKernel
+    number: int, model: ModelConfig, config: TransformerConfig, kernel: ActivationKernel
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Return Megatron's spec of this rank's layers, built of torch's modules or of Transformer Engine's."""
+    """Return Megatron's spec of a chunk's layers, built of torch's modules or of Transformer Engine's."""
     check_layers(model.layers)
     if model.layers == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec()
@@ -242,4 +269,4 @@ def _decoder_spec(
     if model.layers == "transformer_engine":
         return layer
     # Otherwise Megatron chooses the final norm by which packages are installed.
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, number), layer_norm=RMSNorm)

@@ -40,9 +40,9 @@ class _Placed:
 def owned_states(optimizer: Any, weights: ShardedStateDict) -> ShardedStateDict:
     """Return the sharded state dict of the states of the parameters that this data-parallel rank owns.
 
-    optimizer: Megatron's distributed optimizer; weights: its model's sharded state dict. The result maps the
-    parameter's index to "param", "exp_avg" and "exp_avg_sq", float32, in the parameter's shape. All data-parallel ranks
-    must call this together.
+    optimizer: Megatron's distributed optimizer; weights: the sharded state dicts of its model's chunks. The result maps
+    the parameter's index to "param", "exp_avg" and "exp_avg_sq", float32, in the parameter's shape. All data-parallel
+    ranks must call this together.
     """
     group = optimizer.data_parallel_group
     described, states = _by_parameter(weights), {}
@@ -128,7 +128,7 @@ def _gather(placed: _Placed, local: Tensor | None, weight: Tensor, group: Any) -
 
 
 def _by_parameter(weights: ShardedStateDict) -> dict[torch.nn.Parameter, Any]:
-    """Return each parameter's entry in the model's sharded state dict."""
+    """Return each parameter's entry in the sharded state dicts of the model's chunks."""
     described, _ = extract_sharded_tensors_and_factories(weights)
     return {sharded.data: sharded for sharded in nested_values(described)}
 

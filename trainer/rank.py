@@ -116,6 +116,9 @@ def _initialise_parallel(job: Job, device: Device) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=job.parallel.tensor,
         pipeline_model_parallel_size=job.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=job.parallel.virtual_pipeline
+        if job.parallel.virtual_pipeline > 1
+        else None,
     )
     # Each tensor-parallel rank draws whole weights and keeps its slice, so these ranks need equal seeds; pipeline
     # stages need different ones.

@@ -1,7 +1,5 @@
 """Per-sample losses of the model, forward only, on any layout."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from megatron.core import parallel_state
@@ -12,6 +10,7 @@ from data_scoring.corpus.corpus import VALIDATION, Batch, Corpus
 from data_scoring.losses.shard_scoring import Block, score_samples
 from trainer.devices import send
 from trainer.forward import read_microbatches, run_schedule
+from trainer.model_chunks import ModelChunks
 
 # Enough microbatches to fill the pipeline, few enough for frequent progress reports.
 _MICROBATCHES_A_STAGE = 8
@@ -33,17 +32,17 @@ class ModelScorer:
     """
 
     def __init__(
-        self, model: torch.nn.Module, corpus: Corpus, micro_batch_size: int, prefixes: tuple[int, ...] = ()
+        self, model: ModelChunks, corpus: Corpus, micro_batch_size: int, prefixes: tuple[int, ...] = ()
     ) -> None:
         self._model, self._corpus, self._micro_batch_size = model, corpus, micro_batch_size
         self._prefixes = prefixes or (corpus.seq_length,)
-        self._device = next(model.parameters()).device
+        self._device = model.device
         stages, replicas = (
             int(parallel_state.get_pipeline_model_parallel_world_size()),
             int(parallel_state.get_data_parallel_world_size()),
         )
         # With sequence parallelism, the tensor-parallel size must divide the sequence length.
-        config: Any = model.config
+        config = model.config
         self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.block_size = micro_batch_size * replicas * stages * _MICROBATCHES_A_STAGE
         self.is_writer = is_writer()

@@ -14,13 +14,14 @@ from data_scoring.losses.calibration import draw_from
 from trainer.checkpoint import sharded_weights
 from trainer.data_parallel import wrap
 from trainer.forward import read_microbatches, run_schedule
+from trainer.model_chunks import ModelChunks
 from trainer.saver import CheckpointSaver
 
 if TYPE_CHECKING:
     from trainer.jobs import TaylorJob
 
 
-def measure_taylor(job: "TaylorJob", corpus: Corpus, model: Any, bf16: bool) -> None:
+def measure_taylor(job: "TaylorJob", corpus: Corpus, model: ModelChunks, bf16: bool) -> None:
     """Overwrite all weights of `model` with |weight · gradient|, measured on random samples, and save them.
 
     The gradient is that of the mean loss over all their tokens. Writes taylor/step-00000000 to the round's folder.
@@ -33,6 +34,7 @@ def measure_taylor(job: "TaylorJob", corpus: Corpus, model: Any, bf16: bool) -> 
     microbatches = read_microbatches(corpus, shards, samples, size, seq_length)
     run_schedule(wrapped, microbatches, len(samples), size, seq_length, forward_only=False)
     with torch.no_grad():
+        parameter: Any
         for name, parameter in model.named_parameters():
             parameter.copy_((parameter.float() * parameter.main_grad).abs())
             if not parameter.isfinite().all():
@@ -46,7 +48,7 @@ def measure_taylor(job: "TaylorJob", corpus: Corpus, model: Any, bf16: bool) -> 
 
 
 class _Values:
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: ModelChunks) -> None:
         self._model = model
 
     def sharded(self, is_loading: bool) -> ShardedStateDict:

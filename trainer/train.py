@@ -34,6 +34,7 @@ from trainer.devices import send, widest_dtype
 from trainer.evaluate import answer_tasks
 from trainer.forward import read_microbatches, run_schedule
 from trainer.gradients import set_adam_kernel, update_weights
+from trainer.model_chunks import ModelChunks
 from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, prepare_seen
 from trainer.requests import identify_answers, requests_path
 from trainer.saver import CheckpointSaver
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from trainer.jobs import TrainJob
 
 
-def train_round(job: "TrainJob", corpus: Corpus, model: torch.nn.Module, bf16: bool, stop: StopRequest) -> None:
+def train_round(job: "TrainJob", corpus: Corpus, model: ModelChunks, bf16: bool, stop: StopRequest) -> None:
     """Train `model` on the round's mix, resuming exactly from the round's last intact checkpoint.
 
     Writes to the round's folder: checkpoint/, steps.parquet, seen/, validation.parquet. Raises ValueError, keeping the
@@ -83,7 +84,7 @@ def train_round(job: "TrainJob", corpus: Corpus, model: torch.nn.Module, bf16: b
             shutil.rmtree(old)
 
 
-def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> TrainingState:
+def make_state(train: TrainConfig, model: ModelChunks, num_steps: int, bf16: bool) -> TrainingState:
     """Return `model`, wrapped for data parallelism, with a new optimizer and learning-rate schedule."""
     wrapped = wrap(model, bf16, is_sharded=True)
     config = OptimizerConfig(
@@ -100,7 +101,7 @@ def make_state(train: TrainConfig, model: Any, num_steps: int, bf16: bool) -> Tr
     )
     # In addition to Megatron's exceptions, vectors such as norms' weights.
     undecayed = {ParamKey(attr="without_weight_decay"): ParamGroupOverride(wd_mult=0.0)}
-    optimizer = get_megatron_optimizer(config, [wrapped], {**get_standard_config_overrides(config), **undecayed})
+    optimizer = get_megatron_optimizer(config, list(wrapped), {**get_standard_config_overrides(config), **undecayed})
     set_adam_kernel(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,

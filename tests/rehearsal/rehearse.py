@@ -140,7 +140,7 @@ def _describe_state(state: Any) -> dict[str, Any]:
     moments = [tensor for each in inner for state in each.state.values() for tensor in state.values() if tensor.ndim]
     return {
         "weights": _kinds(state.model.parameters()),
-        "gradients": _kinds(buffer.grad_data for buffer in state.model.buffers),
+        "gradients": _kinds(buffer.grad_data for chunk in state.model for buffer in chunk.buffers),
         "masters": _kinds(masters),
         "moments": _kinds(moments),
         "num_masters": sum(each.numel() for each in masters),

@@ -130,7 +130,7 @@ def _peak(asked: Workload) -> int:
 
 def _buffers(model: Any) -> list[torch.Tensor]:
     """Return weights and gradients, in Megatron's buffers."""
-    parts = [part for buffer in model.buffers for part in (buffer.param_data, buffer.grad_data)]
+    parts = [part for chunk in model for buffer in chunk.buffers for part in (buffer.param_data, buffer.grad_data)]
     return [*model.parameters(), *[part for part in parts if part is not None]]
 
 

@@ -55,6 +55,8 @@ def refuse_unknown_formats() -> Any:
     """Replace what loads an optimizer's state as MindSpeed does; return what says whether it refuses Megatron's."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    from trainer.checkpoint import sharded_weights
+
     load = DistributedOptimizer.load_state_dict
 
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
@@ -65,7 +67,7 @@ def refuse_unknown_formats() -> Any:
         load(self, state_dict)
 
     def is_refused(state: Any) -> bool:
-        weights = state.model.module.sharded_state_dict(prefix="")
+        weights = sharded_weights(state.model)
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         described = state.optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
         try:

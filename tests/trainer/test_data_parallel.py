@@ -64,7 +64,7 @@ def train(device: Any, case: str, is_overlapped: bool, folder: Path) -> dict[str
     def start(seed: int) -> Any:
         bf16 = precision == "bfloat16"
         state = make(device, MODELS[model], VOCAB_SIZE, SEQ_LENGTH, LAYOUTS[layout], bf16, seed)
-        for group in state.model.bucket_groups:
+        for group in bucket_groups(state):
             # A bucket is gathered when the first module that uses it is called, and at no other time: what would be
             # used too early has not been gathered.
             group.next_param_gather_bucket_group = None
@@ -91,10 +91,15 @@ def train(device: Any, case: str, is_overlapped: bool, folder: Path) -> dict[str
         "losses": [losses for losses, _ in steps],
         "norms": [norm for _, norm in steps],
         "again": again,
-        "num_buckets": len(state.model.bucket_groups),
+        "num_buckets": len(bucket_groups(state)),
         "weights": [parameter.detach().float() for parameter in state.model.parameters()],
         "weights before": before,
     }
+
+
+def bucket_groups(state: Any) -> list[Any]:
+    """Return what the weights and gradients of all chunks are exchanged in."""
+    return [group for chunk in state.model for group in chunk.bucket_groups]
 
 
 def run_step(state: Any, step: int) -> tuple[list[float], float]:

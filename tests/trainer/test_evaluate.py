@@ -11,12 +11,12 @@ from transformers import dynamic_module_utils
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from tests.trainer.two_ranks_evaluation import HARNESS_LENGTH, TRAINED, make_instances
-from tests.trainer.two_ranks_layers import LAYOUTS
+from tests.trainer.two_ranks_layers import DEEP_LAYOUTS
 from trainer.generate import Endings
 from trainer.requests import Generation
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", DEEP_LAYOUTS)
 def test_answers_are_those_of_plain_torch_on_every_layout(layout: str, found: list[dict[str, Any]]) -> None:
     plain = found[0]["evaluation"]["plain"]
     answers = [rank["evaluation"][layout] for rank in found]

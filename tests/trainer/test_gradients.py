@@ -96,7 +96,8 @@ def compare_updates(device: Any, model: Any, parallel: ParallelConfig, bf16: boo
             state.model.zero_grad_buffer()
             for parameter in state.model.parameters():
                 parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
-            state.model.finish_grad_sync()
+            for chunk in state.model:
+                chunk.finish_grad_sync()
             state.scheduler.step(1)
             norm = update_weights(state.optimizer, torch.device("cpu")) if way == "ours" else state.optimizer.step()[1]
         found[way] = (float(norm), values(state))

@@ -7,13 +7,13 @@ import pytest
 
 from data_scoring.refine.training_mix import write_mix
 from tests.conftest import TINY_MODEL, Ranks, read_rows
-from tests.trainer.two_ranks_layers import LAYOUTS, MICRO_BATCH_SIZE, MODEL, NUM_SAMPLES
+from tests.trainer.two_ranks_layers import DEEP_LAYOUTS, MICRO_BATCH_SIZE, MODEL, NUM_SAMPLES
 from trainer.checkpoint_folder import list_checkpoints
 
 Found = list[dict[str, Any]]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", DEEP_LAYOUTS)
 def test_losses_are_those_of_plain_models_without_the_layers(layout: str, found: Found) -> None:
     [rows] = [rank["skips"][layout]["rows"] for rank in found if rank["skips"][layout]["rows"] is not None]
     plain = found[0]["skips"]["plain"]
@@ -41,7 +41,9 @@ def test_losses_in_bfloat16_are_about_the_same(found: Found) -> None:
     assert 1e-5 < max(differences) < 0.03
 
 
-@pytest.mark.parametrize(("layout", "replicas", "tensor"), [("data", 2, 1), ("pipeline", 1, 1), ("sequence", 1, 2)])
+@pytest.mark.parametrize(
+    ("layout", "replicas", "tensor"), [("data", 2, 1), ("pipeline", 1, 1), ("interleaved", 1, 1), ("sequence", 1, 2)]
+)
 def test_no_layer_sees_a_sample_again_that_a_cache_could_know(
     layout: str, replicas: int, tensor: int, found: Found
 ) -> None:

@@ -50,7 +50,7 @@ def compare(device: Any, name: str, bf16: bool, folder: Path, rank: int) -> dict
     train(state, rank)
     CheckpointSaver(place, 1, False).save(1, state, {"fingerprint": "f"}, is_waiting=True)
     files = {path.name: path.stat().st_size for path in (place / "step-00000001").glob(f"__{rank}_*.distcp")}
-    weights = sharded_weights(state.model.module)
+    weights = sharded_weights(state.model)
     theirs = {
         "model": weights,
         "optimizer": state.optimizer.sharded_state_dict(

@@ -39,16 +39,14 @@ def work(rank: int, folder: Path) -> None:
 
 def _train(model: ModelConfig, bf16: bool, recompute: Recompute) -> dict[str, Any]:
     """Return a batch's losses, all gradients, and how many numbers the forward pass kept for the backward pass."""
-    from megatron.core.distributed import DistributedDataParallel
-
     from trainer.forward import run_schedule
     from trainer.model import Kernels, build_model
     from trainer.train import wrap
 
-    gpt = build_model(
+    model_chunks = build_model(
         model, VOCAB_SIZE, SEQ_LENGTH, ParallelConfig(), torch.device("cpu"), bf16, Kernels(recompute=recompute)
     )
-    wrapped: DistributedDataParallel = wrap(gpt, bf16, is_sharded=False)
+    [gpt], wrapped = model_chunks, wrap(model_chunks, bf16, is_sharded=False)
     wrapped.zero_grad_buffer()
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (BATCH, SEQ_LENGTH + 1))
     kept: dict[int, int] = {}
@@ -65,7 +63,7 @@ def _train(model: ModelConfig, bf16: bool, recompute: Recompute) -> dict[str, An
     del loss
     batches = [Batch(tokens, np.full(BATCH, SEQ_LENGTH))]
     _, sums, _ = run_schedule(wrapped, batches, BATCH, BATCH, SEQ_LENGTH, forward_only=False)
-    gradients = torch.cat([buffer.grad_data.clone() for buffer in wrapped.buffers])
+    gradients = torch.cat([buffer.grad_data.clone() for chunk in wrapped for buffer in chunk.buffers])
     return {"losses": sums, "gradients": gradients, "kept": sum(kept.values())}
 
 

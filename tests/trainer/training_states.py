@@ -28,7 +28,8 @@ def train(state: Any, seed: int) -> None:
     state.model.zero_grad_buffer()
     for parameter in state.model.parameters():
         parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
-    state.model.finish_grad_sync()
+    for chunk in state.model:
+        chunk.finish_grad_sync()
     state.scheduler.step(1)
     state.optimizer.step()
 
@@ -37,7 +38,7 @@ def values(state: Any) -> dict[str, Tensor]:
     """Return this rank's weights, and all that its optimizer has: main weights, moments, counters, learning rates."""
     [optimizer] = state.optimizer.chained_optimizers
     groups = optimizer.optimizer.param_groups
-    found = {name: parameter.detach().float().clone() for name, parameter in state.model.module.named_parameters()}
+    found = {name: parameter.detach().float().clone() for name, parameter in state.model.named_parameters()}
     for number, parameter in enumerate(parameter for group in groups for parameter in group["params"]):
         found[f"main {number}"] = parameter.detach().clone()
         for name, moment in optimizer.optimizer.state.get(parameter, {}).items():

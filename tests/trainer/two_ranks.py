@@ -116,7 +116,9 @@ class _Models:
 
         self.device.seed(5)
         parallel = ParallelConfig(tensor=self.tensor, sequence=sequence)
-        return build_model(model, vocab_size, SEQ_LENGTH, parallel, torch.get_default_device(), False, Kernels())
+        place = torch.get_default_device()
+        [gpt] = build_model(model, vocab_size, SEQ_LENGTH, parallel, place, False, Kernels())
+        return gpt
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return the parameters of every preset, in closed form and of the model without its memory."""
@@ -200,10 +202,11 @@ class _Models:
 
     def decayed(self, model: ModelConfig) -> dict[str, float]:
         """Return by what factor a step of the optimizer whose gradients are zero changes each parameter."""
+        from trainer.model_chunks import ModelChunks
         from trainer.train import make_state
 
         train = TrainConfig(lr=0.5, min_lr=0.5, warmup_fraction=0, weight_decay=0.2)
-        state = make_state(train, self.build(model), num_steps=9, bf16=False)
+        state = make_state(train, ModelChunks([self.build(model)]), num_steps=9, bf16=False)
         with torch.no_grad():
             for parameter in state.model.parameters():
                 parameter.fill_(2.0)
@@ -211,14 +214,15 @@ class _Models:
         state.model.zero_grad_buffer()
         state.scheduler.step(1)
         state.optimizer.step()
-        return {name: float(parameter.mean() / 2) for name, parameter in state.model.module.named_parameters()}
+        return {name: float(parameter.mean() / 2) for name, parameter in state.model.decoders[0].named_parameters()}
 
     def cut(self, corpus: Corpus, sequence: bool) -> Any:
         """Return losses of samples cut to an odd number of tokens."""
+        from trainer.model_chunks import ModelChunks
         from trainer.score import ModelScorer
 
-        gpt = self.build(SMALL, sequence, corpus.vocab_size).eval()
-        scorer = ModelScorer(gpt, corpus, 2, (5,))
+        model = ModelChunks([self.build(SMALL, sequence, corpus.vocab_size)]).eval()
+        scorer = ModelScorer(model, corpus, 2, (5,))
         block = Block(np.zeros(7, int), np.arange(7), 5)
         return scorer.score(block, scorer.read(block))
 

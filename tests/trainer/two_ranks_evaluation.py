@@ -18,7 +18,7 @@ from data_scoring.refine.training_mix import write_mix
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from flows.evaluation.harness_requests import Reader, Response
 from flows.run.stored_model import find_model
-from tests.trainer.two_ranks_layers import LAYOUTS, MODEL, random_model, share, shared_model
+from tests.trainer.two_ranks_layers import DEEP_LAYOUTS, MODEL, random_model, share, shared_model
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, TrainConfig
 from trainer.devices import Device
@@ -40,7 +40,7 @@ from trainer.stopping import StoppedError, StopRequest
 # Tokens that the models which lm-eval asks read: shorter than some texts.
 HARNESS_LENGTH = 64
 # Whatever evaluation has to undo is undone here.
-TRAINED = ("sequence",)
+TRAINED = ("sequence", "interleaved")
 
 
 def make_requests(seed: int, vocab_size: int, seq_length: int) -> list[Request]:
@@ -115,7 +115,7 @@ def find(device: Device, corpus: Corpus, folder: Path, rank: int) -> dict[str, A
     requests.append(Likelihood(first.context, np.array(greedy, np.int32)))
     plain = _answer_plainly(whole, requests, corpus)
     found: dict[str, Any] = {"plain": plain}
-    for name, parallel in LAYOUTS.items():
+    for name, parallel in DEEP_LAYOUTS.items():
         model = shared_model(device, corpus, parallel, whole, rank)
         before = _state(model)
         found[name] = answer_requests(model.train(), requests, tokenizer)
@@ -148,7 +148,7 @@ def _state(model: torch.nn.Module) -> bytes:
 def _answer_plainly(whole: Any, requests: Sequence[Request], corpus: Corpus) -> list[Answer]:
     """Return the answers of plain torch, a request and a token at a time."""
     plain = PlainModel(MODEL, corpus.vocab_size)
-    load_megatron_weights(plain, stacked_weights(whole, MODEL.num_layers))
+    load_megatron_weights(plain, stacked_weights(whole.decoders[0], MODEL.num_layers))
     end = open_tokenizer(corpus.tokenizer_path, None).end_of_document
     answers: list[Answer] = []
     for request in requests:

@@ -47,8 +47,9 @@ def _differences(folder: Path, name: str, parallel: ParallelConfig, bf16: bool) 
     expected = torch.load(folder / f"{name}.pt")
     rows = stored.config.vocab_size
     assert rows is not None
-    gpt = build_model(stored.config, rows, 32, parallel, torch.get_default_device(), bf16, Kernels())
-    load_weights(stored.checkpoint, gpt)
+    model = build_model(stored.config, rows, 32, parallel, torch.get_default_device(), bf16, Kernels())
+    [gpt] = model
+    load_weights(stored.checkpoint, model)
     tokens: Tensor = expected["tokens"]
     if bf16:
         return _errors_of_rounding(_logits(gpt, tokens[:, :-1]), expected, rows)
@@ -59,7 +60,7 @@ def _differences(folder: Path, name: str, parallel: ParallelConfig, bf16: bool) 
     if name not in TIED or parallel.world_size == 1:
         return differences
     # The embedding of the first stage and that of the last are one.
-    state = make_state(TrainConfig(lr=1e-3, min_lr=1e-3), gpt, num_steps=1, bf16=False)
+    state = make_state(TrainConfig(lr=1e-3, min_lr=1e-3), model, num_steps=1, bf16=False)
     state.model.zero_grad_buffer()
     microbatch = Batch(tokens.numpy(), np.full(2, 32))
     _, sums, _ = run_schedule(state.model, [microbatch], 2, 2, 32, forward_only=False)

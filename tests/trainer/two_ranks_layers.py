@@ -38,13 +38,15 @@ LAYOUTS = {
     "tensor": ParallelConfig(tensor=2),
     "sequence": ParallelConfig(tensor=2, sequence=True),
 }
+# Models of two layers cannot be divided like this.
+DEEP_LAYOUTS = {**LAYOUTS, "interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2)}
 
 
 def skip_layers(device: Device, corpus: Corpus, rank: int) -> dict[str, Any]:
     """Return what each layout measures, on its writer, the rows that went through layers, and what plain torch says."""
     whole = random_model(device, corpus)
     found: dict[str, Any] = {"plain": _plain_losses(corpus, whole)}
-    for name, parallel in LAYOUTS.items():
+    for name, parallel in DEEP_LAYOUTS.items():
         found[name] = _measure(corpus, shared_model(device, corpus, parallel, whole, rank), parallel)
     stages = LAYOUTS["pipeline"]
     found["bfloat16"] = _measure(corpus, shared_model(device, corpus, stages, whole, rank, bf16=True), stages)
@@ -64,11 +66,12 @@ def random_model(device: Device, corpus: Corpus) -> Any:
 
 def shared_model(
     device: Device, corpus: Corpus, parallel: ParallelConfig, whole: Any, rank: int, bf16: bool = False
-) -> torch.nn.Module:
+) -> Any:
     """Return this rank's part of a model that has the weights of the whole one."""
     share(parallel)
     model = _build(device, corpus, parallel, bf16)
-    _fill(model.module if bf16 else model, dict(whole.named_parameters()), rank)
+    for decoder in model.decoders:
+        _fill(decoder, dict(whole.decoders[0].named_parameters()), rank)
     return model
 
 
@@ -76,7 +79,8 @@ def share(parallel: ParallelConfig) -> None:
     from megatron.core import parallel_state
 
     meet()
-    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
+    chunks = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, chunks)
 
 
 def _build(device: Device, corpus: Corpus, parallel: ParallelConfig, bf16: bool = False) -> Any:
@@ -88,7 +92,7 @@ def _build(device: Device, corpus: Corpus, parallel: ParallelConfig, bf16: bool 
 
 
 def _fill(gpt: Any, whole: dict[str, Tensor], rank: int) -> None:
-    """Give a rank's part of the model the weights of the whole one."""
+    """Give a chunk of the model the weights of the whole one."""
     from tests.trainer.two_ranks import _part
 
     first = gpt.decoder.layers[0].layer_number - 1
@@ -99,7 +103,7 @@ def _fill(gpt: Any, whole: dict[str, Tensor], rank: int) -> None:
             parameter.copy_(value if parameter.shape == value.shape else _part(value, parameter, name, rank))
 
 
-def _measure(corpus: Corpus, model: torch.nn.Module, parallel: ParallelConfig) -> dict[str, Any]:
+def _measure(corpus: Corpus, model: Any, parallel: ParallelConfig) -> dict[str, Any]:
     from trainer.layer_ablation import measure_ablation
 
     rows_through_layers: list[int] = []
@@ -121,7 +125,7 @@ def _measure(corpus: Corpus, model: torch.nn.Module, parallel: ParallelConfig) -
 def _plain_losses(corpus: Corpus, whole: Any) -> dict[str, Any]:
     """Return the samples' losses with layers left out of the plain model, by what is left out, and their tokens."""
     plain = PlainModel(MODEL, corpus.vocab_size)
-    load_megatron_weights(plain, stacked_weights(whole, MODEL.num_layers))
+    load_megatron_weights(plain, stacked_weights(whole.decoders[0], MODEL.num_layers))
     drawn = draw_calibration_set(
         [corpus.num_samples(shard) for shard in range(corpus.num_shards)], NUM_SAMPLES, SEED, 0
     )
