@@ -42,7 +42,8 @@ def test_losses_in_bfloat16_are_about_the_same(found: Found) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "replicas", "tensor"), [("data", 2, 1), ("pipeline", 1, 1), ("interleaved", 1, 1), ("sequence", 1, 2)]
+    ("layout", "replicas", "tensor"),
+    [("data", 2, 1), ("pipeline", 1, 1), ("interleaved", 1, 1), ("sequence", 1, 2)],
 )
 def test_no_layer_sees_a_sample_again_that_a_cache_could_know(
     layout: str, replicas: int, tensor: int, found: Found

@@ -1,5 +1,6 @@
 """The interleaved pipeline schedule computes what one rank does, and its checkpoints are those of any layout."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from benchmarks.plain_model import read_checkpoint
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.training_mix import write_mix
 from tests.conftest import TINY_MODEL, Layout, Ranks, read_rows
+from tests.forked_ranks import forking
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, ModelConfig
 
@@ -75,7 +77,7 @@ def reference(ranks: Ranks, start: Path) -> Path:
     "layout",
     [
         INTERLEAVED,
-        *(pytest.param(layout, marks=pytest.mark.slow) for layout in ((1, 2, 2, 2), (2, 2, 1, 2), (1, 4, 1, 1))),
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in ((1, 2, 2, 2), (2, 2, 1, 2))),
     ],
 )
 def test_losses_are_those_of_one_rank(layout: Layout, ranks: Ranks, start: Path, reference: Path) -> None:

@@ -118,7 +118,7 @@ def long_losses(device: Device) -> dict[str, torch.Tensor]:
     parallel_state.initialize_model_parallel()
     device.seed(5)
     place = torch.get_default_device()
-    half = build_model(TINY_MODEL, 256, LONG, ParallelConfig(), place, True, Kernels()).eval()
+    [half] = build_model(TINY_MODEL, 256, LONG, ParallelConfig(), place, True, Kernels()).eval()
     generator = torch.Generator().manual_seed(2)
     plain = PlainModel(TINY_MODEL, 256)
     tokens = torch.randint(0, 256, (2, LONG + 1), generator=generator)
@@ -127,7 +127,7 @@ def long_losses(device: Device) -> dict[str, torch.Tensor]:
         # Far enough from their start for what is attended to to matter.
         for parameter in half.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
-        load_megatron_weights(plain, stacked_weights(half.decoders[0], TINY_MODEL.num_layers))
+        load_megatron_weights(plain, stacked_weights(half.module, TINY_MODEL.num_layers))
         positions = torch.arange(LONG).expand(2, -1)
         losses = half(input_ids=inputs, position_ids=positions, attention_mask=None, labels=labels)
         return {"found": losses, "expected": plain(inputs, labels)}
