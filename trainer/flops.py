@@ -19,8 +19,13 @@ def model_flops(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
 
 
 def pipeline_bubble(parallel: ParallelConfig, num_microbatches: int) -> float:
-    """Return the factor by which filling and draining the pipeline lengthens a step: 1 + (stages - 1) / microbatches.
+    """Return the factor by which filling and draining the pipeline lengthens a step: 1 + idle time / microbatches."""
+    return 1 + idle_microbatches(parallel) / num_microbatches
 
-    Source: Narayanan et al. 2021, "Pipeline Model Parallelism", for the schedule without interleaving.
+
+def idle_microbatches(parallel: ParallelConfig) -> float:
+    """Return how long stages idle in a step while the pipeline fills and drains, in times of a microbatch on a stage.
+
+    That is (stages - 1) / chunks of a stage. Source: Narayanan et al. 2021, "Pipeline Model Parallelism".
     """
-    return 1 + (parallel.pipeline - 1) / num_microbatches
+    return (parallel.pipeline - 1) / parallel.virtual_pipeline

@@ -32,9 +32,13 @@ def fits(workload: Workload, hardware: Hardware) -> bool:
 
 
 def micro_batches(workload: Workload) -> list[int]:
-    """Return the micro batches that divide the batch of a data-parallel rank evenly, the smallest first."""
+    """Return the micro batches that divide the batch of a data-parallel rank evenly, the smallest first.
+
+    The pipeline schedule has to take as many microbatches.
+    """
     share, rest = divmod(workload.train.global_batch_size, workload.parallel.data)
-    return [] if rest else [size for size in range(1, min(share, MOST_MICRO_BATCH_SIZE) + 1) if share % size == 0]
+    sizes = [] if rest else [size for size in range(1, min(share, MOST_MICRO_BATCH_SIZE) + 1) if share % size == 0]
+    return [size for size in sizes if workload.parallel.can_schedule(share // size)]
 
 
 def largest_micro_batch(workload: Workload, hardware: Hardware) -> int | None:

@@ -90,8 +90,14 @@ class Workload:
         return (size if padded else min(size, self.vocab_size)) // self.parallel.tensor
 
     def in_flight(self, stage: int) -> int:
-        """Return the most microbatches whose activations a pipeline stage, counted from 0, holds at once (1F1B)."""
-        return min(self.parallel.pipeline - stage, self.num_microbatches)
+        """Return the most passes through a chunk whose activations a pipeline stage, counted from 0, holds at once.
+
+        A pass is that of one microbatch through the stage's layers, or, in the interleaved schedule, through those of
+        one of its chunks. Each comes before its stage's first backward pass, but for the last one.
+        """
+        stages, chunks = self.parallel.pipeline, self.parallel.virtual_pipeline
+        before = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
+        return min(before + 1, chunks * self.num_microbatches)
 
 
 def rank_memory(workload: Workload) -> RankMemory:
@@ -165,16 +171,21 @@ def stage_memory(workload: Workload, stage: int) -> RankMemory:
 
 def _activations(workload: Workload, stage: int) -> int:
     """Return the bytes that a stage saves for the backward pass: in its layers and, on the last stage, their output."""
-    model, parallel = workload.model, workload.parallel
-    layers = model.num_layers // parallel.pipeline
+    model, parallel, is_last = workload.model, workload.parallel, stage == workload.parallel.pipeline - 1
+    layers = model.num_layers // parallel.num_chunks
     hidden = model.hidden_size * workload.element_bytes * workload.micro_batch_tokens
+    own_hidden = hidden // (parallel.tensor if parallel.sequence else 1)
     size = workload.in_flight(stage) * layers * _layer_bytes(workload) * workload.micro_batch_tokens
     if workload.train.recompute == "full":
         # The inputs of all layers.
-        size = workload.in_flight(stage) * layers * hidden // (parallel.tensor if parallel.sequence else 1)
-    if stage == parallel.pipeline - 1:
+        size = workload.in_flight(stage) * layers * own_hidden
+    if parallel.virtual_pipeline > 1:
+        # The outputs of chunks, except the model's last one; what is received and sent in the meantime: the next input,
+        # and two gradients.
+        size += (workload.in_flight(stage) - is_last + 3) * own_hidden
+    if is_last:
         # The outputs of the last layer and of the final norm; the latter is not split along the sequence.
-        size += hidden // (parallel.tensor if parallel.sequence else 1) + hidden
+        size += own_hidden + hidden
     if parallel.sequence:
         # Megatron's buffer for gathering the sequence.
         size += hidden

@@ -65,11 +65,11 @@ def draw_models(
     `search.tolerance` of the budget are skipped. Raises ValueError if the budget or the ranges cannot be met.
     """
     fitter = _Fitter(search, base, parallel, vocab_size)
-    depths = [depth for depth in range(search.min_depth, search.max_depth + 1) if depth % parallel.pipeline == 0]
+    depths = [depth for depth in range(search.min_depth, search.max_depth + 1) if depth % parallel.num_chunks == 0]
     if not depths:
         raise ValueError(
-            f"--depth: {search.min_depth}-{search.max_depth} has no multiple of parallel.pipeline "
-            f"{parallel.pipeline}; widen it"
+            f"--depth: {search.min_depth}-{search.max_depth} has no multiple of parallel.pipeline x "
+            f"virtual_pipeline, {parallel.num_chunks}; widen it"
         )
     fitter.check_budget(depths[0])
     found: dict[tuple[int, int, int], ModelConfig] = {}

@@ -17,7 +17,7 @@ from flows.launch.job_fields import job_fields
 from flows.planning.corpus_size import CorpusSize, prepared_size, sampled_corpus
 from flows.run.config import RunConfig
 from flows.run.folder import Run
-from trainer.flops import model_flops
+from trainer.flops import idle_microbatches, model_flops
 from trainer.hardware import Hardware
 from trainer.measurement import MeasureJob
 from trainer.memory import Workload
@@ -72,8 +72,8 @@ def measure(config: RunConfig, num_microbatches: int) -> tuple[MeasuredSpeed, Co
         else:
             corpus = run.corpus()
         launch, record, measured = _measure(config, corpus, folder, num_microbatches)
-    slots = config.parallel.pipeline - 1
-    step = record["seconds_a_step"] * (num_microbatches + slots) / (measured + slots)
+    idle = idle_microbatches(config.parallel)
+    step = record["seconds_a_step"] * (num_microbatches + idle) / (measured + idle)
     return MeasuredSpeed(launch, step, record["seconds_a_scored_token"], seconds_a_byte), size
 
 

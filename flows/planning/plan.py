@@ -189,10 +189,9 @@ def _suggestion(config: RunConfig, workload: Workload, hardware: Hardware) -> st
     if hardware.kind == "cpu":
         hardware = replace(hardware, per_node=config.launch.processes_per_node or 1)
     chosen = choose_layout(workload, hardware)
-    if chosen is None or (chosen.parallel, chosen.micro_batch_size) == (
-        workload.parallel,
-        workload.train.micro_batch_size,
-    ):
+    # The choice leaves out virtual_pipeline, which is no reason for another one.
+    own = workload.parallel.model_copy(update={"virtual_pipeline": 1}), workload.train.micro_batch_size
+    if chosen is None or (chosen.parallel, chosen.micro_batch_size) == own:
         return None
     fields = ", ".join(f"{name}: {str(value).lower()}" for name, value in chosen.parallel.model_dump().items())
     return f"parallel: {{{fields}}}, train.micro_batch_size: {chosen.micro_batch_size} ({'; '.join(chosen.reasons)})"
