@@ -41,9 +41,15 @@ LAYOUTS = {
     "tensor": ParallelConfig(tensor=2, sequence=True),
     "pipeline": ParallelConfig(pipeline=2),
     "all": ParallelConfig(tensor=2, pipeline=2, data=2),
+    "interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }
+# What the last of them divides.
+DEEP_MODEL = TINY_MODEL.model_copy(update={"num_layers": 4})
 # Names of the rehearsals of training: the layout, or the large model, and the rank, or the micro batch size.
-TRAINED = ("one", "tensor 0", "tensor 1", "pipeline 0", "pipeline 1", "all 0", "all 7", "large 2", "large 8")
+TRAINED = (
+    *("one", "tensor 0", "tensor 1", "pipeline 0", "pipeline 1", "all 0", "all 7", "interleaved 0", "interleaved 1"),
+    *("large 2", "large 8"),
+)
 _STUDENT = TINY_MODEL.model_copy(
     update={"hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1, "head_size": 8, "ffn_hidden_size": 32}
 )
@@ -65,7 +71,8 @@ class CudaJobs:
             # The first and the last rank: of stages, those with the embedding and with the head.
             for rank in (0, parallel.world_size - 1) if parallel.world_size > 1 else ():
                 name = f"{layout} {rank}"
-                job = self._train(name, short, TINY_MODEL, TRAIN, parallel)
+                model = DEEP_MODEL if parallel.virtual_pipeline > 1 else TINY_MODEL
+                job = self._train(name, short, model, TRAIN, parallel)
                 self._add(name, job, rank=rank, world_size=parallel.world_size, checkpoint="planned")
         for size, options in ((2, {"checkpoint": "planned"}), (8, {"checkpoint": "none", "stop_after": STEPS})):
             train = TrainConfig(global_batch_size=size, micro_batch_size=size, validate_every_steps=1000, **REFERENCE)

@@ -8,7 +8,7 @@ from benchmarks.memory_budgets import BUDGETS
 from tests.conftest import TINY_MODEL
 from tests.rehearsal import fake_device
 from tests.rehearsal.budgets import rehearse
-from tests.rehearsal.cuda_jobs import PRESET, SEQ_LENGTH, STEPS, TRAIN, TRAINED
+from tests.rehearsal.cuda_jobs import DEEP_MODEL, PRESET, SEQ_LENGTH, STEPS, TRAIN, TRAINED
 
 Found = dict[str, dict[str, Any]]
 
@@ -86,7 +86,11 @@ def test_a_step_launches_and_moves_no_more_than_known(found: Found, name: str) -
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_and_validation_take_flash_attention(found: Found, name: str) -> None:
-    layers = 21 if name.startswith("large") else TINY_MODEL.num_layers // (2 if name.startswith(("pipe", "all")) else 1)
+    layers = TINY_MODEL.num_layers // (2 if name.startswith(("pipe", "all")) else 1)
+    if name.startswith("large"):
+        layers = 21
+    elif name.startswith("interleaved"):
+        layers = DEEP_MODEL.num_layers // 2
     assert last_step(found, name)["attention"] == {"FLASH_ATTENTION": layers * num_microbatches(name)}
     # Rounds that are asked to stop validate nothing.
     for scored in parts_of(found, "resumed", "score") if name in ("one", "large 8") else parts_of(found, name, "score"):
@@ -108,19 +112,22 @@ def test_replicas_exchange_gradients_and_weights_once_a_step(found: Found, name:
         ("reduce_scatter_tensor_coalesced_", 4),
         ("allgather_into_tensor_coalesced_", 2),
     ):
-        assert step["collectives"][collective] == 1
+        # One for each chunk of the layers.
+        assert step["collectives"][collective] == (2 if name.startswith("interleaved") else 1)
         # The whole and a replica's share of it.
         expected = bytes_a_number * model["num_parameters"] * (1 + 1 / replicas)
         assert step["collective_bytes"][collective] == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["pipeline 0", "pipeline 1", "all 0", "all 7"])
+@pytest.mark.parametrize("name", ["pipeline 0", "pipeline 1", "all 0", "all 7", "interleaved 0", "interleaved 1"])
 def test_stages_exchange_hidden_states_and_their_gradients(found: Found, name: str) -> None:
     step = last_step(found, name)
     state = TRAIN.micro_batch_size * 32 * TINY_MODEL.hidden_size * 2
+    # A microbatch passes a border between two stages, or, of four chunks, three.
+    borders = 3 if name.startswith("interleaved") else 1
     for direction in ("send", "recv_"):
-        assert step["collectives"][direction] == num_microbatches(name)
-        assert step["collective_bytes"][direction] == num_microbatches(name) * state
+        assert step["collectives"][direction] == num_microbatches(name) * borders
+        assert step["collective_bytes"][direction] == num_microbatches(name) * borders * state
 
 
 @pytest.mark.parametrize("name", ["tensor 0", "tensor 1"])
@@ -151,7 +158,7 @@ def test_a_checkpoint_has_weights_masters_and_moments(found: Found, name: str) -
     # Of masters and two moments a rank has its share, whole parameters, and none that another tensor rank has as well.
     share = last_step(found, name)["num_masters"]
     assert 0 < part["num_of_optimizer"] <= 3 * (share + model["largest"])
-    if name in ("one", "tensor 0", "pipeline 0", "pipeline 1"):
+    if name in ("one", "tensor 0", "pipeline 0", "pipeline 1", "interleaved 0", "interleaved 1"):
         assert part["num_of_optimizer"] == 3 * model["num_parameters"]
     # Nothing is gathered on the device but a state of one parameter at a time.
     assert part["peak"] - part["begin"] <= 2 * 4 * model["largest"]

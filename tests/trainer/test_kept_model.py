@@ -12,7 +12,7 @@ from data_scoring.config import ScoreConfig
 from data_scoring.refine.training_mix import write_mix
 from flows.launch import torchrun
 from flows.launch.launcher import KeptRanks, launch
-from tests.conftest import ORIGIN, Ranks, read_rows
+from tests.conftest import ORIGIN, TINY_MODEL, Layout, Ranks, read_rows
 from tests.forked_ranks import forking
 from tests.trainer.measured_training_job import MeasuredTrainJob
 from trainer.checkpoint_folder import list_checkpoints
@@ -20,7 +20,7 @@ from trainer.job import Job
 from trainer.jobs import CalibrateJob, ScoreJob, TrainJob
 from trainer.parallel_config import ParallelConfig
 
-LAYOUTS = {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2)}
+LAYOUTS = {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "pp2-vpp2": (1, 2, 1, 2), "dp2": (1, 1, 2)}
 
 
 class Launches:
@@ -37,14 +37,15 @@ class Launches:
         monkeypatch.setattr(torchrun, "start", note)
 
 
-def jobs_of(ranks: Ranks, name: str, layout: tuple[int, int, int], precision: str) -> tuple[TrainJob, Job, Job]:
+def jobs_of(ranks: Ranks, name: str, layout: Layout, precision: str) -> tuple[TrainJob, Job, Job]:
     """Return the jobs of training a round, and of calibrating and scoring it."""
     folder = ranks.folder / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     write_mix(folder / "mix.parquet", f"select shard, sample from '{ranks.corpus.samples_path}' limit 20", 0, 1)
     changes = {"precision": precision, "score": ScoreConfig(micro_batch_size=4)}
-    train = ranks.job(name, layout).model_copy(update=changes)
+    model = TINY_MODEL.model_copy(update={"num_layers": 4})
+    train = ranks.job(name, layout, model=model).model_copy(update=changes)
     weights = folder / "checkpoint" / f"step-{num_steps(ranks, train):08d}"
     common = {name: getattr(train, name) for name in Job.model_fields} | {"weights": weights, "origin": ORIGIN}
     calibrate = CalibrateJob(**common, score=train.score, round_number=1)
@@ -63,7 +64,7 @@ def results(folder: Path) -> tuple[np.ndarray, bytes]:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_losses_are_those_of_the_checkpoint_bit_for_bit(
-    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, layout: tuple[int, int, int], precision: str
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, layout: Layout, precision: str
 ) -> None:
     train, calibrate, score = jobs_of(ranks, f"kept-{precision}-{layout}", layout, precision)
     folder = train.round_folder

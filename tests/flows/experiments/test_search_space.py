@@ -114,7 +114,9 @@ def test_the_deployed_search_can_be_drawn() -> None:
 def test_what_cannot_be_met_is_one_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw(**fields)
-    with pytest.raises(ValueError, match=r"--depth: 5-5 has no multiple of parallel.pipeline x virtual_pipeline, 2; widen it"):
+    with pytest.raises(
+        ValueError, match=r"--depth: 5-5 has no multiple of parallel.pipeline x virtual_pipeline, 2; widen it"
+    ):
         draw(parallel=ParallelConfig(pipeline=2), min_depth=5, max_depth=5)
     with pytest.raises(ValueError, match=r"depth: 9-4 ends before it begins"):
         draw(min_depth=9, max_depth=4)
