@@ -19,8 +19,12 @@ from trainer.memory import Workload
 from trainer.parallel_config import ParallelConfig
 
 SMALL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 192, "vocab_size": 500}
-# Tensor, pipeline and data-parallel ranks, and whether tensor ranks share the sequence.
-LAYOUTS = ((1, 1, 1, False), (2, 1, 1, False), (2, 2, 2, True), (1, 4, 1, False), (4, 2, 1, True), (1, 1, 8, False))
+# Tensor, pipeline and data-parallel ranks, whether tensor ranks share the sequence, and a stage's chunks, if several.
+Layout = tuple[int, int, int, bool] | tuple[int, int, int, bool, int]
+LAYOUTS: tuple[Layout, ...] = (
+    *((1, 1, 1, False), (2, 1, 1, False), (2, 2, 2, True), (1, 4, 1, False), (4, 2, 1, True), (1, 1, 8, False)),
+    (1, 2, 1, False, 2),
+)
 SHAPES: tuple[dict[str, Any], ...] = (
     {},
     {"tied_embeddings": True, "attention_bias": "all", "ffn_bias": True, "num_query_groups": 4, "head_size": 32},
@@ -31,7 +35,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
 
 def workload(
     fields: dict[str, Any],
-    layout: tuple[int, int, int, bool] = (1, 1, 1, False),
+    layout: Layout = (1, 1, 1, False),
     precision: Any = "bfloat16",
     seq_length: int = 64,
     **train: Any,
@@ -40,14 +44,16 @@ def workload(
 
     Kernels are the reference ones unless given.
     """
-    tensor, pipeline, data, sequence = layout
+    tensor, pipeline, data, sequence = layout[:4]
+    chunks = layout[4] if len(layout) == 5 else 1
     train = {"loss_kernel": "reference", "activation_kernel": "reference", **train}
     model = ModelConfig.model_validate(fields)
     size = train.setdefault("micro_batch_size", 2)
     return Workload(
         model, model.vocab_size or 500, seq_length, TrainConfig(**train, global_batch_size=8 * size * data),
-        ParallelConfig(tensor=tensor, pipeline=pipeline, data=data, sequence=sequence), precision,
-        kind="cuda",
+        ParallelConfig(
+            tensor=tensor, pipeline=pipeline, virtual_pipeline=chunks, data=data, sequence=sequence
+        ), precision, kind="cuda",
     )  # fmt: skip
 
 
@@ -82,11 +88,11 @@ def work(rank: int, folder: Path) -> None:
     (folder / "found.pickle").write_bytes(pickle.dumps(found))
 
 
-def _counts(fields: dict[str, Any], layout: tuple[int, int, int, bool]) -> list[int]:
+def _counts(fields: dict[str, Any], layout: Layout) -> list[int]:
     """Return the number of weights that Megatron gives a rank of each pipeline stage."""
     from megatron.core import parallel_state
 
-    tensor, pipeline, data, _ = layout
+    tensor, pipeline, data, _ = layout[:4]
     counts = []
     for stage in range(pipeline):
         torch.distributed.init_process_group(

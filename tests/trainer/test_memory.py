@@ -23,6 +23,7 @@ PRO, LLAMA = ({"preset": name} for name in ("pangu-pi-1b-pro", "llama-7b"))
 # The shape that was rehearsed.
 LARGER_PRO = {"preset": "pangu-pi-1.5b-pro", "ffn_hidden_size": 5632}
 CHUNKED, TRITON = {"loss_kernel": "chunked"}, {"activation_kernel": "triton"}
+SHORT = {"num_layers": 8, "hidden_size": 1024, "num_attention_heads": 8, "ffn_hidden_size": 2752, "vocab_size": 32_000}
 PLAIN = {"tied_embeddings": True, "activation_terms": 1, "shortcut_reduction": None}
 ALONE = (1, 1, 1, False)
 
@@ -67,6 +68,10 @@ def test_a_step_takes_what_is_tracked(found: dict[str, Any]) -> None:
         (LARGER_PRO, 2048, 4, (2, 2, 2, True), {}, 12.84),
         (LLAMA, 4096, 1, (1, 1, 8, False), {}, 64.68),
         (LLAMA, 4096, 2, (4, 1, 2, True), CHUNKED, 27.31),
+        (SHORT, 2048, 2, (1, 2, 1, False), {}, 3.393),
+        (SHORT, 2048, 2, (1, 2, 1, False, 2), {}, 3.688),
+        (SHORT, 2048, 2, (1, 4, 1, False, 2), {}, 3.153),
+        (SHORT, 2048, 2, (1, 2, 1, False, 4), {}, 3.853),
     ],
 )  # fmt: skip
 def test_peaks_of_rehearsed_steps(
@@ -87,9 +92,16 @@ def test_states_are_divided_among_data_parallel_ranks() -> None:
             assert rank_memory(asked).states == pytest.approx(count * (here + shared / data), abs=12)
 
 
-@pytest.mark.parametrize(("stage", "num_microbatches", "expected"), [(0, 8, 4), (3, 8, 1), (0, 2, 2), (1, 8, 3)])
-def test_microbatches_in_flight(stage: int, num_microbatches: int, expected: int) -> None:
-    asked = workload(SMALL, (1, 4, 1, False))
+@pytest.mark.parametrize(
+    ("chunks", "stage", "num_microbatches", "expected"),
+    [
+        *((1, 0, 8, 4), (1, 3, 8, 1), (1, 0, 2, 2), (1, 1, 8, 3)),
+        # Those of Megatron's schedule before the first backward pass, and one: at most all.
+        *((2, 0, 8, 11), (2, 1, 8, 9), (2, 3, 8, 5), (2, 0, 4, 8), (3, 3, 8, 9)),
+    ],
+)
+def test_passes_in_flight(chunks: int, stage: int, num_microbatches: int, expected: int) -> None:
+    asked = workload(SMALL, (1, 4, 1, False, chunks))
     train = asked.train.model_copy(update={"global_batch_size": 2 * num_microbatches})
     assert replace(asked, train=train).in_flight(stage) == expected
 

@@ -109,6 +109,19 @@ def test_impossible_models_are_named(fields: dict[str, Any], message: str) -> No
     [
         (ParallelConfig(tensor=3), 32, "parallel.tensor: 3 does not divide model.num_attention_heads 4"),
         (ParallelConfig(tensor=2, sequence=True), 33, "parallel.tensor 2 does not divide corpus.seq_length 33"),
+        (
+            ParallelConfig(pipeline=2, virtual_pipeline=3),
+            32,
+            "parallel.virtual_pipeline: parallel.pipeline 2 x 3 chunks "
+            "do not divide model.num_layers 4; change one of them",
+        ),
+        (
+            ParallelConfig(pipeline=2, virtual_pipeline=2, data=8),
+            32,
+            "parallel.virtual_pipeline: 2 needs a multiple of "
+            r"parallel.pipeline 2 microbatches a step, but train.global_batch_size 16 / \(train.micro_batch_size 2 x "
+            r"parallel.data 8\) is 1; change one of them, or set it to 1",
+        ),
     ],
 )
 def test_impossible_layouts_are_named(parallel: ParallelConfig, seq_length: int, message: str) -> None:
