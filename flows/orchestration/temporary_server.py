@@ -7,18 +7,20 @@ imports Prefect: this module must not.
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import BinaryIO
 
 from typing_extensions import TypedDict
 
-_STARTUP_SECONDS = 60.0
+_STARTUP_SECONDS = 120.0
 _SECONDS_TO_STOP = 15.0
 _is_private = False
 
@@ -37,20 +39,20 @@ def is_private() -> bool:
 
 
 @contextmanager
-def server() -> Iterator[None]:
-    """Provide a server for flows: the configured one, else a temporary one on the loopback interface."""
-    with starting_server() as ready, ready():
+def server(environment: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Provide a server for flows, as `starting_server` does, and wait until it has started."""
+    with starting_server(environment) as ready, ready():
         yield
 
 
 @contextmanager
 def starting_server(
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Start a server, unless a configured one answers; yield a context manager that waits for it and has flows use it.
+    """Start a server on the loopback interface, unless the configured one answers.
 
-    environment: variables of the server beside this process's own. Raises ValueError, where the server is waited for,
-    if it does not start.
+    Yields a context manager that waits for the server and has flows use it; it raises ValueError if the server does not
+    start. environment: variables for the server, besides this process's own.
     """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -58,7 +60,7 @@ def starting_server(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **environment},
             # Ctrl-C does not reach it: flows still report their end to it.
             start_new_session=True,
         )
@@ -109,10 +111,10 @@ def _read_answer(process: subprocess.Popen[bytes], errors: BinaryIO) -> Answer:
         read = os.read(process.stdout.fileno(), 4096) if is_readable else b""
         if not read:
             errors.seek(0)
-            last = errors.read().decode(errors="replace").strip().rpartition("\n")[2][:200]
+            found = re.findall(r"^[\w.]+(?:Error|Exception): .+", errors.read().decode(errors="replace"), re.MULTILINE)
             raise ValueError(
-                f"Prefect's server did not start{f' ({last})' if last else ''}; check the disk and the database of "
-                "PREFECT_HOME, or start a server with `prefect server start` and set PREFECT_API_URL"
+                f"Prefect's server did not start{f' ({found[-1][:200]})' if found else ''}; check the disk and the "
+                "database of PREFECT_HOME, or start a server with `prefect server start` and set PREFECT_API_URL"
             )
         line += read
     answer: Answer = json.loads(line)

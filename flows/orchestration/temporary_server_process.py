@@ -52,7 +52,7 @@ def main() -> None:
         from prefect.server.api.server import create_app
 
         app = Guard(create_app(ephemeral=True, final=True), own_names("127.0.0.1"))
-        config = uvicorn.Config(app, log_level="critical", lifespan="on")
+        config = uvicorn.Config(app, log_level="error", lifespan="on")
         served = _Server(config, {"configured": configured, "url": url, "password": password})
         threading.Thread(target=_end_with_launcher, args=(served,), daemon=True).start()
         served.run(sockets=[listener])
