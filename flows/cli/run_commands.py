@@ -89,6 +89,11 @@ def _run(options: argparse.Namespace) -> None:
         print(launch_plan(config))
         return
 
+    if not (config.folder / "run.yaml").exists():
+        # Told before Prefect and torch are imported, which takes seconds.
+        from data_scoring.corpus.prepare_corpus import check_corpus
+
+        check_corpus(config.corpus, config.tokenizer)
     _forget_verified(options, config)
 
     from flows.orchestration.here import run_here
