@@ -77,7 +77,7 @@ def _used(process: subprocess.Popen[bytes], errors: BinaryIO) -> Iterator[None]:
     if answer["password"] is None:
         yield
         return
-    if "PREFECT_API_URL" in os.environ and answer["configured"] is not None:
+    if "PREFECT_API_URL" in os.environ and answer["configured"]:
         print(
             f"no Prefect server answers at {answer['configured']} (or PREFECT_API_AUTH_STRING is not its password); "
             "this run will not be visible there",

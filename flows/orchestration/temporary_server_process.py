@@ -35,7 +35,7 @@ _SECONDS_TO_END = 10.0
 def main() -> None:
     """Serve, unless a configured server answers."""
     configured = get_current_settings().api.url
-    if configured is not None and answers(configured):
+    if configured and answers(configured):
         _tell({"configured": configured, "url": configured, "password": None})
         return
     listener = socket.create_server(("127.0.0.1", 0))
