@@ -4,6 +4,7 @@ if __name__ == "__main__":
     import sys
     from pathlib import Path
 
+    from data_scoring.base.exits import exit_with
     from trainer.rank import main
 
-    main(Path(sys.argv[1]))
+    exit_with(lambda: main(Path(sys.argv[1])))

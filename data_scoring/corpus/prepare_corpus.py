@@ -54,7 +54,7 @@ def prepare_corpus(
     ValueError, naming file and line or field, for unusable input; the next attempt reuses the staged files of sources
     that were read completely.
     """
-    in_place = _check(corpus, tokenizer)
+    in_place = check_corpus(corpus, tokenizer)
     staging = folder / "staging"
     staging.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -84,7 +84,7 @@ def prepare_corpus(
     write_record(folder / "manifest.json", manifest)
 
 
-def _check(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:
+def check_corpus(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:
     """Return whether the corpus is used in place. Raises ValueError for invalid input, before anything is written."""
     names = [source.name for source in corpus.sources]
     if len(set(names)) < len(names):

@@ -1,7 +1,9 @@
 """Text from the Python installation: documentation topics, docstrings and source of the standard library."""
 
 import ast
+import os
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,9 @@ KINDS = ("topics", "docstrings", "source")
 
 # Generated tables and tests are noise compared with prose and code; site-packages is not the standard library.
 _SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "pydoc_data", "encodings"}
+
+# The fields of syntax nodes that hold statements, in their order, which all nodes share.
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
 def read_python_text(kind: str) -> Iterator[str]:
@@ -32,15 +37,18 @@ def read_python_text(kind: str) -> Iterator[str]:
 
 def _modules() -> Iterator[Path]:
     library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        if not _SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
-            yield path
+    paths = []
+    for folder, folders, files in os.walk(library):
+        # Other packages are many more files.
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    yield from sorted(paths)
 
 
 def _split_docstrings(text: str) -> tuple[list[str], str]:
     docstrings: list[str] = []
     dropped: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in _walk_statements(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
             if docstring:
@@ -48,3 +56,13 @@ def _split_docstrings(text: str) -> tuple[list[str], str]:
                 dropped.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     lines = [line for number, line in enumerate(text.splitlines(), start=1) if number not in dropped]
     return docstrings, "\n".join(lines)
+
+
+def _walk_statements(module: ast.Module) -> Iterator[ast.AST]:
+    """Yield the module and its statements in the order of `ast.walk`, without expressions, which are most nodes."""
+    nodes: deque[ast.AST] = deque([module])
+    while nodes:
+        node = nodes.popleft()
+        for block in _BLOCKS:
+            nodes.extend(getattr(node, block, ()))
+        yield node

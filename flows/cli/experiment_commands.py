@@ -114,16 +114,17 @@ def _sweep(options: argparse.Namespace) -> None:
     config = with_tokens(read_trial_config(options), options.tokens)
     search = _search(options)
 
-    def run_flow() -> Any:
-        from flows.sweep_pipeline import architecture_sweep
-
-        return architecture_sweep(config, search)
-
     from flows.orchestration.here import run_here
 
-    page = run_here(run_flow)
+    page = run_here(_import_sweep, config, search)
     assert isinstance(page, Path)
     print(f"{page.with_suffix('.md').read_text(encoding='utf-8')}\nsweep: {page}")
+
+
+def _import_sweep() -> Any:
+    from flows.sweep_pipeline import architecture_sweep
+
+    return architecture_sweep
 
 
 def _search(options: argparse.Namespace) -> Any:

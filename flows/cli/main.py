@@ -5,8 +5,10 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from data_scoring.base.caches import provide_caches
+from data_scoring.base.exits import exit_with
 from data_scoring.base.files import explain
 from flows.cli.evaluation_commands import add_evaluate
 from flows.cli.experiment_commands import add_trial_commands
@@ -142,6 +144,7 @@ def _join(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    print("starting Prefect's server, a worker and a server for reports", flush=True)
     from flows.orchestration.serve import serve
 
     serve(options.host, options.port, options.allow)
@@ -198,5 +201,10 @@ def _sql(options: argparse.Namespace) -> None:
     ask(options.run, options.query, options.timeout, not options.unrestricted).show(max_rows=200, max_width=200)
 
 
+def run() -> NoReturn:
+    """End this process with the exit status of its command line: the entry point of `reprise`."""
+    exit_with(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -89,18 +89,24 @@ def _run(options: argparse.Namespace) -> None:
         print(launch_plan(config))
         return
 
+    if not (config.folder / "run.yaml").exists():
+        # Told before Prefect and torch are imported, which takes seconds.
+        from data_scoring.corpus.prepare_corpus import check_corpus
+
+        check_corpus(config.corpus, config.tokenizer)
     _forget_verified(options, config)
-
-    def run_flow() -> Any:
-        from flows.pipeline import multi_round
-
-        return multi_round(config)
 
     from flows.orchestration.here import run_here
 
-    report = run_here(run_flow)
+    report = run_here(_import_flow, config)
     _print_notes(open_run(config))
     print(f"report: {report}")
+
+
+def _import_flow() -> Any:
+    from flows.pipeline import multi_round
+
+    return multi_round
 
 
 def _print_notes(run: Run) -> None:

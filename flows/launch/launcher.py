@@ -145,6 +145,7 @@ class KeptRanks:
         self._launcher: Launcher | None = None
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._ending: _Ending | None = None
 
     def __enter__(self) -> "KeptRanks":
         return self
@@ -152,8 +153,15 @@ class KeptRanks:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
-        elif (launcher := self._release()) is not None:
-            _end(launcher)
+            self._wait()
+            return
+        try:
+            if self._ending is not None:
+                self._ending.hurry()
+            self._wait()
+        finally:
+            if (launcher := self._release()) is not None:
+                _end(launcher)
 
     def keep(self, launcher: Launcher) -> None:
         """Keep the ranks of `launcher`, which have done their job and wait."""
@@ -164,27 +172,28 @@ class KeptRanks:
             self._thread.start()
 
     def take(self, job: Job) -> Launcher | None:
-        """Return the launcher whose ranks wait and can do `job`; otherwise end them and return None."""
+        """Return the launcher whose ranks wait and can do `job`; otherwise end them, wait until they have, return None.
+
+        Raises what ending them has raised.
+        """
         launcher = self._launcher
-        if launcher is None:
-            return None
-        if not job.can_follow(launcher.job) or not _is_running(launcher):
-            self.close()
-            return None
-        return self._release()
+        if launcher is not None and job.can_follow(launcher.job) and _is_running(launcher):
+            return self._release()
+        self.close()
+        self._wait()
+        return None
 
     def close(self) -> None:
-        """Have the ranks end, and return when they have."""
+        """Have the ranks end, and return at once: the next launch, and the end of the context, wait for their end."""
         launcher = self._release()
-        if launcher is None:
-            return
-        try:
-            launcher.queue.end()
-            deadline = time.monotonic() + _SECONDS_TO_END
-            while _is_running(launcher) and time.monotonic() < deadline:
-                time.sleep(_SECONDS_BETWEEN_POLLS)
-        finally:
-            _end(launcher)
+        if launcher is not None:
+            self._wait()
+            self._ending = _Ending(launcher)
+
+    def _wait(self) -> None:
+        ending, self._ending = self._ending, None
+        if ending is not None:
+            ending.wait()
 
     def _release(self) -> Launcher | None:
         launcher, self._launcher = self._launcher, None
@@ -198,6 +207,48 @@ class KeptRanks:
         """Poll while the ranks wait: joined hosts stop theirs when the launcher shows no sign of life."""
         while _is_running(launcher) and not self._is_over.wait(_SECONDS_BETWEEN_BEATS):
             pass
+
+
+class _Ending:
+    """Ranks that were told to end, in a thread that waits for it, and stops them if they take too long."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self._is_hurried = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def hurry(self) -> None:
+        """Stop the ranks now."""
+        self._is_hurried.set()
+
+    def wait(self) -> None:
+        """Return when the ranks have ended; after a signal, stop them. Raises what ending them has raised."""
+        try:
+            self._thread.join()
+        except BaseException:
+            self.hurry()
+            self._thread.join()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._end()
+        except Exception as error:  # noqa: BLE001 - raised by `wait`
+            self._error = error
+
+    def _end(self) -> None:
+        try:
+            self._launcher.queue.end()
+            deadline = time.monotonic() + _SECONDS_TO_END
+            while _is_running(self._launcher) and time.monotonic() < deadline:
+                if self._is_hurried.wait(_SECONDS_BETWEEN_POLLS):
+                    break
+        finally:
+            _end(self._launcher)
 
 
 def _is_running(launcher: Launcher) -> bool:

@@ -22,9 +22,9 @@ from prefect.settings import (
     temporary_settings,
 )
 
+from flows.orchestration.configured_server import answers
 from flows.orchestration.dead_runs import DeadRuns
 from flows.orchestration.environment import served_environment
-from flows.orchestration.temporary_server import answers
 from flows.orchestration.work_pool import POOL, make_pool
 
 _SECONDS_TO_START = 120.0

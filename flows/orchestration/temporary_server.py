@@ -1,36 +1,36 @@
-"""A temporary Prefect server in a thread, for runs without a server. It ends with its process, however that ends.
+"""A temporary Prefect server for runs without a server: a process that ends with this one, however this one ends.
 
-The temporary server that Prefect itself starts is a separate process, which outlives a killed flow, and answers to
-every user of the machine and every web page. This one is guarded, and has a password that only its process knows.
+The temporary server that Prefect itself starts outlives a killed flow, and answers to every user of the machine and
+every web page. This one is guarded, and has a password that it tells only this process. It starts while this process
+imports Prefect: this module must not.
 """
 
-import contextvars
+import json
 import os
-import secrets
-import socket
+import re
+import select
+import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
+from typing import BinaryIO
 
-import httpx
-import uvicorn
-from prefect.server.api.server import create_app
-from prefect.settings import (
-    PREFECT_API_AUTH_STRING,
-    PREFECT_API_URL,
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    PREFECT_SERVER_API_AUTH_STRING,
-    PREFECT_SERVER_CSRF_PROTECTION_ENABLED,
-    get_current_settings,
-    temporary_settings,
-)
+from typing_extensions import TypedDict
 
-from flows.orchestration.guard import Guard, own_names
-
-_STARTUP_SECONDS = 60.0
+_STARTUP_SECONDS = 120.0
+_SECONDS_TO_STOP = 15.0
 _is_private = False
+
+
+class Answer(TypedDict):
+    """What the server's process tells: the configured URL, the one to use, and the password of a temporary server."""
+
+    configured: str | None
+    url: str
+    password: str | None
 
 
 def is_private() -> bool:
@@ -39,64 +39,95 @@ def is_private() -> bool:
 
 
 @contextmanager
-def server() -> Iterator[None]:
-    """Provide a server for flows: the configured one, else a temporary one on the loopback interface."""
-    global _is_private  # noqa: PLW0603 - there is one server per process
-    url = get_current_settings().api.url
-    if url is not None:
-        if answers(url):
-            yield
-            return
-        if "PREFECT_API_URL" in os.environ:
-            print(
-                f"no Prefect server answers at {url} (or PREFECT_API_AUTH_STRING is not its password); "
-                "this run will not be visible there",
-                file=sys.stderr,
-            )
-    listener = socket.create_server(("127.0.0.1", 0))
-    password = f"reprise:{secrets.token_urlsafe()}"
-    private = {
-        PREFECT_API_URL: f"http://127.0.0.1:{listener.getsockname()[1]}/api",
-        PREFECT_API_AUTH_STRING: password,
-        PREFECT_SERVER_API_AUTH_STRING: password,
-        PREFECT_SERVER_CSRF_PROTECTION_ENABLED: False,
-        PREFECT_SERVER_ANALYTICS_ENABLED: False,
-    }
-    with temporary_settings(private):
-        app = Guard(create_app(ephemeral=True, final=True), own_names("127.0.0.1"))
-        served = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
-        # The copied context holds the settings, by which WebSockets are checked.
-        thread = threading.Thread(
-            target=contextvars.copy_context().run, args=(served.run,), kwargs={"sockets": [listener]}, daemon=True
+def server(environment: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Provide a server for flows, as `starting_server` does, and wait until it has started."""
+    with starting_server(environment) as ready, ready():
+        yield
+
+
+@contextmanager
+def starting_server(
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Start a server on the loopback interface, unless the configured one answers.
+
+    Yields a context manager that waits for the server and has flows use it; it raises ValueError if the server does not
+    start. environment: variables for the server, besides this process's own.
+    """
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "flows.orchestration.temporary_server_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, **environment},
+            # Ctrl-C does not reach it: flows still report their end to it.
+            start_new_session=True,
         )
-        _start(served, thread)
+        try:
+            yield lambda: _used(process, errors)
+        finally:
+            _stop(process)
+
+
+@contextmanager
+def _used(process: subprocess.Popen[bytes], errors: BinaryIO) -> Iterator[None]:
+    global _is_private  # noqa: PLW0603 - there is one server per process
+    answer = _read_answer(process, errors)
+    if answer["password"] is None:
+        yield
+        return
+    if "PREFECT_API_URL" in os.environ and answer["configured"]:
+        print(
+            f"no Prefect server answers at {answer['configured']} (or PREFECT_API_AUTH_STRING is not its password); "
+            "this run will not be visible there",
+            file=sys.stderr,
+        )
+    from prefect.settings import (
+        PREFECT_API_AUTH_STRING,
+        PREFECT_API_URL,
+        PREFECT_SERVER_CSRF_PROTECTION_ENABLED,
+        temporary_settings,
+    )
+
+    settings = {
+        PREFECT_API_URL: answer["url"],
+        PREFECT_API_AUTH_STRING: answer["password"],
+        PREFECT_SERVER_CSRF_PROTECTION_ENABLED: False,
+    }
+    with temporary_settings(settings):
         _is_private = True
         try:
             yield
         finally:
             _is_private = False
-            served.should_exit = True
-            thread.join(timeout=10)
 
 
-def _start(served: uvicorn.Server, thread: threading.Thread) -> None:
-    thread.start()
-    deadline = time.monotonic() + _STARTUP_SECONDS
-    while not served.started:
-        if not thread.is_alive() or time.monotonic() > deadline:
+def _read_answer(process: subprocess.Popen[bytes], errors: BinaryIO) -> Answer:
+    assert process.stdout is not None
+    deadline, line = time.monotonic() + _STARTUP_SECONDS, b""
+    while not line.endswith(b"\n"):
+        is_readable, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+        read = os.read(process.stdout.fileno(), 4096) if is_readable else b""
+        if not read:
+            errors.seek(0)
+            found = re.findall(r"^[\w.]+(?:Error|Exception): .+", errors.read().decode(errors="replace"), re.MULTILINE)
             raise ValueError(
-                "Prefect's server did not start; check the disk and the database of PREFECT_HOME, "
-                "or start a server with `prefect server start` and set PREFECT_API_URL"
+                f"Prefect's server did not start{f' ({found[-1][:200]})' if found else ''}; check the disk and the "
+                "database of PREFECT_HOME, or start a server with `prefect server start` and set PREFECT_API_URL"
             )
-        time.sleep(0.05)
+        line += read
+    answer: Answer = json.loads(line)
+    return answer
 
 
-def answers(url: str) -> bool:
-    """Return whether a server answers at the API address `url`, and accepts the password of the settings."""
-    password = get_current_settings().api.auth_string
-    user, _, rest = (password.get_secret_value() if password else "").partition(":")
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process: as soon as its standard input is closed, it stores what it has received, and ends."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.close()
+    process.stdout.close()
     try:
-        # Unlike `health`, this address needs the password.
-        return httpx.get(f"{url}/version", auth=(user, rest) if password else None, timeout=10).is_success
-    except httpx.HTTPError:
-        return False
+        process.wait(timeout=_SECONDS_TO_STOP)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -16,11 +16,6 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import Event
-from prefect.settings import (
-    PREFECT_HOME,
-    PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL,
-    temporary_settings,
-)
 from prefect.states import Cancelling, Completed, Failed, Running, State, Suspended
 
 from flows.orchestration.dead_runs import DeadRuns
@@ -33,11 +28,12 @@ SILENCE = 3.0
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
-    settings = {
-        PREFECT_HOME: tmp_path_factory.mktemp("prefect"),
-        PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL: 0.1,
+    environment = {
+        "PREFECT_API_URL": "",
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "0.1",
     }
-    with temporary_settings(settings), server(), get_client(sync_client=True) as client:
+    with server(environment), get_client(sync_client=True) as client:
         make_pool(client)
         yield client
 
