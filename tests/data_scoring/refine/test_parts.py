@@ -237,5 +237,5 @@ def test_kept_batches_stay_together_and_are_the_steps(facts: Facts, tmp_path: Pa
     # In random order, and the shorter ones each in one piece behind them.
     assert abs(np.corrcoef(steps[:, 0], np.arange(len(steps)))[0, 1]) < 0.5
     rest = batches[BATCH * len(whole) :]
-    assert 0 < len(rest)
+    assert len(rest) > 0
     assert (np.diff(rest) != 0).sum() + 1 == len(set(rest.tolist()))
