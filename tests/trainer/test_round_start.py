@@ -154,7 +154,7 @@ def test_the_first_step_is_from_the_same_weights_and_goes_elsewhere(ranks: Ranks
 
 
 def test_a_round_that_stops_midway_goes_on_as_if_it_had_not(ranks: Ranks, trained: Path, tmp_path: Path) -> None:
-    """A sample of step 5 is corrupt: 2x1x1 stops there; once it is restored, one rank goes on from the save at step 3."""
+    """A sample of step 5 is corrupt: 2x1x1 stops there; once it is restored, 1x1x1 goes on from the save at step 3."""
     [start_from] = list_checkpoints(trained / "checkpoint")
     broken = Ranks(Corpus(Path(shutil.copytree(ranks.corpus.folder, tmp_path / "corpus"))), tmp_path, forking)
     checkpoint = CheckpointConfig(every_steps=3)
