@@ -115,6 +115,7 @@ def forgetting_curve(round_number: int, num_parts: int) -> Plot:
         numbers = [part + 1 for part, *_ in parts]
         right.plot(numbers, [seen for _, _, seen, _ in parts], "o-", color=_SEEN)
         right.plot(numbers, [loss for *_, loss in parts], "o-", color=_RESCORED)
+        right.xaxis.get_major_locator().set_params(integer=True)
         right.set_xlabel(f"part of the training order, of {num_parts}")
         figure.tight_layout()
         return figure
