@@ -123,7 +123,7 @@ def _work(name: str, rounds: Path, size: int) -> dict[str, float]:
     from data_scoring.refine.candidates import Draw, find_limits
     from data_scoring.refine.refine_config import RefineConfig
     from data_scoring.refine.refine_shards import refine
-    from data_scoring.refine.selection import select
+    from data_scoring.refine.selection import Selection
 
     outlier_z = 6.0 if "outliers" in name else None
     draw = Draw(rounds, 2, RefineConfig(outlier_z=outlier_z), 0, [size // NUM_SHARDS] * NUM_SHARDS)
@@ -133,7 +133,7 @@ def _work(name: str, rounds: Path, size: int) -> dict[str, float]:
             limits = find_limits(connection, draw)
             for shard in range(NUM_SHARDS):
                 connection.sql(
-                    f"select count(*) from ({select(connection, draw, limits, shard)}) where kept"
+                    f"select count(*) from ({Selection(connection, draw, limits).query(shard)}) where kept"
                 ).fetchall()
 
     def scan() -> None:

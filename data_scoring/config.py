@@ -65,7 +65,7 @@ class CorpusConfig(Config):
         description="Sources of text."
     )
     seq_length: Integer = Field(default=256, ge=8, le=1_048_576, description="Tokens that a sample predicts.")
-    num_shards: Integer = Field(default=8, ge=1, le=65_536, description="Equal random parts of the corpus (paper: 8).")
+    num_shards: Integer = Field(default=8, ge=1, le=65_536, description="Shards: equal random subsets of the corpus.")
     validation_fraction: Number = Field(
         default=0.05, gt=0, lt=1, description="Share of documents held out before the shards are cut."
     )

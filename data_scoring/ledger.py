@@ -16,12 +16,16 @@ from data_scoring.base.sql import SHARD_OF_FILE, literal, parquet_rows
 
 @dataclass(frozen=True)
 class View:
-    """A view: its description, its columns with type and meaning, and what it selects from the files `files`."""
+    """A view: its description, its columns with type and meaning, and what it selects from the files `files`.
+
+    optional: columns, with their types, that not all files have; they are null where missing.
+    """
 
     comment: str
     files: str
     columns: dict[str, tuple[str, str]]
     selected: str
+    optional: tuple[tuple[str, str], ...] = ()
 
 
 # The last such folder on the way to the file is the run's own, whatever the others are called.
@@ -104,8 +108,10 @@ VIEWS = {
             "loss": ("float", "Loss on which the decision is based, nats per token."),
             "kept": ("boolean", "Whether the sample is in the round's mix."),
             "reason": ("varchar", "Why it is kept or not."),
+            "probability": ("float", "With refine.weights, the probability with which the draw keeps a kept sample."),
         },
-        f"{_ROUND}, {_SHARD}, sample, loss, kept, reason",
+        f"{_ROUND}, {_SHARD}, sample, loss, kept, reason, probability",
+        (("probability", "float"),),
     ),
     "mix": View(
         "The samples that a round trains on.",
@@ -114,8 +120,10 @@ VIEWS = {
             **_ROUND_COLUMN,
             "place": ("bigint", "Place in the training order, from 0."),
             **_IDENTITY,
+            "weight": ("float", "Weight of the sample's loss in training: 1 without refine.weights."),
         },
-        f"{_ROUND}, file_row_number as place, shard, sample",
+        f"{_ROUND}, file_row_number as place, shard, sample, coalesce(weight, 1)::float as weight",
+        (("weight", "float"),),
     ),
     "budgets": View(
         "How the samples were scored after a round, and how the alternatives compare with scoring in full.",
@@ -201,7 +209,7 @@ VIEWS = {
         {
             **_ROUND_COLUMN,
             "step": ("integer", "Optimizer step of the round, from 1."),
-            "loss": ("float", "Mean loss of the step's batch, nats per token."),
+            "loss": ("float", "Mean loss of the step's batch, nats per token; samples are not weighted."),
             "lr": ("float", "Learning rate of the step."),
             "grad_norm": ("float", "Norm of the gradient before clipping."),
             "num_samples": ("integer", "Samples in the batch."),
@@ -316,7 +324,13 @@ def create_views(connection: duckdb.DuckDBPyConnection, run_folder: Path) -> Non
 
 def _select(run_folder: Path, view: View) -> str:
     if any(run_folder.glob(view.files)):
-        return f"select {view.selected} from {parquet_rows(run_folder, view.files, options='filename = true')}"
+        if not view.optional:
+            return f"select {view.selected} from {parquet_rows(run_folder, view.files, options='filename = true')}"
+        rows = parquet_rows(
+            run_folder, view.files, options="filename = true, file_row_number = true, union_by_name = true"
+        )
+        missing = ", ".join(f"null::{kind} as {name}" for name, kind in view.optional)
+        return f"select {view.selected} from (from {rows} union all by name select {missing} where false)"
     empty = ", ".join(f"null::{kind} as {name}" for name, (kind, _) in view.columns.items())
     return f"select {empty} where false"
 

@@ -183,6 +183,7 @@ class Ranks:
         checkpoint: CheckpointConfig = TINY_CHECKPOINT,
         train: TrainConfig = TINY_TRAIN,
         model: ModelConfig = TINY_MODEL,
+        keeps_optimizer: bool = False,
     ) -> Path:
         """Train a round in the folder `name`, or go on with it, and return the folder."""
         folder = self.folder / name
@@ -191,7 +192,8 @@ class Ranks:
                 mix_all(folder / "mix.parquet", self.corpus.samples_path, 0)
             else:
                 make_mix(folder / "mix.parquet")
-        self.launch(self.job(name, layout, start_from, checkpoint, train, model), name)
+        job = self.job(name, layout, start_from, checkpoint, train, model)
+        self.launch(job.model_copy(update={"keeps_optimizer": keeps_optimizer}), name)
         return folder
 
     def job(

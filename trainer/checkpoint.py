@@ -24,6 +24,8 @@ _LOG = logging.getLogger(__name__)
 _EXTRA = "_extra_state"
 # Megatron's key for the states of parameters within the optimizer's state.
 _PARAM_STATE = "param_state"
+# What a group of the optimizer's parameters has besides its settings.
+_OF_THE_LAST_STEP = ("params", "step")
 
 
 def find_usable_checkpoint(folder: Path, fingerprint: str) -> Path | None:
@@ -62,6 +64,18 @@ def _find_damage_together(checkpoint: Path) -> str | None:
 def load_checkpoint(checkpoint: Path, state: "TrainingState") -> None:
     """Load a complete training state, saved under any layout, into `state`."""
     state.load(_load(checkpoint, state.sharded(is_loading=True)))
+
+
+def load_start(checkpoint: Path, state: "TrainingState") -> None:
+    """Load weights and optimizer state of another round's checkpoint, saved under any layout, into a new `state`.
+
+    The learning-rate schedule and the optimizer's settings stay those of `state`. Raises ValueError if the checkpoint
+    is damaged.
+    """
+    damage = _find_damage_together(checkpoint)
+    if damage is not None:
+        raise ValueError(_failure(checkpoint, f"it is damaged: {damage}"))
+    state.load_start(_load(checkpoint, state.sharded(is_loading=True)))
 
 
 def load_weights(checkpoint: Path, model: ModelChunks) -> None:
@@ -133,16 +147,30 @@ class TrainingState:
 
     def load(self, loaded: dict[str, Any]) -> None:
         """Load the state that `dist_checkpointing.load` returned for `sharded`."""
+        self._load_optimizer(loaded)
+        # Megatron adds the loaded count to its own.
+        self.scheduler.num_steps = 0
+        self.scheduler.load_state_dict(loaded["scheduler"])
+        set_adam_kernel(self.optimizer)
+
+    def load_start(self, loaded: dict[str, Any]) -> None:
+        """Load weights and optimizer state, but not the schedule, of what `dist_checkpointing.load` returned."""
+        settings = [
+            {name: value for name, value in group.items() if name not in _OF_THE_LAST_STEP}
+            for group in self.optimizer.param_groups
+        ]
+        self._load_optimizer(loaded)
+        for group, kept in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(kept)
+        set_adam_kernel(self.optimizer)
+
+    def _load_optimizer(self, loaded: dict[str, Any]) -> None:
         for number, decoder in enumerate(self.model.decoders):
             decoder.load_state_dict(loaded["model"][number])
         # This makes Megatron's optimizer, or MindSpeed's replacement, allocate its state; `load_states` then fills it.
         states = loaded["optimizer"].pop(_PARAM_STATE, {})
         self.optimizer.load_state_dict(loaded["optimizer"])
         load_states(self._inner, states)
-        # Megatron adds the loaded count to its own.
-        self.scheduler.num_steps = 0
-        self.scheduler.load_state_dict(loaded["scheduler"])
-        set_adam_kernel(self.optimizer)
 
     @property
     def _inner(self) -> Any:

@@ -23,11 +23,12 @@ def read_microbatches(
     samples: NDArray[np.integer],
     micro_batch_size: int,
     seq_length: int,
+    weights: NDArray[np.float32] | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's microbatches of the samples given by shard and index, for `run_schedule`.
 
     They are truncated and padded to `seq_length` tokens. Only the first and last pipeline stages need the tokens; on
-    others they are zero.
+    others they are zero. weights: of the samples' losses.
     """
     edge = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
     for microbatch in deal_rows(len(samples), micro_batch_size):
@@ -38,7 +39,11 @@ def read_microbatches(
         if edge and len(real):
             batch = corpus.read(shards[real], samples[real], seq_length)
             tokens[: len(real)], num_tokens[: len(real)] = batch.tokens, batch.num_tokens
-        yield Batch(tokens, num_tokens)
+        padded = None
+        if weights is not None:
+            padded = np.zeros(micro_batch_size, np.float32)
+            padded[: len(real)] = weights[real]
+        yield Batch(tokens, num_tokens, padded)
 
 
 def deal_rows(num_samples: int, micro_batch_size: int) -> list[NDArray[np.int64]]:
@@ -69,8 +74,9 @@ def run_schedule(
     pipeline stage, the rows of the samples of this rank's replica, [n] int64, their summed losses on the device, [n]
     float32, nats, and their numbers of predicted tokens in host memory, [n] int64; on other stages three empty ones.
     With `prefixes`, sums and numbers cover the first `prefix` tokens of each sample, [n, len(prefixes)]. The gradient
-    is that of the sum of all losses, divided by all predicted tokens in `finalize_gradients`. The host does not wait
-    for the device.
+    is that of the sum of all losses, each times its sample's weight if the microbatches have weights, divided by all
+    predicted tokens in `finalize_gradients`; the returned losses are not weighted. The host does not wait for the
+    device.
     """
     rows = deal_rows(num_samples, micro_batch_size)
     device = model.device
@@ -103,6 +109,7 @@ def _on_device(microbatches: Iterable[Batch], seq_length: int, device: torch.dev
             "num_tokens": send(num_tokens, device),
             "num_tokens_on_host": num_tokens,
             "positions": position_s.expand(len(batch.tokens), -1),
+            **({} if batch.weights is None else {"weights": send(torch.from_numpy(batch.weights), device)}),
         }
 
 
@@ -116,15 +123,20 @@ def _forward_step(
         attention_mask=None,
         labels=batch["tokens"][:, 1:].contiguous(),
     )
-    return output, partial(_loss, batch["num_tokens"], batch["num_tokens_on_host"], prefixes)
+    return output, partial(_loss, batch["num_tokens"], batch["num_tokens_on_host"], batch.get("weights"), prefixes)
 
 
 def _loss(
-    num_tokens_b: Tensor, on_host_b: Tensor, prefixes: tuple[int, ...] | None, token_loss_bs: Tensor
+    num_tokens_b: Tensor,
+    on_host_b: Tensor,
+    weights_b: Tensor | None,
+    prefixes: tuple[int, ...] | None,
+    token_loss_bs: Tensor,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the sum of losses, its number of tokens, and what `run_schedule` returns of each sample.
+    """Return the sum of losses, weighted, its number of tokens, and what `run_schedule` returns of each sample.
 
-    num_tokens_b: [batch] int64, on the device; on_host_b: the same in host memory.
+    num_tokens_b: [batch] int64, on the device; on_host_b: the same in host memory; weights_b: [batch] float32, on the
+    device; None: 1 each.
     """
     sums_b = sum_per_sample(token_loss_bs, num_tokens_b)
     kept = {"sums": sums_b.detach(), "num_tokens": on_host_b}
@@ -132,4 +144,5 @@ def _loss(
         sums = [sum_per_sample(token_loss_bs, num_tokens_b.clamp(max=prefix)) for prefix in prefixes]
         counts = [on_host_b.clamp(max=prefix) for prefix in prefixes]
         kept = {"sums": torch.stack(sums, dim=1), "num_tokens": torch.stack(counts, dim=1)}
-    return sums_b.sum(), num_tokens_b.sum().int(), kept
+    weighted_b = sums_b if weights_b is None else sums_b * weights_b
+    return weighted_b.sum(), num_tokens_b.sum().int(), kept

@@ -68,6 +68,7 @@ class TrainJob(ModelInTrainingJob):
 
     checkpoint: CheckpointConfig
     start_from: Path | None = Field(description="Checkpoint whose weights the round starts from; null: random ones.")
+    keeps_optimizer: bool = Field(default=False, description="Whether it also starts from its optimizer state.")
     evaluate: RepeatedEvaluation | None = Field(default=None, description="In-training evaluation.")
 
     def run(self, context: RankContext) -> None:

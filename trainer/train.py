@@ -26,7 +26,13 @@ from data_scoring.base.read_ahead import read_ahead
 from data_scoring.corpus.corpus import Batch, Corpus
 from data_scoring.refine.training_mix import Mix
 from data_scoring.tokenizer.tokenizer import open_tokenizer
-from trainer.checkpoint import TrainingState, find_usable_checkpoint, load_checkpoint, load_weights
+from trainer.checkpoint import (
+    TrainingState,
+    find_usable_checkpoint,
+    load_checkpoint,
+    load_start,
+    load_weights,
+)
 from trainer.checkpoint_folder import CheckpointRecord, list_checkpoints, read_checkpoint_record
 from trainer.config import TrainConfig
 from trainer.data_parallel import gather_weights, remove_hooks, wrap
@@ -60,9 +66,12 @@ def train_round(job: "TrainJob", corpus: Corpus, model: ModelChunks, bf16: bool,
     num_steps = -(-len(mix) // job.train.global_batch_size)
     checkpoints = job.round_folder / "checkpoint"
     resume_from = find_usable_checkpoint(checkpoints, job.fingerprint)
-    if resume_from is None and job.start_from is not None:
-        load_weights(job.start_from, model)
+    start_from = job.start_from if resume_from is None else None
+    if start_from is not None and not job.keeps_optimizer:
+        load_weights(start_from, model)
     state = make_state(job.train, model, num_steps, bf16)
+    if start_from is not None and job.keeps_optimizer:
+        load_start(start_from, state)
     record: CheckpointRecord = {"step": 0, "is_validation_due": False}
     if resume_from is not None:
         load_checkpoint(resume_from, state)
@@ -200,8 +209,9 @@ class _Round:
         """Yield this rank's share of the batch of every step after `step`."""
         size, micro_batch_size = self.job.train.global_batch_size, self.job.train.micro_batch_size
         for start in range(step * size, len(self.mix), size):
-            shards, samples = self.mix.read(start, min(start + size, len(self.mix)))
-            share = read_microbatches(self.corpus, shards, samples, micro_batch_size, self.corpus.seq_length)
+            end = min(start + size, len(self.mix))
+            (shards, samples), weights = self.mix.read(start, end), self.mix.read_weights(start, end)
+            share = read_microbatches(self.corpus, shards, samples, micro_batch_size, self.corpus.seq_length, weights)
             yield _Batch(shards, samples, list(share))
 
     def finish_step(self, step: int) -> None:

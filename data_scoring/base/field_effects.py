@@ -38,9 +38,12 @@ class Neutral:
     """The mark of a field that came after 0.3: with this value, results are what they were without the field.
 
     Fingerprints leave the field out where it has the value, so that runs from before go on.
+
+    is_in_name: whether the generated name of a run without a name depends on it even then; not so since 0.11.
     """
 
     value: Any
+    is_in_name: bool = True
 
 
 def deciding(section: BaseModel, stage: str, keep_neutral: bool = False) -> dict[str, Any]:
@@ -58,6 +61,18 @@ def deciding(section: BaseModel, stage: str, keep_neutral: bool = False) -> dict
             if isinstance(mark, Neutral) and mark.value == getattr(section, name)
         }
     return section.model_dump(exclude=others)
+
+
+def is_in_name(config: BaseModel, name: str) -> bool:
+    """Return whether the generated name of a run of `config` depends on a field, such as refine.within."""
+    if is_free(config, name):
+        return False
+    value: Any = config
+    for part, field in _fields_on_the_way(type(config), name):
+        value = getattr(value, part, None)
+        if any(isinstance(mark, Neutral) and not mark.is_in_name and mark.value == value for mark in field.metadata):
+            return False
+    return True
 
 
 def is_free(config: BaseModel, name: str) -> bool:

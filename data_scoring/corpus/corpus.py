@@ -25,11 +25,13 @@ class Batch:
     """A batch of samples.
 
     tokens: [num_samples, seq_length + 1] int64, padded with zeros; num_tokens: [num_samples] int64, the number of
-    predicted tokens of each sample: its length as read, minus one.
+    predicted tokens of each sample: its length as read, minus one; weights: [num_samples] float32, the weights of their
+    losses in training, None: 1 each.
     """
 
     tokens: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
+    weights: NDArray[np.float32] | None = None
 
 
 class _PartSamples(TypedDict):

@@ -1,9 +1,13 @@
-"""The candidates of a draw: a shard's samples with their losses, reasons for exclusion, and scores.
+"""The candidates of a draw: a shard's samples with their losses, reasons for exclusion, strata and scores.
+
+A stratum is what the draw keeps an equal share of: a shard, or a part of the previous round's training order.
 
 Everything is streaming SQL over the Parquet files of earlier rounds.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +18,10 @@ from numpy.typing import NDArray
 
 from data_scoring.base.sql import literal, parquet_rows, random_bits
 from data_scoring.losses.shard_scoring import losses_path
-from data_scoring.refine.draw import draw_key
+from data_scoring.refine.draw import draw_key, log_weight_of
 from data_scoring.refine.policies import BATCH_LOSS, JOINS, REFERENCE_LOSS
 from data_scoring.refine.refine_config import RefineConfig
+from data_scoring.refine.training_order import TrainingOrder
 
 if TYPE_CHECKING:
     import duckdb
@@ -42,6 +47,7 @@ class Draw:
 
     rounds: the folder of the rounds' folders.
     num_samples: each shard's number of samples.
+    num_parts: the number of parts of the training order.
     duplicates: the file that lists near duplicates, if they are excluded.
     contaminated: the file that lists samples that overlap with evaluation items, if they are excluded.
     """
@@ -53,6 +59,7 @@ class Draw:
     num_samples: list[int]
     duplicates: Path | None = None
     contaminated: Path | None = None
+    num_parts: int = 8
 
     @property
     def target(self) -> Path:
@@ -63,6 +70,16 @@ class Draw:
     def scored(self) -> Path:
         """Return the folder of the round whose losses are used."""
         return self.rounds / str(self.round_number - 1)
+
+    @property
+    def is_within_parts(self) -> bool:
+        """Return whether strata are parts of the training order, not shards."""
+        return self.config.within == "part"
+
+    @cached_property
+    def order(self) -> "TrainingOrder":
+        """Return the training order of the round whose losses are used."""
+        return TrainingOrder.open(self.scored, self.num_parts)
 
     def losses(self, shard: int) -> str:
         """Return the SQL relation of a shard's losses."""
@@ -99,7 +116,7 @@ def _check_file(path: Path, expected: int, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """Loss limits, nats: above them, a sample is an outlier of its source, or among the hardest of its shard."""
+    """Loss limits, nats: above them, a sample is an outlier of its source, or among the hardest of its stratum."""
 
     outlier: dict[str, float] = field(default_factory=dict)
     hardest: dict[int, float] = field(default_factory=dict)
@@ -115,17 +132,19 @@ def find_limits(connection: "duckdb.DuckDBPyConnection", draw: Draw) -> Limits:
     config, limits = draw.config, Limits()
     if config.outlier_z is None and not config.policy_row.drops_hardest:
         return limits
-    connection.execute("create or replace temp table loss_counts (shard int, source varchar, bin int, n bigint)")
+    connection.execute("create or replace temp table loss_counts (stratum int, source varchar, bin int, n bigint)")
     for shard in range(len(draw.num_samples)):
         check_losses(draw, shard)
+        stratum, join = (draw.order.part(), draw.order.join(shard)) if draw.is_within_parts else (str(shard), "")
         connection.execute(
-            f"insert into loss_counts select {shard}, source, floor(least(loss, 1e6) * {_BINS_PER_NAT})::int as bin, "
-            f"count(*) from {draw.losses(shard)} group by source, bin"
+            f"insert into loss_counts select {stratum} as stratum, source, "
+            f"floor(least(loss, 1e6) * {_BINS_PER_NAT})::int as bin, count(*) from {draw.losses(shard)} {join} "
+            "group by stratum, source, bin"
         )
     if config.policy_row.drops_hardest:
-        for shard, losses, counts in _counted(connection, "shard"):
+        for stratum, losses, counts in _counted(connection, "stratum"):
             # The bin's upper edge: losses in the last bin cannot be distinguished, and are kept.
-            limits.hardest[shard] = _quantile(losses, counts, 1 - config.drop_hardest) + 0.5 / _BINS_PER_NAT
+            limits.hardest[stratum] = _quantile(losses, counts, 1 - config.drop_hardest) + 0.5 / _BINS_PER_NAT
     if config.outlier_z is not None:
         for source, losses, counts in _counted(connection, "source"):
             median = _quantile(losses, counts, 0.5)
@@ -154,24 +173,72 @@ def _quantile(values: NDArray[Any], counts: NDArray[Any], share: float) -> float
 def candidates_query(draw: Draw, limits: Limits, shard: int) -> str:
     """Return the SQL of a shard's candidates, one row per sample, in the order of the losses file.
 
-    Columns: sample; source; loss; excluded, the reason for exclusion or null; is_fresh, whether the source joins in
-    this round; key, of which the highest are kept; bits, 64 random bits, which break ties.
+    Columns: shard; sample; source; loss; stratum, the shard or the part; excluded, the reason for exclusion or null;
+    is_fresh, whether the source joins in this round; key, of which the highest are kept; bits, 64 random bits, which
+    break ties; with weights, also log_weight, the key without its noise. If batches are drawn within parts, the table
+    `batch_losses` has to exist (`create_batch_losses`).
     """
     config = draw.config
-    is_by_batch = BATCH_LOSS in config.columns
-    batch = f"(sample // {config.batch_size})"
-    bits = random_bits(draw.seed, draw.round_number, shard, f"{batch}::int" if is_by_batch else "sample::int")
+    unit: tuple[object, ...] = (shard, "sample::int")
+    if config.is_by_batch:
+        batch = batch_of(draw, shard)
+        unit = (batch,) if draw.is_within_parts else (shard, f"{batch}::int")
+    bits = random_bits(draw.seed, draw.round_number, *unit)
     key = draw_key(config.score, config.draw_temperature, "bits")
-    joins = [*_guard_joins(draw, shard), *_policy_joins(draw, shard)]
-    excluded, is_fresh = _excluded(draw, limits, shard), _is_fresh(draw)
-    known = f"select * from {draw.losses(shard)} {' '.join(joins)}"
-    if is_by_batch:
-        known = f"""select * from (select *, {excluded} as excluded from ({known})) left join (
-            select {batch} as batch, sum(loss::double * num_tokens) / sum(num_tokens) as {BATCH_LOSS}
-            from ({known}) where {excluded} is null and not {is_fresh} group by batch) on batch = {batch}"""
+    known, excluded, is_fresh = _known(draw, shard), _excluded(draw, limits, shard), _is_fresh(draw)
+    if config.is_by_batch:
+        losses = "batch_losses" if draw.is_within_parts else f"({_batch_losses(draw, limits, [shard])})"
+        known = f"select * from (select *, {excluded} as excluded from ({known})) left join {losses} on batch = {batch}"
         excluded = "excluded"
-    return f"""select sample, source, loss, {excluded} as excluded, {is_fresh} as is_fresh, {key} as key, bits
+    stratum = draw.order.part(_batch_size(draw)) if draw.is_within_parts else f"{shard}"
+    log_weight = ""
+    if config.weights == "inverse" and config.draw_temperature > 0:
+        log_weight = f", {log_weight_of(config.score, config.draw_temperature)} as log_weight"
+    return f"""select {shard}::int as shard, sample, source, loss, {stratum} as stratum, {excluded} as excluded,
+        {is_fresh} as is_fresh, {key} as key, bits{log_weight}
         from (select *, {bits} as bits from ({known}))"""
+
+
+def create_batch_losses(connection: "duckdb.DuckDBPyConnection", draw: Draw, limits: Limits) -> None:
+    """Create the table `batch_losses` of the batches' mean losses, if batches of several shards are drawn."""
+    if draw.config.is_by_batch and draw.is_within_parts:
+        query = _batch_losses(draw, limits, range(len(draw.num_samples)))
+        connection.execute(f"create or replace temp table batch_losses as {query}")
+
+
+def batch_of(draw: Draw, shard: int) -> str:
+    """Return the SQL expression of the number of a sample's batch: within the shard, or, for parts, of the round."""
+    size = _batch_size(draw)
+    return draw.order.batch(shard, size) if draw.is_within_parts else f"(sample // {size})"
+
+
+def _batch_size(draw: Draw) -> int:
+    """Return the number of consecutive samples that are drawn together."""
+    if not draw.config.is_by_batch:
+        return 1
+    assert draw.config.batch_size is not None, "RefineConfig.resolve fills it in"
+    return draw.config.batch_size
+
+
+def _batch_losses(draw: Draw, limits: Limits, shards: Iterable[int]) -> str:
+    """Return the SQL of the mean loss of each batch's candidates, weighted by tokens."""
+    is_fresh = _is_fresh(draw)
+    rows = " union all ".join(
+        f"select {batch_of(draw, shard)} as batch, loss, num_tokens from ({_known(draw, shard)}) "
+        f"where {_excluded(draw, limits, shard)} is null and not {is_fresh}"
+        for shard in shards
+    )
+    return (
+        f"select batch, sum(loss::double * num_tokens) / sum(num_tokens) as {BATCH_LOSS} from ({rows}) group by batch"
+    )
+
+
+def _known(draw: Draw, shard: int) -> str:
+    """Return the SQL of all that is known of a shard's samples."""
+    joins = [*_guard_joins(draw, shard), *_policy_joins(draw, shard)]
+    if draw.is_within_parts:
+        joins.append(draw.order.join(shard))
+    return f"select * from {draw.losses(shard)} {' '.join(joins)}"
 
 
 def is_joined(draw: Draw) -> bool:
@@ -203,7 +270,10 @@ def _excluded(draw: Draw, limits: Limits, shard: int) -> str:
         cases.append(f"when is_duplicate then '{REPEATED}'")
     if config.max_rounds is not None:
         cases.append(f"when num_rounds >= {config.max_rounds} then '{WORN}'")
-    if shard in limits.hardest:
+    if draw.is_within_parts and limits.hardest:
+        limit = " ".join(f"when {part} then {value!r}::double" for part, value in limits.hardest.items())
+        cases.append(f"when loss > case {draw.order.part()} {limit} end then '{HARDEST}'")
+    elif shard in limits.hardest:
         cases.append(f"when loss > {limits.hardest[shard]!r}::double then '{HARDEST}'")
     return f"case {' '.join(cases)} end::varchar" if cases else "null::varchar"
 

@@ -1,11 +1,11 @@
 """The configuration of refining."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from data_scoring.base.expression import check_expression
-from data_scoring.base.field_effects import FREE
+from data_scoring.base.field_effects import FREE, Neutral
 from data_scoring.base.field_types import Integer, Number, PathText
 from data_scoring.base.user_paths import USER_PATH
 from data_scoring.config import Config
@@ -20,6 +20,8 @@ from data_scoring.refine.policies import (
 )
 
 _LEAST_TEMPERATURE = 1e-6
+# The batch_size of earlier versions, which fingerprints hold whatever the policy.
+_UNUSED_BATCH_SIZE = 16
 
 
 def _describe_added_policies(schema: dict[str, Any]) -> None:
@@ -52,7 +54,14 @@ class RefineConfig(Config):
     policy: PolicyName = Field(
         default="loss", description=describe_policies(), json_schema_extra=_describe_added_policies
     )
-    sampling_rate: Number = Field(default=0.5, gt=0, le=1, description="Share of each shard that is kept (paper: 0.5).")
+    within: Annotated[Literal["shard", "part"], Neutral("shard", is_in_name=False)] = Field(
+        default="shard",
+        description="What the draw divides the samples into, to keep the same share of each: shards, which are random, "
+        "or parts of the previous round's training order (the paper), of which there are rounds.num_parts.",
+    )
+    sampling_rate: Number = Field(
+        default=0.5, gt=0, le=1, description="Share of each shard, or part, that is kept (paper: 0.5)."
+    )
     temperature: Number | None = Field(
         default=None,
         ge=0,
@@ -61,9 +70,33 @@ class RefineConfig(Config):
         "null: 0 for top and band, else 1 (paper).",
     )
     drop_hardest: Number = Field(
-        default=0.1, ge=0, lt=1, description="Share of each shard with the highest losses, which policy band drops."
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of each shard, or part, with the highest losses, which policy band drops.",
     )
-    batch_size: Integer = Field(default=16, ge=1, le=1_000_000, description="Samples per batch, for policy loss_batch.")
+    batch_size: Integer | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Samples per batch, for policy loss_batch; null: the training batch, train.global_batch_size.",
+    )
+    keep_batches: Annotated[bool, Neutral(False, is_in_name=False)] = Field(
+        default=False,
+        description="Whether the next round trains on the batches of policy loss_batch as wholes, in random order; "
+        "otherwise it shuffles their samples.",
+    )
+    weights: Annotated[Literal["none", "inverse"], Neutral("none", is_in_name=False)] = Field(
+        default="none",
+        description="Weights of the kept samples' losses in training: none; inverse: inverse to the probability with "
+        "which the draw keeps a sample (Horvitz-Thompson), with a mean of 1 over the round.",
+    )
+    max_weight: Annotated[Number | None, Neutral(10.0, is_in_name=False)] = Field(
+        default=10.0,
+        gt=1,
+        le=1e6,
+        description="Largest weight of a sample, for weights inverse, where the mean is 1; null: no limit.",
+    )
     reference: Annotated[PathText | None, USER_PATH] = Field(
         default=None,
         description="Round folder with the reference model's losses of the same corpus, such as runs/large/rounds/1, "
@@ -131,6 +164,17 @@ class RefineConfig(Config):
         """Return the effective sampling rate."""
         return 1.0 if self.policy_row.keeps_all else self.sampling_rate
 
+    @property
+    def is_by_batch(self) -> bool:
+        """Return whether whole batches are drawn."""
+        return BATCH_LOSS in self.columns
+
+    def resolve(self, global_batch_size: int) -> "RefineConfig":
+        """Return a copy with `batch_size` filled in: that of training, if batches are drawn."""
+        if self.batch_size is not None:
+            return self
+        return self.model_copy(update={"batch_size": global_batch_size if self.is_by_batch else _UNUSED_BATCH_SIZE})
+
     @model_validator(mode="after")
     def _check_policy(self) -> "RefineConfig":
         if self.policy_row.score is None and self.sql is None:
@@ -155,4 +199,15 @@ class RefineConfig(Config):
         names = [rule.name for rule in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"sources: {sorted(names)} names a source twice; merge its entries")
+        return self
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> "RefineConfig":
+        if self.keep_batches and not self.is_by_batch:
+            raise ValueError(f"keep_batches: policy {self.policy} draws no batches; set false, or policy loss_batch")
+        if self.weights == "inverse" and self.is_by_batch:
+            raise ValueError(
+                f"weights: policy {self.policy} draws batches, for which inverse is not defined; set none, or another "
+                "policy"
+            )
         return self

@@ -13,10 +13,10 @@ from data_scoring.base.parquet import FINGERPRINT_KEY
 from data_scoring.base.progress import Progress
 from data_scoring.base.sql import bounded, copy_to_parquet, literal, parquet_rows, writing_errors
 from data_scoring.base.validation import read_record
-from data_scoring.refine.candidates import Draw, Limits, find_limits
+from data_scoring.refine.candidates import Draw, batch_of, find_limits
 from data_scoring.refine.refine_config import RefineConfig
-from data_scoring.refine.selection import select
-from data_scoring.refine.training_mix import write_mix
+from data_scoring.refine.selection import Selection
+from data_scoring.refine.training_mix import MixOptions, write_mix
 
 _PLAIN = RefineConfig()
 
@@ -54,21 +54,16 @@ def refine(draw: Draw, fingerprint: str, progress: Progress) -> None:
         return
     with bounded(draw.target, draw.config.memory_gb) as connection:
         progress("refining (shards)", len(paths) - len(missing), len(paths))
-        limits = find_limits(connection, draw)
-    for place, shard in enumerate(missing):
-        _refine_shard(draw, limits, shard, paths[shard], fingerprint)
-        checksums[paths[shard].name] = checksum(paths[shard])
-        write_record(record_path, record)
-        progress("refining (shards)", len(paths) - len(missing) + place + 1, len(paths))
-
-
-def _refine_shard(draw: Draw, limits: Limits, shard: int, path: Path, fingerprint: str) -> None:
-    with bounded(draw.target, draw.config.memory_gb) as connection:
-        query = select(connection, draw, limits, shard)
-        with writing(path) as temporary, writing_errors(path):
-            metadata = f"kv_metadata {{ '{FINGERPRINT_KEY.decode()}': '{fingerprint}' }}"
-            options = f"parquet_version v2, compression zstd, {metadata}"
-            connection.execute(copy_to_parquet(query, temporary, options))
+        selection = Selection(connection, draw, find_limits(connection, draw))
+        metadata = f"kv_metadata {{ '{FINGERPRINT_KEY.decode()}': '{fingerprint}' }}"
+        options = f"parquet_version v2, compression zstd, {metadata}"
+        for place, shard in enumerate(missing):
+            query = selection.query(shard)
+            with writing(paths[shard]) as temporary, writing_errors(paths[shard]):
+                connection.execute(copy_to_parquet(query, temporary, options))
+            checksums[paths[shard].name] = checksum(paths[shard])
+            write_record(record_path, record)
+            progress("refining (shards)", len(paths) - len(missing) + place + 1, len(paths))
 
 
 def mix_all(
@@ -92,7 +87,7 @@ def mix_all(
         conditions.append(f"(shard, sample) not in ({listed})")
     where = " and ".join(conditions)
     query = f"select shard, sample, num_tokens from {parquet_rows(samples_path)} where {where}"
-    return write_mix(path, query, seed, 1, max_tokens, config.memory_gb)
+    return write_mix(path, query, seed, 1, MixOptions(max_tokens, config.memory_gb))
 
 
 def mix_selection(path: Path, draw: Draw, samples_path: Path) -> int:
@@ -100,11 +95,27 @@ def mix_selection(path: Path, draw: Draw, samples_path: Path) -> int:
 
     With `refine.max_tokens`, the mix ends before the sample that would exceed it; `samples_path` lists tokens.
     """
-    config, shards = draw.config, range(len(draw.num_samples))
-    query = " union all ".join(
-        f"select {shard} as shard, sample from {parquet_rows(selection_path(draw.target, shard))} where kept"
-        for shard in shards
-    )
+    query = " union all ".join(f"select * from ({_kept(draw, shard)})" for shard in range(len(draw.num_samples)))
+    config = draw.config
     if config.max_tokens is not None:
         query = f"select * from ({query}) join {parquet_rows(samples_path)} using (shard, sample)"
-    return write_mix(path, query, draw.seed, draw.round_number, config.max_tokens, config.memory_gb)
+    options = MixOptions(
+        config.max_tokens,
+        config.memory_gb,
+        config.batch_size if config.keep_batches else None,
+        config.weights == "inverse",
+        config.max_weight,
+    )
+    return write_mix(path, query, draw.seed, draw.round_number, options)
+
+
+def _kept(draw: Draw, shard: int) -> str:
+    """Return the SQL of the samples of a shard that are kept, for `write_mix`."""
+    columns, rows = f"{shard} as shard, sample", parquet_rows(selection_path(draw.target, shard))
+    if draw.config.keep_batches:
+        batch = batch_of(draw, shard)
+        columns += f", {batch if draw.is_within_parts else f'({shard}::bigint << 32) + {batch}'} as batch"
+        rows += f" {draw.order.join(shard)}" if draw.is_within_parts else ""
+    if draw.config.weights == "inverse":
+        columns += ", 1 / probability::double as weight"
+    return f"select {columns} from {rows} where kept"

@@ -14,15 +14,15 @@ from data_scoring.refine.candidates import Draw, find_limits
 from data_scoring.refine.policies import BATCH_LOSS
 from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.refine_shards import selection_path
-from data_scoring.refine.selection import select
+from data_scoring.refine.selection import Selection
 
 # A temperature at which losses have no effect.
 _ONLY_CHANCE = 1e9
 
 
 @dataclass(frozen=True)
-class Part:
-    """The selection from a source, from a shard, or from everything."""
+class Slice:
+    """The selection from a source, from a shard, from a part of the training order, or from everything."""
 
     name: str
     num_samples: int
@@ -41,6 +41,8 @@ class Part:
 class SelectionSummary:
     """What a selection keeps by source, by shard and in total, and its overlap with other selections.
 
+    parts: what it keeps of each part of the training order, if the draw is within parts; the last, of the samples that
+        the round did not train on, is missing if there are none.
     reasons: (reason, whether the samples are kept, number of samples), most frequent first.
     random_overlap: the share of the kept samples that a draw with the same random numbers, but without losses, also
         keeps: 1 if losses have no effect, None if it was not computed.
@@ -49,9 +51,10 @@ class SelectionSummary:
 
     config: RefineConfig
     round_number: int
-    sources: list[Part]
-    shards: list[Part]
-    total: Part
+    sources: list[Slice]
+    shards: list[Slice]
+    parts: list[Slice]
+    total: Slice
     reasons: list[tuple[str, bool, int]]
     random_overlap: float | None
     last_mix_overlap: float
@@ -64,10 +67,10 @@ def dry_run(draw: Draw, samples_path: Path) -> SelectionSummary:
     """
     with _counting(draw.config.memory_gb) as connection:
         limits, by_chance = find_limits(connection, draw), replace(draw, config=_without_losses(draw.config))
+        chosen = Selection(connection, draw, limits)
+        random = Selection(connection, by_chance, limits, "random")
         for shard in range(len(draw.num_samples)):
-            chosen = select(connection, draw, limits, shard)
-            random = select(connection, by_chance, limits, shard, "random")
-            _count(connection, draw, samples_path, shard, chosen, random)
+            _count(connection, draw, samples_path, shard, chosen.query(shard), random.query(shard))
         return _summarise(connection, draw)
 
 
@@ -84,8 +87,8 @@ def summarise_selection(draw: Draw, samples_path: Path) -> SelectionSummary:
 def _counting(memory_gb: float) -> Iterator[duckdb.DuckDBPyConnection]:
     with tempfile.TemporaryDirectory() as folder, bounded(Path(folder), memory_gb) as connection:
         connection.execute(
-            "create table parts (shard int, source varchar, samples bigint, kept bigint, tokens bigint, loss double, "
-            "kept_loss double, chance bigint, last bigint)"
+            "create table slices (shard int, part int, source varchar, samples bigint, kept bigint, tokens bigint, "
+            "loss double, kept_loss double, chance bigint, last bigint)"
         )
         connection.execute("create table reasons (reason varchar, kept boolean, n bigint)")
         yield connection
@@ -101,29 +104,31 @@ def _count(
 ) -> None:
     """Count a shard's samples; `chosen` is the SQL of a selection from it, `random` that of one to compare with."""
     chance = "null" if random is None else "count(*) filter (chosen.kept and random.kept)"
+    part = draw.order.part() if draw.is_within_parts else "0"
     compared = "" if random is None else f"join ({random}) as random using (sample)"
     connection.execute(f"""
-        insert into parts
-        select {shard}, source, count(*), count(*) filter (chosen.kept),
+        insert into slices
+        select {shard}, {part} as part, source, count(*), count(*) filter (chosen.kept),
             sum(num_tokens) filter (chosen.kept), sum(chosen.loss), sum(chosen.loss) filter (chosen.kept),
             {chance}, count(*) filter (chosen.kept and mix.sample notnull)
         from ({chosen}) as chosen {compared}
         join (select sample, source, num_tokens from {parquet_rows(samples_path)}
             where shard = {shard}) using (sample)
-        left join (select sample from {parquet_rows(draw.scored / "mix.parquet")}
+        left join (select sample, file_row_number as place from {parquet_rows(draw.scored / "mix.parquet")}
             where shard = {shard}) as mix using (sample)
-        group by source""")
+        group by source, part""")
     connection.execute(f"insert into reasons select reason, kept, count(*) from ({chosen}) group by all")
 
 
 def _summarise(connection: duckdb.DuckDBPyConnection, draw: Draw) -> SelectionSummary:
-    [total] = _parts(connection, "'all'")
-    [(chance, last)] = connection.sql("select sum(chance), sum(last) from parts").fetchall()
+    [total] = _slices(connection, "'all'")
+    [(chance, last)] = connection.sql("select sum(chance), sum(last) from slices").fetchall()
     return SelectionSummary(
         config=draw.config,
         round_number=draw.round_number,
-        sources=_parts(connection, "source"),
-        shards=_parts(connection, "shard"),
+        sources=_slices(connection, "source"),
+        shards=_slices(connection, "shard"),
+        parts=_slices(connection, "part") if draw.is_within_parts else [],
         total=total,
         reasons=connection.sql(
             "select reason, kept, sum(n)::bigint as n from reasons group by all order by n desc, reason"
@@ -133,7 +138,7 @@ def _summarise(connection: duckdb.DuckDBPyConnection, draw: Draw) -> SelectionSu
     )
 
 
-def _share(count: int, total: Part) -> float:
+def _share(count: int, total: Slice) -> float:
     """Return the share of the kept samples, NaN if none is kept."""
     return int(count) / total.num_kept if total.num_kept else math.nan
 
@@ -148,10 +153,10 @@ def _without_losses(config: RefineConfig) -> RefineConfig:
     return config.model_copy(update={"policy": "random"})
 
 
-def _parts(connection: duckdb.DuckDBPyConnection, name: str) -> list[Part]:
+def _slices(connection: duckdb.DuckDBPyConnection, name: str) -> list[Slice]:
     rows = connection.sql(
         f"""select {name} as name, sum(samples), sum(kept), coalesce(sum(tokens), 0), sum(loss) / sum(samples),
             coalesce(sum(kept_loss) / sum(kept), 'nan'::double)
-        from parts group by name order by name"""
+        from slices group by name order by name"""
     ).fetchall()
-    return [Part(str(row[0]), *(int(value) for value in row[1:4]), *row[4:]) for row in rows]
+    return [Slice(str(row[0]), *(int(value) for value in row[1:4]), *row[4:]) for row in rows]

@@ -90,31 +90,49 @@ def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
     return figure
 
 
-def forgetting_curve(round_number: int) -> Plot:
+def forgetting_curve(round_number: int, num_parts: int) -> Plot:
     """Return the plot of seen loss and re-scored loss along the training order of `round_number`.
 
-    Source: the figure on forgetting in arXiv 2402.02791, "Multiple-Round Training".
+    In fine stretches of steps and, beside them, in `num_parts` parts of the training order, as in the figure on
+    forgetting in arXiv 2402.02791, "Multiple-Round Training".
     """
 
     def plot(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
-        rows = ledger.sql(
-            f"""select floor({NUM_BINS} * (step - 1) / last)::int as part, avg(seen_loss) as seen, avg(loss) as loss,
-                min(step) as first, max(step) as final
+        fine = ledger.sql(
+            f"""select avg(seen_loss) as seen, avg(loss) as loss, (min(step) + max(step)) / 2 as middle
             from (select *, max(step) over () as last from forgetting where round = {round_number})
-            group by part order by part"""
+            group by floor({NUM_BINS} * (step - 1) / last) order by middle"""
         ).fetchnumpy()
-        if len(rows["part"]) == 0:
+        if len(fine["middle"]) == 0:
             return None
-        figure, axes = plt.subplots(figsize=(9, 3.6))
-        middle = (rows["first"] + rows["final"]) / 2
-        axes.plot(middle, rows["seen"], color=_SEEN, label="seen loss: in the step that trained on the sample")
-        axes.plot(middle, rows["loss"], color=_RESCORED, label="re-scored loss: by the model at the end of the round")
-        axes.set_xlabel("step of the round that trained on the sample")
-        axes.set_ylabel(LOSS_LABEL)
-        axes.legend()
+        parts = forgetting_by_part(ledger, round_number, num_parts)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, width_ratios=(3, 2))
+        left.plot(fine["middle"], fine["seen"], color=_SEEN, label="seen loss: in the step that trained on the sample")
+        left.plot(fine["middle"], fine["loss"], color=_RESCORED, label="re-scored loss: at the end of the round")
+        left.set_xlabel("step of the round that trained on the sample")
+        left.set_ylabel(LOSS_LABEL)
+        left.legend()
+        numbers = [part + 1 for part, *_ in parts]
+        right.plot(numbers, [seen for _, _, seen, _ in parts], "o-", color=_SEEN)
+        right.plot(numbers, [loss for *_, loss in parts], "o-", color=_RESCORED)
+        right.xaxis.get_major_locator().set_params(integer=True)
+        right.set_xlabel(f"part of the training order, of {num_parts}")
+        figure.tight_layout()
         return figure
 
     return plot
+
+
+def forgetting_by_part(
+    ledger: duckdb.DuckDBPyConnection, round_number: int, num_parts: int
+) -> list[tuple[int, int, float, float]]:
+    """Return (part from 0, number of samples, mean seen loss, mean re-scored loss) of each part of a round's order."""
+    return ledger.sql(
+        f"""select (place * {num_parts}) // num_samples as part, count(*), avg(seen_loss), avg(loss)
+        from forgetting join (select *, count(*) over () as num_samples from mix where round = {round_number})
+            using (round, shard, sample)
+        group by part order by part"""
+    ).fetchall()
 
 
 def kept_by_source(round_number: int) -> Plot:

@@ -175,8 +175,9 @@ def _forgotten(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures, 
     if chosen not in ([], [("full",)]):
         return [f"<p>Forgetting cannot be measured: samples were scored by {html.escape(chosen[0][0])}.</p>"]
     curve = figure(
-        pictures, f"forgetting-{scored}", forgetting_curve(scored), ledger,
-        "The forgetting curve: where the blue line is above the orange one, the model has forgotten.",
+        pictures, f"forgetting-{scored}", forgetting_curve(scored, run.config.rounds.num_parts), ledger,
+        "The forgetting curve, in steps and in parts of the training order: where the blue line is above the orange "
+        "one, the model has forgotten.",
     )  # fmt: skip
     sources = forgotten_sources(ledger, scored)
     if not sources:

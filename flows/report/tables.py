@@ -88,14 +88,16 @@ def summary(selection: SelectionSummary) -> str:
         lines.append(f"The mix takes the first {config.max_tokens:,} tokens of these (refine.max_tokens).")
     reasons = [[reason, "kept" if kept else "", f"{count:,}"] for reason, kept, count in selection.reasons]
     lines.append(markdown_table(["why", "kept", "samples"], reasons))
-    for title, parts in (("source", selection.sources), ("shard", selection.shards)):
+    for title, slices in (("source", selection.sources), ("shard", selection.shards), ("part", selection.parts)):
+        if not slices:
+            continue
         head = [title, "samples", "kept", "share", "tokens kept", "mean loss", "mean loss kept"]
         cells = [
             [
-                part.name, f"{part.num_samples:,}", f"{part.num_kept:,}", f"{part.share:.1%}",
-                f"{part.num_tokens_kept:,}", f"{part.mean_loss:.4f}", f"{part.mean_loss_kept:.4f}",
+                each.name, f"{each.num_samples:,}", f"{each.num_kept:,}", f"{each.share:.1%}",
+                f"{each.num_tokens_kept:,}", f"{each.mean_loss:.4f}", f"{each.mean_loss_kept:.4f}",
             ]
-            for part in parts
+            for each in slices
         ]  # fmt: skip
         lines.append(markdown_table(head, cells))
     return "\n\n".join(lines)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
-from data_scoring.base.field_effects import FREE, Decides, is_free
+from data_scoring.base.field_effects import FREE, Decides, Neutral, is_free, is_in_name
 from data_scoring.base.field_types import Integer, Number, PathText
 from data_scoring.base.files import fingerprint
 from data_scoring.base.messages import one_line
@@ -44,14 +44,34 @@ SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@+-]+$")]
 
 
 class RoundsConfig(Config):
-    """How many rounds are trained, and whether selections need approval."""
+    """How many rounds are trained, whether selections need approval, and what a round takes over from the last."""
 
-    num_rounds: Integer = Field(
+    num_rounds: Annotated[Integer, FREE] = Field(
         default=2, ge=1, le=100, description="Number of rounds; all but the last are scored and refined."
     )
-    approval: bool = Field(
+    approval: Annotated[bool, FREE] = Field(
         default=False,
         description="Wait before each round after the first until a person has approved or changed its selection.",
+    )
+    num_parts: Annotated[Integer, Decides(("refine",)), Neutral(8, is_in_name=False)] = Field(
+        default=8,
+        ge=1,
+        le=1000,
+        description="Parts, equal stretches of a round's training order, that the forgetting figure shows and that "
+        "refine.within: part draws from (paper: 8).",
+    )
+    lr_factor: Annotated[Number, Decides(("train",)), Neutral(1.0, is_in_name=False)] = Field(
+        default=1.0,
+        gt=0,
+        le=100,
+        description="Factor of the peak learning rate from one round to the next: round k has train.lr x "
+        "lr_factor^(k-1); 1: every round has the same peak.",
+    )
+    keep_optimizer: Annotated[bool, Decides(("train",)), Neutral(False, is_in_name=False)] = Field(
+        default=False,
+        description="Whether a round starts with the last round's optimizer state: Adam's moments and number of steps, "
+        "and in bfloat16 the weights in single precision; otherwise, it starts with a fresh optimizer. Warm-up and "
+        "learning-rate schedule start anew either way.",
     )
 
 
@@ -170,7 +190,7 @@ class RunConfig(Config):
     checkpoint: Annotated[CheckpointConfig, FREE] = CheckpointConfig()
     score: ScoreConfig = ScoreConfig()
     refine: RefineConfig = RefineConfig()
-    rounds: Annotated[RoundsConfig, FREE] = RoundsConfig()
+    rounds: RoundsConfig = RoundsConfig()
     # A change only repeats the evaluation, unless contamination is `remove`: then the items decide the mix.
     eval: Annotated[EvalConfig, Decides(unless=("contamination", "remove"))] = EvalConfig()
     _base: Path | None = PrivateAttr(default=None)
@@ -183,6 +203,8 @@ class RunConfig(Config):
     def _check_layout(self) -> "RunConfig":
         layout = ParallelConfig() if self.requested_parallel == AUTO else self.parallel
         check_layout(self.model, self.resolved_train, layout, self.corpus.seq_length)
+        for number in range(1, self.rounds.num_rounds + 1):
+            self.train_of(number)
         self._check_budget()
         names = [source.name for source in self.corpus.sources]
         for rule in self.refine.sources:
@@ -265,13 +287,35 @@ class RunConfig(Config):
         """Return `train` with its batch size in samples and its learning rates as numbers."""
         return self.train.resolve(self.corpus.seq_length)
 
+    def train_of(self, round_number: int) -> TrainConfig:
+        """Return `resolved_train` with the learning rates of a round.
+
+        Raises ValueError if `rounds.lr_factor` brings the peak below `train.min_lr`, or to 10 or more.
+        """
+        train, factor = self.resolved_train, self.rounds.lr_factor ** (round_number - 1)
+        if factor == 1:
+            return train
+        lr = float(train.lr) * factor  # type: ignore[arg-type]
+        min_lr = lr / 10 if self.train.min_lr is None else self.train.min_lr
+        if not min_lr <= lr < 10:
+            raise ValueError(
+                f"rounds.lr_factor: {self.rounds.lr_factor:g} gives round {round_number} a peak learning rate of "
+                f"{lr:.3g}, which is not between train.min_lr {min_lr:.3g} and 10; change one of them"
+            )
+        return train.model_copy(update={"lr": lr, "min_lr": min_lr})
+
+    @property
+    def resolved_refine(self) -> RefineConfig:
+        """Return `refine` with the number of samples per batch."""
+        return self.refine.resolve(self.resolved_train.global_batch_size)
+
     @property
     def run_name(self) -> str:
         """Return `name`, or else a name derived from all fields that decide results."""
         if self.name is not None:
             return self.name
-        values = flatten(self.model_dump())
-        return f"run-{fingerprint({field: value for field, value in values.items() if not is_free(self, field)})}"
+        values = flatten({**self.model_dump(), "refine": self.resolved_refine.model_dump()})
+        return f"run-{fingerprint({field: value for field, value in values.items() if is_in_name(self, field)})}"
 
     @property
     def base(self) -> Path:
@@ -341,7 +385,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Return a line for each field that decides results in `old` or `new` and differs between them."""
     before, after = (
-        flatten({**config.model_dump(), "train": config.resolved_train.model_dump()}) for config in (old, new)
+        flatten(
+            {
+                **config.model_dump(),
+                "train": config.resolved_train.model_dump(),
+                "refine": config.resolved_refine.model_dump(),
+            }
+        )
+        for config in (old, new)
     )
     return [
         f"{name}: {before.get(name)!r} there, {after.get(name)!r} here"

@@ -39,10 +39,13 @@ class Refine(Stage):
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
         """Return the losses (with the reference's, if the policy uses them), the refine configuration and the seed."""
         run = stages.run
-        config = run.refine_config(round_number)
+        config = _resolved(run, run.refine_config(round_number))
+        decided = deciding(config, self.name)
+        if config.within == "part":
+            decided["num_parts"] = run.config.rounds.num_parts
         inputs = [
             stages.fingerprint("score", round_number - 1),
-            deciding(config, self.name),
+            decided,
             run.config.seed,
             round_number,
         ]
@@ -89,12 +92,17 @@ def draw_of(run: Run, round_number: int, config: RefineConfig, duplicates: Path 
     return Draw(
         rounds=run.folder / "rounds",
         round_number=round_number,
-        config=config,
+        config=_resolved(run, config),
         seed=run.config.seed,
         num_samples=[corpus.num_samples(shard) for shard in range(corpus.num_shards)],
         duplicates=duplicates,
         contaminated=samples_to_leave_out(run),
+        num_parts=run.config.rounds.num_parts,
     )
+
+
+def _resolved(run: Run, config: RefineConfig) -> RefineConfig:
+    return config.resolve(run.config.resolved_train.global_batch_size)
 
 
 def _near_duplicates(run: Run, config: RefineConfig, progress: Progress, folder: Path) -> Path | None:

@@ -44,7 +44,14 @@ class Train(Stage):
 
         The mix also represents the previous round, which this one starts from: its weights gave the losses.
         """
-        return [stages.fingerprint("mix", round_number), *training_inputs(stages.run.config)]
+        config = stages.run.config
+        # What a round takes over from the last; a round without a last one is the same whatever these fields are.
+        taken_over = deciding(config.rounds, self.name) if round_number > 1 else {}
+        return [
+            stages.fingerprint("mix", round_number),
+            *training_inputs(config),
+            *([taken_over] if taken_over else []),
+        ]
 
     def files(self, run: Run, round_number: int) -> list[Path]:
         """Return the logs; checkpoints have records of their own, and so have answers and scores."""
@@ -124,9 +131,10 @@ def _train_job(
     return TrainJob(
         **fields,
         seconds_to_stop=seconds_to_stop(num_bytes),
-        train=config.resolved_train,
+        train=config.train_of(round_number),
         checkpoint=config.checkpoint,
         score=config.score,
         start_from=start_from,
+        keeps_optimizer=config.rounds.keep_optimizer and round_number > 1,
         evaluate=RoundEvaluation(run, round_number, identity).in_training(questions),
     )

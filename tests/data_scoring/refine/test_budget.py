@@ -17,7 +17,7 @@ from data_scoring.losses.shard_scoring import Block, losses_path
 from data_scoring.refine.budget import Candidate, choose, drawn, measure_candidates, scoring_cost, spearman
 from data_scoring.refine.candidates import Draw, Limits
 from data_scoring.refine.refine_config import RefineConfig
-from data_scoring.refine.selection import select
+from data_scoring.refine.selection import Selection
 from tests.conftest import ORIGIN, read_rows
 from tests.data_scoring.losses.test_shard_scoring import FakeScorer
 
@@ -46,7 +46,7 @@ def test_the_draw_is_refining_s_own(tmp_path: Path) -> None:
             "create table calibration as "
             "select 3 as shard, range::int as sample, sin(range)::float as loss from range(101)"
         )
-        query = select(connection, Draw(tmp_path, 2, config, 7, [0, 0, 0, 101]), Limits(), 3)
+        query = Selection(connection, Draw(tmp_path, 2, config, 7, [0, 0, 0, 101]), Limits()).query(3)
         kept = {(3, row[0]) for row in connection.sql(query).fetchall() if row[2]}
         assert drawn(connection, "loss", 0.3, 7, 2, temperature=0.5) == kept
 

@@ -18,7 +18,7 @@ from data_scoring.refine.candidates import Draw, Limits, candidates_query
 from data_scoring.refine.draw import num_kept
 from data_scoring.refine.refine_config import RefineConfig, SourceRule
 from data_scoring.refine.refine_shards import mix_all, mix_selection, refine, selection_path
-from data_scoring.refine.selection import select
+from data_scoring.refine.selection import Selection
 from data_scoring.refine.training_mix import Mix
 from tests.conftest import read_rows
 
@@ -66,7 +66,7 @@ def test_the_hash_has_not_changed(tmp_path: Path) -> None:
     write_losses(tmp_path / "1", 3, np.ones(20))
     draw = Draw(tmp_path, 2, RefineConfig(policy="random", sampling_rate=0.3), 1, [0, 0, 0, 20])
     with duckdb.connect() as connection:
-        rows = connection.sql(select(connection, draw, Limits(), 3)).fetchall()
+        rows = connection.sql(Selection(connection, draw, Limits()).query(3)).fetchall()
     assert [row[0] for row in rows if row[2]] == [3, 5, 7, 10, 16, 18]
 
 

@@ -11,11 +11,11 @@ import pytest
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.sql import random_bits
 from data_scoring.losses.shard_scoring import losses_path
-from data_scoring.refine import selection
+from data_scoring.refine import bars, selection
 from data_scoring.refine.candidates import Draw, Limits, find_limits
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig, SourceRule
-from data_scoring.refine.selection import select
+from data_scoring.refine.selection import Selection
 
 SIZE = 3_000
 SEED = 11
@@ -55,14 +55,14 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw_of(rounds: Path, **config: Any) -> Draw:
-    config = {"outlier_z": None, **config}
+    config = {"outlier_z": None, "batch_size": 16, **config}
     return Draw(rounds, 3, RefineConfig(**config), SEED, [SIZE, SIZE], rounds / "near.parquet")
 
 
 def selected(draw: Draw, shard: int = 1) -> dict[str, np.ndarray]:
     with duckdb.connect() as connection:
         limits = find_limits(connection, draw)
-        rows = connection.sql(select(connection, draw, limits, shard)).fetchnumpy()
+        rows = connection.sql(Selection(connection, draw, limits).query(shard)).fetchnumpy()
     assert (rows["sample"] == np.arange(SIZE)).all()
     return rows
 
@@ -155,7 +155,7 @@ def test_every_policy_keeps_exactly_the_highest(
 def test_buckets_of_any_width_give_the_same(rounds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = draw_of(rounds, sources=(SourceRule(name="b", at_least=0.8), SourceRule(name="c", at_most=0.4)))
     fine = selected(draw)
-    monkeypatch.setattr(selection, "_NUM_BUCKETS", 3)
+    monkeypatch.setattr(bars, "_NUM_BUCKETS", 3)
     coarse = selected(draw)
     assert (fine["kept"] == coarse["kept"]).all()
 

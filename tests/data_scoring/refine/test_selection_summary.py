@@ -83,14 +83,14 @@ def test_a_written_selection_is_read_and_not_drawn_again(scored: Path, monkeypat
     draw = Draw(scored, 2, RefineConfig(sampling_rate=0.3), 5, list(SIZES))
     expected = dry_run(draw, scored / "samples.parquet")
     refine(draw, "f", silent)
-    for drawing in ("select", "find_limits"):
+    for drawing in ("Selection", "find_limits"):
         monkeypatch.delattr(selection_summary, drawing)
     found = summarise_selection(draw, scored / "samples.parquet")
     assert found == replace(expected, random_overlap=None)
 
 
 def test_batches_are_compared_with_batches_drawn_by_chance(scored: Path) -> None:
-    config = RefineConfig(policy="loss_batch", temperature=1e6)
+    config = RefineConfig(policy="loss_batch", temperature=1e6, batch_size=16)
     assert dry_run(Draw(scored, 2, config, 5, list(SIZES)), scored / "samples.parquet").random_overlap == 1
 
 

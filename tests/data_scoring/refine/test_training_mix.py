@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_scoring.refine.training_mix import Mix, write_mix
+from data_scoring.refine.training_mix import Mix, MixOptions, write_mix
 
 QUERY = "select range % 3 as shard, range // 3 as sample from range(200000)"
 
@@ -29,13 +29,13 @@ def test_a_limit_of_tokens_cuts_the_order_before_the_sample_that_exceeds_it(tmp_
     whole = pq.read_table(tmp_path / "whole")
     totals = np.cumsum(1 + (whole["shard"].to_numpy() + 3 * whole["sample"].to_numpy()) % 7)
     for limit in (totals[0], totals[499], totals[500] - 1, totals[-1], totals[-1] + 1):
-        count = write_mix(tmp_path / "cut", lengths, 1, 2, int(limit))
+        count = write_mix(tmp_path / "cut", lengths, 1, 2, MixOptions(int(limit)))
         assert count == (totals <= limit).sum()
         assert pq.read_table(tmp_path / "cut").equals(whole.slice(0, count))
     with pytest.raises(
         ValueError, match=r"refine.max_tokens: 2 is less than the tokens of the mix's first sample; raise it"
     ):
-        write_mix(tmp_path / "none", "select 0 as shard, 0 as sample, 3 as num_tokens", 1, 2, 2)
+        write_mix(tmp_path / "none", "select 0 as shard, 0 as sample, 3 as num_tokens", 1, 2, MixOptions(2))
     assert not list(tmp_path.glob("*none*"))
 
 

@@ -11,6 +11,7 @@ import pytest
 from flows.run.config import RunConfig, differences, parse_config
 from flows.run.config_docs import page
 from flows.run.folder import Run, open_run, read_run
+from flows.stages.refine import draw_of
 from flows.stages.stage_order import fingerprint_of
 
 # Every section that a configuration may have, over the run in `golden/plain`.
@@ -53,12 +54,14 @@ CHANGES: dict[str, Any] = {
     "checkpoint.asynchronous": "never",
     "score.micro_batch_size": 2, "score.budget": "full", "score.min_correlation": 0.5, "score.calibration_samples": 32,
     "score.loss_kernel": "reference",
-    "refine.policy": "top", "refine.sampling_rate": 0.25, "refine.temperature": 2.0, "refine.drop_hardest": 0.2,
+    "refine.policy": "top", "refine.within": "part", "refine.keep_batches": True, "refine.weights": "inverse",
+    "refine.max_weight": None, "refine.sampling_rate": 0.25, "refine.temperature": 2.0, "refine.drop_hardest": 0.2,
     "refine.batch_size": 4, "refine.reference": "runs/large/rounds/1", "refine.sql": "loss", "refine.outlier_z": None,
     "refine.min_tokens": 2, "refine.near_duplicates": None, "refine.max_rounds": 1, "refine.max_tokens": 999,
     "refine.sources[].name": "a", "refine.sources[].at_least": 0.1, "refine.sources[].at_most": 0.9,
     "refine.sources[].from_round": 2, "refine.memory_gb": 1.0,
-    "rounds.num_rounds": 5, "rounds.approval": True,
+    "rounds.num_rounds": 5, "rounds.approval": True, "rounds.num_parts": 4, "rounds.lr_factor": 0.5,
+    "rounds.keep_optimizer": True,
     "eval.tasks": ["piqa", "boolq"], "eval.data": None, "eval.limit": 2, "eval.every_steps": 5,
     "eval.training_tasks": ["boolq"], "eval.contamination": "report", "eval.contamination_ngram": 8,
 }  # fmt: skip
@@ -66,6 +69,8 @@ BESIDES: dict[str, dict[str, Any]] = {
     "model.start_from": {"model.inherit": None},
     "parallel.sequence": {"parallel.tensor": 2},
     "launch.nodes": {"parallel.data": 2, "launch.rendezvous": "host:1"},
+    "refine.keep_batches": {"refine.policy": "loss_batch"},
+    "rounds.num_parts": {"refine.within": "part"},
 }
 # Fields that are compared by what follows from them.
 FOLLOWS = {
@@ -77,7 +82,9 @@ FOLLOWS = {
 # It has one value: what tells a rule from a number.
 CONSTANT = {"train.lr.rule"}
 ROWS = dict(re.findall(r"^\| `([^`]+)` \|.*\| (yes|no|yes, unless `eval.contamination` is remove) \|", page(), re.M))
-CHAIN = [("prepare", 0), ("inherit", 1), ("mix", 1), ("train", 1), ("score", 1), ("refine", 2), ("mix", 2)]
+CHAIN = [
+    ("prepare", 0), ("inherit", 1), ("mix", 1), ("train", 1), ("score", 1), ("refine", 2), ("mix", 2), ("train", 2),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -137,17 +144,37 @@ def test_evaluation_may_not_change_where_it_removes(run: Run, name: str) -> None
 
 
 @pytest.mark.parametrize(("name", "stages"), [
-    ("train.max_tokens", {"mix", "train", "score", "refine"}),
-    ("model.start_from", {"train", "score", "refine", "mix"}),
-    ("model.init_std", {"inherit", "train", "score", "refine", "mix"}),
-    ("score.budget", {"score", "refine", "mix"}),
-    ("refine.policy", {"refine", "mix"}),
+    ("train.max_tokens", {("mix", 1), ("train", 1), ("score", 1), ("refine", 2), ("mix", 2), ("train", 2)}),
+    ("model.start_from", {("train", 1), ("score", 1), ("refine", 2), ("mix", 2), ("train", 2)}),
+    ("model.init_std", {("inherit", 1), ("train", 1), ("score", 1), ("refine", 2), ("mix", 2), ("train", 2)}),
+    ("score.budget", {("score", 1), ("refine", 2), ("mix", 2), ("train", 2)}),
+    ("refine.policy", {("refine", 2), ("mix", 2), ("train", 2)}),
+    ("refine.weights", {("refine", 2), ("mix", 2), ("train", 2)}),
+    ("rounds.num_parts", {("refine", 2), ("mix", 2), ("train", 2)}),
+    ("rounds.lr_factor", {("train", 2)}),
+    ("rounds.keep_optimizer", {("train", 2)}),
 ])  # fmt: skip
-def test_a_field_decides_the_stages_from_its_own_on(run: Run, name: str, stages: set[str]) -> None:
+def test_a_field_decides_the_stages_from_its_own_on(run: Run, name: str, stages: set[tuple[str, int]]) -> None:
     before = changed(run.config, BESIDES.get(name, {}))
     after = changed(before, {name: CHANGES[name]})
     old, new = fingerprints(run, before), fingerprints(run, after)
-    assert {stage for stage, number in CHAIN if old[stage, number] != new[stage, number]} == stages
+    assert {place for place in CHAIN if old[place] != new[place]} == stages
+
+
+def test_batches_are_those_of_training_unless_set(run: Run) -> None:
+    """A run of another policy keeps the fingerprints that it has had with batches of 16."""
+    by_loss, by_batch = (changed(run.config, {"refine.policy": policy}) for policy in ("loss", "loss_batch"))
+    unset, small = (changed(by_batch, {"refine.batch_size": size}) for size in (None, 16))
+    batch = unset.resolved_train.global_batch_size
+    assert batch != 16
+    given = changed(by_batch, {"refine.batch_size": batch})
+    assert fingerprints(run, unset) == fingerprints(run, given) != fingerprints(run, small)
+    assert differences(unset, given) == []
+    assert differences(unset, small) == [f"refine.batch_size: {batch} there, 16 here"]
+    assert unset.run_name == given.run_name
+    assert draw_of(replace(run, config=unset), 2, unset.refine).config.batch_size == batch
+    other = changed(by_loss, {"refine.batch_size": None})
+    assert fingerprints(run, other) == fingerprints(run, changed(by_loss, {"refine.batch_size": 16}))
 
 
 def test_a_run_goes_on_with_what_is_free_and_names_the_rest(run: Run) -> None:
