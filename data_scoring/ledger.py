@@ -230,6 +230,18 @@ VIEWS = {
         },
         f"{_ROUND}, step, source, loss, num_tokens",
     ),
+    "validation_samples": View(
+        "Losses of the validation samples under the model at the end of a round.",
+        "rounds/*/validation-samples.parquet",
+        {
+            **_ROUND_COLUMN,
+            "sample": ("integer", "Number of the validation sample, from 0."),
+            "source": ("varchar", "Source of the sample's text."),
+            "num_tokens": ("integer", "Predicted tokens of the sample."),
+            "loss": ("float", "Mean next-token negative log-likelihood, nats per token."),
+        },
+        f"{_ROUND}, sample, source, num_tokens, loss",
+    ),
 }
 
 # Views over views: (comment, columns, SQL).

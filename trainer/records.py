@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from data_scoring.base.files import checksum
 from data_scoring.base.parquet import parquet_fingerprint, read_parquet, write_parquet
+from data_scoring.corpus.corpus import VALIDATION as VALIDATION_SHARD
+from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.seen_losses import list_seen_losses
 
 STEPS = pa.schema(
@@ -26,6 +28,9 @@ STEPS = pa.schema(
 )
 VALIDATION = pa.schema(
     [("step", pa.int32()), ("source", pa.string()), ("loss", pa.float64()), ("num_tokens", pa.int64())]
+)
+_VALIDATION_SAMPLES = pa.schema(
+    [("sample", pa.int32()), ("source", pa.string()), ("num_tokens", pa.int32()), ("loss", pa.float32())]
 )
 _SEEN = pa.schema([("step", pa.int32()), ("shard", pa.int32()), ("sample", pa.int32()), ("loss", pa.float32())])
 
@@ -108,6 +113,22 @@ class SeenLog:
         write_parquet(path, pa.table(arrays, schema=_SEEN), self._fingerprint)
         self._columns = []
         return {path.name: checksum(path)}
+
+
+def validation_samples_path(round_folder: Path) -> Path:
+    """Return the path of the losses of validation samples at the end of a round; older versions did not write them."""
+    return round_folder / "validation-samples.parquet"
+
+
+def write_validation_samples(path: Path, corpus: Corpus, losses: NDArray[np.float32], fingerprint: str) -> None:
+    """Write the losses of the validation samples, [n] nats per token, with their sources and lengths."""
+    columns = [
+        np.arange(len(losses), dtype=np.int32),
+        corpus.validation_sources,
+        corpus.lengths(VALIDATION_SHARD).astype(np.int32),
+        losses,
+    ]
+    write_parquet(path, pa.table(list(map(pa.array, columns)), schema=_VALIDATION_SAMPLES), fingerprint)
 
 
 def prepare_seen(round_folder: Path, step: int, checksums: dict[str, str] | None) -> None:

@@ -81,22 +81,23 @@ class ModelScorer:
         return agreed.cpu().numpy()
 
 
-def validate(scorer: ModelScorer, corpus: Corpus) -> list[dict[str, object]] | None:
-    """Return each source's validation loss (mean over its predicted tokens) on the rank that `is_writer`, else None.
+def validation_losses(scorer: ModelScorer, corpus: Corpus) -> NDArray[np.float32] | None:
+    """Return the losses of the validation samples, [n] nats per token, on the rank that `is_writer`, else None."""
+    total = corpus.num_validation_samples
+    found = score_samples(corpus, scorer, np.full(total, VALIDATION), np.arange(total), corpus.lengths(VALIDATION))
+    return None if found is None else found[:, 0]
+
+
+def loss_by_source(corpus: Corpus, losses: NDArray[np.float32]) -> list[dict[str, object]]:
+    """Return each source's mean over its predicted validation tokens, given the `losses` of the samples, [n].
 
     Rows have source, loss (nats per token) and num_tokens; sources without validation samples have no row.
     """
-    total = corpus.num_validation_samples
-    lengths = corpus.lengths(VALIDATION)
-    found = score_samples(corpus, scorer, np.full(total, VALIDATION), np.arange(total), lengths)
-    if found is None:
-        return None
-    losses = found[:, 0].astype(np.float64)
-    sources = np.array(corpus.validation_sources)
+    lengths, sources = corpus.lengths(VALIDATION), np.array(corpus.validation_sources)
     rows: list[dict[str, object]] = []
     for source in dict.fromkeys(corpus.validation_sources):
         chosen = sources == source
         num_tokens = int(lengths[chosen].sum())
-        loss = float((losses[chosen] * lengths[chosen]).sum() / num_tokens)
+        loss = float((losses[chosen].astype(np.float64) * lengths[chosen]).sum() / num_tokens)
         rows.append({"source": source, "loss": loss, "num_tokens": num_tokens})
     return rows

@@ -41,10 +41,18 @@ from trainer.evaluate import answer_tasks
 from trainer.forward import read_microbatches, run_schedule
 from trainer.gradients import set_adam_kernel, update_weights
 from trainer.model_chunks import ModelChunks
-from trainer.records import STEPS, VALIDATION, RowLog, SeenLog, prepare_seen
+from trainer.records import (
+    STEPS,
+    VALIDATION,
+    RowLog,
+    SeenLog,
+    prepare_seen,
+    validation_samples_path,
+    write_validation_samples,
+)
 from trainer.requests import identify_answers, requests_path
 from trainer.saver import CheckpointSaver
-from trainer.score import ModelScorer, is_writer, validate
+from trainer.score import ModelScorer, is_writer, loss_by_source, validation_losses
 from trainer.stopping import StoppedError, StopRequest
 
 if TYPE_CHECKING:
@@ -54,9 +62,9 @@ if TYPE_CHECKING:
 def train_round(job: "TrainJob", corpus: Corpus, model: ModelChunks, bf16: bool, stop: StopRequest) -> None:
     """Train `model` on the round's mix, resuming exactly from the round's last intact checkpoint.
 
-    Writes to the round's folder: checkpoint/, steps.parquet, seen/, validation.parquet. Raises ValueError, keeping the
-    last checkpoint usable, if a loss or gradient is not finite, and StoppedError, after saving a checkpoint of the last
-    step, on a stop request.
+    Writes to the round's folder: checkpoint/, steps.parquet, seen/, validation.parquet and validation-samples.parquet.
+    Raises ValueError, keeping the last checkpoint usable, if a loss or gradient is not finite, and StoppedError, after
+    saving a checkpoint of the last step, on a stop request.
     """
     if job.evaluate is not None:
         # Report missing requests now instead of at the first step that needs them.
@@ -332,15 +340,19 @@ class _Round:
         )
 
     def validate(self, step: int) -> None:
-        """Measure and record the validation loss of every source."""
+        """Measure and record the validation loss of every source and, after the last step, of every sample."""
         gather_weights(self.state.model)
         self.state.model.eval()
-        rows = validate(ModelScorer(self.state.model, self.corpus, self.job.score.micro_batch_size), self.corpus)
+        scorer = ModelScorer(self.state.model, self.corpus, self.job.score.micro_batch_size)
+        losses = validation_losses(scorer, self.corpus)
         self.state.model.train()
-        if rows is not None:
+        if losses is not None:
             assert self.logs.validation is not None
-            for row in rows:
+            for row in loss_by_source(self.corpus, losses):
                 self.logs.validation.append({"step": step, **row})
+            if step == self.num_steps:
+                path = validation_samples_path(self.job.round_folder)
+                write_validation_samples(path, self.corpus, losses, self.job.fingerprint)
 
     def evaluate(self, step: int) -> bool:
         """Run the in-training evaluation due at `step`, if any; return whether it was completed.

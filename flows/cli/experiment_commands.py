@@ -2,12 +2,13 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from flows.cli.options import add_config, count, read_trial_config
+from flows.cli.options import add_config, count, path, read_trial_config
 
 _SEEDS_HELP = "number of seeds, starting at the configuration's seed (default: 1)"
 _TOKENS_HELP = "training tokens of each model (default: train.max_tokens)"
@@ -25,6 +26,9 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     add_config(command)
     arms = command.add_mutually_exclusive_group(required=True)
     arms.add_argument("--policies", help="arms that differ in refine.policy, such as loss,random, at equal tokens")
+    arms.add_argument(
+        "--arms", type=path, metavar="FILE", help="arms of a YAML file: a name and fields of refine for each"
+    )
     arms.add_argument("--sampling-rates", help="arms that differ in refine.sampling_rate, such as 0,0.25,0.5,0.75,1")
     arms.add_argument("--rounds", help="arms that differ in rounds.num_rounds, such as 1,2,3")
     arms.add_argument("--inits", help="arms that differ in model.init, such as constant,gpt2,internlm, one round each")
@@ -32,8 +36,14 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tokens",
         type=count,
-        help="with --policies: tokens of round 2 (default: the most that all arms reach; set it to be able to add arms "
-        "or seeds later); with --inits: tokens of round 1 (default: train.max_tokens)",
+        help="with --policies and --arms: tokens, or cost, of round 2 (default: the most that all arms reach; set it "
+        "to be able to add arms or seeds later); with --inits: tokens of round 1 (default: train.max_tokens)",
+    )
+    command.add_argument(
+        "--equal",
+        choices=["tokens", "cost"],
+        help="with --policies and --arms: whether all arms train on as many tokens (default), or training and scoring "
+        "together cost as much",
     )
     command.set_defaults(command=_compare)
 
@@ -66,25 +76,34 @@ def _add_grid(command: argparse.ArgumentParser) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from flows.display.terminal_progress import TerminalProgress
-    from flows.experiments.compare import (
-        compare,
+    from flows.experiments.arms import (
+        arm_comparison,
         init_comparison,
         policy_comparison,
         rate_comparison,
         round_comparison,
     )
+    from flows.experiments.compare import compare
 
     config = read_trial_config(options)
+    if options.equal is not None and options.policies is None and options.arms is None:
+        raise ValueError("--equal: only valid with --policies or --arms; other arms differ in their tokens; omit it")
     if options.policies is not None:
         comparison = policy_comparison(options.policies)
+    elif options.arms is not None:
+        comparison = arm_comparison(options.arms, config.refine)
     elif options.inits is not None:
         comparison = init_comparison(options.inits)
     elif options.tokens is not None:
-        raise ValueError("--tokens: only valid with --policies or --inits; other arms differ in their tokens; omit it")
+        raise ValueError(
+            "--tokens: only valid with --policies, --arms or --inits; other arms differ in their tokens; omit it"
+        )
     elif options.sampling_rates is not None:
         comparison = rate_comparison(options.sampling_rates)
     else:
         comparison = round_comparison(options.rounds)
+    if options.equal is not None:
+        comparison = replace(comparison, equal=options.equal)
     with TerminalProgress() as progress:
         page = compare(config, comparison, options.seeds, options.tokens, progress)
     print(f"{page.text}\ncomparison: {page.page}")
@@ -92,7 +111,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _grid(options: argparse.Namespace) -> None:
     from flows.display.terminal_progress import TerminalProgress
-    from flows.experiments.compare import entries, numbers
+    from flows.experiments.arms import entries, numbers
     from flows.experiments.grid import Grid, train_grid
 
     config = read_trial_config(options)

@@ -60,7 +60,8 @@ def add_inherit(commands: Any) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from flows.display.terminal_progress import TerminalProgress
-    from flows.experiments.compare import compare, inherit_comparison
+    from flows.experiments.arms import inherit_comparison
+    from flows.experiments.compare import compare
 
     config = read_trial_config(options)
     comparison = inherit_comparison(options.methods, config.model.inherit)

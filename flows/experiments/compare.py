@@ -5,22 +5,20 @@ base's corpus and first round, so that its stages find them complete, and contin
 a model is initialised share only the corpus, and train round 1 themselves.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import Progress
 from data_scoring.ledger import read_rows, refresh_ledger
-from data_scoring.refine.budget import CALIBRATION
-from data_scoring.refine.policies import POLICIES
-from data_scoring.refine.refine_config import RefineConfig
 from flows.display.result_page import Page
+from flows.experiments.arms import BASE_ARM, Arm, Comparison, inherit_comparison
 from flows.experiments.compare_report import write_comparison
-from flows.experiments.compare_results import BASE, CURVES, RESULTS, SCORES, curves_path, scores_path
+from flows.experiments.compare_results import CURVES, RESULTS, SCORES, curves_path, scores_path
+from flows.experiments.equal_arms import equal_cost, limited, needs_losses, scoring_cost
 from flows.experiments.trials import (
     Trial,
     final_losses,
@@ -36,135 +34,16 @@ from flows.inheritance.teacher import check_inheritance
 from flows.run.config import RunConfig
 from flows.run.folder import Run, open_run
 from flows.run.locks import locked
-from flows.stages.refine import preview
 from flows.stages.stage_order import complete, complete_all, steps_at, steps_to_train
-from trainer.config import InheritConfig, InheritMethod, ModelConfig
-
-# An arm that does not use losses does not exclude outliers either.
-_BLIND = {"outlier_z": None}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """An arm: its name, its folder's name, the fields that it sets, by section, and its last round."""
-
-    name: str
-    folder: str
-    values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    num_rounds: int = 2
-
-    @property
-    def refine(self) -> dict[str, Any]:
-        """Return the fields of `refine` that the arm sets."""
-        return self.values.get("refine", {})
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Arms that differ only in the option `option`; `stem` is the stem of the result files' names.
-
-    shares_round: whether the arms continue from the same first round; if not, each trains its own.
-    """
-
-    option: str
-    stem: str
-    arms: tuple[Arm, ...]
-    shares_round: bool = True
-
-
-_BASE = Arm(BASE, "base", num_rounds=1)
-
-
-def policy_comparison(text: str) -> Comparison:
-    """Return the arms of a list of policies, such as loss,random. Raises ValueError for an unknown policy."""
-    names = entries("--policies", text)
-    for name in names:
-        if name not in POLICIES:
-            raise ValueError(f"--policies: {name!r} is not a policy; choose from {', '.join(POLICIES)}")
-    return Comparison("--policies", "compare", tuple(_policy_arm(name) for name in names))
-
-
-def _policy_arm(name: str) -> Arm:
-    return Arm(name, name, {"refine": {"policy": name, **({} if POLICIES[name].needs_losses else _BLIND)}})
-
-
-def rate_comparison(text: str) -> Comparison:
-    """Return the arms of a list of sampling rates, from 0 (no second round) to 1 (everything)."""
-    rates = sorted(numbers("--sampling-rates", text, 0, 1))
-    arms = [Arm(f"{rate:g}", f"rate-{rate:g}", {"refine": {"sampling_rate": rate}}) for rate in rates]
-    for place, rate in enumerate(rates):
-        if rate == 0:
-            arms[place] = Arm("0", _BASE.folder, num_rounds=1)
-        elif rate == 1:
-            arms[place].refine.update(_BLIND)
-    return Comparison("--sampling-rates", "compare-sampling-rates", tuple(arms))
-
-
-def round_comparison(text: str) -> Comparison:
-    """Return the arms of a list of numbers of rounds; each arm continues from the end of the previous one."""
-    rounds = sorted(numbers("--rounds", text, 1, 100))
-    if any(number % 1 for number in rounds):
-        raise ValueError(f"--rounds: {text!r} contains a fraction; give integers")
-    arms = tuple(Arm(f"{number:g}", f"rounds-{number:g}", {}, int(number)) for number in rounds)
-    return Comparison("--rounds", "compare-rounds", arms)
-
-
-def init_comparison(text: str) -> Comparison:
-    """Return the arms of a list of initialisations, such as gpt2,internlm. Raises ValueError for an unknown one."""
-    names, known = entries("--inits", text), get_args(ModelConfig.model_fields["init"].annotation)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--inits: {name!r} is not an initialisation; choose from {', '.join(known)}")
-    arms = tuple(Arm(name, f"init-{name}", {"model": {"init": name}}, num_rounds=1) for name in names)
-    return Comparison("--inits", "compare-inits", arms, shares_round=False)
-
-
-def inherit_comparison(text: str, inherit: InheritConfig | None, layers: Sequence[int] | None = None) -> Comparison:
-    """Return the arms of a list of inheritance methods, such as base,l1,learned; `inherit` has the other fields.
-
-    layers: the layers to keep, if already known; `base` does not use them. Raises ValueError for an unknown method, or
-    if `inherit` is None.
-    """
-    if inherit is None:
-        raise ValueError("model.inherit: not set; name a larger model to inherit from, such as {from: runs/large}")
-    names = entries("--methods", text)
-    for name in names:
-        if name not in get_args(InheritMethod):
-            raise ValueError(f"--methods: {name!r} is not a method; choose from {', '.join(get_args(InheritMethod))}")
-    arms = []
-    for name in names:
-        pinned = {} if layers is None or name == "base" else {"layers": tuple(layers)}
-        values = {"model": {"inherit": {**inherit.model_dump(), "method": name, **pinned}}}
-        arms.append(Arm(name, f"inherit-{name}", values, num_rounds=1))
-    return Comparison("--methods", "compare-inherit", tuple(arms), shares_round=False)
-
-
-def entries(option: str, text: str) -> list[str]:
-    """Return the distinct entries of a comma-separated list. Raises ValueError, naming `option`, if it is empty."""
-    found = list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
-    if not found:
-        raise ValueError(f"{option}: the list is empty; give comma-separated values")
-    return found
-
-
-def numbers(option: str, text: str, least: float, most: float) -> set[float]:
-    """Return the numbers of a comma-separated list. Raises ValueError for an invalid entry."""
-    try:
-        found = {float(entry) for entry in entries(option, text)}
-    except ValueError:
-        raise ValueError(f"{option}: {text!r} is not a list of numbers; give comma-separated numbers") from None
-    if not all(least <= number <= most for number in found):
-        raise ValueError(f"{option}: {text!r} is not between {least} and {most}; give numbers in that range")
-    return found
 
 
 def compare(config: RunConfig, comparison: Comparison, num_seeds: int, tokens: int | None, progress: Progress) -> Page:
     """Return the result page, after training the arms for `num_seeds` seeds, starting at `config.seed`.
 
-    Completed work is not repeated, so the same call resumes an interrupted one. Policies are compared at equal tokens:
-    `tokens`, else `refine.max_tokens`, else the most that every arm reaches within the sampling rate. Initialisations
-    train on `tokens`, else on `train.max_tokens`, else on everything. Raises ValueError if an arm cannot reach the
-    tokens, or if a folder was created by another configuration.
+    Completed work is not repeated, so the same call resumes an interrupted one. Policies and arms of a file are
+    compared at equal tokens or cost: `tokens`, else `refine.max_tokens`, else the most that every arm reaches within
+    the sampling rate. Initialisations train on `tokens`, else on `train.max_tokens`, else on everything. Raises
+    ValueError if an arm cannot reach the tokens, or if a folder was created by another configuration.
     """
     folder = config.folder.absolute().with_name(f"{config.run_name}-compare")
     seeds = range(config.seed, config.seed + num_seeds)
@@ -191,7 +70,7 @@ def compare(config: RunConfig, comparison: Comparison, num_seeds: int, tokens: i
         if config.eval.asked:
             write_parquet(scores_path(path), pa.Table.from_pylist(found.scores, SCORES), "")
         write_parquet(path, pa.Table.from_pylist(found.results, RESULTS), "")
-        return write_comparison(path, comparison.option, [arm.name for arm in comparison.arms], config, tokens, layers)
+        return write_comparison(path, comparison, config, tokens, layers)
 
 
 @dataclass(frozen=True)
@@ -212,16 +91,17 @@ def _train_from_bases(
     config: RunConfig, folder: Path, seeds: range, comparison: Comparison, tokens: int | None, progress: Progress
 ) -> tuple[_Found, int | None]:
     """Return the results of arms that continue from a base's first round, and the tokens that each trains on."""
-    bases = {seed: _train_base(_config(config, folder, seed, _BASE), progress) for seed in seeds}
-    arms = comparison.arms
-    if comparison.option == "--policies":
-        tokens = equal_tokens(config, list(bases.values()), arms, tokens or config.refine.max_tokens)
-        arms = tuple(Arm(arm.name, arm.folder, {"refine": {**arm.refine, "max_tokens": tokens}}) for arm in arms)
+    bases = {seed: _train_base(_config(config, folder, seed, BASE_ARM), progress) for seed in seeds}
+    arms = dict.fromkeys(bases, comparison.arms)
+    if comparison.equal is not None:
+        tokens = equal_cost(config, bases, comparison, tokens or config.refine.max_tokens)
+        for seed, base in bases.items():
+            arms[seed] = tuple(limited(base, arm, comparison.equal, tokens) for arm in comparison.arms)
     found = _Found()
     for seed, base in bases.items():
-        found.add(base, seed, _BASE, progress)
+        found.add(base, seed, BASE_ARM, progress)
         before = base
-        for arm in arms:
+        for arm in arms[seed]:
             run = base
             if arm.num_rounds > 1:
                 run = _train_arm(_config(config, folder, seed, arm), before, progress)
@@ -284,44 +164,6 @@ def _train_arm(config: RunConfig, before: Run, progress: Progress) -> Run:
     return run
 
 
-def equal_tokens(config: RunConfig, bases: list[Run], arms: tuple[Arm, ...], wanted: int | None) -> int:
-    """Return the predicted tokens that all `arms` train on for all seeds: `wanted`, or the most that all arms reach.
-
-    The latter is what the sampling rate keeps of the smallest corpus, or less if an arm selects shorter samples. Raises
-    ValueError if an arm keeps fewer than `wanted`.
-    """
-    reached = {}
-    for base in bases:
-        for arm in arms:
-            draw = RefineConfig.model_validate({**dict(base.config.refine), **arm.refine, "max_tokens": None})
-            reached[arm.name, base.config.seed] = preview(base, 2, draw).total.num_tokens_kept
-    (name, seed), least = min(reached.items(), key=lambda item: item[1])
-    if wanted is None:
-        corpora = [_number(base, "select sum(num_tokens) from samples") for base in bases]
-        return min(least, int(min(corpora) * config.refine.sampling_rate))
-    if least < wanted:
-        raise ValueError(
-            f"--tokens: {wanted} is more than the {least} that arm {name} keeps for seed {seed}; lower it, or raise "
-            "refine.sampling_rate"
-        )
-    return wanted
-
-
-def scoring_cost(run: Run, round_number: int) -> int:
-    """Return the cost of scoring a round, including calibration, in training-token equivalents."""
-    return _number(
-        run,
-        f"select sum(cost_tokens) from budgets "
-        f"where round = {round_number} and (chosen or candidate = '{CALIBRATION}')",
-    )
-
-
-def needs_losses(refine: RefineConfig) -> bool:
-    """Return whether the selection depends on losses; keeping everything, or a random part, does not."""
-    is_blind = not refine.policy_row.needs_losses or refine.sampling_rate == 1
-    return not is_blind or refine.outlier_z is not None
-
-
 def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
     """Return a row for each source: the run's final validation loss, and the cost to reach it."""
     refresh_ledger(run.folder)
@@ -357,8 +199,3 @@ def _curve(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
     )
     names = ("step", "num_tokens", "loss")
     return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True))} for row in steps]
-
-
-def _number(run: Run, sql: str) -> int:
-    [(number,)] = read_rows(run.folder, sql)
-    return int(number or 0)

@@ -8,6 +8,7 @@ from flows.display.figures import render
 from flows.display.result_page import Page, Picture, Section, span, write_page
 from flows.evaluation.results import columns_of, describe_items, score_rows
 from flows.evaluation.results_table import table_cells
+from flows.experiments.arms import Arm, Comparison
 from flows.experiments.compare_plots import PLOTS
 from flows.experiments.compare_results import BASE, open_results, scores_path
 from flows.inheritance.teacher import find_teacher
@@ -18,20 +19,16 @@ _BEGINNINGS = ("--inits", "--methods")
 
 
 def write_comparison(
-    results: Path,
-    option: str,
-    arms: list[str],
-    config: RunConfig,
-    tokens: int | None,
-    layers: list[int] | None = None,
+    results: Path, comparison: Comparison, config: RunConfig, tokens: int | None, layers: list[int] | None = None
 ) -> Page:
     """Write the page, the Markdown and the pictures of the comparison in the Parquet file `results` beside it.
 
-    `option` is the option by which the `arms` differ; `tokens` is their common limit on trained tokens, if any;
-    `layers` are the layers of a larger model that arms inherit.
+    `tokens` is the arms' common limit on trained tokens, or on their cost, if any; `layers` are the layers of a larger
+    model that arms inherit.
     """
-    with open_results(results, arms) as connection:
-        lead = _lead(connection, option, config, tokens)
+    option = comparison.option
+    with open_results(results, [arm.name for arm in comparison.arms]) as connection:
+        lead = _lead(connection, comparison, config, tokens)
         if layers is not None:
             lead.insert(1, _inherited(config, layers))
         parts, plots = [_losses, _differences, _spread, _costs], dict(PLOTS)
@@ -52,14 +49,23 @@ def write_comparison(
     return write_page(results.with_suffix(".html"), title, lead, sections, pictures)
 
 
-def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, tokens: int | None) -> list[str]:
+def _lead(
+    results: duckdb.DuckDBPyConnection, comparison: Comparison, config: RunConfig, tokens: int | None
+) -> list[str]:
     [(first, last, num_seeds, least, most)] = results.sql(
         "select min(seed), max(seed), count(distinct seed), min(round_1_tokens), max(round_1_tokens) from results"
     ).fetchall()
-    refine = config.refine
+    refine, option = config.refine, comparison.option
+    limit = (
+        f"Each trains round 2 on at most {tokens or 0:,} predicted tokens"
+        if comparison.equal == "tokens"
+        else f"Each spends at most {tokens or 0:,} training tokens after round 1, on scoring and on training"
+    )
+    limit += ", and all reach this limit; the mix is cut in its random order."
+    fields = "; ".join(f"{arm.name}: {_fields(arm)}" for arm in comparison.arms)
     differ = {
-        "--policies": f"Arms differ in refine.policy. Each trains round 2 on at most {tokens or 0:,} predicted tokens, "
-        "and all reach this limit; the mix is cut in its random order.",
+        "--policies": f"Arms differ in refine.policy. {limit}",
+        "--arms": f"Arms differ in fields of refine ({fields}). {limit}",
         "--sampling-rates": f"Arms differ in refine.sampling_rate, under policy {refine.policy}: 0 means no second "
         "round, 1 means all samples again. The arms train on different numbers of tokens; their cost is below.",
         "--rounds": f"Arms differ in the number of rounds, under policy {refine.policy} at sampling rate "
@@ -81,12 +87,17 @@ def _lead(results: duckdb.DuckDBPyConnection, option: str, config: RunConfig, to
         "validation sets. Differences paired by seed do not.",
     ]
     arms = {name for (name,) in results.sql("select distinct arm from results").fetchall()}
-    if option == "--policies" and {"all", "random"} <= arms:
+    if comparison.equal is not None and {"all", "random"} <= arms:
         lines.append(
             "Cut at the same number of tokens, all is a random subset just as random is, so the difference between "
             "these two arms is noise. A difference no larger than this is not evidence."
         )
     return lines
+
+
+def _fields(arm: Arm) -> str:
+    """Return the fields that an arm sets, as in YAML."""
+    return ", ".join(f"{name} {'null' if value is None else value}" for name, value in arm.refine.items())
 
 
 def _inherited(config: RunConfig, layers: list[int]) -> str:

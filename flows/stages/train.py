@@ -18,6 +18,7 @@ from flows.stages.prepare import vocabulary_size
 from flows.stages.stage import Stage, Stages
 from trainer.checkpoint_folder import check_checkpoints, seconds_to_stop
 from trainer.jobs import TrainJob
+from trainer.records import validation_samples_path
 
 
 class Train(Stage):
@@ -56,7 +57,9 @@ class Train(Stage):
     def files(self, run: Run, round_number: int) -> list[Path]:
         """Return the logs; checkpoints have records of their own, and so have answers and scores."""
         folder = run.round_folder(round_number)
-        return [folder / "steps.parquet", folder / "validation.parquet", *list_seen_losses(folder)]
+        logs = [folder / "steps.parquet", folder / "validation.parquet", *list_seen_losses(folder)]
+        samples = validation_samples_path(folder)
+        return [*logs, samples] if samples.exists() else logs
 
     def how_to_repeat(self, run: Run, round_number: int, record: Path) -> str:
         """Return that the round's folder has to be deleted: its logs were written during training."""

@@ -14,6 +14,7 @@ def assert_equal_runs(run: Path, other: Path) -> None:
             ("seen", ("step", "shard", "sample", "loss")),
             ("steps.parquet", ("step", "loss", "lr", "grad_norm")),
             ("validation.parquet", ("step", "source", "loss")),
+            ("validation-samples.parquet", ("sample", "source", "loss")),
         ):
             places = (folder / "rounds" / number / file for folder in (run, other))
             mine, theirs = (read_rows(place, *columns) for place in places)

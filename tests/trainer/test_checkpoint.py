@@ -208,6 +208,7 @@ def test_a_run_that_is_stopped_twice_and_loses_a_checkpoint_equals_an_unbroken_o
         ("steps.parquet", ("step", "loss", "lr", "grad_norm", "num_samples", "num_tokens")),
         ("seen", ("step", "shard", "sample", "loss")),
         ("validation.parquet", ("step", "source", "loss", "num_tokens")),
+        ("validation-samples.parquet", ("sample", "source", "num_tokens", "loss")),
     ):
         assert read_rows(folder / file, *columns) == read_rows(unbroken / file, *columns)
     [found], [expected] = (list((place / "checkpoint").iterdir()) for place in (folder, unbroken))

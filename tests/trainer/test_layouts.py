@@ -37,6 +37,7 @@ def assert_same_training(folder: Path, reference: Path) -> None:
         ("steps.parquet", ("step", "num_samples", "num_tokens"), ("loss", "lr")),
         ("seen", ("step", "shard", "sample"), ("loss",)),
         ("validation.parquet", ("step", "source", "num_tokens"), ("loss",)),
+        ("validation-samples.parquet", ("sample", "source", "num_tokens"), ("loss",)),
     ):
         assert read_rows(folder / file, *identity) == read_rows(reference / file, *identity)
         found, expected = (read_rows(place / file, *identity, *numbers) for place in (folder, reference))

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_scoring.base.parquet import parquet_fingerprint, write_parquet
-from tests.conftest import Ranks
+from tests.conftest import Ranks, read_rows
 from trainer.checkpoint_folder import RECORD, list_checkpoints, read_checkpoint_record, seal_checkpoint
 
 
@@ -52,3 +52,15 @@ def test_a_checkpoint_of_other_training_is_not_deleted(ranks: Ranks, trained: Pa
         (folder / file).unlink()
     ranks.train(folder.name)
     assert json.loads((list_checkpoints(folder / "checkpoint")[-1] / RECORD).read_text())["step"] > 0
+
+
+def test_validation_samples_average_to_the_last_validation(trained: Path) -> None:
+    rows = read_rows(trained / "validation-samples.parquet", "sample", "source", "num_tokens", "loss")
+    assert [row[0] for row in rows] == list(range(len(rows)))
+    validation = read_rows(trained / "validation.parquet", "step", "source", "num_tokens", "loss")
+    last = [row[1:] for row in validation if row[0] == max(row[0] for row in validation)]
+    for source, num_tokens, loss in last:
+        mine = [row[2:] for row in rows if row[1] == source]
+        assert sum(tokens for tokens, _ in mine) == num_tokens
+        assert sum(tokens * each for tokens, each in mine) / num_tokens == pytest.approx(loss, abs=1e-6)
+    assert sum(num_tokens for _, num_tokens, _ in last) == sum(row[2] for row in rows)

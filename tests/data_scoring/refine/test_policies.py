@@ -16,7 +16,9 @@ from data_scoring.refine.policies import POLICIES, Policy
 from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.refine_shards import refine, selection_path
 from flows.cli.main import main
-from flows.experiments.compare import compare, needs_losses, policy_comparison
+from flows.experiments.arms import policy_comparison
+from flows.experiments.compare import compare
+from flows.experiments.equal_arms import needs_losses
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import read_run
 from tests.conftest import read_rows

@@ -15,7 +15,8 @@ from flows.cli.main import main
 from flows.evaluation import rounds
 from flows.evaluation.rounds import RoundEvaluation, training_questions
 from flows.evaluation.scores import _combine, _standard_error
-from flows.experiments.compare import compare, init_comparison
+from flows.experiments.arms import init_comparison
+from flows.experiments.compare import compare
 from flows.launch import launcher
 from flows.report.run_report import write_report
 from flows.report.tables import evaluation_page

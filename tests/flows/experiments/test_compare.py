@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ from data_scoring.base.progress import silent
 from data_scoring.refine.training_mix import Mix
 from flows.cli.main import main
 from flows.display.result_page import span
-from flows.experiments.compare import (
-    compare,
+from flows.experiments.arms import (
+    arm_comparison,
     init_comparison,
     policy_comparison,
     rate_comparison,
     round_comparison,
 )
+from flows.experiments.compare import compare
 from flows.experiments.compare_report import write_comparison
 from flows.experiments.compare_results import BASE, RESULTS, open_results
 from flows.experiments.trials import share
@@ -62,7 +64,7 @@ def test_means_and_paired_differences_are_those_computed_by_hand(config: RunConf
     assert differences["loss", "all tokens"] == pytest.approx((-0.075, 0.025 / np.sqrt(3), 3, 3))
     assert {arm for arm, _ in differences} == {"loss", "all"}
     assert costs == [(130,), (131,), (132,)]
-    comparison = write_comparison(path, "--policies", arms, config, 102)
+    comparison = write_comparison(path, policy_comparison(",".join(arms)), config, 102)
     page, text = comparison.page.read_text(), comparison.text
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page
@@ -94,6 +96,51 @@ def test_policies_train_on_equal_tokens_from_the_same_round(config: RunConfig, f
         measured = dict(results.sql("select arm, loss from losses where source = 'a' and seed = 1").fetchall())
     assert measured == pytest.approx({BASE: 5.2, "loss": 4.2, "random": 4.4})
     assert [row.state for row in read_status(folder / "loss-seed-1")] == ["done"] * 7
+
+
+def test_arms_of_a_file_have_equal_cost(config: RunConfig, fakes: FakeRanks, tmp_path: Path) -> None:
+    path = tmp_path / "arms.yaml"
+    path.write_text("loss: {policy: loss}\nsharp: {policy: loss, temperature: 0.5}\nrandom: {policy: random}\n")
+    comparison = replace(arm_comparison(path, config.refine), equal="cost")
+    page = compare(config, comparison, 2, None, silent)
+    corpora = [corpus_tokens(page.page.parent / f"base-seed-{seed}") for seed in range(2)]
+    with open_results(page.page.parent / "compare-arms.parquet", ["loss", "sharp", "random"]) as results:
+        costs = results.sql("select seed, arm, trained_tokens, scoring_cost, cost from costs").fetchall()
+    assert len(costs) == 6
+    # Half of the smaller corpus, and a forward pass over it.
+    common = min(corpora) * (1 / 2 + 1 / 3)
+    for seed, arm, trained, scored, cost in costs:
+        assert scored == (0 if arm == "random" else round(corpora[seed] / 3))
+        assert cost == trained + scored == pytest.approx(common, abs=48)
+    assert read_run(page.page.parent / "sharp-seed-1").config.refine.temperature == 0.5
+    assert read_run(page.page.parent / "random-seed-1").config.refine.sampling_rate == 1
+    for words in (
+        "Arms differ in fields of refine (loss: policy loss; sharp: policy loss, temperature 0.5;",
+        "on scoring and",
+    ):
+        assert words in page.text
+    with pytest.raises(ValueError, match=r"--tokens: 100 is not more than what scoring costs arm loss for seed 0, \d+"):
+        compare(config, comparison, 1, 100, silent)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no arms; write `name: {policy: loss}`"),
+        ("- loss", "no arms; write"),
+        ("loss: top", r"loss: 'top' is not a section; give fields of refine: \{policy: loss\}"),
+        ("base: {policy: top}", "'base' cannot name an arm; start with a letter"),
+        ("a/b: {policy: top}", "'a/b' cannot name an arm"),
+        ("'1': {policy: top}", "'1' cannot name an arm"),
+        ("a: {policy: best}", "a: policy: "),
+        ("a: {polici: top}", "a: polici: "),
+    ],
+)
+def test_a_wrong_arm_is_named(config: RunConfig, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "arms.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+        arm_comparison(path, config.refine)
 
 
 def test_a_stopped_comparison_goes_on_and_repeats_nothing(

@@ -18,7 +18,8 @@ from data_scoring.base.progress import silent
 from data_scoring.config import padded_vocab_size
 from data_scoring.sandboxed_query import ask
 from flows.cli.main import main
-from flows.experiments.compare import compare, inherit_comparison, init_comparison
+from flows.experiments.arms import inherit_comparison, init_comparison
+from flows.experiments.compare import compare
 from flows.experiments.compare_results import curves_path
 from flows.inheritance import initial_checkpoint as inheritance
 from flows.inheritance.layer_importance import keep_layers
