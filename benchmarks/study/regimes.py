@@ -44,7 +44,7 @@ REGIMES = {
         Regime(
             "sequence",
             lambda documents: share_of(documents, 0.5),
-            {"model": SMALL, "train": CONSTANT, "rounds": {"first_order": "by_source"}},
+            {"model": SMALL, "train": CONSTANT, "rounds": {"first_order": "sources"}},
         ),
         Regime(
             "noise",

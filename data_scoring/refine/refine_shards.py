@@ -4,6 +4,7 @@ The draw is the paper's (`draw.py`). Its random numbers are a hash of (seed, rou
 depend on row order, threads or processes. A policy replaces the loss by another score (`policies.py`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from typing_extensions import TypedDict
@@ -73,11 +74,13 @@ def mix_all(
     config: RefineConfig = _PLAIN,
     max_tokens: int | None = None,
     contaminated: Path | None = None,
+    sources: Sequence[str] = (),
 ) -> int:
     """Return the number of samples of round 1's mix, after writing it to `path`: all samples of joined sources.
 
     With `max_tokens`, the mix ends before the sample that would exceed it. Samples that the file `contaminated` lists
-    are left out. Raises ValueError if no sample is left.
+    are left out. Samples are in random order or, if `sources` are given, source after source in their order. Raises
+    ValueError if no sample is left.
     """
     conditions = ["true"]
     if late := ", ".join(literal(rule.name) for rule in config.sources if rule.from_round > 1):
@@ -86,8 +89,11 @@ def mix_all(
         listed = f"select (shard, sample) from {parquet_rows(contaminated)}"
         conditions.append(f"(shard, sample) not in ({listed})")
     where = " and ".join(conditions)
-    query = f"select shard, sample, num_tokens from {parquet_rows(samples_path)} where {where}"
-    return write_mix(path, query, seed, 1, MixOptions(max_tokens, config.memory_gb))
+    columns = "shard, sample, num_tokens"
+    if sources:
+        columns += f", list_position([{', '.join(map(literal, sources))}], source::varchar) as place"
+    query = f"select {columns} from {parquet_rows(samples_path)} where {where}"
+    return write_mix(path, query, seed, 1, MixOptions(max_tokens, config.memory_gb, is_by_source=bool(sources)))
 
 
 def mix_selection(path: Path, draw: Draw, samples_path: Path) -> int:

@@ -28,6 +28,7 @@ class MixOptions:
         than this come last, so that those before them are the steps of training with this batch size.
     is_weighted: the query also has `weight`, above 0. The mix gets weights in these proportions, with a mean of 1.
     max_weight: the weights that exceed it are set to it, and the others scaled up.
+    is_by_source: the query also has `place`, an integer; samples are in its order, those of one place in random order.
     """
 
     max_tokens: int | None = None
@@ -35,6 +36,7 @@ class MixOptions:
     batch_size: int | None = None
     is_weighted: bool = False
     max_weight: float | None = None
+    is_by_source: bool = False
 
 
 _PLAIN = MixOptions()
@@ -51,6 +53,8 @@ def write_mix(path: Path, samples: str, seed: int, round_number: int, options: M
     if options.batch_size is not None:
         samples = f"select *, count(*) over (partition by batch) < {options.batch_size} as is_short from ({samples})"
         place = f"is_short, {random_bits(seed, round_number, 'batch', literal('order'))}, batch, shard, sample"
+    if options.is_by_source:
+        place = f"place, {place}"
     columns = "shard, sample, weight" if options.is_weighted else "shard, sample"
     query = f"select {columns} from ({samples}) order by {place}"
     if options.max_tokens is not None:

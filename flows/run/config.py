@@ -43,6 +43,9 @@ _SBATCH_OPTION = (
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@+-]+$")]
 
 
+FirstOrder = Literal["random", "sources"]
+
+
 class RoundsConfig(Config):
     """How many rounds are trained, whether selections need approval, and what a round takes over from the last."""
 
@@ -59,6 +62,11 @@ class RoundsConfig(Config):
         le=1000,
         description="Parts, equal stretches of a round's training order, that the forgetting figure shows and that "
         "refine.within: part draws from (paper: 8).",
+    )
+    first_order: Annotated[FirstOrder, Decides(("mix",)), Neutral("random", is_in_name=False)] = Field(
+        default="random",
+        description="Training order of round 1: random, or source after source as corpus.sources lists them, each in "
+        "random order. Later rounds are in random order.",
     )
     lr_factor: Annotated[Number, Decides(("train",)), Neutral(1.0, is_in_name=False)] = Field(
         default=1.0,
@@ -205,6 +213,11 @@ class RunConfig(Config):
         check_layout(self.model, self.resolved_train, layout, self.corpus.seq_length)
         for number in range(1, self.rounds.num_rounds + 1):
             self.train_of(number)
+        if self.rounds.first_order == "sources" and self.train.max_tokens is not None:
+            raise ValueError(
+                "train.max_tokens: with rounds.first_order: sources, it would leave out the last sources; set "
+                "corpus.sources[].max_documents instead"
+            )
         self._check_budget()
         names = [source.name for source in self.corpus.sources]
         for rule in self.refine.sources:

@@ -58,7 +58,7 @@ class Mix(Stage):
         path, samples = run.round_folder(round_number) / "mix.parquet", run.corpus().samples_path
         if round_number == 1:
             limits = run.config.refine, run.config.train.max_tokens, samples_to_leave_out(run)
-            count = mix_all(path, samples, run.config.seed, *limits)
+            count = mix_all(path, samples, run.config.seed, *limits, _order(run.config))
         else:
             count = mix_selection(path, draw_of(run, round_number, run.refine_config(round_number)), samples)
         progress("mixing (samples)", count, count)
@@ -73,4 +73,9 @@ def _everything(stages: Stages) -> str:
         before = fingerprint(before, late, *filter(None, [config.train.max_tokens]))
     if config.eval.removes:
         before = fingerprint(before, "without", contaminated_samples(stages.run))
-    return before
+    return fingerprint(before, "order", order) if (order := _order(config)) else before
+
+
+def _order(config: RunConfig) -> list[str]:
+    """Return the sources in whose order round 1 trains on them; none if it is random."""
+    return [source.name for source in config.corpus.sources] if config.rounds.first_order == "sources" else []

@@ -5,7 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_scoring.refine.refine_shards import mix_all
 from data_scoring.refine.training_mix import Mix, MixOptions, write_mix
+from tests.conftest import read_rows
 
 QUERY = "select range % 3 as shard, range // 3 as sample from range(200000)"
 
@@ -21,6 +23,18 @@ def test_the_order_is_random_reproducible_and_complete(tmp_path: Path) -> None:
     pairs = table["shard"].to_numpy() + 3 * table["sample"].to_numpy()
     assert sorted(pairs.tolist()) == list(range(200_000))
     assert abs(np.corrcoef(pairs, np.arange(len(pairs)))[0, 1]) < 0.01
+
+
+def test_sources_follow_each_other_each_in_the_random_order_of_all(tmp_path: Path) -> None:
+    rows = [(shard, sample, "abc"[(shard + sample) % 3], 9) for shard in range(4) for sample in range(500)]
+    names = ("shard", "sample", "source", "num_tokens")
+    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    pq.write_table(pa.table(columns), tmp_path / "samples.parquet")
+    mix_all(tmp_path / "random", tmp_path / "samples.parquet", 1)
+    mix_all(tmp_path / "sources", tmp_path / "samples.parquet", 1, sources=["b", "c", "a"])
+    random, ordered = (read_rows(tmp_path / name, "shard", "sample") for name in ("random", "sources"))
+    assert ordered == [row for source in "bca" for row in random if "abc"[sum(row) % 3] == source]
+    assert ordered != random
 
 
 def test_a_limit_of_tokens_cuts_the_order_before_the_sample_that_exceeds_it(tmp_path: Path) -> None:
