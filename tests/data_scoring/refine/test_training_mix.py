@@ -7,7 +7,6 @@ import pytest
 
 from data_scoring.refine.refine_shards import mix_all
 from data_scoring.refine.training_mix import Mix, MixOptions, write_mix
-from tests.conftest import read_rows
 
 QUERY = "select range % 3 as shard, range // 3 as sample from range(200000)"
 
@@ -32,7 +31,8 @@ def test_sources_follow_each_other_each_in_the_random_order_of_all(tmp_path: Pat
     pq.write_table(pa.table(columns), tmp_path / "samples.parquet")
     mix_all(tmp_path / "random", tmp_path / "samples.parquet", 1)
     mix_all(tmp_path / "sources", tmp_path / "samples.parquet", 1, sources=["b", "c", "a"])
-    random, ordered = (read_rows(tmp_path / name, "shard", "sample") for name in ("random", "sources"))
+    tables = (pq.read_table(tmp_path / name).to_pydict() for name in ("random", "sources"))
+    random, ordered = (list(zip(table["shard"], table["sample"], strict=True)) for table in tables)
     assert ordered == [row for source in "bca" for row in random if "abc"[sum(row) % 3] == source]
     assert ordered != random
 
