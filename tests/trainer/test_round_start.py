@@ -14,7 +14,8 @@ from tests.conftest import TINY_MODEL, Ranks, read_rows
 from tests.forked_ranks import forking, run_ranks
 from tests.trainer.test_layouts import assert_same_training, short_mix
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.config import CheckpointConfig, ParallelConfig, TrainConfig
+from trainer.config import CheckpointConfig, TrainConfig
+from trainer.parallel_config import ParallelConfig
 
 LAYOUTS = {
     "data": ParallelConfig(data=2),

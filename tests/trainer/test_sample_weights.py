@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.conftest import TINY_MODEL, Ranks, read_rows
 from tests.forked_ranks import run_ranks
 from tests.trainer.test_layouts import short_mix
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.config import ParallelConfig
+from trainer.parallel_config import ParallelConfig
 
 VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCH = 256, 16, 2
 # The last microbatches are padded, and so are most samples.
@@ -28,7 +29,9 @@ LAYOUTS = {
     "tensor": ParallelConfig(tensor=2),
     "sequence": ParallelConfig(tensor=2, sequence=True),
     "pipeline": ParallelConfig(pipeline=2),
+    "interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }
+MODEL = TINY_MODEL.model_copy(update={"num_layers": 4})
 KERNELS: dict[str, dict[str, Any]] = {
     "reference": {"training": "reference"},
     "chunked": {"training": "chunked"},
@@ -66,7 +69,8 @@ def work(rank: int, folder: Path) -> None:
     found: dict[str, Any] = {}
     start: dict[str, Tensor] = {}
     for layout, parallel in LAYOUTS.items():
-        parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
+        chunks = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, chunks)
         for case in CASES:
             if case.startswith(layout):
                 weighted = run(device, parallel, KERNELS[case.split()[1]], WEIGHTS, start)
@@ -80,7 +84,7 @@ def work(rank: int, folder: Path) -> None:
 
 def run(
     device: Any, parallel: ParallelConfig, kernels: dict[str, Any], weights: np.ndarray | None, start: dict[str, Tensor]
-) -> tuple[dict[int, float], dict[str, Tensor]]:
+) -> tuple[dict[int, float], dict[str, tuple[Tensor, bool, int]]]:
     """Return the losses of this rank's samples, and the gradients of its part of the model, by whole names.
 
     The first call leaves in `start` the weights of the whole model, which later ones take their parts of.
@@ -90,16 +94,17 @@ def run(
     from trainer.model import Kernels, build_model
 
     device.seed(3)
-    gpt: Any = build_model(TINY_MODEL, VOCAB_SIZE, SEQ_LENGTH, parallel, torch.device("cpu"), False, Kernels(**kernels))
+    gpt: Any = build_model(MODEL, VOCAB_SIZE, SEQ_LENGTH, parallel, torch.device("cpu"), False, Kernels(**kernels))
+    parameters = by_whole_name(gpt)
     if not start:
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for parameter in gpt.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        start |= {name: parameter.detach().clone() for name, parameter in gpt.named_parameters()}
+        start |= {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with torch.no_grad():
-        for name, parameter in gpt.named_parameters():
-            parameter.copy_(own_part(start[whole_name(name, parallel)], parameter, name))
+        for name, parameter in parameters.items():
+            parameter.copy_(own_part(start[name], parameter, name))
     wrapped = wrap(gpt, False, is_sharded=False)
     wrapped.zero_grad_buffer()
     samples: Any = Samples()
@@ -107,23 +112,21 @@ def run(
     microbatches = read_microbatches(samples, np.zeros(count, int), np.arange(count), MICRO_BATCH, SEQ_LENGTH, weights)
     rows, sums, num_tokens = run_schedule(wrapped, microbatches, count, MICRO_BATCH, SEQ_LENGTH, forward_only=False)
     assert (num_tokens.numpy() == LENGTHS[rows]).all()
-    gradients = {whole_name(name, parallel): each.main_grad.clone() for name, each in gpt.named_parameters()}
-    parts = {whole_name(name, parallel): each for name, each in gpt.named_parameters()}
     return dict(zip(rows.tolist(), sums.tolist(), strict=True)), {
-        name: (gradient, getattr(parts[name], "tensor_model_parallel", False), getattr(parts[name], "partition_dim", 0))
-        for name, gradient in gradients.items()
+        name: (each.main_grad.clone(), getattr(each, "tensor_model_parallel", False), getattr(each, "partition_dim", 0))
+        for name, each in parameters.items()
     }
 
 
-def whole_name(name: str, parallel: ParallelConfig) -> str:
-    """Return a parameter's name in the whole model; each of two stages has one layer."""
-    from megatron.core import parallel_state
-
-    return (
-        name.replace("layers.0.", f"layers.{parallel_state.get_pipeline_model_parallel_rank()}.")
-        if (parallel.pipeline > 1)
-        else name
-    )
+def by_whole_name(gpt: Any) -> dict[str, torch.nn.Parameter]:
+    """Return this rank's parameters by their names in the whole model, whose layers are numbered from 0."""
+    found = {}
+    for decoder in gpt.decoders:
+        for name, parameter in decoder.named_parameters():
+            match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+            number = decoder.decoder.layers[int(match[1])].layer_number - 1 if match else 0
+            found[f"decoder.layers.{number}.{match[2]}" if match else name] = parameter
+    return found
 
 
 def own_part(whole: Tensor, parameter: Tensor, name: str) -> Tensor:
@@ -143,7 +146,7 @@ def part_of(whole: Tensor, name: str, dim: int, rank: int) -> Tensor:
 
 def expected_gradients(start: dict[str, Tensor], weights: np.ndarray) -> dict[str, Tensor]:
     """Return the gradients of the weighted loss per token in plain torch, by the plain model's names."""
-    plain = PlainModel(TINY_MODEL, VOCAB_SIZE)
+    plain = PlainModel(MODEL, VOCAB_SIZE)
     load_megatron_weights(plain, as_stacked(start))
     batch = Samples().read(np.zeros(len(LENGTHS), int), np.arange(len(LENGTHS)), SEQ_LENGTH)
     tokens = torch.from_numpy(batch.tokens)
@@ -164,12 +167,12 @@ class _Named(torch.nn.Module):
 
 
 def as_stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return stacked_weights(_Named(tensors), TINY_MODEL.num_layers)
+    return stacked_weights(_Named(tensors), MODEL.num_layers)
 
 
 def as_plain(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the whole model's gradients by the plain model's names: they go the way of the weights."""
-    plain = PlainModel(TINY_MODEL, VOCAB_SIZE)
+    plain = PlainModel(MODEL, VOCAB_SIZE)
     load_megatron_weights(plain, as_stacked(gradients))
     return {name: parameter.detach() for name, parameter in plain.named_parameters()}
 
