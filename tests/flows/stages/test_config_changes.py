@@ -41,6 +41,7 @@ CHANGES: dict[str, Any] = {
     "model.inherit.layers": [0, 1, 2], "model.inherit.method": "l1", "model.inherit.calibration_samples": 9,
     "model.inherit.mask_steps": 9, "model.inherit.mask_lr": 0.1,
     "parallel": "auto", "parallel.tensor": 2, "parallel.pipeline": 3, "parallel.data": 2, "parallel.sequence": True,
+    "parallel.virtual_pipeline": 2,
     "launch.kind": "slurm", "launch.nodes": 2, "launch.processes_per_node": 1, "launch.rendezvous": "other:1",
     "launch.rendezvous_port": 3000, "launch.interface": "eth0", "launch.join_minutes": 1.0, "launch.max_restarts": 0,
     "launch.slurm.partition": "p", "launch.slurm.account": "a", "launch.slurm.qos": "q", "launch.slurm.gres": "gpu:1",
@@ -61,13 +62,14 @@ CHANGES: dict[str, Any] = {
     "refine.sources[].name": "a", "refine.sources[].at_least": 0.1, "refine.sources[].at_most": 0.9,
     "refine.sources[].from_round": 2, "refine.memory_gb": 1.0,
     "rounds.num_rounds": 5, "rounds.approval": True, "rounds.num_parts": 4, "rounds.lr_factor": 0.5,
-    "rounds.keep_optimizer": True,
+    "rounds.keep_optimizer": True, "rounds.first_order": "sources",
     "eval.tasks": ["piqa", "boolq"], "eval.data": None, "eval.limit": 2, "eval.every_steps": 5,
     "eval.training_tasks": ["boolq"], "eval.contamination": "report", "eval.contamination_ngram": 8,
 }  # fmt: skip
 BESIDES: dict[str, dict[str, Any]] = {
     "model.start_from": {"model.inherit": None},
     "parallel.sequence": {"parallel.tensor": 2},
+    "parallel.virtual_pipeline": {"model.num_layers": 4, "parallel.pipeline": 2},
     "launch.nodes": {"parallel.data": 2, "launch.rendezvous": "host:1"},
     "refine.keep_batches": {"refine.policy": "loss_batch"},
     "rounds.num_parts": {"refine.within": "part"},
@@ -153,6 +155,7 @@ def test_evaluation_may_not_change_where_it_removes(run: Run, name: str) -> None
     ("rounds.num_parts", {("refine", 2), ("mix", 2), ("train", 2)}),
     ("rounds.lr_factor", {("train", 2)}),
     ("rounds.keep_optimizer", {("train", 2)}),
+    ("rounds.first_order", {("mix", 1), ("train", 1), ("score", 1), ("refine", 2), ("mix", 2), ("train", 2)}),
 ])  # fmt: skip
 def test_a_field_decides_the_stages_from_its_own_on(run: Run, name: str, stages: set[tuple[str, int]]) -> None:
     before = changed(run.config, BESIDES.get(name, {}))
