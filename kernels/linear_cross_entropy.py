@@ -62,10 +62,20 @@ def chunk_bytes(kernel: str, is_accelerator: bool, element_bytes: int, num_token
     """
     if kernel == "reference":
         return 0
-    tokens, rows = chunked.TRITON_CHUNK if kernel == "triton" else chunked.chunk_of(is_accelerator)
+    tokens, rows = _chunk(kernel, is_accelerator)
     # The gradients, which have the dtype of the inputs; without Triton, logits, and those in single precision.
     copies = [element_bytes] if kernel == "triton" else [element_bytes, element_bytes, *[4] * (element_bytes != 4)]
     return min(tokens, num_tokens) * min(rows, num_rows) * sum(copies)
+
+
+def chunk_rows(kernel: str, is_accelerator: bool) -> int:
+    """Return the most rows of the weight whose logits chunked or triton holds at once."""
+    return _chunk(kernel, is_accelerator)[1]
+
+
+def _chunk(kernel: str, is_accelerator: bool) -> tuple[int, int]:
+    """Return the most tokens and the most rows of a kernel's chunk."""
+    return chunked.TRITON_CHUNK if kernel == "triton" else chunked.chunk_of(is_accelerator)
 
 
 @torch.no_grad()

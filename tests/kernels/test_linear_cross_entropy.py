@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_scoring import config
 from kernels import linear_cross_entropy as module
-from kernels import linear_cross_entropy_triton
+from kernels import linear_cross_entropy_chunked, linear_cross_entropy_triton
 from kernels.linear_cross_entropy import LossKernel, linear_cross_entropy, score_labels
 from tests.forked_ranks import run_ranks
 
@@ -111,6 +111,20 @@ def test_chunks_are_as_exact_as_the_reference_and_bitwise_reproducible(
     shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     assert_as_good_as_the_reference("chunked", shape, dtype)
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_chunks_in_bfloat16_are_as_exact_on_every_cpu(has_instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without instructions for bfloat16, products are in float32, and logits still rounded as the reference's are."""
+    monkeypatch.setattr(linear_cross_entropy_chunked, "_multiplies_bfloat16", lambda: has_instructions)
+    product_dtypes = set()
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: product_dtypes.add(a.dtype) or mm(a, b, out=out))
+    assert_as_good_as_the_reference("chunked", SHAPES[0], torch.bfloat16)
+    assert product_dtypes == {torch.bfloat16 if has_instructions else torch.float32}
+    hidden, weight, labels, _ = inputs(SHAPES[0], torch.bfloat16)
+    _, _, target = linear_cross_entropy_chunked.statistics(hidden, weight, labels, SHAPES[0][1])
+    assert torch.equal(target, target.bfloat16().float())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
