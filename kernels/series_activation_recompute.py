@@ -13,7 +13,7 @@ from torch import Tensor
 # accelerator, enough to occupy it.
 _CPU_ELEMENTS = 1 << 16
 _ACCELERATOR_ELEMENTS = 1 << 27
-# Intermediate results of a block in `gradients`: the gradient of the sum of the terms, a term's input, and its gradient.
+# Intermediate results of a block in `gradients`: gradient of the sum of the terms, input of a term, and its gradient.
 _NUM_INTERMEDIATES = 3
 # The bytes of an element in float32.
 _SINGLE = 4
