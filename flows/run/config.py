@@ -99,7 +99,10 @@ class SlurmConfig(Config):
     )
     time_limit: Annotated[str, Field(pattern=r"^[0-9]{1,7}(-[0-9]{1,2})?(:[0-9]{2}){0,2}$")] | None = Field(
         default=None,
-        description="Time limit of a round, D-HH:MM:SS (sbatch --time); one that reaches it is submitted again.",
+        description=(
+            "Time limit of a round's job, which trains, evaluates and scores, D-HH:MM:SS (sbatch --time); "
+            "one that reaches it is submitted again."
+        ),
     )
     options: tuple[Annotated[str, Field(pattern=_SBATCH_OPTION)], ...] = Field(
         default=(),

@@ -13,14 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_scoring.base.files import read_json
+from data_scoring.base.progress import silent
 from flows.launch.slurm import SlurmLauncher, script
-from flows.run.config import LaunchConfig, SlurmConfig
+from flows.run.config import LaunchConfig, SlurmConfig, parse_config
+from flows.run.folder import Run, open_run
+from flows.run.locks import locked
+from flows.stages.stage_order import complete_all, steps_of
 from tests import ROOT
 from tests.conftest import Ranks, make_documents, read_rows
+from tests.flows.equal_runs import assert_equal_runs
 from tests.flows.orchestration.place import wait_for
 from trainer.checkpoint_folder import list_checkpoints
+from trainer.job import Job
 
 CONFIG = """
 name: slurm
@@ -148,6 +155,64 @@ def test_a_run_is_submitted_followed_cancelled_requeued_and_found_again(
             read_rows(tmp_path / "runs" / name / "rounds" / "1" / file, *columns) for name in ("slurm", "alone")
         )
         assert mine == theirs
+
+
+@pytest.fixture
+def place(tmp_path: Path, cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A place whose runs work in this process, by `work_here`."""
+    place = Place(tmp_path, cluster)
+    for name, value in place.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return place
+
+
+def work_here(name: str, kind: str) -> Run:
+    values = yaml.safe_load(CONFIG)
+    config = parse_config({**values, "name": name, "launch": {**values["launch"], "kind": kind}}, "test")
+    with locked(config.folder):
+        run = open_run(config)
+        complete_all(run, steps_of(config), silent)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_round_trains_and_scores_in_one_slurm_job(place: Place) -> None:
+    run = work_here("slurm", "slurm")
+    logs = run.folder / "logs"
+    assert {path.name for path in logs.glob("*.sbatch")} == {"train-1.sbatch", "train-2.sbatch"}
+    of_training, of_scoring, of_next = (
+        read_json(logs / f"{job}.slurm.json")["id"] for job in ("train-1", "score-1", "train-2")
+    )
+    assert of_training == of_scoring != of_next
+    assert place.jobs() == []
+    assert_equal_runs(run.folder, work_here("alone", "local").folder)
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_scoring_gets_a_job_of_its_own_if_its_rounds_is_cancelled(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job ends after training, before its ranks receive the scoring."""
+    hand_over, cancelled = SlurmLauncher.hand_over, list[str]()
+
+    def cancel(launcher: SlurmLauncher, job: Job, name: str) -> None:
+        if not cancelled:
+            cancelled.append(launcher.id)
+            ask(place.environment, "scancel", launcher.id)
+            wait_for("the job's end", lambda: not place.jobs())
+        hand_over(launcher, job, name)
+
+    monkeypatch.setattr(SlurmLauncher, "hand_over", cancel)
+    run = work_here("slurm", "slurm")
+    logs = run.folder / "logs"
+    assert (logs / "score-1.sbatch").exists()
+    assert [read_json(logs / "train-1.slurm.json")["id"]] == cancelled
+    assert read_json(logs / "score-1.slurm.json")["id"] not in cancelled
+    assert place.jobs() == []
+    assert_equal_runs(run.folder, work_here("alone", "local").folder)
 
 
 @pytest.mark.slow
