@@ -1,4 +1,7 @@
-"""Answering lm-eval's requests against its `hf` backend, with identical weights, each in a separate process."""
+"""Answering lm-eval's requests against its `hf` backend, with identical weights, each in a process of its own.
+
+A process loads its side's model once, and measures whenever it is told to: starting takes longer than measuring.
+"""
 
 import argparse
 import json
@@ -37,12 +40,15 @@ def evaluation(folder: Path) -> list[dict[str, Any]]:
     _make_models(folder)
     rows = []
     for name, make in WORKLOADS.items():
-        tried = {size: _run(folder, name, "hf", size)["seconds"] for size in BATCH_SIZES}
+        with _Side(folder, name, "hf") as side:
+            tried = {size: side.measure(size)["seconds"] for size in BATCH_SIZES}
         best = min(tried, key=lambda size: tried[size])
         ours, theirs = [], []
-        for _ in range(TURNS):
-            ours.append(_run(folder, name, "reprise", 0))
-            theirs.append(_run(folder, name, "hf", best))
+        # New processes, so that no other batch size has left memory behind.
+        with _Side(folder, name, "reprise") as our_side, _Side(folder, name, "hf") as their_side:
+            for _ in range(TURNS):
+                ours.append(our_side.measure(0))
+                theirs.append(their_side.measure(best))
         difference = max(abs(a - b) for a, b in zip(ours[0]["answers"], theirs[0]["answers"], strict=True))
         assert difference < 1e-3, difference
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
@@ -64,7 +70,8 @@ def evaluation(folder: Path) -> list[dict[str, Any]]:
             }
         )
         for what, key in (("above the loaded model", "added"), ("whole process", "whole")):
-            memory = [statistics.median(run[key] for run in runs) for runs in (ours, theirs)]
+            # The first turn's: in later ones, memory that the first has left to the process is used again.
+            memory = [runs[0][key] for runs in (ours, theirs)]
             rows.append(
                 {
                     "claim": f"peak memory, {name} / {baseline}: {what}",
@@ -124,18 +131,42 @@ def _make_models(folder: Path) -> None:
     export_model(folder / "model", None, folder / "hf")
 
 
-def _run(folder: Path, workload: str, side: str, batch_size: int) -> dict[str, Any]:
-    """Return the measurements of a separate process: least seconds of one thread, memory in MB, log-likelihoods."""
-    command = [sys.executable, "-m", "benchmarks.evaluation", str(folder), workload, side, str(batch_size)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **QUIET}).stdout
-    measured: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return measured
+class _Side:
+    """A process that answers a workload on one side, whenever it is told to; a context manager that ends it."""
+
+    def __init__(self, folder: Path, workload: str, side: str) -> None:
+        self._command = [sys.executable, "-m", "benchmarks.evaluation", str(folder), workload, side]
+
+    def __enter__(self) -> "_Side":
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **QUIET}
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def measure(self, batch_size: int) -> dict[str, Any]:
+        """Return a turn's measurements: least seconds of one thread, memory in MB, log-likelihoods.
+
+        Raises RuntimeError if the process has ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(batch_size, file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line.startswith(_MEASURED):
+                measured: dict[str, Any] = json.loads(line.removeprefix(_MEASURED))
+                return measured
+        raise RuntimeError(f"{' '.join(self._command)} has ended with exit code {self._process.wait()}")
 
 
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
 
 
-def _reprise(folder: Path) -> Callable[[list[Likelihood]], list[float]]:
+_MEASURED = "measured: "
+
+
+def _reprise(folder: Path) -> Callable[[list[Likelihood], int], list[float]]:
     device = single_rank()
     from data_scoring.tokenizer.tokenizer import open_tokenizer
     from trainer.checkpoint import load_weights
@@ -147,7 +178,7 @@ def _reprise(folder: Path) -> Callable[[list[Likelihood]], list[float]]:
     load_weights(stored.checkpoint, gpt)
     tokenizer = open_tokenizer(stored.tokenizer, None)
 
-    def answer(requests: list[Likelihood]) -> list[float]:
+    def answer(requests: list[Likelihood], _: int) -> list[float]:
         answers = answer_requests(gpt, requests, tokenizer)
         assert answers is not None
         return [float(each[0]) for each in answers]
@@ -155,12 +186,13 @@ def _reprise(folder: Path) -> Callable[[list[Likelihood]], list[float]]:
     return answer
 
 
-def _hf(folder: Path, batch_size: int) -> Callable[[list[Likelihood]], list[float]]:
+def _hf(folder: Path) -> Callable[[list[Likelihood], int], list[float]]:
     from lm_eval.models.huggingface import HFLM
 
-    harness = HFLM(str(folder / "hf"), device="cpu", dtype="float32", batch_size=batch_size, max_length=SEQ_LENGTH)
+    harness = HFLM(str(folder / "hf"), device="cpu", dtype="float32", max_length=SEQ_LENGTH)
 
-    def answer(requests: list[Likelihood]) -> list[float]:
+    def answer(requests: list[Likelihood], batch_size: int) -> list[float]:
+        harness.batch_size_per_gpu = batch_size
         asked = [
             ((str(number), ""), request.context.tolist(), request.continuation.tolist())
             for number, request in enumerate(requests)
@@ -171,30 +203,36 @@ def _hf(folder: Path, batch_size: int) -> Callable[[list[Likelihood]], list[floa
 
 
 def main() -> None:
-    """Print one side's measurements for a workload."""
+    """Print one side's measurements for a workload, once for each batch size that is read from the input."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("side", choices=["reprise", "hf"])
-    parser.add_argument("batch_size", type=int)
     arguments = parser.parse_args()
-    answer = _reprise(arguments.folder) if arguments.side == "reprise" else _hf(arguments.folder, arguments.batch_size)
+    answer = _reprise(arguments.folder) if arguments.side == "reprise" else _hf(arguments.folder)
     requests = WORKLOADS[arguments.workload]()
+    # CPU seconds of one thread do not depend on the machine's load.
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(_MEASURED, json.dumps(_measure(answer, requests, int(line))), flush=True)
+
+
+def _measure(
+    answer: Callable[[list[Likelihood], int], list[float]], requests: list[Likelihood], batch_size: int
+) -> dict[str, Any]:
     before = resident("VmRSS")
     # Reset the peak memory counter.
     Path("/proc/self/clear_refs").write_text("5")
-    # CPU seconds of one thread do not depend on the machine's load.
-    torch.set_num_threads(1)
     # Warm-up.
-    answer(requests[:16])
+    answer(requests[:16], batch_size)
     seconds = []
     for _ in range(PASSES):
         started = time.process_time()
-        answers = answer(requests)
+        answers = answer(requests, batch_size)
         seconds.append(time.process_time() - started)
     whole = resident("VmHWM")
     memory = {"added": round(whole - before), "whole": round(whole)}
-    print(json.dumps({"seconds": min(seconds), "answers": answers, **memory}))
+    return {"seconds": min(seconds), "answers": answers, **memory}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from trainer.parallel_config import ParallelConfig
 VOCAB_SIZE = 48_000
 SEQ_LENGTH = 256
 BATCH = 8
+SCORING_TURNS = 20
 MODEL = ModelConfig(num_layers=4, hidden_size=512, num_attention_heads=8, vocab_size=VOCAB_SIZE)
 LLAMA = "Hugging Face LlamaForCausalLM with cross_entropy"
 # Tokens, vocabulary, hidden channels.
@@ -56,7 +57,7 @@ def _scoring(corpus: Corpus) -> list[dict[str, Any]]:
 
         return work
 
-    speeds = measure_in_turns({"scoring": scorer(reprise), LLAMA: scorer(llama)})
+    speeds = measure_in_turns({"scoring": scorer(reprise), LLAMA: scorer(llama)}, SCORING_TURNS)
     torch.distributed.destroy_process_group()
     for name, values in speeds.items():
         print(f"{name}: {statistics.median(values):,.0f} tokens/s (one machine's number; the ratio is the claim)")

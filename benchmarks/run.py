@@ -32,6 +32,7 @@ from trainer.parallel_config import ParallelConfig
 RESULTS = Path("benchmarks/results")
 BATCH = 16
 SEQ_LENGTH = 256
+THROUGHPUT_TURNS = 20
 
 
 def throughput(folder: Path) -> list[dict[str, Any]]:
@@ -85,7 +86,8 @@ def throughput(folder: Path) -> list[dict[str, Any]]:
         return BATCH * SEQ_LENGTH
 
     names = ("training", "plain torch loop with scaled_dot_product_attention", "scoring")
-    speeds = measure_in_turns(dict(zip(names, (train_reprise, train_plain, score_reprise), strict=True)))
+    works = (train_reprise, train_plain, score_reprise)
+    speeds = measure_in_turns(dict(zip(names, works, strict=True)), THROUGHPUT_TURNS)
     torch.distributed.destroy_process_group()
     for name, values in speeds.items():
         print(f"{name}: {statistics.median(values):,.0f} tokens/s (one machine's number; the ratios are the claim)")
