@@ -22,4 +22,6 @@ class Budget(NamedTuple):
 BUDGETS = (
     Budget("pangu-pi-1b-pro", 2048, 2, 26.2),
     Budget("pangu-pi-1b-pro", 2048, 8, 54.7),
+    Budget("pangu-pi-1b-pro", 2048, 8, 37.3, "chunked", "recompute"),
+    Budget("pangu-pi-1b-pro", 2048, 8, 37.1, "triton", "triton"),
 )

@@ -8,7 +8,8 @@ its allocator are not included.
 from dataclasses import astuple, dataclass
 
 from data_scoring.config import padded_vocab_size
-from kernels.linear_cross_entropy import chunk_bytes
+from kernels.linear_cross_entropy import chunk_bytes, chunk_rows
+from kernels.series_activation_recompute import workspace_bytes
 from trainer.config import ModelConfig, Precision, TrainConfig
 from trainer.devices import has_fused_adam
 from trainer.parallel_config import ParallelConfig
@@ -231,10 +232,15 @@ def _layer_gradients(workload: Workload, stage: int) -> int:
         # All but its input; and the outputs of the last layer and of the final norm are free again.
         num_counted = 3 if stage == parallel.pipeline - 1 else 1
         size = _layer_bytes(workload) - num_counted * model.hidden_size * workload.element_bytes
-    is_plain = model.activation_terms > 1 and workload.train.activation_kernel == "reference"
-    num_ffn_tensors = 6 if is_plain else 3
-    channels = 2 * model.hidden_size + num_ffn_tensors * model.ffn_size // parallel.tensor
-    return workload.micro_batch_tokens * (size + channels * workload.element_bytes)
+    tokens, width, num_ffn_tensors, intermediates = workload.micro_batch_tokens, model.ffn_size // parallel.tensor, 3, 0
+    if model.activation_terms > 1 and workload.train.activation_kernel == "reference":
+        num_ffn_tensors = 6
+    elif model.activation_terms > 1 and workload.train.activation_kernel == "recompute":
+        # When its intermediate results are largest, the input of the last matrix is free again.
+        num_ffn_tensors = 2
+        intermediates = workspace_bytes(workload.kind != "cpu", workload.element_bytes, tokens, width)
+    channels = 2 * model.hidden_size + num_ffn_tensors * width
+    return tokens * (size + channels * workload.element_bytes) + intermediates
 
 
 def _logits(workload: Workload) -> int:
@@ -247,5 +253,11 @@ def _logits(workload: Workload) -> int:
         return tokens * rows * _SINGLE * (3 if workload.parallel.tensor == 1 else 4)
     # The gradients of the head's weights and of its input, which is accumulated in single precision; chunks of logits.
     kernel, is_accelerator = workload.train.loss_kernel, workload.kind != "cpu"
-    chunk = chunk_bytes("chunked" if kernel == "auto" else kernel, is_accelerator, size, tokens, rows)
-    return rows * hidden * size + tokens * hidden * (_SINGLE + size) + chunk
+    kernel = "chunked" if kernel == "auto" else kernel
+    chunk, copied = chunk_bytes(kernel, is_accelerator, size, tokens, rows), tokens * size
+    if size != _SINGLE:
+        # A chunk's part of the weights' gradient is in single precision, too. A product that is added to it is free
+        # again when the input's gradient is converted.
+        rows_of_chunk = min(rows, chunk_rows(kernel, is_accelerator))
+        copied = rows_of_chunk * _SINGLE + max(rows_of_chunk, tokens) * size
+    return hidden * (rows * size + tokens * _SINGLE + copied) + chunk

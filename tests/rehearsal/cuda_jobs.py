@@ -45,10 +45,17 @@ LAYOUTS = {
 }
 # What the last of them divides.
 DEEP_MODEL = TINY_MODEL.model_copy(update={"num_layers": 4})
-# Names of the rehearsals of training: the layout, or the large model, and the rank, or the micro batch size.
+# The large model's rehearsals by name: micro batch size and kernels.
+LARGE = {
+    "large 2": (2, REFERENCE),
+    "large 8": (8, REFERENCE),
+    "large 8 portable": (8, {"loss_kernel": "chunked", "activation_kernel": "recompute"}),
+    "large 8 triton": (8, {"loss_kernel": "triton", "activation_kernel": "triton"}),
+}
+# Names of the rehearsals of training: the layout and the rank, or the large model.
 TRAINED = (
     *("one", "tensor 0", "tensor 1", "pipeline 0", "pipeline 1", "all 0", "all 7", "interleaved 0", "interleaved 1"),
-    *("large 2", "large 8"),
+    *LARGE,
 )
 _STUDENT = TINY_MODEL.model_copy(
     update={"hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1, "head_size": 8, "ffn_hidden_size": 32}
@@ -74,11 +81,14 @@ class CudaJobs:
                 model = DEEP_MODEL if parallel.virtual_pipeline > 1 else TINY_MODEL
                 job = self._train(name, short, model, TRAIN, parallel)
                 self._add(name, job, rank=rank, world_size=parallel.world_size, checkpoint="planned")
-        for size, options in ((2, {"checkpoint": "planned"}), (8, {"checkpoint": "none", "stop_after": STEPS})):
-            train = TrainConfig(global_batch_size=size, micro_batch_size=size, validate_every_steps=1000, **REFERENCE)
-            steps = STEPS + ("stop_after" in options)
-            job = self._train(f"large {size}", long, ModelConfig(preset=PRESET), train, steps=steps)
-            self._add(f"large {size}", job, has_host_data=False, **options)
+        for name, (size, kernels) in LARGE.items():
+            train = TrainConfig(global_batch_size=size, micro_batch_size=size, validate_every_steps=1000, **kernels)
+            is_stopped = name != "large 2"
+            options: dict[str, Any] = (
+                {"checkpoint": "none", "stop_after": STEPS} if is_stopped else {"checkpoint": "planned"}
+            )
+            job = self._train(name, long, ModelConfig(preset=PRESET), train, steps=STEPS + is_stopped)
+            self._add(name, job, has_host_data=False, **options)
         for flaw in FLAWS:
             job = self._train(flaw, short, TINY_MODEL, TRAIN, steps=STEPS + 1)
             self._add(flaw, job, checkpoint="none", stop_after=STEPS, flaw=flaw)
@@ -154,7 +164,10 @@ class CudaJobs:
         parallel: ParallelConfig = LAYOUTS["one"],
         steps: int = STEPS,
     ) -> TrainJob:
-        common = self._common(name, corpus, model, parallel)
+        common = {
+            **self._common(name, corpus, model, parallel),
+            "activation_kernel": train.activation_kernel,
+        }
         wanted = steps * train.global_batch_size
         samples = f"select shard, sample from '{corpus.samples_path}', range({wanted}) where shard >= 0 limit {wanted}"
         write_mix(common["round_folder"] / "mix.parquet", samples, 0, 1)
