@@ -41,7 +41,7 @@ def _files(folder: Path) -> dict[str, bytes]:
         ("select content from read_text('{run}/run.yaml')", [("config: {}\n",)]),
         ("pivot (select shard, sample from mix) on shard using sum(sample)", [(1,)]),
         ("select count(*) from (show tables)", [(len(VIEWS) + len(DERIVED),)]),
-        ("select count(*) from (describe mix)", [(4,)]),
+        ("select count(*) from (describe mix)", [(5,)]),
         ("from query('select 1')", [(1,)]),
         ("select 'copy; insert'", [("copy; insert",)]),
     ],
