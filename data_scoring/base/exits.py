@@ -16,9 +16,15 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     status = 1
 
     def end() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        # Streams that were closed when the process started are None. What was on its way to a full disk or a closed
+        # pipe is lost, which Python, too, takes for a failure.
+        is_lost = False
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                is_lost = True
+        os._exit(status or int(is_lost))
 
     # Python calls the last one first.
     atexit.register(end)

@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     provide_caches()
     try:
         options.command(options)
+        # Now, while what fails can still be told.
+        print(end="", flush=True)
     except (ValueError, RanksFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

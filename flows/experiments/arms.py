@@ -6,6 +6,7 @@ from pathlib import Path
 from re import fullmatch
 from typing import Any, Literal, get_args
 
+from data_scoring.base.messages import shown
 from data_scoring.base.validation import validated
 from data_scoring.base.yaml_text import read_yaml
 from data_scoring.refine.policies import POLICIES
@@ -17,6 +18,8 @@ from trainer.config import InheritConfig, InheritMethod, ModelConfig
 _BLIND = {"outlier_z": None}
 # An arm's name is part of its folder's.
 _ARM_NAME = r"[A-Za-z][A-Za-z0-9._-]*"
+# The stems of the results of other comparisons, without `compare-`.
+_TAKEN_STEMS = ("sampling-rates", "rounds", "inits", "inherit")
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,30 @@ def arm_comparison(path: Path, refine: RefineConfig) -> Comparison:
 
     Raises ValueError, naming the file and the arm, if a name or a field is invalid.
     """
-    found = read_yaml(path)
+    try:
+        found = read_yaml(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give a YAML file of arms, such as `name: {{policy: loss}}`") from None
+    if path.stem in _TAKEN_STEMS:
+        raise ValueError(
+            f"{path}: its results, compare-{path.stem}, would replace those of another comparison; rename the file"
+        )
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path}: no arms; write `name: {{policy: loss}}`, with fields of refine, for each")
     arms = []
     for name, fields in found.items():
         if not fullmatch(_ARM_NAME, str(name)) or name == BASE_ARM.folder:
             raise ValueError(
-                f"{path}: {name!r} cannot name an arm; start with a letter, go on with letters, digits, '.', '_' or "
+                f"{path}: {shown(name)} cannot name an arm; start with a letter, go on with letters, digits, '.', '_' or "
                 f"'-', and use another name than {BASE_ARM.folder}"
             )
         if not isinstance(fields, dict):
-            raise ValueError(f"{path}: {name}: {fields!r} is not a section; give fields of refine: {{policy: loss}}")
+            raise ValueError(f"{path}: {name}: {shown(fields)} is not a section; give fields of refine: {{policy: loss}}")
+        if "max_tokens" in fields:
+            raise ValueError(
+                f"{path}: {name}: max_tokens: {shown(fields['max_tokens'])} would be replaced, since arms have equal "
+                "tokens or cost; remove it, and give --tokens"
+            )
         chosen = validated(RefineConfig, {**dict(refine), **fields}, f"{path}: {name}")
         blind = {} if chosen.policy_row.needs_losses or "outlier_z" in fields else _BLIND
         arms.append(Arm(name, name, {"refine": {**fields, **blind}}))

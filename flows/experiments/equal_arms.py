@@ -78,7 +78,8 @@ def scoring_cost(run: Run, round_number: int) -> int:
 
 def needs_losses(refine: RefineConfig) -> bool:
     """Return whether the selection depends on losses; keeping everything, or a random part, does not."""
-    is_blind = not refine.policy_row.needs_losses or refine.sampling_rate == 1
+    keeps_all = refine.sampling_rate == 1 and all(rule.at_most == 1 for rule in refine.sources)
+    is_blind = keeps_all or not refine.policy_row.needs_losses
     return not is_blind or refine.outlier_z is not None
 
 

@@ -1,5 +1,6 @@
 """The end of a process: its status, its last words, and what is left out."""
 
+import os
 import subprocess
 import sys
 
@@ -43,3 +44,15 @@ def test_a_process_ends_as_usual_but_takes_nothing_down(body: str, status: int, 
     assert (done.returncode, done.stdout) == (status, "of a thread\nat exit\n")
     assert done.stderr.endswith(error)
     assert bool(done.stderr) == bool(error)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status"),
+    [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 1), ("2>/dev/full", 0), ("| true", 1)],
+)
+def test_output_that_cannot_be_written_causes_no_traceback(redirection: str, status: int) -> None:
+    code = "import time; from data_scoring.base.exits import exit_with; exit_with(lambda: time.sleep(0.3) or print(1))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = f"""set -o pipefail; {sys.executable} -c '{code}' {redirection}"""
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (status, "")

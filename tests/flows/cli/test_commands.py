@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,24 @@ def test_sql_prints_a_table_and_names_mistakes(config: Path, capsys: pytest.Capt
     assert main(["sql", "runs/x", "select cast(source as int) from samples"]) == 1
     assert main(["sql", "nowhere", "select 1"]) == 1
     assert "error: nowhere: not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "error"),
+    [
+        (">/dev/full", 1, "error: the disk: No space left on device; free some space"),
+        ("| true", 0, ""),
+        (">&-", 0, ""),
+    ],
+)
+def test_output_that_nobody_can_read_is_named_or_ignored(output: str, status: int, error: str, config: Path) -> None:
+    assert main(["prepare", str(config)]) == 0
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = f"set -o pipefail; {sys.executable} -m flows.cli.main status runs/x {output}"
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == status
+    assert done.stderr.startswith(error) and done.stderr.count("\n") == bool(error)
 
 
 def test_a_moved_run_folder_is_still_a_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

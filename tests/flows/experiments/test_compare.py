@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import yaml
 
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
+from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.training_mix import Mix
 from flows.cli.main import main
 from flows.display.result_page import span
@@ -26,6 +28,7 @@ from flows.experiments.arms import (
 from flows.experiments.compare import compare
 from flows.experiments.compare_report import write_comparison
 from flows.experiments.compare_results import BASE, RESULTS, open_results
+from flows.experiments.equal_arms import needs_losses
 from flows.experiments.trials import share
 from flows.run.config import RunConfig
 from flows.run.folder import read_run
@@ -134,6 +137,9 @@ def test_arms_of_a_file_have_equal_cost(config: RunConfig, fakes: FakeRanks, tmp
         ("'1': {policy: top}", "'1' cannot name an arm"),
         ("a: {policy: best}", "a: policy: "),
         ("a: {polici: top}", "a: polici: "),
+        ("a: {max_tokens: 100}", "a: max_tokens: 100 would be replaced, .*; remove it, and give --tokens"),
+        (f"a: {'b' * 300}", f"a: 'b{{199}}… is not a section"),
+        (f"{'b/' * 150}: {{}}", f"'{'b/' * 99}b… cannot name an arm"),
     ],
 )
 def test_a_wrong_arm_is_named(config: RunConfig, tmp_path: Path, text: str, message: str) -> None:
@@ -141,6 +147,30 @@ def test_a_wrong_arm_is_named(config: RunConfig, tmp_path: Path, text: str, mess
     path.write_text(text)
     with pytest.raises(ValueError, match=f"^{path}: {message}"):
         arm_comparison(path, config.refine)
+
+
+@pytest.mark.parametrize("name", ["sampling-rates", "rounds", "inits", "inherit"])
+def test_a_file_of_arms_does_not_replace_another_comparison(config: RunConfig, tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.yaml"
+    with pytest.raises(ValueError, match=f"^{path}: no such file; give a YAML file of arms"):
+        arm_comparison(path, config.refine)
+    path.write_text("loss: {policy: loss}")
+    with pytest.raises(ValueError, match=f"^{path}: its results, compare-{name}, would replace those of another"):
+        arm_comparison(path, config.refine)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"sampling_rate": 1}, False),
+        ({"sampling_rate": 1, "sources": [{"name": "a", "at_most": 0.5}]}, True),
+        ({"sampling_rate": 1, "sources": [{"name": "a", "at_least": 0.5}]}, False),
+        ({"policy": "random", "sources": [{"name": "a", "at_most": 0.5}]}, False),
+    ],
+)
+def test_what_a_ceiling_drops_depends_on_losses(fields: dict[str, Any], expected: bool) -> None:
+    assert needs_losses(RefineConfig.model_validate({"outlier_z": None, **fields})) == expected
 
 
 def test_a_stopped_comparison_goes_on_and_repeats_nothing(
@@ -166,7 +196,7 @@ def test_a_stopped_comparison_goes_on_and_repeats_nothing(
     with pytest.raises(ValueError, match=r"another configuration \(refine.max_tokens: \d+ there, 160 here\)"):
         compare(config, comparison, 1, 160, silent)
     with pytest.raises(
-        ValueError, match=r"--tokens: 9999999 is more than the \d+ that arm (loss|random) keeps for seed 0; lower"
+        ValueError, match=r"--tokens: 9999999 is more than the \d+ that arm (loss|random) reaches for seed 0; lower"
     ):
         compare(config, comparison, 1, 9_999_999, silent)
 
