@@ -88,11 +88,13 @@ def arm_comparison(path: Path, refine: RefineConfig) -> Comparison:
     for name, fields in found.items():
         if not fullmatch(_ARM_NAME, str(name)) or name == BASE_ARM.folder:
             raise ValueError(
-                f"{path}: {shown(name)} cannot name an arm; start with a letter, go on with letters, digits, '.', '_' or "
-                f"'-', and use another name than {BASE_ARM.folder}"
+                f"{path}: {shown(name)} cannot name an arm; start with a letter, go on with letters, digits, '.', '_' "
+                f"or '-', and use another name than {BASE_ARM.folder}"
             )
         if not isinstance(fields, dict):
-            raise ValueError(f"{path}: {name}: {shown(fields)} is not a section; give fields of refine: {{policy: loss}}")
+            raise ValueError(
+                f"{path}: {name}: {shown(fields)} is not a section; give fields of refine: {{policy: loss}}"
+            )
         if "max_tokens" in fields:
             raise ValueError(
                 f"{path}: {name}: max_tokens: {shown(fields['max_tokens'])} would be replaced, since arms have equal "

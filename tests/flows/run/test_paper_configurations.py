@@ -35,6 +35,7 @@ def test_settings_are_the_paper_s(name: str, shape: tuple[int, ...], parameters:
     assert (train.min_lr, train.warmup_fraction, train.clip_grad) == (1e-5, 0.03, 1.0)
     assert (train.adam_beta1, train.adam_beta2, train.weight_decay) == (0.9, 0.95, 0.1)
     assert (refine.policy, refine.batch_size, refine.draw_temperature) == ("loss_batch", train.global_batch_size, 1)
+    assert (refine.within, config.rounds.num_parts, refine.keep_batches) == ("part", 8, True)
     assert (refine.sampling_rate, refine.outlier_z, config.rounds.num_rounds) == (0.5, None, 2)
 
 
