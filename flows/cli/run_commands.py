@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> None:
     from flows.orchestration.here import run_here
 
     report = run_here(_import_flow, config)
-    _print_notes(open_run(config))
+    _print_notes(read_run(config.folder))
     print(f"report: {report}")
 
 
