@@ -11,6 +11,9 @@ from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.refine import preview
 
+# Kept samples are a little shorter or longer than the others.
+_MARGIN = 1.02
+
 
 def equal_cost(config: RunConfig, bases: Mapping[int, Run], comparison: Comparison, wanted: int | None) -> int:
     """Return what all arms have in common for all seeds: `wanted`, or the most that all reach.
@@ -23,7 +26,7 @@ def equal_cost(config: RunConfig, bases: Mapping[int, Run], comparison: Comparis
     reached: dict[tuple[str, int], int] = {}
     for seed, base in bases.items():
         for arm in comparison.arms:
-            refine = _refine(base.config, arm, comparison.equal)
+            refine = _refine(base, arm, comparison.equal)
             spent = _spent(base, refine, comparison.equal)
             reached[arm.name, seed] = preview(base, 2, refine).total.num_tokens_kept + spent
             if wanted is not None and wanted <= spent:
@@ -45,21 +48,24 @@ def equal_cost(config: RunConfig, bases: Mapping[int, Run], comparison: Comparis
 
 def limited(base: Run, arm: Arm, equal: Literal["tokens", "cost"], common: int) -> Arm:
     """Return `arm`, limited to the tokens with which it reaches the `common` tokens or cost from the run `base`."""
-    refine = _refine(base.config, arm, equal)
+    refine = _refine(base, arm, equal)
     limits: dict[str, Any] = {"max_tokens": common - _spent(base, refine, equal)}
     if refine.sampling_rate != base.config.refine.sampling_rate:
         limits["sampling_rate"] = refine.sampling_rate
     return Arm(arm.name, arm.folder, {"refine": {**arm.refine, **limits}})
 
 
-def _refine(config: RunConfig, arm: Arm, equal: str | None) -> RefineConfig:
+def _refine(base: Run, arm: Arm, equal: str | None) -> RefineConfig:
     """Return an arm's configuration of refining, without a limit on tokens."""
-    fields = {**dict(config.refine), **arm.refine, "max_tokens": None}
+    fields = {**dict(base.config.refine), **arm.refine, "max_tokens": None}
     refine = RefineConfig.model_validate(fields)
-    # What scoring costs other arms, an arm without losses spends on more of the same samples.
-    if equal == "cost" and not needs_losses(refine):
-        refine = RefineConfig.model_validate({**fields, "sampling_rate": 1.0})
-    return refine
+    if equal != "cost" or needs_losses(refine):
+        return refine
+    # What scoring costs other arms, an arm without losses spends on more of the same samples. A random draw leaves some
+    # out, or it would be the arm that keeps everything, cut at the same place.
+    extra = scoring_cost(base, 1) / count(base, "select sum(num_tokens) from samples")
+    rate = min(1.0, _MARGIN * (refine.draw_rate + extra))
+    return RefineConfig.model_validate({**fields, "sampling_rate": rate})
 
 
 def _spent(base: Run, refine: RefineConfig, equal: str | None) -> int:

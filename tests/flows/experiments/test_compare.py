@@ -103,20 +103,26 @@ def test_policies_train_on_equal_tokens_from_the_same_round(config: RunConfig, f
 
 def test_arms_of_a_file_have_equal_cost(config: RunConfig, fakes: FakeRanks, tmp_path: Path) -> None:
     path = tmp_path / "arms.yaml"
-    path.write_text("loss: {policy: loss}\nsharp: {policy: loss, temperature: 0.5}\nrandom: {policy: random}\n")
+    path.write_text(
+        "loss: {policy: loss}\nsharp: {policy: loss, temperature: 0.5}\nrandom: {policy: random}\nall: {policy: all}\n"
+    )
     comparison = replace(arm_comparison(path, config.refine), equal="cost")
     page = compare(config, comparison, 2, None, silent)
     corpora = [corpus_tokens(page.page.parent / f"base-seed-{seed}") for seed in range(2)]
-    with open_results(page.page.parent / "compare-arms.parquet", ["loss", "sharp", "random"]) as results:
+    with open_results(page.page.parent / "compare-arms.parquet", ["loss", "sharp", "random", "all"]) as results:
         costs = results.sql("select seed, arm, trained_tokens, scoring_cost, cost from costs").fetchall()
-    assert len(costs) == 6
+    assert len(costs) == 8
     # Half of the smaller corpus, and a forward pass over it.
     common = min(corpora) * (1 / 2 + 1 / 3)
     for seed, arm, trained, scored, cost in costs:
-        assert scored == (0 if arm == "random" else round(corpora[seed] / 3))
+        assert scored == (0 if arm in ("random", "all") else round(corpora[seed] / 3))
         assert cost == trained + scored == pytest.approx(common, abs=48)
     assert read_run(page.page.parent / "sharp-seed-1").config.refine.temperature == 0.5
-    assert read_run(page.page.parent / "random-seed-1").config.refine.sampling_rate == 1
+    assert read_run(page.page.parent / "random-seed-1").config.refine.sampling_rate == pytest.approx(0.85, abs=0.001)
+    # A random draw is not everything, cut at the same place: their difference would say nothing about noise.
+    mixes = [Mix(page.page.parent / f"{arm}-seed-0" / "rounds" / "2" / "mix.parquet") for arm in ("random", "all")]
+    drawn = [set(zip(*mix.read(0, len(mix)), strict=True)) for mix in mixes]
+    assert drawn[0] - drawn[1] and drawn[1] - drawn[0]
     for words in (
         "Arms differ in fields of refine (loss: policy loss; sharp: policy loss, temperature 0.5;",
         "on scoring and",
