@@ -1,6 +1,7 @@
 """Ranks forked from a server that has imported torch and Megatron: to start one takes no time."""
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,16 @@ _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 def run_ranks(work: Callable[..., None], *arguments: Any, num_ranks: int) -> None:
     """Run `work(rank, *arguments)` as each of `num_ranks` processes; raise the error of one that fails."""
     torch.multiprocessing.start_processes(work, arguments, num_ranks, start_method="forkserver")
+
+
+def write_found(folder: Path, rank: int, found: Any) -> None:
+    """Leave what a rank has found in `folder`, for `read_found`."""
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+
+
+def read_found(folder: Path, num_ranks: int) -> list[Any]:
+    """Return what each of `num_ranks` ranks has found."""
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(num_ranks)]
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Fixtures: the results of two ranks, from one launch shared by all tests."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 
 from data_scoring.corpus.corpus import Corpus
 from tests.conftest import MakeOnce
-from tests.forked_ranks import run_ranks
+from tests.forked_ranks import read_found, run_ranks
 from tests.trainer.two_ranks import work
 from trainer.checkpoint_folder import list_checkpoints
 
@@ -23,7 +22,7 @@ def found(tiny_corpus: Corpus, hugging_face: Path, trained: Path, make_once: Mak
         run_ranks(work, folder, tiny_corpus.folder, hugging_face, checkpoint, num_ranks=2)
 
     folder = make_once("two-ranks", work_together)
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+    return read_found(folder, 2)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Gradients and weights that replicas exchange while they compute: everything is as if they waited."""
 
-import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from benchmarks.plain_model import read_checkpoint
 from data_scoring.corpus.corpus import Batch
 from tests.conftest import TINY_MODEL
-from tests.forked_ranks import run_ranks
+from tests.forked_ranks import read_found, run_ranks, write_found
 from tests.trainer.training_states import make
 from trainer.parallel_config import ParallelConfig
 
@@ -49,7 +48,7 @@ def work(rank: int, folder: Path) -> None:
                 for way in ("overlapped", "waiting"):
                     found[f"{case} {way}"] = train(device, case, way == "overlapped", folder / case / way)
         parallel_state.destroy_model_parallel()
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    write_found(folder, rank, found)
     torch.distributed.destroy_process_group()
 
 
@@ -133,7 +132,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     """The folder of what four ranks saved, and what each found."""
     folder = tmp_path_factory.mktemp("data-parallel")
     run_ranks(work, folder, num_ranks=RANKS)
-    return folder, [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(RANKS)]
+    return folder, read_found(folder, RANKS)
 
 
 @pytest.mark.parametrize("case", CASES)

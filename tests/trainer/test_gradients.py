@@ -1,6 +1,5 @@
 """The gradient's norm and the update are Megatron's, and torch's, on every layout."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_MODEL
-from tests.forked_ranks import run_ranks
+from tests.forked_ranks import read_found, run_ranks, write_found
 from tests.trainer.training_states import make, values
 from trainer.parallel_config import ParallelConfig
 
@@ -44,7 +43,7 @@ def work(rank: int, folder: Path) -> None:
             if named == layout:
                 found[case] = compare_updates(device, MODELS[model], parallel, precision == "bfloat16", rank)
         parallel_state.destroy_model_parallel()
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    write_found(folder, rank, found)
     torch.distributed.destroy_process_group()
 
 
@@ -109,7 +108,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two ranks found."""
     folder = tmp_path_factory.mktemp("gradients")
     run_ranks(work, folder, num_ranks=2)
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+    return read_found(folder, 2)
 
 
 def test_norm_and_clipping_are_those_of_torch_and_of_megatron(ranks: list[dict[str, Any]]) -> None:

@@ -1,6 +1,5 @@
 """Optimizer state sharded over data-parallel ranks: its checkpoint equals Megatron's own format."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_MODEL
-from tests.forked_ranks import run_ranks
+from tests.forked_ranks import read_found, run_ranks, write_found
 from tests.trainer.training_states import make, train, values
 from trainer.parallel_config import ParallelConfig
 
@@ -33,7 +32,7 @@ def work(rank: int, folder: Path) -> None:
         for name in MODELS
         for bf16 in (False, True)
     }
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    write_found(folder, rank, found)
     torch.distributed.destroy_process_group()
 
 
@@ -86,7 +85,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     """The folder of what three ranks saved, and what each found."""
     folder = tmp_path_factory.mktemp("optimizer-state")
     run_ranks(work, folder, num_ranks=RANKS)
-    return folder, [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(RANKS)]
+    return folder, read_found(folder, RANKS)
 
 
 CASES = [f"{name} {precision}" for name in MODELS for precision in ("float32", "bfloat16")]

@@ -1,6 +1,5 @@
 """A round that keeps the last round's optimizer: its moments and steps are those of the checkpoint, on every layout."""
 
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from data_scoring.corpus.corpus import Corpus
 from tests.conftest import TINY_MODEL, Ranks, read_rows
-from tests.forked_ranks import forking, run_ranks
+from tests.forked_ranks import forking, read_found, run_ranks, write_found
 from tests.trainer.test_layouts import assert_same_training, short_mix
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, TrainConfig
@@ -45,7 +44,7 @@ def work(rank: int, folder: Path, checkpoint: Path, corpus: Path) -> None:
             place = folder / f"{layout}-{bf16}"
             found[layout, bf16] = start(device, parallel, bf16, checkpoint, Corpus(corpus), place)
         parallel_state.destroy_model_parallel()
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    write_found(folder, rank, found)
     torch.distributed.destroy_process_group()
 
 
@@ -106,7 +105,7 @@ def found(
     folder = tmp_path_factory.mktemp("round-start")
     [checkpoint] = list_checkpoints(trained / "checkpoint")
     run_ranks(work, folder, checkpoint, tiny_corpus.folder, num_ranks=2)
-    return folder, [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+    return folder, read_found(folder, 2)
 
 
 @pytest.mark.parametrize(("layout", "bf16"), CASES)

@@ -1,7 +1,6 @@
 """Weighted losses in training: gradients are those of the weighted loss in plain torch, on every layout."""
 
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
 from data_scoring.corpus.corpus import Batch
 from tests.conftest import TINY_MODEL, Ranks, read_rows
-from tests.forked_ranks import run_ranks
+from tests.forked_ranks import read_found, run_ranks, write_found
 from tests.trainer.test_layouts import short_mix
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.parallel_config import ParallelConfig
@@ -78,7 +77,7 @@ def work(rank: int, folder: Path) -> None:
                 found[case] = {"losses": (weighted[0], plain[0]), "gradients": weighted[1], "plain gradients": plain[1]}
         parallel_state.destroy_model_parallel()
     found["expected"] = expected_gradients(start, WEIGHTS), expected_gradients(start, np.ones_like(WEIGHTS))
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    write_found(folder, rank, found)
     torch.distributed.destroy_process_group()
 
 
@@ -199,7 +198,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two ranks found."""
     folder = tmp_path_factory.mktemp("sample-weights")
     run_ranks(work, folder, num_ranks=2)
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+    return read_found(folder, 2)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_we
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.shard_scoring import Block
 from kernels.series_activation import initial_offsets
+from tests.forked_ranks import write_found
 from tests.trainer import two_ranks_bfloat16, two_ranks_evaluation, two_ranks_masks
 from tests.trainer.rendezvous import meet
 from tests.trainer.two_ranks_hugging_face import LAYOUTS, agree
@@ -49,7 +49,7 @@ def work(rank: int, folder: Path, corpus: Path, hugging_face: Path, trained: Pat
     found["harness"] = {name: two_ranks_evaluation.respond(hugging_face, name) for name in ("llama", "pangu")}
     found["masks"] = two_ranks_masks.find(device, Corpus(corpus), trained, folder / "masks", rank)
     found["bfloat16"] = _do_in_bfloat16(device, Corpus(corpus), trained, folder / "bfloat16", rank)
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    write_found(folder, rank, found)
     torch.distributed.destroy_process_group()
 
 
