@@ -1,7 +1,9 @@
-"""Runs cells of the study, and collects what they measured.
+"""Runs cells of the study, and shows what they measured.
 
 python -m benchmarks.study run --text FOLDER [--regimes saturated,noise] [--seeds 3] [--output runs/study]
-python -m benchmarks.study collect [--output runs/study]
+python -m benchmarks.study collect [--output runs/study]    # tables of the finished cells, and results.csv
+python -m benchmarks.study repeat [--output runs/study]     # how far they are from the recorded ones
+python -m benchmarks.study tables                           # the tables and the picture of the recorded ones
 """
 
 import argparse
@@ -15,23 +17,32 @@ from typing import Any
 
 import yaml
 
+from benchmarks.study.plots import draw
 from benchmarks.study.regimes import REGIMES, Regime, arms_of
-from benchmarks.study.results import collect
+from benchmarks.study.results import RECORDED, measure, repeated, tables, write_results
 from benchmarks.study.texts import read_documents, write_sources
+
+_PICTURE = Path(__file__).parents[2] / "docs" / "study.png"
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
-    parser.add_argument("command", choices=["run", "collect"])
+    parser.add_argument("command", choices=["run", "collect", "repeat", "tables"])
     parser.add_argument("--text", type=Path, help="folder with a JSON lines file for each source")
     parser.add_argument("--regimes", default=",".join(REGIMES), help="comma-separated (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     options = parser.parse_args()
+    output = options.output.absolute()
+    if options.command == "tables":
+        draw(RECORDED, _PICTURE)
+        print(tables(RECORDED))
+        return
     if options.command == "run":
-        run_cells(options.text, options.regimes.split(","), options.seeds, options.output.absolute())
-    print(collect(options.output.absolute()))
+        run_cells(options.text, options.regimes.split(","), options.seeds, output)
+    write_results(measure(output), output / "results.csv")
+    print((repeated if options.command == "repeat" else tables)(output / "results.csv"))
 
 
 def run_cells(text: Path, regimes: list[str], num_seeds: int, output: Path) -> None:

@@ -1,22 +1,26 @@
-"""What the study's cells measured: one row for each regime, seed, arm and measure, and a table of differences."""
+"""What the study's cells measured: one row for each regime, seed, arm and measure, and the tables of docs/study.md."""
 
+import csv
 from pathlib import Path
 
 import duckdb
-import pyarrow as pa
 
 from benchmarks.study.texts import NOISE
-from data_scoring.base.parquet import write_parquet
-from data_scoring.ledger import read_rows
+from data_scoring.ledger import open_ledger, read_rows
+from flows.report.round_facts import RoundFacts, read_facts
+from flows.run.folder import read_run
 
-# The arm that others are compared with, in pairs of one seed.
-REFERENCE = "random"
-PARTS = 8
+# The measures of the cells in docs/study.md.
+RECORDED = Path(__file__).parents[1] / "results" / "study.csv"
+COLUMNS = ["regime", "seed", "arm", "measure", "value"]
+# The arm that others are compared with, in pairs of one seed, and the one that differs from it by noise alone.
+REFERENCE, EQUAL = "random", "all"
+# The run that all arms of a cell continue, after round 1.
+BASE = "base"
 
-# Validation losses of one run, nats per token: sources of noise do not count.
+# Validation losses of one run after round 2, nats per token: sources of noise do not count.
 _MEASURES = f"""
-with samples as (from validation_samples where round = (select max(round) from validation_samples)
-        and not starts_with(source, '{NOISE}')),
+with samples as (from validation_samples where round = 2 and not starts_with(source, '{NOISE}')),
     by_source as (select source, sum(loss * num_tokens) / sum(num_tokens) as loss from samples group by source)
 select 'all tokens', sum(loss * num_tokens) / sum(num_tokens) from samples
 union all select 'mean of sources', avg(loss) from by_source
@@ -24,69 +28,106 @@ union all select 'worst source', max(loss) from by_source
 union all select 'hardest tenth', sum(loss * num_tokens) / sum(num_tokens)
     from (from samples qualify percent_rank() over (order by loss) >= 0.9)"""
 
-# What round 1 forgot, and how far apart the losses of a shard are.
-_FORGETTING = f"""
-with parts as (select *, ntile({PARTS}) over (order by step, shard, sample) as part from forgetting where round = 1)
-select 'share forgotten', avg((forgotten > 0)::int) from parts
-union all select 'share forgotten, part ' || part, avg((forgotten > 0)::int) from parts group by part
-union all select 'nats forgotten', avg(forgotten) from parts
-union all select 'spread of losses in shards', avg(spread)
-    from (select stddev_pop(loss) as spread from losses where round = 1 group by shard)
-union all select 'tokens trained', sum(num_tokens) from steps where round = 1"""
+# Differences to the reference arm, paired by seed, and what the rule in docs/study.md says of them.
+_DIFFERENCES = f"""
+with pairs as (
+    select regime, measure, mine.arm, seed, mine.value - theirs.value as difference
+    from results as mine join results as theirs using (regime, seed, measure)
+    where theirs.arm = '{REFERENCE}' and mine.arm not in ('{REFERENCE}', '{BASE}')),
+noise as (
+    select regime, measure, sqrt(avg(difference ** 2)) as noise from pairs where arm = '{EQUAL}' group by all)
+select regime, measure, arm, avg(difference) as mean, stddev_samp(difference) / sqrt(count(*)) as error,
+    count(*) filter (difference < 0) as lower, count(*) as seeds, any_value(noise) as noise,
+    case when seeds < 3 or lower not in (0, seeds) or abs(mean) <= 2 * error or abs(mean) <= 2 * any_value(noise)
+        then '' when mean < 0 then 'better' else 'worse' end as result
+from pairs join noise using (regime, measure) group by regime, measure, arm order by regime, measure, mean"""
 
 
-def collect(output: Path) -> str:
-    """Return the tables of all finished cells as Markdown, after writing `results.parquet` to `output`."""
+def measure(output: Path) -> list[tuple[str, int, str, str, float]]:
+    """Return what the finished runs of all cells in `output` measured: regime, seed, arm, measure, value."""
     rows = []
     for cell in sorted(output.glob("*/seed-*/runs/study-compare")):
         regime, seed = cell.parents[2].name, int(cell.parents[1].name.removeprefix("seed-"))
-        for run in sorted(cell.glob(f"*-seed-{seed}")):
-            arm = run.name.removesuffix(f"-seed-{seed}")
-            measures = read_rows(run, _MEASURES) if (run / "rounds" / _last(arm)).exists() else []
-            if arm == "base":
-                measures += read_rows(run, _FORGETTING)
-            rows += [
-                {"regime": regime, "seed": seed, "arm": arm, "measure": measure, "value": value}
-                for measure, value in measures
-                if value is not None
-            ]
-    table = pa.Table.from_pylist(rows)
-    write_parquet(output / "results.parquet", table, "")
+        for folder in sorted(cell.glob(f"*-seed-{seed}")):
+            arm = folder.name.removesuffix(f"-seed-{seed}")
+            if arm == BASE:
+                run = read_run(folder)
+                with open_ledger(folder) as ledger:
+                    facts = read_facts(run, ledger)
+                measures = [] if facts is None else _figures(facts)
+            else:
+                measures = [(name, value) for name, value in read_rows(folder, _MEASURES) if value is not None]
+            rows += [(regime, seed, arm, name, value) for name, value in measures]
+    return rows
+
+
+def _figures(facts: RoundFacts) -> list[tuple[str, float]]:
+    assert facts.forgotten is not None, "cells score in full"
+    figures = {
+        "tokens per parameter": facts.tokens_per_parameter,
+        "share forgotten": facts.forgotten.share,
+        "nats forgotten": facts.forgotten.nats,
+        "spread of losses in shards": facts.spread,
+        "distance of the draw": facts.distance,
+    }
+    for place, part in enumerate(facts.parts, 1):
+        figures |= {f"share forgotten, part {place}": part.share, f"nats forgotten, part {place}": part.nats}
+    return list(figures.items())
+
+
+def write_results(rows: list[tuple[str, int, str, str, float]], path: Path) -> None:
+    """Write rows of `measure` as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows((*row[:-1], f"{row[-1]:.6f}") for row in rows)
+
+
+def differences(path: Path) -> list[tuple[str, str, str, float, float | None, int, int, float, str]]:
+    """Return one row for each regime, measure and arm of the results in `path`.
+
+    Each is: regime, measure, arm, mean difference to random in nats, its standard error, seeds in which it is lower,
+    seeds, noise (root mean square of the differences between equal arms), and `better`, `worse` or nothing, by the
+    rule in docs/study.md.
+    """
     with duckdb.connect() as connection:
-        connection.register("results", table)
-        return "\n\n".join([_differences(connection), _forgetting(connection)])
+        connection.execute("create table results as from read_csv(?)", [str(path)])
+        return connection.sql(_DIFFERENCES).fetchall()
 
 
-def _last(arm: str) -> str:
-    return "1" if arm == "base" else "2"
-
-
-def _differences(connection: duckdb.DuckDBPyConnection) -> str:
-    """Return the differences to the reference arm, paired by seed: mean, standard error, seeds in which it is lower."""
-    rows = connection.sql(
-        f"""
-        select mine.regime, mine.measure, mine.arm, avg(mine.value - theirs.value),
-            stddev_samp(mine.value - theirs.value) / sqrt(count(*)), count(*) filter (mine.value < theirs.value),
-            count(*)
-        from results as mine join results as theirs using (regime, seed, measure)
-        where theirs.arm = '{REFERENCE}' and mine.arm not in ('{REFERENCE}', 'base')
-        group by all order by mine.regime, mine.measure, 4"""
-    ).fetchall()
-    lines = ["| regime | measure | arm | difference to random | lower in |", "|---|---|---|---:|---:|"]
-    for regime, measure, arm, mean, error, lower, count in rows:
+def tables(path: Path) -> str:
+    """Return the tables of the results in `path` as Markdown: differences between arms, and what round 1 left."""
+    lines = ["| regime | measure | arm | difference to random | lower in | |", "|---|---|---|---:|---:|---|"]
+    for regime, measured, arm, mean, error, lower, seeds, _, result in differences(path):
         spread = "" if error is None else f" ± {error:.4f}"
-        lines.append(f"| {regime} | {measure} | {arm} | {mean:+.4f}{spread} | {lower} of {count} |")
+        lines.append(f"| {regime} | {measured} | {arm} | {mean:+.4f}{spread} | {lower} of {seeds} | {result} |")
+    lines += ["", "| regime | after round 1 | mean | least | most |", "|---|---|---:|---:|---:|"]
+    with duckdb.connect() as connection:
+        rows = connection.execute(
+            f"""select regime, measure, avg(value), min(value), max(value) from read_csv(?)
+            where arm = '{BASE}' group by all order by regime, measure""",
+            [str(path)],
+        ).fetchall()
+    lines += [
+        f"| {regime} | {measured} | {mean:.4f} | {least:.4f} | {most:.4f} |"
+        for regime, measured, mean, least, most in rows
+    ]
     return "\n".join(lines)
 
 
-def _forgetting(connection: duckdb.DuckDBPyConnection) -> str:
-    rows = connection.sql(
-        """select regime, measure, avg(value), min(value), max(value) from results
-        where arm = 'base' group by all order by regime, measure"""
-    ).fetchall()
-    lines = ["| regime | after round 1 | mean | least | most |", "|---|---|---:|---:|---:|"]
+def repeated(path: Path, recorded: Path = RECORDED) -> str:
+    """Return, as Markdown, how far the arms in `path` are from the recorded ones, beside the noise between equals."""
+    noise = {row[:2]: row[7] for row in differences(recorded)}
+    with duckdb.connect() as connection:
+        rows = connection.execute(
+            f"""select regime, measure, count(*), max(abs(mine.value - theirs.value))
+            from read_csv(?) as mine join read_csv(?) as theirs using (regime, seed, arm, measure)
+            where arm <> '{BASE}' group by all order by all""",
+            [str(path), str(recorded)],
+        ).fetchall()
+    lines = ["| regime | measure | runs | largest difference | noise between equals |", "|---|---|---:|---:|---:|"]
     lines += [
-        f"| {regime} | {measure} | {mean:.4f} | {least:.4f} | {most:.4f} |"
-        for regime, measure, mean, least, most in rows
+        f"| {regime} | {measured} | {runs} | {largest:.6f} | {noise[regime, measured]:.4f} |"
+        for regime, measured, runs, largest in rows
     ]
     return "\n".join(lines)

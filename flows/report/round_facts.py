@@ -1,0 +1,194 @@
+"""What a scored round says about another one: what it forgot, how far apart losses are, and what a round costs."""
+
+from dataclasses import dataclass
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from flows.run.config import RunConfig
+from flows.run.folder import Run
+
+# Losses are counted in steps of this many nats, so that a ledger of any size gives a small table.
+_STEP = 0.01
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What a round forgot of the samples that it trained on, or of a part of them.
+
+    share: of samples whose loss is higher after the round than in the step that trained on them.
+    nats: the mean of the loss after the round less that in the step; below 0 if the model got better on average.
+    """
+
+    num_samples: int
+    share: float
+    nats: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What another round costs, in training tokens; a token that is only scored costs a third of one.
+
+    everything: one pass over the corpus. round: the samples that the sampling rate keeps. scoring: scoring the corpus.
+    seconds: the same in seconds of this run, or None where the run has not trained.
+    """
+
+    everything: int
+    round: int
+    scoring: int
+    seconds_a_token: float | None
+
+    @property
+    def total(self) -> int:
+        """Return the cost of scoring and the round."""
+        return self.round + self.scoring
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """Figures of the last scored round of a run.
+
+    tokens_per_parameter: predicted tokens of all rounds so far per parameter.
+    forgotten: over all samples trained on; None if their losses are not of whole samples.
+    parts: the same by equal parts of the training order, from the first.
+    spread: standard deviation of losses within a shard, nats per token, mean over shards.
+    distance: the share of the samples drawn by loss that a random draw would not have (the draw that `refine` sets,
+    with policy loss).
+    gain: validation loss after the round that followed less that after the scored one; None without such a round.
+    """
+
+    round_number: int
+    num_rounds: int
+    tokens_per_parameter: float
+    forgotten: Forgotten | None
+    parts: tuple[Forgotten, ...]
+    spread: float
+    distance: float
+    cost: Cost
+    gain: float | None
+
+
+def read_facts(run: Run, ledger: duckdb.DuckDBPyConnection) -> RoundFacts | None:
+    """Return the facts of the last round that was scored completely; None if there is none."""
+    config = run.config
+    scored = [number for number in range(1, config.rounds.num_rounds + 1) if run.recorded("score", number)]
+    if not scored:
+        return None
+    number = scored[-1]
+    vocab_size = config.model.vocab_size or int(run.corpus().manifest["vocab_size"])
+    [(tokens,)] = ledger.sql(f"select sum(num_tokens) from steps where round <= {number}").fetchall()
+    forgotten, parts = _forgotten(ledger, number, config.rounds.num_parts)
+    spread, distance = _losses(ledger, number, config)
+    return RoundFacts(
+        round_number=number,
+        num_rounds=config.rounds.num_rounds,
+        tokens_per_parameter=(tokens or 0) / config.model.num_parameters(vocab_size),
+        forgotten=forgotten,
+        parts=parts,
+        spread=spread,
+        distance=distance,
+        cost=_cost(run, ledger, number),
+        gain=_gain(ledger, number),
+    )
+
+
+def _forgotten(
+    ledger: duckdb.DuckDBPyConnection, number: int, num_parts: int
+) -> tuple[Forgotten | None, tuple[Forgotten, ...]]:
+    chosen = ledger.sql(f"select candidate from budgets where round = {number} and chosen").fetchall()
+    if chosen not in ([], [("full",)]):
+        return None, ()
+    rows = ledger.sql(
+        f"""select (place * {num_parts}) // num_samples as part, count(*), avg((forgotten > 0)::int),
+            avg(forgotten::double)
+        from forgetting join (select *, count(*) over () as num_samples from mix where round = {number})
+            using (round, shard, sample)
+        group by part order by part"""
+    ).fetchall()
+    if not rows:
+        return None, ()
+    parts = tuple(Forgotten(*row[1:]) for row in rows)
+    total = sum(part.num_samples for part in parts)
+    share, nats = (sum(part.num_samples * value(part) for part in parts) / total for value in (_share, _nats))
+    return Forgotten(total, share, nats), parts
+
+
+def _share(part: Forgotten) -> float:
+    return part.share
+
+
+def _nats(part: Forgotten) -> float:
+    return part.nats
+
+
+def _losses(ledger: duckdb.DuckDBPyConnection, number: int, config: RunConfig) -> tuple[float, float]:
+    """Return the spread of losses within shards, and how far a draw by loss within shards is from a random one."""
+    [(spread,)] = ledger.sql(
+        f"select avg(spread) from (select stddev_pop(loss::double) as spread from losses where round = {number} "
+        "group by shard)"
+    ).fetchall()
+    counted = ledger.sql(
+        f"""select shard, round(loss::double / {_STEP}) * {_STEP} as loss, count(*) as count
+        from losses where round = {number} group by all order by all"""
+    ).fetchnumpy()
+    kept = missed = 0.0
+    temperature, rate = draw_of(config)
+    for shard in np.unique(counted["shard"]):
+        mine = counted["shard"] == shard
+        counts = np.asarray(counted["count"][mine], float)
+        probabilities = inclusion_probabilities(np.asarray(counted["loss"][mine], float), counts, rate, temperature)
+        kept += float(counts @ probabilities)
+        missed += float(counts @ np.maximum(probabilities - rate, 0))
+    return float(spread), missed / kept
+
+
+def draw_of(config: RunConfig) -> tuple[float, float]:
+    """Return the temperature and the sampling rate of the draw by loss that a run makes, or would make."""
+    refine = config.refine
+    return refine.draw_temperature if refine.policy in ("loss", "top") else 1.0, refine.sampling_rate
+
+
+def inclusion_probabilities(
+    losses: NDArray[np.float64], counts: NDArray[np.float64], rate: float, temperature: float
+) -> NDArray[np.float64]:
+    """Return the probability that a draw by loss keeps a sample, for each of `losses`, of which there are `counts`.
+
+    The threshold of the keys is the one at which the expected number kept is `rate` of all (Gumbel-top-k, Kool et al.
+    2019, arXiv 1903.06059). At temperature 0, the highest losses are kept.
+    """
+    if rate >= 1:
+        return np.ones(len(losses))
+    if temperature == 0:
+        above = counts.sum() - np.cumsum(counts)
+        return np.asarray(np.clip((rate * counts.sum() - above) / counts, 0, 1))
+    weights = losses / temperature
+    low, high = weights.min() - 50, weights.max() + 50
+    # The expected number falls as the threshold rises; 100 halvings are more than doubles can tell apart.
+    for _ in range(100):
+        middle = (low + high) / 2
+        expected = counts @ -np.expm1(-np.exp(weights - middle))
+        low, high = (middle, high) if expected > rate * counts.sum() else (low, middle)
+    return np.asarray(-np.expm1(-np.exp(weights - low)))
+
+
+def _cost(run: Run, ledger: duckdb.DuckDBPyConnection, number: int) -> Cost:
+    [(everything,)] = ledger.sql("select sum(num_tokens) from samples").fetchall()
+    [(scoring,)] = ledger.sql(f"select sum(cost_tokens) from budgets where round = {number} and chosen").fetchall()
+    [(speed,)] = ledger.sql(f"select median(tokens_per_second) from steps where round = {number}").fetchall()
+    refine = run.config.refine
+    return Cost(
+        everything=int(everything),
+        round=round(everything * refine.draw_rate),
+        scoring=int(scoring or 0),
+        seconds_a_token=1 / speed if speed else None,
+    )
+
+
+def _gain(ledger: duckdb.DuckDBPyConnection, number: int) -> float | None:
+    rows = ledger.sql(
+        f"select validation_loss from rounds where round in ({number}, {number + 1}) order by round"
+    ).fetchall()
+    if len(rows) < 2 or None in (rows[0][0], rows[1][0]):
+        return None
+    return float(rows[1][0] - rows[0][0])
