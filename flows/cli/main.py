@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=path, metavar="FILE", help="write the page there, and nothing to the run folder"
     )
     report.set_defaults(command=_report)
+    advise = commands.add_parser("advise", help="say whether a round drawn by loss pays, from what a run measured")
+    advise.add_argument("run", type=path, metavar="RUN", help="run folder")
+    advise.set_defaults(command=_advise)
     sql = commands.add_parser("sql", help="query the ledger with DuckDB SQL")
     sql.add_argument("run", type=path, metavar="RUN", help="run folder")
     sql.add_argument("query", metavar="QUERY", help='such as "select * from rounds"')
@@ -194,6 +197,17 @@ def _report(options: argparse.Namespace) -> None:
     run = read_run(options.run)
     stages_of(run).verify()
     print(f"report: {write_report(run, options.output)}")
+
+
+def _advise(options: argparse.Namespace) -> None:
+    from data_scoring.ledger import open_ledger
+    from flows.report.verdict_section import verdict_text
+    from flows.stages.stage_order import stages_of
+
+    run = read_run(options.run)
+    stages_of(run).verify()
+    with open_ledger(run.folder) as ledger:
+        print(verdict_text(run, ledger))
 
 
 def _sql(options: argparse.Namespace) -> None:

@@ -52,7 +52,8 @@ class RoundFacts:
     tokens_per_parameter: predicted tokens of all rounds so far per parameter.
     forgotten: over all samples trained on; None if their losses are not of whole samples.
     parts: the same by equal parts of the training order, from the first.
-    spread: standard deviation of losses within a shard, nats per token, mean over shards.
+    spread: standard deviation of losses within a shard (or a part, as refine.within says), nats per token, mean over
+    these.
     distance: the share of the samples drawn by loss that a random draw would not have (the draw that `refine` sets,
     with policy loss).
     gain: validation loss after the round that followed less that after the scored one; None without such a round.
@@ -123,19 +124,27 @@ def _nats(part: Forgotten) -> float:
 
 
 def _losses(ledger: duckdb.DuckDBPyConnection, number: int, config: RunConfig) -> tuple[float, float]:
-    """Return the spread of losses within shards, and how far a draw by loss within shards is from a random one."""
+    """Return the spread of losses within shards, or parts, and how far a draw by loss within these is from a random."""
+    grouped = f"select shard as stratum, loss::double as loss from losses where round = {number}"
+    if config.refine.within == "part":
+        num_parts = config.rounds.num_parts
+        # Samples that the round did not train on make one more part, as in the draw.
+        grouped = f"""select coalesce((place * {num_parts}) // num_samples, {num_parts}) as stratum,
+                loss::double as loss
+            from (from losses where round = {number}) left join (
+                select shard, sample, place, count(*) over () as num_samples from mix where round = {number})
+            using (shard, sample)"""
     [(spread,)] = ledger.sql(
-        f"select avg(spread) from (select stddev_pop(loss::double) as spread from losses where round = {number} "
-        "group by shard)"
+        f"select avg(spread) from (select stddev_pop(loss) as spread from ({grouped}) group by stratum)"
     ).fetchall()
     counted = ledger.sql(
-        f"""select shard, round(loss::double / {_STEP}) * {_STEP} as loss, count(*) as count
-        from losses where round = {number} group by all order by all"""
+        f"""select stratum, round(loss / {_STEP}) * {_STEP} as loss, count(*) as count
+        from ({grouped}) group by all order by all"""
     ).fetchnumpy()
     kept = missed = 0.0
     temperature, rate = draw_of(config)
-    for shard in np.unique(counted["shard"]):
-        mine = counted["shard"] == shard
+    for stratum in np.unique(counted["stratum"]):
+        mine = counted["stratum"] == stratum
         counts = np.asarray(counted["count"][mine], float)
         probabilities = inclusion_probabilities(np.asarray(counted["loss"][mine], float), counts, rate, temperature)
         kept += float(counts @ probabilities)

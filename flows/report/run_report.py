@@ -20,6 +20,7 @@ from flows.report.evaluation_section import evaluation
 from flows.report.pictures import Pictures, figure
 from flows.report.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
 from flows.report.shard_histograms import selection_histograms
+from flows.report.verdict_section import verdict_section
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.run.locks import report_locked
@@ -49,6 +50,7 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) -
     sources = manifest["sources"]
     tokens = sum(source["train_tokens"] for source in sources)
     sections = [
+        *verdict_section(run, ledger),
         f'<p class="lead">{tokens:,} training tokens from {len(sources)} sources in {config.corpus.num_shards} shards; '
         f"{config.rounds.num_rounds} rounds, policy {config.refine.policy}, sampling rate "
         f"{config.refine.sampling_rate:g}, temperature {config.refine.draw_temperature:g}.</p>",

@@ -1,0 +1,24 @@
+"""The verdict on a run as HTML, the first lines of its report, and as text for the terminal."""
+
+import html
+
+import duckdb
+
+from flows.report.round_facts import read_facts
+from flows.report.verdict import Verdict, judge
+from flows.run.folder import Run
+
+
+def verdict_section(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
+    """Return the verdict on a run, as HTML."""
+    verdict = judge(read_facts(run, ledger), run.config)
+    lines = [f"<p><strong>{html.escape(verdict.headline)}</strong></p>"]
+    if verdict.reasons:
+        lines.append(f"<ul>{''.join(f'<li>{html.escape(reason)}' for reason in verdict.reasons)}</ul>")
+    return [*lines, f"<p>{html.escape(verdict.advice)}</p>"]
+
+
+def verdict_text(run: Run, ledger: duckdb.DuckDBPyConnection) -> str:
+    """Return the verdict on a run, as plain text."""
+    verdict: Verdict = judge(read_facts(run, ledger), run.config)
+    return "\n".join([verdict.headline, *(f"- {reason}" for reason in verdict.reasons), verdict.advice])
