@@ -1,6 +1,8 @@
 """Facts of a scored round against the files that they are of, in NumPy, and draws against repeated ones."""
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from flows.report.round_facts import RoundFacts, inclusion_probabilities, read_f
 from flows.run.folder import read_run
 from tests.conftest import MakeOnce
 from tests.flows.stages.test_verification import make_runs
+
+# Returns random losses of a number of samples.
+Draw = Callable[[np.random.Generator, int], NDArray[np.float64]]
 
 
 def facts_of(folder: Path) -> RoundFacts | None:
@@ -41,21 +46,32 @@ def test_temperature_0_keeps_the_highest_and_rate_1_everything() -> None:
     assert inclusion_probabilities(losses, counts, 1.0, 1.0).tolist() == [1, 1, 1]
 
 
-def with_losses(run: Path, folder: Path) -> tuple[Path, dict[tuple[int, int], float], dict[tuple[int, int], float]]:
-    """Return a copy of a run with random losses in round 1, those at its end, and those in its steps."""
+def about_3(chance: np.random.Generator, size: int) -> NDArray[np.float64]:
+    return chance.normal(3, 0.5, size)
+
+
+Losses = dict[tuple[int, int], float]
+
+
+def with_losses(run: Path, folder: Path, end: Draw = about_3, steps: Draw = about_3) -> tuple[Path, Losses, Losses]:
+    """Return a copy of a run with losses drawn by `end` and `steps` in round 1, those at its end, and in its steps."""
     shutil.copytree(run, folder)
     chance, losses, seen = np.random.default_rng(1), {}, []
     for shard, path in enumerate(sorted((folder / "rounds" / "1" / "losses").glob("shard=*.parquet"))):
         table = pq.read_table(path)
-        drawn = chance.normal(3, 0.5, len(table)).astype(np.float32)
+        drawn = end(chance, len(table)).astype(np.float32)
         pq.write_table(table.set_column(table.column_names.index("loss"), "loss", pa.array(drawn)), path)
         losses |= {
             (shard, sample): float(loss) for sample, loss in zip(table["sample"].to_pylist(), drawn, strict=True)
         }
     for place, row in enumerate(pq.read_table(folder / "rounds" / "1" / "mix.parquet").to_pylist()):
-        seen.append({"step": place // 4 + 1, **row, "loss": np.float32(chance.normal(3, 0.5))})
+        seen.append({"step": place // 4 + 1, **row, "loss": np.float32(steps(chance, 1)[0])})
     (folder / "rounds" / "1" / "seen").mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(seen), folder / "rounds" / "1" / "seen" / "step=00000001.parquet")
+    copy = read_run(folder)
+    copy.record(
+        "score", 1, str(copy.recorded("score", 1)), time.time(), copy.recorded_files(copy.record_path("score", 1))
+    )
     return folder, losses, {(row["shard"], row["sample"]): float(row["loss"]) for row in seen}
 
 

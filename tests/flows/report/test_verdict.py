@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -10,16 +9,17 @@ import pytest
 
 from benchmarks.study.results import BASE, RECORDED
 from flows.cli.main import main
-from flows.report import verdict
 from flows.report.round_facts import Cost, Forgotten, RoundFacts
 from flows.report.run_report import write_report
-from flows.report.verdict import FAR_FROM_RANDOM, FORGOTTEN, NOTHING_FORGOTTEN, Kind, kind_of
+from flows.report.verdict import FAR_FROM_RANDOM, FORGOTTEN, NOTHING_FORGOTTEN, Kind, judge, kind_of
+from flows.run.config import parse_config
 from flows.run.folder import read_run
 from tests.conftest import MakeOnce
-from tests.flows.report.test_round_facts import with_losses
+from tests.flows.report.test_round_facts import Draw, with_losses
 from tests.flows.stages.test_verification import make_runs
 
 Cells = dict[tuple[str, int], dict[tuple[str, str], float]]
+CONFIG = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}}
 COST = Cost(1000, 500, 333, None)
 
 
@@ -27,7 +27,9 @@ COST = Cost(1000, 500, 333, None)
 def cells() -> Cells:
     """What the study recorded, by regime and seed, then by arm and measure."""
     found: Cells = {}
-    for regime, seed, arm, measure, value in duckdb.sql(f"from read_csv('{RECORDED}')").fetchall():
+    with duckdb.connect() as connection:
+        rows = connection.execute("from read_csv(?)", [str(RECORDED)]).fetchall()
+    for regime, seed, arm, measure, value in rows:
         found.setdefault((regime, seed), {})[arm, measure] = value
     return found
 
@@ -62,11 +64,6 @@ def test_findings_are_those_of_the_study(kind: Kind, regimes: set[str], cells: C
     assert (found.mean_lower, found.hardest_lower) == (sum(x < 0 for x in mean), sum(x < 0 for x in hardest))
 
 
-def scores(low: float, high: float) -> dict[str, Any]:
-    """Return the losses in steps, which are between 2 and 3, and those at the end of the round."""
-    return {"low": low, "high": high}
-
-
 @pytest.mark.parametrize(
     ("end", "expected"),
     [
@@ -75,10 +72,11 @@ def scores(low: float, high: float) -> dict[str, Any]:
         (lambda chance, size: chance.choice([1.5, 9.5], size), FAR_FROM_RANDOM),
     ],
 )
-def test_a_run_is_told_by_its_losses(end: Any, expected: Kind, make_once: MakeOnce, tmp_path: Path, capsys: Any) -> None:
-    chance = np.random.default_rng(3)
+def test_a_run_is_told_by_its_losses(
+    end: Draw, expected: Kind, make_once: MakeOnce, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, *_ = with_losses(
-        make_once("verified", make_runs) / "train 2", tmp_path / "run", end, lambda _, size: chance.uniform(2, 3, size)
+        make_once("verified", make_runs) / "train 2", tmp_path / "run", end, lambda chance, n: chance.uniform(2, 3, n)
     )
     assert main(["advise", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -88,7 +86,9 @@ def test_a_run_is_told_by_its_losses(end: Any, expected: Kind, make_once: MakeOn
     assert page.index(expected.headline) < page.index('class="lead"')
 
 
-def test_without_losses_of_whole_samples_there_is_no_verdict(make_once: MakeOnce, capsys: Any) -> None:
+def test_without_losses_of_whole_samples_there_is_no_verdict(
+    make_once: MakeOnce, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = make_once("verified", make_runs)
     assert main(["advise", str(runs / "prepare")]) == 0
     assert capsys.readouterr().out.startswith("No verdict: no round has been scored.\n")
@@ -102,7 +102,10 @@ def test_a_budget_that_scores_parts_of_samples_tells_nothing(cells: Cells) -> No
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(30.2, "30 s"), (119.0, "119 s"), (150.0, "2.5 min"), (10_000.0, "2.8 h")]
+    ("seconds_a_token", "text"),
+    [(None, "0.00 M tokens and"), (0.0604, "(30 s)"), (0.238, "(119 s)"), (0.3, "(2.5 min)"), (20.16, "(2.8 h)")],
 )
-def test_durations(seconds: float, text: str) -> None:
-    assert verdict._duration(seconds) == text
+def test_a_round_costs_tokens_and_time(seconds_a_token: float | None, text: str, cells: Cells) -> None:
+    facts = replace(facts_of(cells["saturated", 0]), cost=replace(COST, seconds_a_token=seconds_a_token))
+    reasons = judge(facts, parse_config(CONFIG, "test")).reasons
+    assert f"trains on 0.00 M tokens {text}" in reasons[2] if seconds_a_token else text in reasons[2]
