@@ -97,6 +97,8 @@ def _configuration(regime: Regime, seed: int, sources: list[dict[str, str]], fol
         "corpus": {"sources": sources, "seq_length": 128, **regime.corpus},
         "tokenizer": {"vocab_size": 1024},
         "score": {"micro_batch_size": 32},
+        # As it was by default in every regime when the study ran.
+        "refine": {"within": "shard"},
         **regime.values,
         "train": {"validate_every_steps": 1_000_000, **regime.values["train"]},
     }

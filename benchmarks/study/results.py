@@ -2,9 +2,11 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
+from benchmarks.study.regimes import REGIMES
 from benchmarks.study.texts import NOISE
 from data_scoring.ledger import open_ledger, read_rows
 from flows.report.round_facts import RoundFacts, read_facts
@@ -97,22 +99,45 @@ def differences(path: Path) -> list[tuple[str, str, str, float, float | None, in
 
 def tables(path: Path) -> str:
     """Return the tables of the results in `path` as Markdown: differences between arms, and what round 1 left."""
-    lines = ["| regime | measure | arm | difference to random | lower in | |", "|---|---|---|---:|---:|---|"]
-    for regime, measured, arm, mean, error, lower, seeds, _, result in differences(path):
-        spread = "" if error is None else f" ± {error:.4f}"
-        lines.append(f"| {regime} | {measured} | {arm} | {mean:+.4f}{spread} | {lower} of {seeds} | {result} |")
-    lines += ["", "| regime | after round 1 | mean | least | most |", "|---|---|---:|---:|---:|"]
+    rows = differences(path)
+    regimes = [name for name in REGIMES if any(row[0] == name for row in rows)]
+    lines = []
+    for measured in dict.fromkeys(row[1] for row in rows):
+        found = {(row[2], row[0]): row for row in rows if row[1] == measured}
+        noise = {row[0]: row[7] for row in found.values()}
+        lines += [f"### Difference to a random draw: {measured}", "", *_head("arm", regimes)]
+        for arm in dict.fromkeys(row[2] for row in sorted(found.values(), key=lambda row: row[0] != regimes[-1])):
+            cells = (_difference(found.get((arm, regime))) for regime in regimes)
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+        lines += [f"| noise between equals | {' | '.join(f'{noise[regime]:.4f}' for regime in regimes)} |", ""]
+    return "\n".join([*lines, "### After round 1", "", *_head("figure", regimes), *_after_round_1(path, regimes)])
+
+
+def _head(first: str, regimes: list[str]) -> list[str]:
+    return [f"| {first} | {' | '.join(regimes)} |", f"|---|{'---:|' * len(regimes)}"]
+
+
+def _difference(row: Any) -> str:
+    """Return an entry such as `+0.0281 ± 0.0030 (0/3) worse`: mean, standard error, seeds in which it is lower."""
+    if row is None:
+        return ""
+    mean, error, lower, seeds, result = row[3], row[4], row[5], row[6], row[8]
+    spread = "" if error is None else f" ± {error:.4f}"
+    return f"{mean:+.4f}{spread} ({lower}/{seeds}) {result}".rstrip()
+
+
+def _after_round_1(path: Path, regimes: list[str]) -> list[str]:
     with duckdb.connect() as connection:
         rows = connection.execute(
-            f"""select regime, measure, avg(value), min(value), max(value) from read_csv(?)
-            where arm = '{BASE}' group by all order by regime, measure""",
+            f"""select measure, regime, avg(value), min(value), max(value) from read_csv(?)
+            where arm = '{BASE}' group by all order by all""",
             [str(path)],
         ).fetchall()
-    lines += [
-        f"| {regime} | {measured} | {mean:.4f} | {least:.4f} | {most:.4f} |"
-        for regime, measured, mean, least, most in rows
+    found = {row[:2]: f"{row[2]:.3f} ({row[3]:.3f} to {row[4]:.3f})" for row in rows}
+    return [
+        f"| {measured} | {' | '.join(found[measured, regime] for regime in regimes)} |"
+        for measured in dict.fromkeys(row[0] for row in rows)
     ]
-    return "\n".join(lines)
 
 
 def repeated(path: Path, recorded: Path = RECORDED) -> str:

@@ -57,7 +57,8 @@ class RefineConfig(Config):
     within: Annotated[Literal["shard", "part"], Neutral("shard", is_in_name=False)] = Field(
         default="shard",
         description="What the draw divides the samples into, to keep the same share of each: shards, which are random, "
-        "or parts of the previous round's training order (the paper), of which there are rounds.num_parts.",
+        "or parts of the previous round's training order (the paper), of which there are rounds.num_parts. If "
+        "rounds.first_order is sources, the default is part.",
     )
     sampling_rate: Number = Field(
         default=0.5, gt=0, le=1, description="Share of each shard, or part, that is kept (paper: 0.5)."

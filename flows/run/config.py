@@ -210,6 +210,20 @@ class RunConfig(Config):
         """Keep the folder that relative paths count from."""
         self._base = (context or {}).get(BASE)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_within(cls, values: Any) -> Any:
+        """Draw within parts if round 1 reads one source after the other, unless `refine.within` is set.
+
+        A draw within shards would leave out the last sources, whose losses are low, and round 2 forgets them
+        (docs/study.md).
+        """
+        sections = values if isinstance(values, dict) else {}
+        rounds, refine = sections.get("rounds"), sections.get("refine", {})
+        if isinstance(rounds, dict) and rounds.get("first_order") == "sources" and isinstance(refine, dict):
+            return {**sections, "refine": {"within": "part", **refine}}
+        return values
+
     @model_validator(mode="after")
     def _check_layout(self) -> "RunConfig":
         layout = ParallelConfig() if self.requested_parallel == AUTO else self.parallel

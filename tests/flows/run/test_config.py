@@ -200,3 +200,21 @@ def test_a_file_has_to_say_what_it_is_about(tmp_path: Path) -> None:
     path.write_text("seed: 1\n")
     with pytest.raises(ValueError, match=r"config.yaml: name: field required"):
         read_config(path, [])
+
+
+@pytest.mark.parametrize(
+    ("rounds", "refine", "within"),
+    [
+        ({}, {}, "shard"),
+        ({"first_order": "random"}, {"policy": "top"}, "shard"),
+        ({"first_order": "sources"}, {}, "part"),
+        ({"first_order": "sources"}, {"policy": "top"}, "part"),
+        ({"first_order": "sources"}, {"within": "shard"}, "shard"),
+    ],
+)
+def test_the_draw_is_within_parts_where_round_1_reads_source_after_source(
+    rounds: dict[str, str], refine: dict[str, str], within: str
+) -> None:
+    config = parse_config({**VALUES, "rounds": rounds, "refine": refine}, "x")
+    assert config.refine.within == within
+    assert parse_config(config.model_dump(mode="json"), "x") == config
