@@ -165,7 +165,7 @@ class Corpus:
 
     @property
     def held_out_text(self) -> dict[str, tuple[int, int]]:
-        """Return the (tokens, bytes) of each source's held-out text; empty without text, or before version 0.11."""
+        """Return the (tokens, bytes) of each source's held-out text; empty without text, or of earlier versions."""
         return {
             source["name"]: (source["validation_tokens"], self.manifest["validation_bytes"][source["name"]])
             for source in self.manifest["sources"]
