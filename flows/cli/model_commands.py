@@ -77,9 +77,7 @@ def _sizes(text: str) -> list[int]:
     sizes = []
     for entry in text.split(","):
         if not entry.strip().isdecimal():
-            raise ValueError(
-                f"--vocab-size: {entry.strip()!r} is not a number of tokens; give comma-separated integers"
-            )
+            raise ValueError(f"--vocab-size: {entry.strip()!r} is not an integer; give comma-separated integers")
         sizes.append(int(entry))
         if sizes[-1] < 2:
             raise ValueError(f"--vocab-size: {sizes[-1]} is too small; give 2 or more")

@@ -77,7 +77,7 @@ def test_the_split_is_drawn_for_several_vocabularies(tmp_path: Path, capsys: pyt
     )
     body = (1_033_246_720 - 2 * 2048 * 100_883) / 1e6
     assert [bar.get_width() for bar in layers] == pytest.approx([body, body])
-    assert [bar.get_x() for bar in layers] == pytest.approx(expected)
+    assert [bar.get_x() for bar in layers] == pytest.approx([bar.get_width() for bar in vocabulary])
     assert figure.axes[0].texts[0].get_text() == "40.0% of 1,033.2 M"
     plt.close(figure)
 
