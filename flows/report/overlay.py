@@ -1,5 +1,6 @@
 """The overlay of several runs: their losses and their scores in tasks on one page, each from its ledger."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,8 @@ from flows.evaluation.results_table import table_cells
 from flows.report.overlay_plots import Curves, read_curves, task_scores, training_losses, validation_losses
 from flows.run.folder import Run
 
-# Of the names of runs in the page's file name: how many, and how long.
-_MOST_NAMES, _MOST_LETTERS = 4, 40
+# Of the names of runs in the page's file name: how many, and how many bytes in all.
+_MOST_NAMES, _MOST_BYTES = 4, 150
 _PLOTS = {
     "training": (training_losses, "Training loss, a moving average over a thirtieth of a round's steps."),
     "validation": (validation_losses, "Validation loss by source. Scales differ."),
@@ -106,9 +107,11 @@ def label_runs(folders: Sequence[Path]) -> list[str]:
 
 
 def _joined(names: Sequence[str]) -> str:
-    kept = [name[:_MOST_LETTERS] for name in names[:_MOST_NAMES]]
-    more = len(names) - len(kept)
-    return "-".join([*kept, *([f"{more}-more"] if more else [])])
+    """Return the names of runs as part of a file's name, to which Markdown can link."""
+    more = len(names) - _MOST_NAMES
+    kept = [re.sub(r"[^\w.-]+", "-", name) for name in names[:_MOST_NAMES]]
+    text = "-".join([*kept, *([f"{more}-more"] if more > 0 else [])])
+    return text.encode()[:_MOST_BYTES].decode(errors="ignore")
 
 
 def _read_final(ledger: duckdb.DuckDBPyConnection, run: Run, label: str) -> _Final:

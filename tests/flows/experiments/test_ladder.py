@@ -196,6 +196,7 @@ def test_presets_and_fields_add_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (None, "no such file; give a YAML file of steps"),
         ("[]", "no steps; write"),
         ("a b: {}", "'a b' cannot name a step"),
         ("a: [1]", "a: [1] is not a mapping"),
@@ -213,11 +214,12 @@ def test_presets_and_fields_add_up(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(
-    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
 ) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(texts, tmp_path / "runs")))
     path = tmp_path / "ladder.yaml"
-    path.write_text(text)
+    if text is not None:
+        path.write_text(text)
     assert main(["ladder", str(tmp_path / "config.yaml"), "--steps", str(path)]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.lower().startswith(f"error: {path}: {message}".lower())

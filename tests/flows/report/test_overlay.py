@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from re import fullmatch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -140,11 +141,16 @@ def test_different_text_is_said(runs: Path, tmp_path: Path, capsys: pytest.Captu
     manifest.unlink()
     manifest.write_text(json.dumps(content))
     output = tmp_path / "elsewhere" / "page.html"
-    both = [str(runs / "whole"), str(runs / "short")]
+    (runs / "short").rename(runs / f"{60 * '€'} (old)")
+    both = [str(runs / "whole"), str(runs / f"{60 * '€'} (old)")]
     assert main(["report", *both, "--output", str(output)]) == 0
     assert "The runs hold out different text" in output.read_text()
     assert not list(runs.glob("overlay*"))
-    tokenizer = runs / "short" / "corpus" / "tokenizer.json"
+    assert main(["report", *both]) == 0
+    # Names of up to 255 bytes, which a link of Markdown can hold.
+    assert all(fullmatch(r"overlay-whole-€+(-training|-validation)?\.(html|md|png)", path.name)
+               for path in runs.glob("overlay*"))  # fmt: skip
+    tokenizer = Path(both[1]) / "corpus" / "tokenizer.json"
     content = tokenizer.read_bytes()
     tokenizer.unlink()
     tokenizer.write_bytes(content + b"\n")
