@@ -186,7 +186,8 @@ def ladder_comparison(path: Path) -> Comparison:
     for name, sections in found.items():
         if not fullmatch(_ARM_NAME, str(name)):
             raise ValueError(
-                f"{path}: {shown(name)} cannot name a step; start with a letter, go on with letters, digits, '.', '_' or '-'"
+                f"{path}: {shown(name)} cannot name a step; start with a letter, go on with letters, digits, '.', '_' "
+                "or '-'"
             )
         values = {**values, **_step_values(f"{path}: {name}", sections, values)}
         # One round, unless a step sets `rounds.num_rounds`.

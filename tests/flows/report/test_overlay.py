@@ -141,14 +141,14 @@ def test_different_text_is_said(runs: Path, tmp_path: Path, capsys: pytest.Captu
     manifest.unlink()
     manifest.write_text(json.dumps(content))
     output = tmp_path / "elsewhere" / "page.html"
-    (runs / "short").rename(runs / f"{60 * '€'} (old)")
-    both = [str(runs / "whole"), str(runs / f"{60 * '€'} (old)")]
+    (runs / "short").rename(runs / f"{90 * 'é'} (old)")
+    both = [str(runs / "whole"), str(runs / f"{90 * 'é'} (old)")]
     assert main(["report", *both, "--output", str(output)]) == 0
     assert "The runs hold out different text" in output.read_text()
     assert not list(runs.glob("overlay*"))
     assert main(["report", *both]) == 0
     # Names of up to 255 bytes, which a link of Markdown can hold.
-    assert all(fullmatch(r"overlay-whole-€+(-training|-validation)?\.(html|md|png)", path.name)
+    assert all(fullmatch(r"overlay-whole-é+(-training|-validation)?\.(html|md|png)", path.name)
                for path in runs.glob("overlay*"))  # fmt: skip
     tokenizer = Path(both[1]) / "corpus" / "tokenizer.json"
     content = tokenizer.read_bytes()
