@@ -72,8 +72,10 @@ def write_overlay(runs: Sequence[Run], output: Path | None = None) -> Page:
     """Write the overlay of `runs` to `output`, with Markdown and pictures named after it, and return the page.
 
     By default it is written beside the first run's folder, named after the runs. Nothing in a run's folder changes.
-    Raises ValueError if a run is given twice.
+    Raises ValueError if a run is given twice, or if `output` is not the name of an HTML file.
     """
+    if output is not None and output.suffix != ".html":
+        raise ValueError(f"--output: {str(output)!r} does not end in .html; name an HTML file")
     labels = label_runs([run.folder for run in runs])
     finals, curves = [], []
     for run, label in zip(runs, labels, strict=True):

@@ -172,6 +172,7 @@ def test_mistakes_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "link").symlink_to(runs / "whole")
     mistakes = {
         (str(runs / "whole"), str(tmp_path / "link")): f"{tmp_path}/link: the same run as {runs}/whole; give each run",
+        (str(runs / "whole"), str(runs / "short"), "--output", "x.md"): "--output: 'x.md' does not end in .html",
         (str(runs / "whole"), str(tmp_path)): f"{tmp_path}: not a run folder (it has no run.yaml)",
     }
     for arguments, message in mistakes.items():
