@@ -20,8 +20,8 @@ from trainer.config import ScaledLr
 _FEW_STEPS = 20
 _CAPTIONS = {
     "losses": "Validation loss, steps and peak rate; best framed.",
-    "curves": "Training loss of every cell, a moving average over a thirtieth of its steps, means over seeds. Colours "
-    "are batch sizes, dashes are increment rates.",
+    "curves": "Training loss of every cell, a moving average over a thirtieth of its steps, means over seeds; in the "
+    "legends, the last of each. Losses of the first tenth of the tokens may be above the figure.",
 }
 # One row (flows.experiments.trials.TRIAL) per seed, for each batch size in tokens and increment rate.
 Rows = dict[tuple[int, float], list[dict[str, Any]]]

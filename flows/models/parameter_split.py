@@ -29,6 +29,7 @@ def draw_split(models: Mapping[str, tuple[ModelConfig, int]]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("parameters (millions); the share is that of embedding and head")
     axes.grid(axis="y", visible=False)
+    axes.set_axisbelow(True)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 

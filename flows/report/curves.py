@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from data_scoring.evaluation.tasks import TASKS
-from flows.display.figures import COLORS, Plot, smooth
+from flows.display.figures import COLORS, Plot, panels, smooth
 
 matplotlib.use("Agg")
 KEPT_COLOR, DROPPED_COLOR = "#0072b2", "#bbbbbb"
@@ -93,12 +93,7 @@ def read_score_curves(ledger: duckdb.DuckDBPyConnection) -> dict[str, ScoreCurve
 
 def score_axes(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Return a figure of scores against tokens, and its axes, one for each task; call `tight_layout` at the end."""
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(9, 3 * rows), squeeze=False, sharex=True)
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_visible(False)
-    chosen = list(grid.flat[: len(tasks)])
+    figure, chosen = panels(len(tasks), height=3)
     for axes, task in zip(chosen, tasks, strict=True):
         axes.set_title(TASKS[task].title)
     figure.supxlabel("tokens trained on (millions)")

@@ -20,7 +20,11 @@ from flows.run.folder import Run
 # Of the names of runs in the page's file name: how many, and how many bytes in all.
 _MOST_NAMES, _MOST_BYTES = 4, 150
 _PLOTS = {
-    "training": (training_losses, "Training loss, a moving average over a thirtieth of a round's steps."),
+    "training": (
+        training_losses,
+        "Training loss, a moving average over a thirtieth of a round's steps. Losses of the first tenth of the tokens "
+        "may be above the figure.",
+    ),
     "validation": (validation_losses, "Validation loss by source. Scales differ."),
     "scores": (
         task_scores,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from flows.display.figures import legend_label, line_style, smooth
+from flows.display.figures import late_limits, legend_label, line_style, panels, smooth
 from flows.report.curves import LOSS_LABEL, ScoreCurve, read_score_curves, score_axes
 
 _TOKENS_LABEL = "tokens trained on (millions)"
@@ -61,13 +61,19 @@ def training_losses(runs: Sequence[Curves]) -> Figure | None:
     if not any(len(run.training.tokens) for run in runs):
         return None
     figure, axes = plt.subplots(figsize=(9, 4.5))
+    whole = []
     for number, run in enumerate(runs):
         curve = run.training
-        for place, each in enumerate(np.unique(curve.rounds)):
-            mine = curve.rounds == each
-            tokens, losses = smooth(curve.tokens[mine] / 1e6, curve.losses[mine])
+        rounds = [
+            smooth(curve.tokens[curve.rounds == each] / 1e6, curve.losses[curve.rounds == each])
+            for each in np.unique(curve.rounds)
+        ]
+        for place, (tokens, losses) in enumerate(rounds):
             label = legend_label(run.label) if place == 0 else None
             axes.plot(tokens, losses, linewidth=1.3, label=label, **line_style(number))
+        if rounds:
+            whole.append((np.concatenate([each for each, _ in rounds]), np.concatenate([each for _, each in rounds])))
+    axes.set_ylim(*late_limits(whole))
     axes.set_xlabel(_TOKENS_LABEL)
     axes.set_ylabel(LOSS_LABEL)
     axes.legend()
@@ -79,12 +85,8 @@ def validation_losses(runs: Sequence[Curves]) -> Figure | None:
     sources = list(dict.fromkeys(source for run in runs for source in run.validation))
     if not sources:
         return None
-    columns = min(3, len(sources))
-    rows = -(-len(sources) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(9, 3 * rows + 0.5), squeeze=False, sharex=True)
-    for axes in grid.flat[len(sources) :]:
-        axes.set_visible(False)
-    for axes, source in zip(grid.flat, sources, strict=False):
+    figure, grid = panels(len(sources), height=3)
+    for axes, source in zip(grid, sources, strict=True):
         for number, run in enumerate(runs):
             if source in run.validation:
                 curve = run.validation[source]
@@ -93,7 +95,7 @@ def validation_losses(runs: Sequence[Curves]) -> Figure | None:
         axes.set_title(legend_label(source))
     figure.supxlabel(_TOKENS_LABEL)
     figure.supylabel(LOSS_LABEL)
-    _add_legend(figure, list(grid.flat))
+    _add_legend(figure, grid)
     return figure
 
 

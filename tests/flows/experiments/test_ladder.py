@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer
 
+from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
 from data_scoring.corpus.corpus import Corpus
@@ -21,9 +23,14 @@ from flows.experiments.arms import ladder_comparison, vocabulary_comparison
 from flows.experiments.ladder import train_ladder
 from flows.experiments.ladder_report import added_fields
 from flows.experiments.ladder_results import ALL_TEXT, RESULTS, open_ladder
-from flows.run.config import RunConfig
-from flows.run.folder import read_run
+from flows.inheritance.initial_checkpoint import inherited_checkpoint
+from flows.run.config import RunConfig, parse_config
+from flows.run.folder import Run, open_run, read_run
+from flows.stages.stage_order import complete
+from tests.evaluation_data import write_items
 from tests.flows.fakes import FakeRanks, values
+from tests.flows.inheritance.test_initial_checkpoint import write_random_weights
+from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.jobs import TrainJob
 
 STEPS = """
@@ -141,6 +148,78 @@ def test_a_stopped_ladder_goes_on(config: RunConfig, fakes: FakeRanks, steps: Pa
         train_ladder(config, ladder_comparison(steps), folder, 1, 1400, silent)
     with pytest.raises(ValueError, match=r"--tokens: 10000000 is more than the \d+ that step \w+ reaches in one pass"):
         train_ladder(config, ladder_comparison(steps), folder.with_name("other"), 1, 10_000_000, silent)
+
+
+def test_the_page_has_the_scores_of_each_step_s_final_model(
+    config: RunConfig, fakes: FakeRanks, tmp_path: Path
+) -> None:
+    path = tmp_path / "ladder.yaml"
+    path.write_text("base:\nrounds: {rounds: {num_rounds: 2}}\n")
+    fields = config.model_dump()
+    fields["corpus"]["seq_length"] = 512
+    fields["eval"] = {"tasks": ["piqa", "boolq"], "data": str(write_items(tmp_path / "items"))}
+    folder, fakes.prefers_long = Path(config.output) / "x-ladder", ("rounds",)
+    page = train_ladder(parse_config(fields, "test"), ladder_comparison(path), folder, 1, 6000, silent)
+    assert [job for job in fakes.jobs if "evaluate" in job] == ["base-seed-0 evaluate-1", "rounds-seed-0 evaluate-2"]
+    # The shorter option is right in both questions of PIQA, and in one of BoolQ's two, where the longer one is, too.
+    found = {
+        (row["arm"], row["task"]): row["score"] for row in pq.read_table(folder / "ladder-scores.parquet").to_pylist()
+    }
+    assert found == {("base", "piqa"): 1, ("base", "boolq"): 0.5, ("rounds", "piqa"): 0, ("rounds", "boolq"): 0.5}
+    table = page.text.split("## Scores in tasks")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    assert rows[0] == ["step", "BoolQ", "PIQA", "Average"]
+    assert rows[3:] == [
+        ["base", "**50.0** ± 50.0", "**100.0** ± 0.0", "**75.0** ± 25.0"],
+        ["rounds", "**50.0** ± 50.0", "0.0 ± 0.0", "25.0 ± 25.0"],
+    ]
+    assert "<h2>Scores in tasks</h2>" in page.page.read_text()
+
+
+@pytest.fixture
+def teacher(config: RunConfig, tmp_path: Path) -> Run:
+    """A larger model of random weights, with the tokenizer that it was trained with."""
+    large = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48}
+    run = open_run(parse_config({**config.model_dump(), "name": "large", "model": large}, "test"))
+    complete(run, "prepare", 0, silent)
+    write_random_weights(run.config.model, run.corpus().vocab_size, run.round_folder(1) / "checkpoint/step-00000007")
+    return run
+
+
+def test_a_step_inherits_from_a_larger_model(config: RunConfig, fakes: FakeRanks, teacher: Run, tmp_path: Path) -> None:
+    started: dict[str, Path | None] = {}
+
+    def measure(job: TrainJob, run: str) -> tuple[float, float]:
+        started[run] = job.start_from
+        return 4.0, 3.0
+
+    fakes.losses = measure
+    base, path, folder = with_tokenizer(config, teacher), write_inheriting_steps(tmp_path, teacher), tmp_path / "l"
+    page = train_ladder(base, ladder_comparison(path), folder, 1, 1000, silent)
+    inherited = inherited_checkpoint(read_run(folder / "inheritance-seed-0"))
+    assert started == {"base-seed-0": None, "inheritance-seed-0": inherited}
+    assert read_checkpoint_record(inherited)["inherited_from"]["layers"] == [1, 3]
+    assert "From parts of a larger model: inheritance. The tokens that it was trained" in page.text
+    # A model without the tokenizer of the larger one is named before anything is trained.
+    with pytest.raises(ValueError, match=r"inheritance: tokenizer\.path: .*needs the tokenizer of the larger model"):
+        train_ladder(config, ladder_comparison(path), tmp_path / "other", 1, 1000, silent)
+    assert not (tmp_path / "other").exists()
+
+
+def with_tokenizer(config: RunConfig, teacher: Run) -> RunConfig:
+    tokenizer = {"path": str(teacher.corpus().tokenizer_path)}
+    return parse_config({**config.model_dump(), "tokenizer": tokenizer}, "test")
+
+
+def write_inheriting_steps(folder: Path, teacher: Run) -> Path:
+    inherit = {"from": str(teacher.folder), "layers": [1, 3], "method": "l2"}
+    steps = {
+        "base": None,
+        "inheritance": {"model": {"num_layers": 2, "inherit": inherit}},
+    }
+    path = folder / "ladder.yaml"
+    path.write_text(yaml.safe_dump(steps, sort_keys=False))
+    return path
 
 
 def test_vocabulary_sizes_are_compared_in_bits_per_byte(config: RunConfig, fakes: FakeRanks) -> None:
@@ -263,3 +342,20 @@ def test_a_real_ladder(texts: Path, tmp_path: Path) -> None:
     assert len(losses) == 4 and all(0.5 < loss < 8 for loss in losses.values())
     assert all(1400 < count <= 1500 for (count,) in tokens)
     assert done.stdout.rstrip().endswith(f"ladder: {tmp_path}/x-ladder/steps.html")
+
+
+@pytest.mark.slow
+def test_a_real_step_starts_at_the_loss_of_what_it_inherits(config: RunConfig, teacher: Run, tmp_path: Path) -> None:
+    folder, base = tmp_path / "l", with_tokenizer(config, teacher)
+    train_ladder(base, ladder_comparison(write_inheriting_steps(tmp_path, teacher)), folder, 1, 300, silent)
+    run = read_run(folder / "inheritance-seed-0")
+    plain = PlainModel(run.config.model, run.corpus().vocab_size).eval()
+    load_megatron_weights(plain, read_checkpoint(inherited_checkpoint(run)))
+    seen = [row for path in (run.round_folder(1) / "seen").glob("*") for row in pq.read_table(path).to_pylist()]
+    first = [row for row in seen if row["step"] == 1]
+    assert first
+    for row in first:
+        batch = run.corpus().read(np.array([row["shard"]]), np.array([row["sample"]]))
+        tokens = torch.from_numpy(batch.tokens[:, : int(batch.num_tokens[0]) + 1])
+        with torch.no_grad():
+            assert row["loss"] == pytest.approx(plain(tokens[:, :-1], tokens[:, 1:]).mean().item(), abs=1e-5)

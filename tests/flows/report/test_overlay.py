@@ -44,15 +44,15 @@ def runs(make_once: MakeOnce, tmp_path: Path) -> Path:
     return folder
 
 
-def add_scores(run: Path, points: dict[int, float]) -> None:
-    """Write scores in HellaSwag, 0 to 1, after steps of round 1; the last is that of the round's end."""
+def add_scores(run: Path, points: dict[int, float], number: int = 1, task: str = "hellaswag") -> None:
+    """Write scores in a task, 0 to 1, after steps of a round; the last is that of the round's end."""
     for step, score in points.items():
         row = {
-            "is_end": step == max(points), "task": "hellaswag", "subject": None, "metric": "acc_norm", "score": score,
+            "is_end": step == max(points), "task": task, "subject": None, "metric": "acc_norm", "score": score,
             "stderr": 0.01, "chance": 0.25, "num_items": 100, "num_unscorable": 0, "num_fewshot": 0, "num_shortened": 0,
         }  # fmt: skip
-        path = run / "rounds" / "1" / "evaluation" / f"step-{step:08d}" / "scores" / "hellaswag.parquet"
-        path.parent.mkdir(parents=True)
+        path = run / "rounds" / str(number) / "evaluation" / f"step-{step:08d}" / "scores" / f"{task}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({key: pa.array([value], pa.string() if value is None else None)
                                  for key, value in row.items()}), path)  # fmt: skip
 
@@ -131,6 +131,49 @@ def test_curves_are_the_runs_own(runs: Path) -> None:
     np.testing.assert_allclose(scores.axes[0].get_lines()[0].get_xdata(), [seen[2] / 1e6, seen[8] / 1e6])
     assert training_losses(curves[2:]) is validation_losses(curves[2:]) is task_scores(curves[2:]) is None
     plt.close("all")
+
+
+def test_scores_of_two_runs_over_all_rounds_are_in_one_figure(runs: Path) -> None:
+    """As in the paper's figure of HellaSwag: a model trained in rounds, and one trained on everything again."""
+    shutil.copytree(runs / "whole", runs / "other")
+    points = {
+        ("whole", "hellaswag"): {1: {3: 0.30, 9: 0.40}, 2: {2: 0.45, 4: 0.50}},
+        ("other", "hellaswag"): {1: {3: 0.28, 9: 0.35}, 2: {4: 0.42}},
+        ("whole", "piqa"): {1: {9: 0.60}, 2: {4: 0.70}},
+        ("other", "piqa"): {1: {9: 0.55}, 2: {4: 0.65}},
+    }
+    for (run, task), rounds in points.items():
+        for number, scores in rounds.items():
+            add_scores(runs / run, scores, number, task)
+    curves = []
+    for name in ("whole", "other"):
+        with open_ledger(runs / name) as ledger:
+            curves.append(read_curves(ledger, name))
+    figure = task_scores(curves)
+    assert figure is not None
+    steps = [pq.read_table(runs / "whole" / "rounds" / n / "steps.parquet")["num_tokens"].to_numpy() for n in "12"]
+    seen = {1: np.cumsum(steps[0]), 2: steps[0].sum() + np.cumsum(steps[1])}
+    axes_of = {axes.get_title(): axes for axes in figure.axes}
+    assert [*axes_of] == ["PIQA", "HellaSwag"]
+    for (run, task), rounds in points.items():
+        axes = axes_of[{"hellaswag": "HellaSwag", "piqa": "PIQA"}[task]]
+        [line] = [line for line in axes.get_lines() if line.get_label() == run]
+        assert line.get_color() == line_style(["whole", "other"].index(run))["color"]
+        places = [seen[number][step - 1] / 1e6 for number, scores in rounds.items() for step in scores]
+        np.testing.assert_allclose(line.get_xdata(), places)
+        np.testing.assert_allclose(line.get_ydata(), [100 * s for scores in rounds.values() for s in scores.values()])
+        # A dot at the end of each round.
+        dots = [each for each in axes.get_lines() if each.get_marker() == "o" and each.get_color() == line.get_color()]
+        np.testing.assert_allclose(dots[0].get_xdata(), [seen[1][8] / 1e6, seen[2][3] / 1e6])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["whole", "other"]
+    plt.close("all")
+    # On the page it is one picture, and the table has the last scores of both.
+    assert main(["report", str(runs / "whole"), str(runs / "other")]) == 0
+    page = runs / "overlay-whole-other.html"
+    assert "Scores in tasks" in page.read_text() and (runs / "overlay-whole-other-scores.png").exists()
+    scores = page.with_suffix(".md").read_text().split("## Scores in tasks")[1]
+    assert cells(scores, "whole")[::2] == ["**70.0** ± 1.0", "**50.0** ± 1.0"]
+    assert cells(scores, "other")[::2] == ["65.0 ± 1.0", "42.0 ± 1.0"]
 
 
 def test_different_text_is_said(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
