@@ -18,9 +18,6 @@ from flows.experiments.task_scores import scores_section
 from flows.models.parameter_split import draw_split
 from flows.run.config import RunConfig, flatten
 
-# A step that trained on less than this share of the common number of tokens is named.
-_REACHED = 0.99
-
 
 def write_ladder(path: Path, comparison: Comparison, configs: Mapping[str, RunConfig], tokens: int) -> Page:
     """Write the page, the Markdown and the pictures of the ladder in the Parquet file `path` beside it.
@@ -75,13 +72,15 @@ def _lead(
         lines.append(
             f"From parts of a larger model: {', '.join(inheriting)}. The tokens that it was trained on are not counted."
         )
-    short = results.sql(f"select step, least_tokens from steps where least_tokens < {_REACHED * tokens}").fetchall()
-    lines += [f"{name} trained on {count:,} tokens only: its selection kept no more." for name, count in short]
+    for name, count in results.sql("select step, least_tokens from steps order by step").fetchall():
+        # Samples are not divided: each round may end with less than one left.
+        if count <= tokens - configs[name].rounds.num_rounds * configs[name].corpus.seq_length:
+            lines.append(f"{name} trained on {count:,} tokens only: its selection kept no more.")
     return lines
 
 
 def _steps(results: duckdb.DuckDBPyConnection, comparison: Comparison, configs: Mapping[str, RunConfig]) -> Section:
-    added = dict(zip(configs, added_fields([arm.values for arm in comparison.arms]), strict=True))
+    added = added_fields([arm.values for arm in comparison.arms])
     rows = results.sql(
         """select step, num_parameters, embedding_share, vocab_size, bytes_per_token, num_rounds, least_tokens,
             most_tokens, least_scoring, most_scoring
@@ -90,13 +89,16 @@ def _steps(results: duckdb.DuckDBPyConnection, comparison: Comparison, configs: 
     cells = [
         [
             row[0], f"{row[1]:,}", f"{row[2]:.1%}", f"{row[3]:,}", f"{row[4]:.3f}", f"{row[5]}", span(row[6], row[7]),
-            span(row[8], row[9]), added[row[0]],
+            span(row[8], row[9]),
         ]
         for row in rows
     ]  # fmt: skip
-    notes = ["Bytes per token are of the held-out text. Scoring is in training tokens: a forward pass costs a third."]
+    notes = [
+        *(f"{name} sets {fields}." for name, fields in zip(configs, added, strict=True)),
+        "Bytes per token are of the held-out text. Scoring is in training tokens: a forward pass costs a third.",
+    ]
     head = ["step", "parameters", "embedding, head", "vocabulary", "bytes per token", "rounds", "tokens", "scoring"]
-    return Section("Steps", notes, [*head, "sets"], cells)
+    return Section("Steps", notes, head, cells)
 
 
 def added_fields(steps: list[dict[str, dict[str, Any]]]) -> list[str]:
@@ -105,7 +107,9 @@ def added_fields(steps: list[dict[str, dict[str, Any]]]) -> list[str]:
     for before, values in zip([{}, *steps], steps, strict=False):
         old = flatten(before)
         added = {name: value for name, value in flatten(values).items() if name not in old or old[name] != value}
-        texts.append(", ".join(f"{name} {'null' if value is None else value}" for name, value in added.items()) or "–")
+        texts.append(
+            ", ".join(f"{name} {'null' if value is None else value}" for name, value in added.items()) or "nothing"
+        )
     return texts
 
 

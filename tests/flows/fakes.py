@@ -130,7 +130,7 @@ def train(job: TrainJob, corpus: Corpus, measured: tuple[float, float]) -> int:
     validation = [
         {"step": step, "source": source, "loss": loss + len(steps) - step, "num_tokens": num_tokens}
         for source, loss, num_tokens in zip("ab", measured, (300, 100), strict=True)
-        for step in (1, len(steps))
+        for step in sorted({1, len(steps)})
     ]
     write_parquet(job.round_folder / "validation.parquet", pa.Table.from_pylist(validation, VALIDATION), "")
     write_json(job.round_folder / "checkpoint" / f"step-{len(steps):08d}" / "reprise.json", {"step": len(steps)})

@@ -21,7 +21,7 @@ from data_scoring.refine.training_mix import Mix
 from flows.cli.main import main
 from flows.experiments.arms import ladder_comparison, vocabulary_comparison
 from flows.experiments.ladder import train_ladder
-from flows.experiments.ladder_report import added_fields
+from flows.experiments.ladder_report import added_fields, write_ladder
 from flows.experiments.ladder_results import ALL_TEXT, RESULTS, open_ladder
 from flows.inheritance.initial_checkpoint import inherited_checkpoint
 from flows.run.config import RunConfig, parse_config
@@ -41,6 +41,12 @@ rounds: {rounds: {num_rounds: 2}}
 """
 # What ranks "measure" by step and seed: nats per token of sources a and b.
 LOSSES = {"base": (4.0, 2.0), "tokenizer": (3.9, 2.1), "shape": (3.8, 2.0), "rounds": (3.85, 1.9)}
+
+# A row of results, but for what a test is about.
+ROW = {
+    "seed": 0, "source": "a", "bits_per_byte": 1.0, "loss": 1.0, "num_tokens": 10, "num_bytes": 30, "num_rounds": 1,
+    "vocab_size": 9, "num_parameters": 99, "embedding_share": 0.1, "scoring_cost": 0,
+}  # fmt: skip
 
 
 def of_step(job: TrainJob, run: str) -> tuple[float, float]:
@@ -106,12 +112,15 @@ def test_steps_add_up_at_equal_tokens(config: RunConfig, fakes: FakeRanks, steps
     largest = max(sum(int(corpora["rounds", seed].lengths(shard).sum()) for shard in (0, 1)) for seed in (0, 1))
     assert costs == {"base": 0, "tokenizer": 0, "shape": 0, "rounds": pytest.approx(largest / 3, abs=1)}
     text = page.text
+    # Whole samples only: less than one is left over in each round.
+    assert "its selection kept no more" not in text
     for words in (
         f"at most {tokens:,} predicted tokens, over all its rounds",
         f"rounds trains 2 rounds: {round(tokens / 1.5):,} tokens in round 1",
-        "tokenizer.vocab_size 270 |",
-        "model.num_layers 2, model.hidden_size 8, train.lr 0.004 |",
-        "rounds.num_rounds 2 |",
+        "tokenizer sets tokenizer.vocab_size 270.\n",
+        "shape sets model.num_layers 2, model.hidden_size 8, train.lr 0.004.\n",
+        "rounds sets rounds.num_rounds 2.\n",
+        "base sets nothing.\n",
     ):
         assert words in text
     assert text in page.page.with_suffix(".md").read_text()
@@ -240,9 +249,8 @@ def test_vocabulary_sizes_are_compared_in_bits_per_byte(config: RunConfig, fakes
 def test_changes_to_the_step_before_are_those_computed_by_hand(tmp_path: Path) -> None:
     bits = {"x": ((1.0, 3.0), (1.2, 3.0)), "y": ((0.9, 3.0), (1.3, 2.6)), "z": ((0.8, 2.0), (1.0, 2.0))}
     rows = [
-        {"seed": seed, "step": step, "source": source, "bits_per_byte": value, "loss": 1.0, "num_tokens": 10,
-         "num_bytes": num_bytes, "num_rounds": 1, "vocab_size": 9, "num_parameters": 99, "embedding_share": 0.1,
-         "trained_tokens": 100 + seed, "scoring_cost": 0}
+        {**ROW, "seed": seed, "step": step, "source": source, "bits_per_byte": value, "num_bytes": num_bytes,
+         "trained_tokens": 100 + seed}
         for step, seeds in bits.items() for seed, by_source in enumerate(seeds)
         for source, value, num_bytes in zip("ab", by_source, (30, 10), strict=True)
     ]  # fmt: skip
@@ -260,6 +268,26 @@ def test_changes_to_the_step_before_are_those_computed_by_hand(tmp_path: Path) -
     assert {step for step, _ in changes} == {"y", "z"}
 
 
+def test_a_step_is_named_that_had_no_more_to_train_on(config: RunConfig, tmp_path: Path) -> None:
+    """Samples of 16 tokens are not divided: in two rounds, up to 31 tokens of what was wanted may be left over."""
+    path = tmp_path / "steps.yaml"
+    path.write_text("one:\nshort:\ntwo:\nshorter:\n")
+    rounds = {"one": 1, "short": 1, "two": 2, "shorter": 2}
+    limits = {"train": {**config.train.model_dump(), "max_tokens": 700}, "refine": {"max_tokens": 300}}
+    configs = {
+        name: parse_config({**config.model_dump(), **limits, "rounds": {"num_rounds": number}}, "test")
+        for name, number in rounds.items()
+    }
+    trained_tokens = {"one": 985, "short": 984, "two": 969, "shorter": 968}
+    rows = [{**ROW, "step": name, "trained_tokens": tokens} for name, tokens in trained_tokens.items()]
+    write_parquet(tmp_path / "steps.parquet", pa.Table.from_pylist(rows, RESULTS), "")
+    text = write_ladder(tmp_path / "steps.parquet", ladder_comparison(path), configs, 1000).text
+    assert [line for line in text.splitlines() if "kept no more" in line] == [
+        "short trained on 984 tokens only: its selection kept no more.",
+        "shorter trained on 968 tokens only: its selection kept no more.",
+    ]
+
+
 def test_presets_and_fields_add_up(tmp_path: Path) -> None:
     path = tmp_path / "l.yaml"
     path.write_text("a: {model: {num_layers: 3}}\nb: {model: {preset: llama-2m}}\nc: {model: {num_layers: 5}}\nd:\n")
@@ -268,7 +296,7 @@ def test_presets_and_fields_add_up(tmp_path: Path) -> None:
     assert (b["model"]["num_layers"], b["model"]["hidden_size"]) == (6, 128)
     assert c["model"] == {**b["model"], "num_layers": 5} and d == c
     assert added_fields([a, c, d])[1:] == [
-        ", ".join(f"model.{name} {'null' if value is None else value}" for name, value in c["model"].items()), "–"
+        ", ".join(f"model.{name} {'null' if value is None else value}" for name, value in c["model"].items()), "nothing"
     ]  # fmt: skip
 
 
