@@ -1,5 +1,6 @@
 """The corpus: its manifest, and reading samples from its shards."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +83,7 @@ class Manifest(TypedDict):
     validation: _Validation
     shards: Annotated[list[_Shard], Field(min_length=1)]
     files: NotRequired[dict[PathText, _File]]
+    validation_bytes: NotRequired[dict[str, Count]]  # held-out text by source, of corpora that are tokenised
 
 
 class _Format(TypedDict):
@@ -118,8 +120,9 @@ class Corpus:
         if manifest is None:
             raise ValueError(f"{folder}: holds no complete corpus; run `reprise prepare` or `reprise run` first")
         self.manifest = manifest
-        # The checksums of `files` follow from the rest; manifests of earlier versions lack them.
-        self.fingerprint: str = fingerprint({key: value for key, value in manifest.items() if key != "files"})
+        # These follow from the rest; manifests of earlier versions lack them.
+        later = ("files", "validation_bytes")
+        self.fingerprint: str = fingerprint({key: value for key, value in manifest.items() if key not in later})
         self.seq_length: int = manifest["seq_length"]
         self.vocab_size: int = manifest["vocab_size"]
         self.num_shards = len(manifest["shards"])
@@ -159,6 +162,26 @@ class Corpus:
             for source in self.manifest["sources"]
             if "lost_characters" in source
         ]
+
+    @property
+    def held_out_text(self) -> dict[str, tuple[int, int]]:
+        """Return the (tokens, bytes) of each source's held-out text; empty without text, or of earlier versions."""
+        return {
+            source["name"]: (source["validation_tokens"], self.manifest["validation_bytes"][source["name"]])
+            for source in self.manifest["sources"]
+            if source.get("validation_tokens") and self.manifest.get("validation_bytes", {}).get(source["name"])
+        }
+
+    def bits_per_byte(self, source: str, loss: float) -> float | None:
+        """Return a validation loss (nats per token) in bits per byte of the source's held-out text.
+
+        It does not depend on how the tokenizer divides the text: tokens / bytes x loss / ln 2 (arXiv 2101.00027,
+        "Benchmarking Guidelines"). None if the number of bytes is unknown.
+        """
+        if source not in self.held_out_text:
+            return None
+        num_tokens, num_bytes = self.held_out_text[source]
+        return num_tokens / num_bytes * loss / math.log(2)
 
     def num_samples(self, shard: int) -> int:
         """Return the number of samples in a shard or the validation set."""

@@ -24,12 +24,13 @@ _CHUNK_SAMPLES = 1 << 16
 
 @dataclass
 class SourceRoles:
-    """The roles of a source's documents: numbers of documents and tokens by role."""
+    """The roles of a source's documents: numbers of documents, tokens and bytes of text by role."""
 
     source: StagedSource
     roles_path: Path
     documents: list[int] = field(default_factory=lambda: [0, 0, 0])
     tokens: list[int] = field(default_factory=lambda: [0, 0, 0])
+    bytes: list[int] = field(default_factory=lambda: [0, 0, 0])
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def assign_roles(sources: list[StagedSource], validation_fraction: float, seed: 
                 for role in (_TRAIN, _VALIDATION, _DUPLICATE):
                     result.documents[role] += int((roles == role).sum())
                     result.tokens[role] += int(rows["num_tokens"][roles == role].sum())
+                    result.bytes[role] += int(rows["num_bytes"][roles == role].sum())
         results.append(result)
     if sum(result.documents[_TRAIN] + result.documents[_VALIDATION] for result in results) < 2:
         raise ValueError(
@@ -126,10 +128,10 @@ def _repeats(digests: NDArray[np.uint64], repeated: NDArray[np.uint64], seen: ND
 
 def _hold_out(result: SourceRoles, document: int) -> None:
     [row] = np.fromfile(result.source.documents_path, DOCUMENT, 1, offset=document * DOCUMENT.itemsize)
-    num_tokens = int(row["num_tokens"])
     with result.roles_path.open("r+b") as file:
         os.pwrite(file.fileno(), bytes([_VALIDATION]), document)
-    for counts, amount in ((result.documents, 1), (result.tokens, num_tokens)):
+    amounts = (1, int(row["num_tokens"]), int(row["num_bytes"]))
+    for counts, amount in zip((result.documents, result.tokens, result.bytes), amounts, strict=True):
         counts[_TRAIN] -= amount
         counts[_VALIDATION] += amount
 

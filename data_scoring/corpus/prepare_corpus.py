@@ -183,6 +183,7 @@ def _prepare_from_text(
     ]
     return {
         "sources": sources,
+        "validation_bytes": {result.source.name: result.bytes[1] for result in results},
         "validation": pack_validation(results, held_out, dtype, folder),
         "shards": index_shards(assignment, dtype, folder),
     }

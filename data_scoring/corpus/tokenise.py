@@ -21,9 +21,9 @@ from data_scoring.tokenizer.tokenizer import Tokenizer, UnencodableTextError, en
 
 # One row per document. Documents are distinguished by 64 bits of BLAKE2b: among a billion documents, the probability
 # of any collision is below 3 %.
-DOCUMENT = np.dtype([("digest", "<u8"), ("num_tokens", "<i4")])
+DOCUMENT = np.dtype([("digest", "<u8"), ("num_tokens", "<i4"), ("num_bytes", "<i8")])
 # Version of the staged files; those of another version are made again.
-STAGING_FORMAT = 2
+STAGING_FORMAT = 3
 
 _CHUNK_DOCUMENTS = 1 << 14
 # More than this is the wrong tokenizer for the text.
@@ -105,7 +105,7 @@ def _tokenise(
             for row, (each, ids) in enumerate(zip(texts, encoded, strict=True)):
                 raw = each.encode()
                 digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-                rows[row] = (digest, len(ids) + 1)
+                rows[row] = (digest, len(ids) + 1, len(raw))
                 counts["bytes"] += len(raw)
                 counts["characters"] += len(each)
                 tokens_file.write(np.asarray([*ids, tokenizer.end_of_document], dtype).tobytes())

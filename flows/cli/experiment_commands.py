@@ -1,4 +1,4 @@
-"""The commands that train many models to compare them: `compare`, `sweep` and `grid`."""
+"""The commands that train many models to compare them: `compare`, `ladder`, `sweep` and `grid`."""
 
 import argparse
 import re
@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flows.cli.options import add_config, count, path, read_trial_config
+from flows.run.config import RunConfig
 
 _SEEDS_HELP = "number of seeds, starting at the configuration's seed (default: 1)"
 _TOKENS_HELP = "training tokens of each model (default: train.max_tokens)"
@@ -18,6 +19,9 @@ _JOBS_HELP = "trials that train concurrently (default: 1)"
 def add_trial_commands(commands: Any) -> None:
     """Add the commands to the parser's `commands`."""
     _add_compare(commands.add_parser("compare", help="train arms that differ in one option, and compare their results"))
+    _add_ladder(
+        commands.add_parser("ladder", help="train the steps from a base to a better model, one on top of another")
+    )
     _add_sweep(commands.add_parser("sweep", help="search for depth, width and expansion at one number of parameters"))
     _add_grid(commands.add_parser("grid", help="train every batch size with every learning rate rule"))
 
@@ -32,12 +36,16 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     arms.add_argument("--sampling-rates", help="arms that differ in refine.sampling_rate, such as 0,0.25,0.5,0.75,1")
     arms.add_argument("--rounds", help="arms that differ in rounds.num_rounds, such as 1,2,3")
     arms.add_argument("--inits", help="arms that differ in model.init, such as constant,gpt2,internlm, one round each")
+    arms.add_argument(
+        "--vocab-sizes", help="arms that differ in tokenizer.vocab_size, such as 1024,2048,4096, one round each"
+    )
     command.add_argument("--seeds", type=int, default=1, help=_SEEDS_HELP)
     command.add_argument(
         "--tokens",
         type=count,
         help="with --policies and --arms: tokens, or cost, of round 2 (default: the most that all arms reach; set it "
-        "to be able to add arms or seeds later); with --inits: tokens of round 1 (default: train.max_tokens)",
+        "to be able to add arms or seeds later); with --inits: tokens of round 1 (default: train.max_tokens); with "
+        "--vocab-sizes: tokens of round 1 (default: train.max_tokens, else the most that all arms reach)",
     )
     command.add_argument(
         "--equal",
@@ -46,6 +54,21 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
         "together cost as much",
     )
     command.set_defaults(command=_compare)
+
+
+def _add_ladder(command: argparse.ArgumentParser) -> None:
+    add_config(command)
+    command.add_argument(
+        "--steps", type=path, required=True, metavar="FILE", help="steps of a YAML file: a name and the fields it sets"
+    )
+    command.add_argument("--seeds", type=int, default=1, help=_SEEDS_HELP)
+    command.add_argument(
+        "--tokens",
+        type=count,
+        help="training tokens of each step, over all its rounds (default: train.max_tokens, else the most that all "
+        "reach; set it to be able to add steps or seeds later)",
+    )
+    command.set_defaults(command=_ladder)
 
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:
@@ -82,6 +105,7 @@ def _compare(options: argparse.Namespace) -> None:
         policy_comparison,
         rate_comparison,
         round_comparison,
+        vocabulary_comparison,
     )
     from flows.experiments.compare import compare
 
@@ -94,9 +118,13 @@ def _compare(options: argparse.Namespace) -> None:
         comparison = arm_comparison(options.arms, config.refine)
     elif options.inits is not None:
         comparison = init_comparison(options.inits)
+    elif options.vocab_sizes is not None:
+        _train_steps(config, vocabulary_comparison(options.vocab_sizes), "compare", options)
+        return
     elif options.tokens is not None:
         raise ValueError(
-            "--tokens: only valid with --policies, --arms or --inits; other arms differ in their tokens; omit it"
+            "--tokens: only valid with --policies, --arms, --inits or --vocab-sizes; other arms differ in their "
+            "tokens; omit it"
         )
     elif options.sampling_rates is not None:
         comparison = rate_comparison(options.sampling_rates)
@@ -107,6 +135,23 @@ def _compare(options: argparse.Namespace) -> None:
     with TerminalProgress() as progress:
         page = compare(config, comparison, options.seeds, options.tokens, progress)
     print(f"{page.text}\ncomparison: {page.page}")
+
+
+def _ladder(options: argparse.Namespace) -> None:
+    from flows.experiments.arms import ladder_comparison
+
+    config = read_trial_config(options)
+    _train_steps(config, ladder_comparison(options.steps), "ladder", options)
+
+
+def _train_steps(config: RunConfig, comparison: Any, command: str, options: argparse.Namespace) -> None:
+    from flows.display.terminal_progress import TerminalProgress
+    from flows.experiments.ladder import train_ladder
+
+    folder = config.folder.absolute().with_name(f"{config.run_name}-{command}")
+    with TerminalProgress() as progress:
+        page = train_ladder(config, comparison, folder, options.seeds, options.tokens, progress)
+    print(f"{page.text}\n{'comparison' if command == 'compare' else command}: {page.page}")
 
 
 def _grid(options: argparse.Namespace) -> None:

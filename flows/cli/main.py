@@ -96,10 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare every file of a run with its recorded checksum")
     verify.add_argument("run", type=path, metavar="RUN", help="run folder")
     verify.set_defaults(command=_verify)
-    report = commands.add_parser("report", help="write the report of a run, complete or not")
-    report.add_argument("run", type=path, metavar="RUN", help="run folder")
+    report = commands.add_parser("report", help="write the report of a run, complete or not, or overlay several runs")
+    report.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run folder; several: one page for all")
     report.add_argument(
-        "--output", type=path, metavar="FILE", help="write the page there, and nothing to the run folder"
+        "--output",
+        type=path,
+        metavar="FILE",
+        help="write the page there, and nothing to the run folder (default for several runs: overlay-….html beside the "
+        "first run folder)",
     )
     report.set_defaults(command=_report)
     advise = commands.add_parser("advise", help="say whether a round drawn by loss pays, from what a run measured")
@@ -191,12 +195,18 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from flows.report.overlay import write_overlay
     from flows.report.run_report import write_report
     from flows.stages.stage_order import stages_of
 
-    run = read_run(options.run)
-    stages_of(run).verify()
-    print(f"report: {write_report(run, options.output)}")
+    runs = [read_run(folder) for folder in options.runs]
+    for run in runs:
+        stages_of(run).verify()
+    if len(runs) > 1:
+        page = write_overlay(runs, options.output)
+        print(f"{page.text}\noverlay: {page.page}")
+    else:
+        print(f"report: {write_report(runs[0], options.output)}")
 
 
 def _advise(options: argparse.Namespace) -> None:

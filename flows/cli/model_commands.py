@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from data_scoring.base.files import writing
+from flows.cli.options import path
 from flows.display.markdown import markdown_table
 from flows.run.config import read_config
 from trainer.config import ModelConfig
@@ -21,7 +23,15 @@ def add_model(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
     )
     command.add_argument(
-        "--vocab-size", type=int, help=f"vocabulary size for models that do not set one (default: {_VOCAB_SIZE})"
+        "--vocab-size",
+        help=f"vocabulary size for models that do not set one (default: {_VOCAB_SIZE}); several, such as 2048,48000: "
+        "every model with each of them",
+    )
+    command.add_argument(
+        "--figure",
+        type=path,
+        metavar="FILE.png",
+        help="draw how the parameters split between embedding and head, and layers",
     )
     command.set_defaults(command=_describe)
 
@@ -32,9 +42,10 @@ def _describe(options: argparse.Namespace) -> None:
     is_file = is_path and name not in PRESETS
     if options.set and not is_file:
         raise ValueError("--set: overrides need a configuration file; give one")
-    if options.vocab_size is not None and options.vocab_size < 2:
-        raise ValueError(f"--vocab-size: {options.vocab_size} is too small; give 2 or more")
-    default = options.vocab_size or _VOCAB_SIZE
+    sizes = [] if options.vocab_size is None else _sizes(options.vocab_size)
+    if options.figure is not None and options.figure.suffix != ".png":
+        raise ValueError(f"--figure: {str(options.figure)!r} does not end in .png; name a PNG file")
+    default = sizes[0] if sizes else _VOCAB_SIZE
     if name is None:
         models = {preset: ModelConfig(preset=preset) for preset in PRESETS}
     elif is_file:
@@ -42,14 +53,46 @@ def _describe(options: argparse.Namespace) -> None:
 
         config = read_config(Path(name), options.set)
         models = {config.run_name: config.model}
-        default = options.vocab_size or vocabulary_size(config)
+        default = sizes[0] if sizes else vocabulary_size(config)
     elif name in PRESETS:
         models = {name: ModelConfig(preset=name)}
     else:
         raise ValueError(f"model: {name!r} is neither a file nor a preset; choose one of {', '.join(PRESETS)}")
+    if len(sizes) > 1:
+        models = {
+            f"{name}, {size:,}": model.model_copy(update={"vocab_size": size})
+            for name, model in models.items()
+            for size in sizes
+        }
     print(markdown_table(_HEAD, [_row(name, model, default) for name, model in models.items()]))
     if any(model.vocab_size is None for model in models.values()):
         print(f"\n* the tokenizer's vocabulary; counted with {default:,} entries (--vocab-size)")
+
+    if options.figure is not None:
+        _draw(options.figure, {name: (model, model.vocab_size or default) for name, model in models.items()})
+
+
+def _sizes(text: str) -> list[int]:
+    """Return the vocabulary sizes of a comma-separated list."""
+    sizes = []
+    for entry in text.split(","):
+        if not entry.strip().isdecimal():
+            raise ValueError(f"--vocab-size: {entry.strip()!r} is not an integer; give comma-separated integers")
+        sizes.append(int(entry))
+        if sizes[-1] < 2:
+            raise ValueError(f"--vocab-size: {sizes[-1]} is too small; give 2 or more")
+    return list(dict.fromkeys(sizes))
+
+
+def _draw(target: Path, models: dict[str, tuple[ModelConfig, int]]) -> None:
+    """Write the figure of how the parameters of `models`, each with its vocabulary size, split."""
+    from flows.display.figures import render_figure
+    from flows.models.parameter_split import draw_split
+
+    png = render_figure(lambda: draw_split(models))
+    with writing(target) as temporary:
+        temporary.write_bytes(png)
+    print(f"\nfigure: {target}")
 
 
 def _row(name: str, model: ModelConfig, default_vocab_size: int) -> list[str]:

@@ -13,13 +13,26 @@ from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
 from flows.experiments.compare_results import BASE
 from trainer.config import InheritConfig, InheritMethod, ModelConfig
+from trainer.presets import fill_from_preset
 
 # An arm that does not use losses does not exclude outliers either.
 _BLIND = {"outlier_z": None}
 # An arm's name is part of its folder's.
 _ARM_NAME = r"[A-Za-z][A-Za-z0-9._-]*"
 # The stems of the results of other comparisons, without `compare-`.
-_TAKEN_STEMS = ("sampling-rates", "rounds", "inits", "inherit")
+_TAKEN_STEMS = ("sampling-rates", "rounds", "inits", "vocab-sizes", "inherit")
+
+# What a step of a ladder may set: the others decide no result, or what results are compared by.
+_STEP_SECTIONS = ("corpus", "tokenizer", "model", "parallel", "train", "score", "refine", "rounds")
+_SAME_TEXT = "decides which text is held out, which must be the same for all steps; set it in the configuration"
+_SAME_TOKENS = "all steps train on as many tokens; leave it out, and give --tokens"
+_COMMON = {
+    ("corpus", "sources"): _SAME_TEXT,
+    ("corpus", "validation_fraction"): _SAME_TEXT,
+    ("corpus", "on_bad_record"): _SAME_TEXT,
+    ("train", "max_tokens"): _SAME_TOKENS,
+    ("refine", "max_tokens"): _SAME_TOKENS,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Comparison:
 
     shares_round: whether the arms continue from the same first round; if not, each trains its own.
     equal: what arms of one round 2 have in common: the tokens that they train on, the cost of these together with
-    scoring, or nothing.
+    scoring, or nothing. origin: the option or the file that the arms come from, for messages.
     """
 
     option: str
@@ -51,6 +64,7 @@ class Comparison:
     arms: tuple[Arm, ...]
     shares_round: bool = True
     equal: Literal["tokens", "cost"] | None = None
+    origin: str = ""
 
 
 BASE_ARM = Arm(BASE, "base", num_rounds=1)
@@ -135,6 +149,83 @@ def init_comparison(text: str) -> Comparison:
             raise ValueError(f"--inits: {name!r} is not an initialisation; choose from {', '.join(known)}")
     arms = tuple(Arm(name, f"init-{name}", {"model": {"init": name}}, num_rounds=1) for name in names)
     return Comparison("--inits", "compare-inits", arms, shares_round=False)
+
+
+def vocabulary_comparison(text: str) -> Comparison:
+    """Return the arms of a list of vocabulary sizes: each trains a tokenizer of that size, and a model with it."""
+    sizes = sorted(numbers("--vocab-sizes", text, 257, 1_000_000))
+    if any(size % 1 for size in sizes):
+        raise ValueError(f"--vocab-sizes: {text!r} contains a fraction; give integers")
+    arms = []
+    for size in sizes:
+        values: dict[str, dict[str, Any]] = {
+            "tokenizer": {"path": None, "vocab_size": int(size)},
+            "model": {"vocab_size": None},
+        }
+        arms.append(Arm(f"{size:.0f}", f"vocab-{size:.0f}", values, num_rounds=1))
+    return Comparison(
+        "--vocab-sizes", "compare-vocab-sizes", tuple(arms), shares_round=False, equal="tokens", origin="--vocab-sizes"
+    )
+
+
+def ladder_comparison(path: Path) -> Comparison:
+    """Return the arms of a ladder's YAML file: named steps, each with the fields that it sets on top of the last.
+
+    Raises ValueError, naming the file and the step, if a name or a section is invalid, or a field must not differ.
+    """
+    try:
+        found = read_yaml(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give a YAML file of steps, such as `base: {{}}`") from None
+    if not isinstance(found, dict) or not found:
+        raise ValueError(
+            f"{path}: no steps; write `name: {{section: {{field: value}}}}` for each, and `base: {{}}` for the first"
+        )
+    arms: list[Arm] = []
+    values: dict[str, dict[str, Any]] = {}
+    for name, sections in found.items():
+        if not fullmatch(_ARM_NAME, str(name)):
+            raise ValueError(
+                f"{path}: {shown(name)} cannot name a step; start with a letter, go on with letters, digits, '.', '_' "
+                "or '-'"
+            )
+        values = {**values, **_step_values(f"{path}: {name}", sections, values)}
+        # One round, unless a step sets `rounds.num_rounds`.
+        arms.append(Arm(name, name, values, num_rounds=1))
+    return Comparison("--steps", path.stem, tuple(arms), shares_round=False, equal="tokens", origin=str(path))
+
+
+def _step_values(origin: str, sections: Any, before: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the sections that a step of a ladder sets, each on top of the same section of the steps before."""
+    made = {}
+    for section, fields in _mapping(origin, sections).items():
+        if section not in _STEP_SECTIONS:
+            raise ValueError(
+                f"{origin}: {section}: a step cannot set this; choose from the sections {', '.join(_STEP_SECTIONS)}"
+            )
+        for name in _mapping(f"{origin}: {section}", fields):
+            if (section, name) in _COMMON:
+                raise ValueError(f"{origin}: {section}.{name}: {_COMMON[section, name]}")
+        made[section] = {**before.get(section, {}), **_completed(origin, section, fields or {})}
+    return made
+
+
+def _completed(origin: str, section: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with those of a preset: the configuration below has a value for each of these."""
+    if section != "model":
+        return fields
+    try:
+        return fill_from_preset(fields)
+    except ValueError as error:
+        raise ValueError(f"{origin}: model.{error}") from None
+
+
+def _mapping(origin: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{origin}: {shown(value)} is not a mapping; write fields, such as num_layers: 8")
+    return value
 
 
 def inherit_comparison(text: str, inherit: InheritConfig | None, layers: Sequence[int] | None = None) -> Comparison:

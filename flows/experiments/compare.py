@@ -19,6 +19,7 @@ from flows.experiments.arms import BASE_ARM, Arm, Comparison, inherit_comparison
 from flows.experiments.compare_report import write_comparison
 from flows.experiments.compare_results import CURVES, RESULTS, SCORES, curves_path, scores_path
 from flows.experiments.equal_arms import equal_cost, limited, needs_losses, scoring_cost
+from flows.experiments.task_scores import read_task_scores
 from flows.experiments.trials import (
     Trial,
     final_losses,
@@ -29,12 +30,12 @@ from flows.experiments.trials import (
     trial_config,
     with_tokens,
 )
-from flows.inheritance.initial_checkpoint import is_current, layers_of
+from flows.inheritance.initial_checkpoint import layers_of
 from flows.inheritance.teacher import check_inheritance
 from flows.run.config import RunConfig
 from flows.run.folder import Run, open_run
 from flows.run.locks import locked
-from flows.stages.stage_order import complete, complete_all, steps_at, steps_to_train
+from flows.stages.stage_order import complete_all, steps_at, steps_to_train
 
 
 def compare(config: RunConfig, comparison: Comparison, num_seeds: int, tokens: int | None, progress: Progress) -> Page:
@@ -84,7 +85,7 @@ class _Found:
     def add(self, run: Run, seed: int, arm: Arm, progress: Progress) -> None:
         """Add the final results of an arm's run, and its task scores if the configuration asks for them."""
         self.results.extend(_results(run, seed, arm))
-        self.scores.extend(_scores(run, seed, arm, progress))
+        self.scores.extend({"seed": seed, "arm": arm.name, **row} for row in read_task_scores(run, progress))
 
 
 def _train_from_bases(
@@ -121,11 +122,6 @@ def _train_first_rounds(
         for arm in comparison.arms:
             arm_config = _config(config, folder, seed, arm)
             run = train_trial(arm_config, corpus, named(arm_config, progress))
-            if run.config.model.inherits and not is_current(run):
-                raise ValueError(
-                    f"{run.folder}: the larger model has changed since this run started; delete the folder, or restore "
-                    "the model"
-                )
             found.add(run, seed, arm, progress)
             found.curves.extend(_curve(run, seed, arm))
     return found
@@ -177,18 +173,6 @@ def _results(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:
     common["scoring_cost"] = sum(scoring_cost(run, number) for number in scored)
     losses = final_losses(run, run.config.rounds.num_rounds)
     return [{"seed": seed, "arm": arm.name, **row, **common} for row in losses]
-
-
-def _scores(run: Run, seed: int, arm: Arm, progress: Progress) -> list[dict[str, Any]]:
-    """Return a row for each evaluation task of the configuration: the final model's score."""
-    if not run.config.eval.asked:
-        return []
-    last = run.config.rounds.num_rounds
-    with locked(run.folder):
-        complete(run, "evaluate", last, named(run.config, progress))
-    names = SCORES.names[2:]
-    found = read_rows(run.folder, f"select {', '.join(names)} from final_scores where round = {last}")
-    return [{"seed": seed, "arm": arm.name, **dict(zip(names, row, strict=True))} for row in found]
 
 
 def _curve(run: Run, seed: int, arm: Arm) -> list[dict[str, Any]]:

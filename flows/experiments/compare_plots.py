@@ -7,10 +7,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flows.display.figures import Plot
+from flows.display.figures import COLORS, Plot
 from flows.experiments.compare_results import BASE
 
-_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 _SCORED = "#bbbbbb"
 
 
@@ -38,7 +37,7 @@ def _draw_losses(axes: Axes, rows: list[tuple[str, float]]) -> None:
     arms = list(dict.fromkeys(arm for arm, _ in rows))
     for place, arm in enumerate(arms):
         losses = [loss for name, loss in rows if name == arm]
-        color = _COLORS[place % len(_COLORS)]
+        color = COLORS[place % len(COLORS)]
         axes.plot([min(losses), max(losses)], [place, place], color=color, alpha=0.4)
         axes.plot(losses, [place] * len(losses), "o", color=color, alpha=0.5, markersize=4)
         axes.plot([sum(losses) / len(losses)], [place], "|", color=color, markersize=14, markeredgewidth=2)
@@ -64,7 +63,7 @@ def paired_differences(results: duckdb.DuckDBPyConnection) -> Figure | None:
     arms = list(dict.fromkeys(row[1] for row in means))
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.18 * len(sources) * (len(arms) + 1)))
     for number, arm in enumerate(arms):
-        color = _COLORS[number % len(_COLORS)]
+        color = COLORS[number % len(COLORS)]
         places = {source: row + (number + 1) / (len(arms) + 1) - 0.5 for row, source in enumerate(sources)}
         mine = [row for row in means if row[1] == arm]
         seeds = [(difference, places[source]) for source, name, difference in dots if name == arm]
@@ -89,7 +88,7 @@ def costs(results: duckdb.DuckDBPyConnection) -> Figure | None:
     ).fetchall()
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.35 * len(rows)))
     arms, trained, scored = zip(*rows, strict=True)
-    axes.barh(arms, trained, color=_COLORS[0], label="trained after round 1")
+    axes.barh(arms, trained, color=COLORS[0], label="trained after round 1")
     axes.barh(arms, scored, left=trained, color=_SCORED, label="scoring, in training tokens")
     axes.invert_yaxis()
     axes.set_xlabel("cost after round 1 (millions of training-token equivalents)")
@@ -110,7 +109,7 @@ def training_curves(results: duckdb.DuckDBPyConnection) -> Figure | None:
     figure, axes = plt.subplots(figsize=(9, 4.5))
     for number, arm in enumerate(dict.fromkeys(row[0] for row in rows)):
         tokens, mean, low, high = zip(*(row[1:] for row in rows if row[0] == arm), strict=True)
-        color = _COLORS[number % len(_COLORS)]
+        color = COLORS[number % len(COLORS)]
         axes.plot(tokens, mean, color=color, linewidth=1.5, label=arm)
         axes.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel("tokens trained on (millions)")

@@ -6,11 +6,10 @@ import duckdb
 
 from flows.display.figures import render
 from flows.display.result_page import Page, Picture, Section, span, write_page
-from flows.evaluation.results import columns_of, describe_items, score_rows
-from flows.evaluation.results_table import table_cells
 from flows.experiments.arms import Arm, Comparison
 from flows.experiments.compare_plots import PLOTS
 from flows.experiments.compare_results import BASE, open_results, scores_path
+from flows.experiments.task_scores import scores_section
 from flows.inheritance.teacher import find_teacher
 from flows.run.config import RunConfig
 
@@ -135,24 +134,7 @@ def _losses(results: duckdb.DuckDBPyConnection) -> Section:
 
 
 def _scores(results: duckdb.DuckDBPyConnection) -> Section:
-    found = results.sql(
-        f"""select arm, task, 100 * avg(score), 100 * coalesce(stddev_samp(score) / sqrt(count(*)), any_value(stderr)),
-            100 * avg(chance)
-        from scores where arm <> '{BASE}' or not exists (from costs where num_steps = 0)
-        group by arm, task order by arm"""
-    ).fetchall()
-    rows = score_rows(found)
-    columns = columns_of(rows)
-    counts = results.sql("select task, num_items, num_unscorable from scores").fetchall()
-    [(num_seeds,)] = results.sql("select count(distinct seed) from scores").fetchall()
-    means = "Percent, means over seeds, with their standard errors over seeds;"
-    notes = [
-        f"{means if num_seeds > 1 else 'Percent, with standard errors over items;'} the highest of a column is bold. "
-        "The average is over the tasks shown.",
-        describe_items(counts),
-    ]
-    cells = table_cells(rows, columns)
-    return Section("Scores in tasks", notes, ["arm", *(column.title for column in columns)], cells)
+    return scores_section(results, f"arm <> '{BASE}' or not exists (from costs where num_steps = 0)")
 
 
 def _spread(results: duckdb.DuckDBPyConnection) -> Section:

@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from data_scoring.base.progress import Progress
+from data_scoring.ledger import open_ledger
 from flows.display.result_page import Page
+from flows.experiments.grid_curves import Curve
 from flows.experiments.grid_report import write_grid_report
 from flows.experiments.trials import (
     TRIAL_ERRORS,
@@ -73,7 +75,11 @@ def train_grid(config: RunConfig, grid: Grid, progress: Progress) -> Page:
             cell: [read_result(_run_config(config, folder, trial, seed)) for seed in seeds]
             for cell, trial in cells.items()
         }
-        page = write_grid_report(folder / "grid.html", config, base_rule(config), rows)
+        curves = {
+            cell: [_read_curve(_run_config(config, folder, trial, seed)) for seed in seeds]
+            for cell, trial in cells.items()
+        }
+        page = write_grid_report(folder / "grid.html", config, base_rule(config), rows, curves)
     check_trained([row for of_cell in rows.values() for row in of_cell], page.page)
     return page
 
@@ -100,6 +106,16 @@ def _cells(config: RunConfig, grid: Grid, folder: Path) -> dict[tuple[int, float
 
 def _run_config(config: RunConfig, folder: Path, trial: Trial, seed: int) -> RunConfig:
     return trial_config(config, folder, Trial(f"{trial.name}-seed-{seed}", trial.values), seed)
+
+
+def _read_curve(config: RunConfig) -> Curve:
+    """Return the tokens trained on and the loss of each step of a trial; of a failed one, as far as it came."""
+    with open_ledger(config.folder) as ledger:
+        steps = ledger.sql(
+            """select sum(num_tokens) over (order by step)::double as tokens, loss::double as loss from steps
+            order by step"""
+        ).fetchnumpy()
+    return steps["tokens"], steps["loss"]
 
 
 def _try(config: RunConfig, corpus: Run, progress: Progress) -> None:

@@ -1,23 +1,28 @@
-"""The report of a grid of batch sizes and learning rates: a table and a heat map of validation loss."""
+"""The report of a grid of batch sizes and learning rates: validation losses as table and heat map, training curves."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import duckdb
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from flows.display.figures import render
+from flows.display.figures import render_optional
 from flows.display.result_page import Page, Picture, Section, span, write_page
+from flows.experiments.grid_curves import Curves, draw_curves
 from flows.run.config import RunConfig
 from trainer.config import ScaledLr
 
 # With fewer steps than this a trial has hardly warmed up, and its loss says little about its learning rate.
 _FEW_STEPS = 20
+_CAPTIONS = {
+    "losses": "Validation loss, steps and peak rate; best framed.",
+    "curves": "Training loss of every cell, a moving average over a thirtieth of its steps, means over seeds; in the "
+    "legends, the last of each. Losses of the first tenth of the tokens may be above the figure.",
+}
 # One row (flows.experiments.trials.TRIAL) per seed, for each batch size in tokens and increment rate.
 Rows = dict[tuple[int, float], list[dict[str, Any]]]
 
@@ -38,15 +43,17 @@ class Cell:
         return fmean(self.losses) if self.losses else float("inf")
 
 
-def write_grid_report(path: Path, config: RunConfig, rule: ScaledLr, rows: Rows) -> Page:
-    """Write the page `path`, its Markdown and its heat map, from the results in `rows`."""
+def write_grid_report(path: Path, config: RunConfig, rule: ScaledLr, rows: Rows, curves: Curves) -> Page:
+    """Write the page `path`, its Markdown and its pictures, from the results in `rows` and the training `curves`."""
     cells = [_cell(batch, rate, seeds) for (batch, rate), seeds in rows.items()]
     trained = [cell for cell in cells if cell.losses]
     best = min(trained, key=lambda cell: cell.loss, default=None)
-    with duckdb.connect() as nothing:
-        png = render(lambda _: heat_map(cells, best) if trained else None, nothing)
+    drawn = {
+        "losses": render_optional(lambda: heat_map(cells, best) if trained else None),
+        "curves": render_optional(lambda: draw_curves(curves, rule.base_tokens)),
+    }
     sections = [_table(cells, best), _failures(rows)]
-    pictures = [] if png is None else [Picture("losses", png, "Validation loss, steps and peak rate; best framed.")]
+    pictures = [Picture(name, png, _CAPTIONS[name]) for name, png in drawn.items() if png is not None]
     return write_page(
         path,
         f"{config.run_name}: batch size and learning rate",

@@ -1,4 +1,4 @@
-"""Trials: runs of one round over a shared corpus, trained concurrently, each with a row of results.
+"""Trials: runs over a shared corpus, most of one round, trained concurrently, each with a row of results.
 
 A trial's folder is an ordinary run folder. Its row is a Parquet file in that folder, so that trials are independent of
 each other, and views over the rows can be read while trials are running.
@@ -23,11 +23,12 @@ from data_scoring.base.progress import Progress
 from data_scoring.ledger import read_rows
 from data_scoring.refine.near_duplicates import SCRATCH
 from flows.evaluation.results import SCORE
+from flows.inheritance.initial_checkpoint import is_current
 from flows.run.config import RunConfig, parse_config
 from flows.run.errors import RanksFailedError
 from flows.run.folder import VERIFIED, Run, open_run
 from flows.run.locks import locked
-from flows.stages.stage_order import complete, fingerprint_of, stages_of, steps_to_train
+from flows.stages.stage_order import complete, complete_all, fingerprint_of, stages_of, steps_to_train
 
 # Errors that end one trial and do not affect the others.
 TRIAL_ERRORS = (ValueError, RanksFailedError)
@@ -121,12 +122,19 @@ def prepare_corpus(config: RunConfig, folder: Path, name: str, seed: int, progre
 
 
 def train_trial(config: RunConfig, corpus: Run, progress: Progress) -> Run:
-    """Return the trial's run, after training its round over the corpus of the run `corpus`."""
+    """Return the trial's run, after training its rounds over the corpus of the run `corpus`.
+
+    Raises ValueError if a larger model that it inherits from has changed since its training started.
+    """
     with locked(config.folder):
         share_run(corpus, config.folder, ["corpus"], progress)
         run = open_run(config)
-        for step in steps_to_train(config, 1):
-            complete(run, step.stage.name, step.round_number, progress)
+        complete_all(run, steps_to_train(config, config.rounds.num_rounds), progress)
+    if config.model.inherits and not is_current(run):
+        raise ValueError(
+            f"{run.folder}: the larger model has changed since this run started; delete the folder, or restore the "
+            "model"
+        )
     return run
 
 

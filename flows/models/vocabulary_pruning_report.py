@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from flows.display.figures import render_figure
 from flows.display.html import html_figure, html_page, html_table
 from flows.display.markdown import markdown_table
+from flows.models.parameter_split import draw_split
 from flows.models.vocabulary_pruning_result import PAPER_COVERAGE, RULE, PrunedVocabulary, Request, dropped_tokens
 
 _COLORS = {"coverage": "#0072b2", "share": "#d55e00", "length": "#009e73", "cost": "#cc79a7"}
@@ -32,9 +33,12 @@ def summarise(made: PrunedVocabulary) -> str:
 
 
 def write_page(made: PrunedVocabulary, request: Request, folder: Path) -> None:
-    """Write `report.html` and its picture to `folder`."""
+    """Write `report.html` and its pictures to `folder`."""
     png = render_figure(lambda: _draw(made))
     (folder / "curves.png").write_bytes(png)
+    named = {f"{name}: {size:,}": (made.model, size) for name, size in _named_sizes(made).items()}
+    split = render_figure(lambda: draw_split(named))
+    (folder / "split.png").write_bytes(split)
     head, rows = _sizes(made)
     length_head, length_rows = _lengths(made)
     dropped = dropped_tokens(made)[:_MOST_DROPPED]
@@ -47,6 +51,7 @@ def write_page(made: PrunedVocabulary, request: Request, folder: Path) -> None:
         html_table(head, [tuple(row) for row in rows]),
         f"<p>The paper's rule: {RULE}.</p>",
         html_figure(png, "Coverage, share of parameters, text length and training cost against vocabulary size."),
+        html_figure(split, "Parameters of embedding and head, and of layers, at the sizes of the table."),
         "<h2>Sequence length by source</h2>",
         html_table(length_head, [tuple(row) for row in length_rows]),
         f"<p>{html.escape(_measured_on(made))}</p>",
@@ -59,8 +64,8 @@ def write_page(made: PrunedVocabulary, request: Request, folder: Path) -> None:
     (folder / "report.html").write_text(html_page(made.folder.name, "".join(body)), encoding="utf-8")
 
 
-def _sizes(made: PrunedVocabulary) -> tuple[list[str], list[list[str]]]:
-    """Return a table of the sizes of interest: before, after, the cheapest, and those of the paper."""
+def _named_sizes(made: PrunedVocabulary) -> dict[str, int]:
+    """Return the sizes of interest: before, after, the cheapest, and those of the paper."""
     whole, size = int(made.curve.sizes[-1]), len(made.choice.tokens)
     named = {
         "before": whole, "after": size, "cheapest to train": made.cheapest,
@@ -68,9 +73,14 @@ def _sizes(made: PrunedVocabulary) -> tuple[list[str], list[list[str]]]:
     }  # fmt: skip
     if made.within_rule is not None:
         named |= dict(zip(("least within the rule", "most within the rule"), made.within_rule, strict=True))
-    total = made.model.num_parameters(whole)
+    return named
+
+
+def _sizes(made: PrunedVocabulary) -> tuple[list[str], list[list[str]]]:
+    """Return a table of the sizes of interest."""
+    total = made.model.num_parameters(int(made.curve.sizes[-1]))
     rows = []
-    for name, tokens in named.items():
+    for name, tokens in _named_sizes(made).items():
         length = made.length(tokens)
         cost = length * made.model.num_parameters(tokens) / total
         broken = made.broken_rules(tokens)

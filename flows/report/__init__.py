@@ -1,1 +1,1 @@
-"""The report of one run, from its ledger. It only reads: it neither computes nor launches."""
+"""The report of a run, and the overlay of several, from their ledgers: reads only, neither computes nor launches."""

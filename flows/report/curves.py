@@ -1,18 +1,22 @@
 """The report's curves and bars, each from an aggregate query of the ledger."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import duckdb
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from data_scoring.evaluation.tasks import TASKS
-from flows.display.figures import Plot
+from flows.display.figures import COLORS, Plot, panels, smooth
 
 matplotlib.use("Agg")
 KEPT_COLOR, DROPPED_COLOR = "#0072b2", "#bbbbbb"
 _SEEN, _RESCORED = "#e69f00", "#0072b2"
-_ROUND_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 NUM_BINS = 40
 LOSS_LABEL = "loss (nats per token)"
 
@@ -35,12 +39,10 @@ def loss_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
     figure, axes = plt.subplots(figsize=(9, 4))
     for number in np.unique(steps["round"]):
         chosen = steps["round"] == number
-        color = _ROUND_COLORS[(number - 1) % len(_ROUND_COLORS)]
+        color = COLORS[(number - 1) % len(COLORS)]
         tokens, losses = steps["tokens"][chosen] / 1e6, steps["loss"][chosen]
         axes.plot(tokens, losses, color=color, alpha=0.3, linewidth=0.8)
-        window = max(1, len(losses) // 30)
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(tokens[window - 1 :], smooth, color=color, label=f"round {number}, training")
+        axes.plot(*smooth(tokens, losses), color=color, label=f"round {number}, training")
         points = validation["round"] == number
         axes.plot(
             validation["tokens"][points] / 1e6,
@@ -56,36 +58,63 @@ def loss_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
     return figure
 
 
-def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Draw the score in each task against the tokens trained on, over all rounds (the paper's figure)."""
+@dataclass(frozen=True)
+class ScoreCurve:
+    """The scores of a run in a task, [num_points] each, against tokens trained on; scores and errors in percent.
+
+    is_end: whether the model is the one at the end of a round; chance: the score of guessing.
+    """
+
+    tokens: NDArray[np.float64]
+    scores: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    is_end: NDArray[np.bool_]
+    chance: float
+
+
+def read_score_curves(ledger: duckdb.DuckDBPyConnection) -> dict[str, ScoreCurve]:
+    """Return the scores in each task, over all rounds, in the order of the table of tasks."""
     found = ledger.sql(
-        """select task, t.tokens / 1e6 as tokens, 100 * score as score, 100 * coalesce(stderr, 0) as error,
+        """select task, t.tokens::double as tokens, 100 * score as score, 100 * coalesce(stderr, 0) as error,
             100 * chance as chance, is_end
         from scores join (select round, step, sum(num_tokens) over (order by round, step) as tokens from steps) as t
             using (round, step)
         where subject is null and score is not null order by task, tokens, is_end"""
     ).fetchnumpy()
-    tasks = [task for task in TASKS.values() if task.name in found["task"]]
-    # A single model is one point, which the table shows better.
-    if len(np.unique(found["tokens"])) < 2:
-        return None
-    columns = min(3, len(tasks))
-    figure, grid = plt.subplots(
-        -(-len(tasks) // columns), columns, figsize=(9, 3 * -(-len(tasks) // columns)), squeeze=False, sharex=True
-    )
-    for axes, task in zip(grid.flat, tasks, strict=False):
-        mine = found["task"] == task.name
-        tokens, score, error = (np.asarray(found[name][mine], float) for name in ("tokens", "score", "error"))
-        axes.fill_between(tokens, score - error, score + error, color=KEPT_COLOR, alpha=0.2, linewidth=0)
-        axes.plot(tokens, score, color=KEPT_COLOR)
-        ends = np.asarray(found["is_end"][mine], bool)
-        axes.plot(tokens[ends], score[ends], "o", color=KEPT_COLOR, markeredgecolor="black")
-        axes.axhline(float(found["chance"][mine][0]), color="gray", linestyle=":")
-        axes.set_title(task.title)
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_visible(False)
+    curves = {}
+    for task in TASKS:
+        if task in found["task"]:
+            mine = found["task"] == task
+            tokens, score, error = (np.asarray(found[name][mine], float) for name in ("tokens", "score", "error"))
+            ends = np.asarray(found["is_end"][mine], bool)
+            curves[task] = ScoreCurve(tokens, score, error, ends, float(found["chance"][mine][0]))
+    return curves
+
+
+def score_axes(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """Return a figure of scores against tokens, and its axes, one for each task; call `tight_layout` at the end."""
+    figure, chosen = panels(len(tasks), height=3)
+    for axes, task in zip(chosen, tasks, strict=True):
+        axes.set_title(TASKS[task].title)
     figure.supxlabel("tokens trained on (millions)")
     figure.supylabel("score (percent)")
+    return figure, chosen
+
+
+def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
+    """Draw the score in each task against the tokens trained on, over all rounds (the paper's figure)."""
+    curves = read_score_curves(ledger)
+    # A single model is one point, which the table shows better.
+    if len({tokens for curve in curves.values() for tokens in curve.tokens}) < 2:
+        return None
+    figure, grid = score_axes([*curves])
+    for axes, curve in zip(grid, curves.values(), strict=True):
+        tokens, low, high = curve.tokens / 1e6, curve.scores - curve.errors, curve.scores + curve.errors
+        axes.fill_between(tokens, low, high, color=KEPT_COLOR, alpha=0.2, linewidth=0)
+        axes.plot(tokens, curve.scores, color=KEPT_COLOR)
+        ends = curve.is_end
+        axes.plot(tokens[ends], curve.scores[ends], "o", color=KEPT_COLOR, markeredgecolor="black")
+        axes.axhline(curve.chance, color="gray", linestyle=":")
     figure.tight_layout()
     return figure
 

@@ -1,6 +1,7 @@
 """The run folder: the paths of a run's files, the completion records, and approvals."""
 
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from data_scoring.base.checksums import FileVerifier, WrittenFile
 from data_scoring.base.field_types import Count, PathText
 from data_scoring.base.files import fingerprint, write_record, writing
 from data_scoring.base.sql import check_path
-from data_scoring.base.validation import read_record, validated
+from data_scoring.base.validation import checked_record, read_record, validated
 from data_scoring.base.yaml_text import read_yaml
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.refine_config import RefineConfig
@@ -47,6 +48,21 @@ class Completion(Files):
 
     fingerprint: str
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _StoredConfig(TypedDict):
+    """What is read of a stored configuration before it is validated as a whole."""
+
+    name: str | None
+    output: PathText
+
+
+class _Settings(TypedDict):
+    """What is read of run.yaml; early versions did not write where the run was started."""
+
+    config: _StoredConfig
+    versions: dict[str, str]
+    started_in: NotRequired[PathText]
 
 
 class Approval(TypedDict):
@@ -210,10 +226,10 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder}: not a run folder (it has no run.yaml); start one with `reprise run CONFIG.yaml`")
     stored = _read_settings(path)
     base = _base(folder.absolute(), stored)
-    return Run(parse_config(stored["config"], str(path), base), folder.absolute())
+    return Run(parse_config({**stored["config"]}, str(path), base), folder.absolute())
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> _Settings:
     """Return what run.yaml holds. Raises ValueError if the file is incomplete or was changed."""
     remedy = f"restore it from a copy, such as {_backup(path)}"
     try:
@@ -225,13 +241,14 @@ def _read_settings(path: Path) -> dict[str, Any]:
     checksum = values.pop("checksum", None)
     if (checksum is None and "format" in values) or checksum not in (None, fingerprint(values)):
         raise ValueError(f"{path}: damaged, or edited: its checksum differs from its content; {remedy}")
-    return values
+    return checked_record(values, _Settings, path, remedy)
 
 
-def _base(folder: Path, stored: dict[str, Any]) -> Path:
+def _base(folder: Path, stored: _Settings) -> Path:
     """Return the folder that relative paths of a run's configuration count from."""
     recorded = stored.get("started_in")
-    if recorded is not None and Path(recorded).is_dir():
+    # Unlike Path.is_dir, this is false for a path that the user may not see, or that is too long for this machine.
+    if recorded is not None and os.path.isdir(recorded):  # noqa: PTH112
         return Path(recorded)
     # Runs of 0.8 and before did not record it, and a project may be moved as a whole.
     inner = Path(stored["config"]["output"], folder.name)

@@ -53,7 +53,8 @@ def of_arm(job: TrainJob, run: str) -> tuple[float, float]:
 class FakeRanks:
     """Writes what ranks would have left, and remembers what it was asked for; fails at the job called `fails_at`.
 
-    `losses` says what they measure; every job goes on for `seconds`, telling how far it is.
+    `losses` says what they measure; every job goes on for `seconds`, telling how far it is. To evaluation, the shortest
+    continuation is the likeliest, but the longest in runs whose names start with `prefers_long`.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,7 @@ class FakeRanks:
         self.fails_at = ""
         self.losses: Callable[[TrainJob, str], tuple[float, float]] = of_arm
         self.seconds = 0.0
+        self.prefers_long: tuple[str, ...] = ()
 
     def __call__(self, job: Job, run_folder: Path, name: str, progress: Progress, *_: Any) -> None:
         self.jobs.append(f"{run_folder.name} {name}")
@@ -81,7 +83,8 @@ class FakeRanks:
             speed = {"fingerprint": job.fingerprint, "tokens_per_second": 1000 / job.model.num_layers}
             write_json(job.round_folder / "generation.json", speed)
         elif isinstance(job, EvaluateJob):
-            self.asked += answer(job.evaluation, job.answers, job.fingerprint)
+            sign = 1 if run_folder.name.startswith(self.prefers_long) else -1
+            self.asked += answer(job.evaluation, job.answers, job.fingerprint, sign)
         elif isinstance(job, AblationJob):
             write_ablation(job.result, job.model.num_layers, job.longest_block, job.fingerprint)
         else:
@@ -92,15 +95,15 @@ class FakeRanks:
                 write_losses(path, corpus, shard, lengths, losses, job.fingerprint, job.origin)
 
 
-def answer(evaluation: Evaluation, folder: Path, model: str) -> list[str]:
-    """Leave answers to all tasks that have none, by which the shortest continuation is the likeliest; return these."""
+def answer(evaluation: Evaluation, folder: Path, model: str, sign: int = -1) -> list[str]:
+    """Leave answers to all tasks that have none, and return these. The log-likelihood is `sign` times the length."""
     answered = []
     for task in evaluation.tasks:
         requests = requests_path(evaluation.requests, task)
         identity = identify_answers(model, requests)
         if not has_answers(requests_path(folder, task), identity):
             answers = [
-                LogLikelihood(-float(len(request.continuation)), False) if isinstance(request, Likelihood) else []
+                LogLikelihood(float(sign * len(request.continuation)), False) if isinstance(request, Likelihood) else []
                 for request in read_requests(requests)
             ]
             write_answers(requests_path(folder, task), answers, identity)
@@ -127,7 +130,7 @@ def train(job: TrainJob, corpus: Corpus, measured: tuple[float, float]) -> int:
     validation = [
         {"step": step, "source": source, "loss": loss + len(steps) - step, "num_tokens": num_tokens}
         for source, loss, num_tokens in zip("ab", measured, (300, 100), strict=True)
-        for step in (1, len(steps))
+        for step in sorted({1, len(steps)})
     ]
     write_parquet(job.round_folder / "validation.parquet", pa.Table.from_pylist(validation, VALIDATION), "")
     write_json(job.round_folder / "checkpoint" / f"step-{len(steps):08d}" / "reprise.json", {"step": len(steps)})

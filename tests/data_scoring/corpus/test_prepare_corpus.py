@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer as BytePairs
 
+from data_scoring.base.files import fingerprint
 from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus.corpus import VALIDATION, Corpus
@@ -255,6 +257,34 @@ def test_duplicates_are_found_wherever_they_lie(tmp_path: Path) -> None:
     assert ((roles != 2) == first).all()
     held_out = (roles == 1).sum() / first.sum()
     assert abs(held_out - 0.1) < 0.005
+
+
+def test_held_out_text_is_the_same_for_every_tokenizer(tmp_path: Path) -> None:
+    documents = [f"{document} é" for document in make_documents(300, 1)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*documents, *documents[:60]])
+    sources: list[dict[str, object]] = [{"name": "a", "path": str(path)}]
+    num_bytes = set()
+    for vocab_size in (280, 400):
+        corpus = prepare(tmp_path / str(vocab_size), sources, TokenizerConfig(vocab_size=vocab_size))
+        [part] = corpus.parts(VALIDATION)
+        tokens = np.concatenate([part.sequence(number) for number in range(len(part.lengths))])
+        # A byte-level tokenizer gives back the text.
+        tokenizer = BytePairs.from_file(str(corpus.tokenizer_path))
+        text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode()
+        num_documents = int((tokens == corpus.manifest["end_of_document"]).sum())
+        assert num_documents == corpus.manifest["sources"][0]["validation_documents"] > 5
+        assert corpus.held_out_text == {"a": (len(tokens), len(text))}
+        assert corpus.bits_per_byte("a", 2.0) == pytest.approx(2 / np.log(2) * len(tokens) / len(text))
+        others = {key: value for key, value in corpus.manifest.items() if key not in ("files", "validation_bytes")}
+        assert corpus.fingerprint == fingerprint(others)
+        num_bytes.add(len(text))
+    assert len(num_bytes) == 1
+    # Corpora of earlier versions do not say.
+    manifest = tmp_path / "280" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["validation_bytes"], content["record_checksum"]
+    manifest.write_text(json.dumps(content))
+    assert (Corpus(manifest.parent).held_out_text, Corpus(manifest.parent).bits_per_byte("a", 2.0)) == ({}, None)
 
 
 def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from flows.cli.main import main
+from flows.models.parameter_split import draw_split
 from tests.flows.fakes import make_tokenizer
+from trainer.config import ModelConfig
 from trainer.presets import PRESETS
 
 
@@ -57,9 +60,33 @@ def test_parameters_are_counted_with_the_tokenizer_that_is_named(
     assert cells(capsys.readouterr().out.splitlines()[2])[-2:] == ["830.9", "0.9%"]
 
 
+def test_the_split_is_drawn_for_several_vocabularies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "new" / "split.png"
+    arguments = ["model", "pangu-pi-1b", "--vocab-size", "100883, 48000", "--figure", str(target)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    # 2 x 2048 weights for each of 52,883 entries less.
+    assert cells(out.splitlines()[2])[-3:] == ["100,883", "1,033.2", "40.0%"]
+    assert cells(out.splitlines()[3])[-3:] == ["48,000", f"{(1_033_246_720 - 2 * 2048 * 52_883) / 1e6:.1f}", "24.1%"]
+    assert out.endswith(f"figure: {target}\n") and target.read_bytes().startswith(b"\x89PNG")
+    model = ModelConfig(preset="pangu-pi-1b")
+    figure = draw_split({"before": (model, 100_883), "after": (model, 48_000)})
+    vocabulary, layers = figure.axes[0].containers
+    assert [bar.get_width() for bar in vocabulary] == pytest.approx(
+        [2 * 2048 * size / 1e6 for size in (100_883, 48_000)]
+    )
+    body = (1_033_246_720 - 2 * 2048 * 100_883) / 1e6
+    assert [bar.get_width() for bar in layers] == pytest.approx([body, body])
+    assert [bar.get_x() for bar in layers] == pytest.approx([bar.get_width() for bar in vocabulary])
+    assert figure.axes[0].texts[0].get_text() == "40.0% of 1,033.2 M"
+    plt.close(figure)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["llama", "--vocab-size", "9,x"], "error: --vocab-size: 'x' is not an integer; give"),
+        (["llama", "--figure", "split.svg"], "error: --figure: 'split.svg' does not end in .png; name a PNG file"),
         (["gpt"], "error: model: 'gpt' is neither a file nor a preset; choose one of pangu-pi-1b, "),
         (["llama", "--set", "seed=1"], "error: --set: overrides need a configuration file; give one"),
         (["llama", "--vocab-size", "0"], "error: --vocab-size: 0 is too small; give 2 or more"),

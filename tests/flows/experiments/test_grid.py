@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import yaml
 
@@ -10,6 +12,7 @@ from data_scoring.base.progress import silent
 from data_scoring.refine.training_mix import Mix
 from flows.cli.main import main
 from flows.experiments.grid import Grid, base_rule, train_grid
+from flows.experiments.grid_curves import draw_curves
 from flows.experiments.trials import read_result
 from flows.run.config import RunConfig, parse_config
 from flows.run.errors import RanksFailedError
@@ -46,7 +49,7 @@ def test_rates_follow_the_batch_and_the_best_cell_is_marked(config: RunConfig, f
     assert "**4.0050 ± 0.0071** | 0.004 |" in text
     assert "Batches of 128 tokens make fewer than 20 steps" in text
     assert "(batch / 64)^r × 0.002, from the configuration's own train.lr and batch" in text
-    assert page.page.read_text().count("data:image/png;base64,") == 1 and "<b>4.0050" in page.page.read_text()
+    assert page.page.read_text().count("data:image/png;base64,") == 2 and "<b>4.0050" in page.page.read_text()
     fakes.jobs = []
     train_grid(config, grid, silent)
     assert fakes.jobs == []
@@ -73,6 +76,43 @@ def test_a_cell_that_fails_ends_none_of_the_others(config: RunConfig, fakes: Fak
     page = train_grid(config, Grid((128,), (0.5, 1.0), tokens=1500), silent)
     assert fakes.jobs == ["batch-128-rate-1-seed-0 train-1"]
     assert "Lowest: batches of 128 tokens at r = 1, peak 0.004" in page.text and "Failures" not in page.text
+
+
+def test_curves_are_means_of_smoothed_seeds_in_a_panel_for_each_batch() -> None:
+    def run(num_steps: int, last: float) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(1, num_steps + 1) * 1e6 / num_steps, np.linspace(6, last, num_steps)
+
+    nothing = (np.empty(0), np.empty(0))
+    curves = {
+        (64, 0.5): [run(60, 4.0), run(59, 3.0)],
+        (64, 1.0): [run(60, 4.0), run(59, 3.0)],
+        (128, 0.5): [run(30, 5.0), run(30, 5.0)],
+        # A run that diverges, and one that failed at once.
+        (128, 1.0): [run(9, 900.0), run(9, 900.0)],
+        (256, 0.5): [run(15, 5.0), nothing],
+    }
+    figure = draw_curves(curves, 64)
+    assert figure is not None
+    # The base has no panel of its own, and 256 nothing to show.
+    [panel] = figure.axes
+    assert panel.get_title() == "batch of 128 tokens"
+    lines = {line.get_label(): line for line in panel.get_lines()}
+    assert [*lines] == ["batch 64, any r: 3.508", "r = 0.5: 5.000", "r = 1: 900.000"]
+    first, second, third = lines.values()
+    # Of 60 and 59 steps, windows of 2 and 1.
+    expected = [(curves[64, 0.5][0][1][n] + curves[64, 0.5][0][1][n + 1]) / 4 + curves[64, 0.5][1][1][n] / 2
+                for n in range(59)]  # fmt: skip
+    np.testing.assert_allclose(first.get_ydata(), expected)
+    assert len({line.get_color() for line in (first, second, third)}) == 3
+    # Of what does not diverge, all losses from a tenth of the tokens on are inside, and little else.
+    low, high = panel.get_ylim()
+    assert low < 3.508 and 5.7 < high < 6.2
+    [alone] = draw_curves({(64, 0.5): curves[64, 0.5]}, 64).axes
+    assert [line.get_label() for line in alone.get_lines()] == ["batch 64: 3.508"]
+    only = draw_curves({(128, 1.0): curves[128, 1.0]}, 64)
+    assert only.axes[0].get_ylim()[0] < 6 and len(only.axes[0].get_lines()) == 1
+    assert draw_curves({(256, 0.5): [nothing]}, 64) is None
+    plt.close("all")
 
 
 @pytest.mark.parametrize(

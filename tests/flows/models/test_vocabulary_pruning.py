@@ -49,7 +49,7 @@ def test_a_tokenizer_is_cut_with_its_tables_and_page(place: Path, capsys: pytest
     size = int(folder.name.removeprefix("t-"))
     assert {path.name for path in folder.iterdir()} == {
         "tokenizer.json", "vocabulary.parquet", "counts.parquet", "curve.parquet", "dropped.tsv", "curves.png",
-        "report.html",
+        "split.png", "report.html",
     }  # fmt: skip
     small, whole = open_tokenizer(folder / "tokenizer.json", None), open_tokenizer(place / "t.json", None)
     assert small.vocab_size == size
