@@ -19,6 +19,8 @@ COLUMNS = ["regime", "seed", "arm", "measure", "value"]
 REFERENCE, EQUAL = "random", "all"
 # The run that all arms of a cell continue, after round 1.
 BASE = "base"
+# rounds.num_parts of all runs.
+PARTS = 8
 
 # Validation losses of one run after round 2, nats per token: sources of noise do not count.
 _MEASURES = f"""
@@ -133,11 +135,18 @@ def _after_round_1(path: Path, regimes: list[str]) -> list[str]:
             where arm = '{BASE}' group by all order by all""",
             [str(path)],
         ).fetchall()
-    found = {row[:2]: f"{row[2]:.3f} ({row[3]:.3f} to {row[4]:.3f})" for row in rows}
-    return [
-        f"| {measured} | {' | '.join(found[measured, regime] for regime in regimes)} |"
-        for measured in dict.fromkeys(row[0] for row in rows)
-    ]
+    found = {(measured, regime): values for measured, regime, *values in rows}
+    lines = []
+    for measured in dict.fromkeys(name for name, _ in found if ", part " not in name):
+        values = (found[measured, regime] for regime in regimes)
+        lines.append(f"| {measured} | {' | '.join(f'{x:.3f} ({low:.3f} to {high:.3f})' for x, low, high in values)} |")
+    for measured, digits in (("share forgotten", 2), ("nats forgotten", 1)):
+        cells = [
+            ", ".join(f"{found[f'{measured}, part {part}', regime][0]:.{digits}f}" for part in range(1, PARTS + 1))
+            for regime in regimes
+        ]
+        lines.append(f"| {measured}, by part | {' | '.join(cells)} |")
+    return lines
 
 
 def repeated(path: Path, recorded: Path = RECORDED) -> str:
