@@ -10,7 +10,7 @@ from benchmarks.study.regimes import REGIMES
 from benchmarks.study.results import EQUAL, differences
 
 matplotlib.use("Agg")
-_MEASURES = ("all tokens", "hardest tenth")
+_MEASURES = ("all tokens", "worst source")
 _COLORS = {"better": "#009e73", "worse": "#d55e00", "": "#888888"}
 
 

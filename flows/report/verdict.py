@@ -16,8 +16,8 @@ LEAST_FORGOTTEN, MOST_DISTANCE = 0.05, 0.3
 class Finding:
     """What the study found in runs of a kind: the draw by loss within shards less a random draw of the same total cost.
 
-    mean: over all held-out tokens; hardest: over the tenth of the held-out samples with the highest losses; in nats per
-    token, means over `num_runs` runs. mean_lower, hardest_lower: the runs of these in which the draw by loss is better.
+    mean: over all held-out tokens; worst: over the held-out text of the source with the highest loss; in nats per token,
+    means over `num_runs` runs. mean_lower, worst_lower: the runs of these in which the draw by loss is better.
     mean_paid: as mean, but less a random draw of the same number of tokens, as if losses cost nothing.
     """
 
@@ -25,8 +25,8 @@ class Finding:
     mean: float
     mean_lower: int
     mean_paid: float
-    hardest: float
-    hardest_lower: int
+    worst: float
+    worst_lower: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ NOTHING_FORGOTTEN = Kind(
 FORGOTTEN = Kind(
     Finding(1, 0.0281, 0, 0.0175, -0.0496, 1),
     "that forgot",
-    "Another round pays; drawing it by loss helps the hardest text only, at the expense of the average.",
+    "Another round pays; drawn by loss, it helps the hardest source, at the expense of the average.",
     "If all text counts the same, draw at random (refine: {policy: random, outlier_z: null}); if hard text counts "
     f"more, go on with policy loss. {_COMPARE}",
 )
@@ -143,8 +143,8 @@ def _study(kind: Kind) -> str:
     return (
         f"Study (docs/study.md): in {found.num_runs} runs {kind.described}, a draw by loss was {_compared(found.mean)} "
         f"than a random draw of the same total cost over all held-out text (better in {found.mean_lower} of the "
-        f"{found.num_runs}; were scoring free, {_compared(found.mean_paid)}), and {_compared(found.hardest)} on its "
-        f"hardest tenth (better in {found.hardest_lower}). Its models are tiny; larger ones may differ."
+        f"{found.num_runs}; were scoring free, {_compared(found.mean_paid)}), and {_compared(found.worst)} "
+        f"on the source with the highest loss (better in {found.worst_lower}). Its models are tiny; larger ones may differ."
     )
 
 
