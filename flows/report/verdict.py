@@ -16,8 +16,8 @@ LEAST_FORGOTTEN, MOST_DISTANCE = 0.05, 0.3
 class Finding:
     """What the study found in runs of a kind: the draw by loss within shards less a random draw of the same total cost.
 
-    mean: over all held-out tokens; worst: over the held-out text of the source with the highest loss; in nats per token,
-    means over `num_runs` runs. mean_lower, worst_lower: the runs of these in which the draw by loss is better.
+    mean: over all held-out tokens; worst: over the held-out text of the source with the highest loss; in nats per
+    token, means over `num_runs` runs. mean_lower, worst_lower: the runs of these in which the draw by loss is better.
     mean_paid: as mean, but less a random draw of the same number of tokens, as if losses cost nothing.
     """
 
@@ -143,8 +143,8 @@ def _study(kind: Kind) -> str:
     return (
         f"Study (docs/study.md): in {found.num_runs} runs {kind.described}, a draw by loss was {_compared(found.mean)} "
         f"than a random draw of the same total cost over all held-out text (better in {found.mean_lower} of the "
-        f"{found.num_runs}; were scoring free, {_compared(found.mean_paid)}), and {_compared(found.worst)} "
-        f"on the source with the highest loss (better in {found.worst_lower}). Its models are tiny; larger ones may differ."
+        f"{found.num_runs}; were scoring free, {_compared(found.mean_paid)}), and {_compared(found.worst)} on "
+        f"the source with the highest loss (better in {found.worst_lower}). Its models are tiny; larger may differ."
     )
 
 
