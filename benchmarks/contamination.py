@@ -34,7 +34,7 @@ COPIES = 2
 
 def contamination(folder: Path) -> list[dict[str, Any]]:
     """Return the ratios for the text of Python's library, with items from its documentation and a few from the text."""
-    documents = [document for kind in ("docstrings", "source") for document in read_python_text(kind)]
+    documents = [document.text for kind in ("docstrings", "source") for document in read_python_text(kind)]
     items = _draw_items(documents)
     order = _prepare(folder / "once", documents)
     tokenizer = open_tokenizer(order.corpus.tokenizer_path, None)
@@ -74,7 +74,7 @@ def contamination(folder: Path) -> list[dict[str, Any]]:
 def _draw_items(documents: list[str]) -> list[ItemText]:
     """Return passages as items, `OVERLAPPING` of them from `documents`."""
     generator = random.Random(0)
-    others = list(read_python_text("topics"))
+    others = [document.text for document in read_python_text("topics")]
     items = []
     for number in range(NUM_ITEMS):
         words = generator.choice(documents if number < OVERLAPPING else others).split()

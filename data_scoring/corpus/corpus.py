@@ -141,6 +141,11 @@ class Corpus:
         """Return the Parquet file that lists every sample: shard, sample, source, num_tokens."""
         return self.folder / "samples.parquet"
 
+    @property
+    def documents_path(self) -> Path:
+        """Return the Parquet file that lists where documents come from; corpora before version 0.12 lack it."""
+        return self.folder / "documents.parquet"
+
     @cached_property
     def validation_sources(self) -> list[str]:
         """Return the source of every validation sample."""

@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from data_scoring.base.files import checksum, writing
 from data_scoring.base.progress import Progress
+from data_scoring.corpus.documents import Rows, name_of_file
 from data_scoring.corpus.indexed import IndexedTokens, write_index
 from data_scoring.corpus.packing import ShardAssignment, Stream
+
+_CHUNK_DOCUMENTS = 1 << 14
 
 _Described = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
@@ -77,6 +80,18 @@ def _read_all(name: str, indexed: IndexedTokens, vocab_size: int, copy: IO[bytes
         done += len(block)
         progress(f"{'checking' if copy is None else 'copying'} {name} (tokens)", done, total)
     return digest.hexdigest()
+
+
+def locate_in_place(indexed: IndexedTokens) -> Iterator[Rows]:
+    """Yield where the documents of a source come from, in order, without empty ones, in chunks of bounded size."""
+    file, start = name_of_file(f"{indexed.prefix}.bin"), 0
+    for first in range(0, len(indexed.documents) - 1, _CHUNK_DOCUMENTS):
+        bounds = indexed.documents[first : first + _CHUNK_DOCUMENTS + 1]
+        lengths = indexed.lengths[bounds[0] : bounds[-1]]
+        places = start + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[bounds - bounds[0]]
+        chosen = np.flatnonzero(np.diff(places))
+        yield Rows([file] * len(chosen), first + chosen + 1, places[chosen])
+        start = int(places[-1])
 
 
 def assign_in_place(

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 # An array's first line may hold all of it.
 _FIRST_LINE = 1 << 20
@@ -17,8 +17,16 @@ _IN_STRING = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _OUTSIDE_STRINGS = re.compile(r'["\[\]{},]')
 
 
-def read_records(file: IO[str]) -> Iterator[tuple[int, str]]:
-    """Yield (line number, JSON text) of the records of `file`: its lines, or the elements of its array, if it is one.
+class Record(NamedTuple):
+    """A record: the line that it begins on, its number (that of the line, or of the element of an array), its JSON."""
+
+    line: int
+    number: int
+    text: str
+
+
+def read_records(file: IO[str]) -> Iterator[Record]:
+    """Yield the records of `file`: its lines, or the elements of its array, if it is one.
 
     The file is opened as latin-1, so that every byte is a character. Memory holds one record. Raises ValueError if an
     array is cut short, or something follows it.
@@ -34,14 +42,15 @@ def read_records(file: IO[str]) -> Iterator[tuple[int, str]]:
             while (following := file.readline(_FIRST_LINE)) and not following.strip():
                 skipped += 1
         if not following:
-            yield from _elements(chain([first], iter(lambda: file.read(_CHUNK), "")), start)
+            elements = _elements(chain([first], iter(lambda: file.read(_CHUNK), "")), start)
+            yield from (Record(line, number, text) for number, (line, text) in enumerate(elements, start=1))
             return
-        yield start, first.removesuffix("\n")
+        yield Record(start, start, first.removesuffix("\n"))
         first, start = following, start + skipped + 1
     # A piece of a longer line.
     line = first if first.endswith("\n") else first + file.readline()
     for number, text in enumerate(chain([line] if line else [], file), start):
-        yield number, text.removesuffix("\n")
+        yield Record(number, number, text.removesuffix("\n"))
 
 
 def _is_complete(line: str) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from data_scoring.base.files import allow_open_files, checksum, writing
 from data_scoring.base.progress import Progress
+from data_scoring.corpus.documents import Rows
 from data_scoring.corpus.indexed import write_index
 from data_scoring.corpus.permutation import Permutation, mix_bits
 from data_scoring.corpus.tokenise import DOCUMENT, StagedSource
@@ -134,6 +135,18 @@ def _hold_out(result: SourceRoles, document: int) -> None:
     for counts, amount in zip((result.documents, result.tokens, result.bytes), amounts, strict=True):
         counts[_TRAIN] -= amount
         counts[_VALIDATION] += amount
+
+
+def locate_training(result: SourceRoles) -> Iterator[Rows]:
+    """Yield where the training documents of a source come from, in order, in chunks of bounded size."""
+    files, start = result.source.files(), 0
+    with result.roles_path.open("rb") as roles_file:
+        for chunk in result.source.documents():
+            chosen = chunk[np.frombuffer(roles_file.read(len(chunk)), np.uint8) == _TRAIN]
+            ends = start + np.cumsum(chosen["num_tokens"], dtype=np.int64)
+            names = [files[number] for number in chosen["file"].tolist()]
+            yield Rows(names, chosen["number"], ends - chosen["num_tokens"])
+            start = int(ends[-1]) if len(ends) else start
 
 
 def read_stream(result: SourceRoles, role: int, dtype: np.dtype) -> Iterator[NDArray[np.integer]]:

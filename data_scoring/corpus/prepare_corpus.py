@@ -15,13 +15,16 @@ from data_scoring.base.progress import Progress
 from data_scoring.base.validation import read_record
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus.corpus import FORMAT_VERSION
-from data_scoring.corpus.in_place import assign_in_place, index_in_place, open_in_place
+from data_scoring.corpus.documents import NAME as DOCUMENTS
+from data_scoring.corpus.documents import Document, write_documents
+from data_scoring.corpus.in_place import assign_in_place, index_in_place, locate_in_place, open_in_place
 from data_scoring.corpus.indexed import token_dtype
 from data_scoring.corpus.packing import (
     ShardAssignment,
     Stream,
     assign_roles,
     index_shards,
+    locate_training,
     pack_shards,
     pack_validation,
 )
@@ -76,7 +79,7 @@ def prepare_corpus(
         "tokenizer": tokenizer_path.name,
         "files": {
             path.name: {"bytes": path.stat().st_size, "checksum": checksum(path)}
-            for path in (tokenizer_path, folder / "samples.parquet", folder / "rejects.jsonl")
+            for path in (tokenizer_path, folder / "samples.parquet", folder / DOCUMENTS, folder / "rejects.jsonl")
             if path.exists()
         },
         **entries,
@@ -120,12 +123,12 @@ def _make_tokenizer(
     identity = fingerprint(config.model_dump(), seed, [text.identity for text in texts])
     record = read_record(record_path, _TokenizerRecord)
     if record is None or record["fingerprint"] != identity or not path.exists() or record["checksum"] != checksum(path):
-        path = install_tokenizer(config, _all_documents(texts, progress), seed, folder)
+        path = install_tokenizer(config, (each.text for each in _all_documents(texts, progress)), seed, folder)
         write_record(record_path, {"fingerprint": identity, "checksum": checksum(path)})
     return path
 
 
-def _all_documents(texts: Sequence[SourceText], progress: Progress) -> Iterator[str]:
+def _all_documents(texts: Sequence[SourceText], progress: Progress) -> Iterator[Document]:
     """Yield every document, for training a tokenizer."""
     for text in texts:
         for number, document in enumerate(text.documents(keep=True), start=1):
@@ -169,6 +172,7 @@ def _prepare_from_text(
     held_out = [Stream(result.source.name, result.tokens[1], sample_length) for result in results]
     assignment = pack_shards(results, train, dtype, corpus.num_shards, seed, folder, progress)
     _write_samples(assignment, folder / "samples.parquet")
+    write_documents(folder / DOCUMENTS, ((result.source.name, locate_training(result)) for result in results))
     sources = [
         {
             **{key: result.source.counts[key] for key in ("documents", "empty", "rejected", "bytes")},
@@ -208,13 +212,12 @@ def _collect_rejects(staged: list[StagedSource], staging: Path, target: Path) ->
 def _prepare_in_place(
     corpus: CorpusConfig, tokenizer: Tokenizer, seed: int, folder: Path, progress: Progress
 ) -> dict[str, Any]:
-    sources = [
-        open_in_place(source.name, open_megatron(source), tokenizer.vocab_size, folder, progress)
-        for source in corpus.sources
-    ]
+    opened = {source.name: open_megatron(source) for source in corpus.sources}
+    sources = [open_in_place(name, indexed, tokenizer.vocab_size, folder, progress) for name, indexed in opened.items()]
     assignment = assign_in_place(sources, corpus.seq_length + 1, corpus.validation_fraction, corpus.num_shards, seed)
     validation, shards = index_in_place(assignment, sources, folder)
     _write_samples(assignment, folder / "samples.parquet", grouped=True)
+    write_documents(folder / DOCUMENTS, ((name, locate_in_place(indexed)) for name, indexed in opened.items()))
     return {
         "sources": [source.entry() for source in sources],
         "validation": validation,

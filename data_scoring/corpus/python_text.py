@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_scoring.corpus.documents import Document
+
 KINDS = ("topics", "docstrings", "source")
 
 # Generated tables and tests are noise compared with prose and code; site-packages is not the standard library.
@@ -16,23 +18,24 @@ _SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "lib2to3", "_
 _BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
-def read_python_text(kind: str) -> Iterator[str]:
+def read_python_text(kind: str) -> Iterator[Document]:
     """Yield documents of one of `KINDS`, in the same order on every machine with the same Python.
 
     A document is, for topics, one topic of the language reference; for docstrings, those of one module, joined; for
     source, one module without its docstrings, so that no text is in two sources.
     """
     if kind == "topics":
-        from pydoc_data.topics import topics
+        from pydoc_data import topics
 
-        yield from (topics[name] for name in sorted(topics))
+        for number, name in enumerate(sorted(topics.topics), start=1):
+            yield Document(topics.topics[name], topics.__file__, number)
         return
     for path in _modules():
         text = path.read_text(encoding="utf-8")
         docstrings, lines = _split_docstrings(text)
         document = "\n\n".join(docstrings) if kind == "docstrings" else lines
         if document.strip():
-            yield document
+            yield Document(document, str(path), 1)
 
 
 def _modules() -> Iterator[Path]:

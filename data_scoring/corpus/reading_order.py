@@ -75,6 +75,27 @@ class ReadingOrder:
         # Corpora used in place that version 0.8 made start at the first byte.
         return self.corpus.manifest["sources"][source].get("first_byte", 0)
 
+    def find(
+        self, shards: NDArray[np.integer], samples: NDArray[np.integer]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the source numbers of training samples, and the places of their first tokens in the source's text.
+
+        [n] int64 each: the inverse of `locate`.
+        """
+        if not self.is_in_place:
+            positions = samples.astype(np.int64) * self.corpus.num_shards + shards
+            sources, numbers, _ = self._assignment.describe(positions)
+            return sources, numbers * self.sample_length
+        sources, starts = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
+        for row, (shard, sample) in enumerate(zip(shards.tolist(), samples.tolist(), strict=True)):
+            parts = self.corpus.parts(shard)
+            ends = np.cumsum([len(part.lengths) for part in parts])
+            source = int(np.searchsorted(ends, sample, side="right"))
+            part = parts[source]
+            pointer = int(part.pointers[sample - ends[source] + len(part.lengths)])
+            sources[row], starts[row] = source, (pointer - self._first_byte(source)) // part.dtype.itemsize
+        return sources, starts
+
     def locate(self, source: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the shard of each of a source's samples and its number there, [n] int64 each; -1 for held-out ones."""
         shards, places = self._place(source, samples)

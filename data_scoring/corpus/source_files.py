@@ -159,8 +159,8 @@ def open_file(name: str) -> IO[bytes]:
     return file
 
 
-def open_contents(name: str) -> Iterator[IO[bytes]]:
-    """Yield the content of a file, decompressed, as binary streams: one, or those of the members of a zip archive.
+def open_contents(name: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yield names and contents of a file, decompressed, as binary streams: one, or those of a zip archive's members.
 
     How it is compressed is told by the name's ending, or by the content if the ending is not a known one. Reading a
     stream raises an exception if the content is damaged or cut short.
@@ -176,9 +176,10 @@ def open_contents(name: str) -> Iterator[IO[bytes]]:
                 for member in archive.infolist():
                     if not member.is_dir():
                         with archive.open(member) as content:
-                            yield _decompressed(content, _CODECS.get(Path(member.filename).suffix.lower()))
+                            inner = _CODECS.get(Path(member.filename).suffix.lower())
+                            yield f"{name}/{member.filename}", _decompressed(content, inner)
         else:
-            yield _decompressed(file, codec or found)
+            yield name, _decompressed(file, codec or found)
 
 
 def _decompressed(file: IO[bytes], codec: str | None) -> IO[bytes]:

@@ -11,7 +11,14 @@ import pyarrow as pa
 from data_scoring.base.files import checksum, fingerprint, write_record, writing
 from data_scoring.base.validation import read_record
 from data_scoring.config import SourceConfig
-from data_scoring.corpus.sources import Rejects, batch_documents, list_reject, read_documents, stamp_files
+from data_scoring.corpus.documents import Document
+from data_scoring.corpus.sources import Rejects, batch_documents, list_reject, locate_documents, stamp_files
+
+# Version of the kept documents; those of another version are read again.
+_FORMAT = 2
+_SCHEMA = pa.schema(
+    [pa.field("text", pa.large_string()), pa.field("file", pa.large_string()), pa.field("number", pa.int64())]
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,9 @@ class SourceText:
     def identity(self) -> str:
         """Return the fingerprint of the documents: the source's configuration, and the current state of its files."""
         # Python's own text differs between versions.
-        return fingerprint(self.source.model_dump(), stamp_files(self.source), self.skip_bad, sys.version)
+        return fingerprint(self.source.model_dump(), stamp_files(self.source), self.skip_bad, sys.version, _FORMAT)
 
-    def documents(self, keep: bool = False) -> Iterator[str]:
+    def documents(self, keep: bool = False) -> Iterator[Document]:
         """Yield the documents: the kept ones, or else the source's; with `keep`, these are kept once all were read.
 
         Raises ValueError for a malformed record, unless bad records are skipped and listed in the staging folder.
@@ -40,7 +47,7 @@ class SourceText:
         if self._is_kept():
             yield from self._read_kept()
             return
-        documents = read_documents(self.source, Rejects(self._rejects_path, self.skip_bad))
+        documents = locate_documents(self.source, Rejects(self._rejects_path, self.skip_bad))
         yield from self._keep(documents) if keep else documents
 
     def reject(self, number: int, reason: str) -> None:
@@ -90,16 +97,17 @@ class SourceText:
             return False
         return checksum(self._path) == record.get("checksum")
 
-    def _read_kept(self) -> Iterator[str]:
+    def _read_kept(self) -> Iterator[Document]:
         with pa.OSFile(str(self._path)) as file, pa.ipc.open_stream(file) as stream:
             for batch in stream:
-                yield from batch.column(0).to_pylist()
+                yield from map(Document, *(column.to_pylist() for column in batch.columns))
 
-    def _keep(self, documents: Iterable[str]) -> Iterator[str]:
-        identity, schema = self.identity, pa.schema([pa.field("text", pa.large_string())])
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        with writing(self._path) as temporary, pa.ipc.new_stream(str(temporary), schema, options=options) as stream:
+    def _keep(self, documents: Iterable[Document]) -> Iterator[Document]:
+        identity, options = self.identity, pa.ipc.IpcWriteOptions(compression="zstd")
+        with writing(self._path) as temporary, pa.ipc.new_stream(str(temporary), _SCHEMA, options=options) as stream:
             for batch in batch_documents(documents):
-                stream.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=schema))
+                columns = zip(*batch, strict=True)
+                arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+                stream.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
                 yield from batch
         write_record(self._record_path, {"fingerprint": identity, "checksum": checksum(self._path)})

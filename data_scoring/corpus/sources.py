@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow.parquet as pq
 
 from data_scoring.config import SourceConfig
+from data_scoring.corpus.documents import Document, name_of_file
 from data_scoring.corpus.indexed import IndexedTokens, open_indexed
 from data_scoring.corpus.json_records import checked_text, decode, read_records, record_text
 from data_scoring.corpus.python_text import KINDS, read_python_text
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import datasets
 
 _T = TypeVar("_T")
+_D = TypeVar("_D", str, Document)
 
 # Called with (file, line or row, reason); raises or records.
 BadRecord = Callable[[str, int, str], None]
@@ -74,26 +76,31 @@ def check_source(source: SourceConfig) -> None:
 
 
 def read_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
-    """Yield the texts of a source's documents, in order, with one file block in memory at a time.
+    """Yield the texts of the documents of `locate_documents`."""
+    return (document.text for document in locate_documents(source, on_bad_record))
+
+
+def locate_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[Document]:
+    """Yield a source's documents, in order, with one file block in memory at a time.
 
     A malformed record is passed to `on_bad_record` with its file and line (row, for Parquet), and skipped.
     """
     kind = resolve_format(source)
     if kind == "python":
-        texts: Iterator[str] = read_python_text(source.path)
+        documents = read_python_text(source.path)
     else:
         readers = {"jsonl": _read_jsonl, "text": _read_text, "parquet": _read_parquet, "datasets": _read_dataset}
-        texts = readers[kind](source, on_bad_record)
-    yield from islice(texts, source.max_documents)
+        documents = readers[kind](source, on_bad_record)
+    yield from islice(documents, source.max_documents)
 
 
-def batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Yield lists of documents, large enough to tokenise efficiently and bounded in memory."""
-    batch: list[str] = []
+def batch_documents(documents: Iterable[_D]) -> Iterator[list[_D]]:
+    """Yield lists of documents, or of their texts, large enough to tokenise efficiently and bounded in memory."""
+    batch: list[_D] = []
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document)
+        characters += len(document if isinstance(document, str) else document.text)
         if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -161,30 +168,36 @@ def matching_files(source: SourceConfig) -> list[str]:
     return names
 
 
-def _opened(file: str) -> Iterator[io.TextIOWrapper]:
-    """Yield the content of a file, or of each member of an archive, as text whose lines end with a line feed."""
-    for content in open_contents(file):
+def _opened(file: str) -> Iterator[tuple[str, io.TextIOWrapper]]:
+    """Yield name and content of a file, or of each member of an archive, as text whose lines end with a line feed."""
+    for name, content in open_contents(file):
         # Latin-1 maps bytes to characters and back without loss, so that errors can name lines that are not UTF-8.
-        yield io.TextIOWrapper(content, encoding="latin-1")
+        yield name_of_file(name), io.TextIOWrapper(content, encoding="latin-1")
 
 
-def _read_jsonl(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
+def _read_jsonl(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[Document]:
     for file in matching_files(source):
-        records = (record for content in _opened(file) for record in read_records(content))
-        for number, record in _reading(source, file, records):
-            if not record.strip():
+        records = ((name, record) for name, content in _opened(file) for record in read_records(content))
+        for name, record in _reading(source, file, records):
+            if not record.text.strip():
                 continue
             try:
-                yield record_text(record.encode("latin-1"), source.text_field)
+                text = record_text(record.text.encode("latin-1"), source.text_field)
             except ValueError as error:
-                on_bad_record(file, number, str(error))
+                on_bad_record(file, record.line, str(error))
+            else:
+                yield Document(text, name, record.number)
 
 
-def _read_text(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
+def _read_text(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[Document]:
     splits = {"file": _whole, "paragraph": _paragraphs, "line": _lines}
     for file in matching_files(source):
-        raws = (raw.encode("latin-1") for content in _opened(file) for raw in splits[source.document](content))
-        for number, raw in enumerate(_reading(source, file, raws), start=1):
+        parts = (
+            (name, place, part.encode("latin-1"))
+            for name, content in _opened(file)
+            for place, part in enumerate(splits[source.document](content), start=1)
+        )
+        for number, (name, place, raw) in enumerate(_reading(source, file, parts), start=1):
             if len(raw) > LARGEST_DOCUMENT_BYTES and source.document == "file":
                 raise ValueError(
                     f"{file}: over {LARGEST_DOCUMENT_BYTES >> 20} MB in one document; "
@@ -197,7 +210,7 @@ def _read_text(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
                 line = number if source.document != "file" else _line_of_first_bad_byte(raw)
                 on_bad_record(file, line, str(error))
             else:
-                yield text
+                yield Document(text, name, place)
 
 
 def _whole(content: io.TextIOWrapper) -> Iterator[str]:
@@ -228,7 +241,7 @@ def _line_of_first_bad_byte(raw: bytes) -> int:
     raise AssertionError("every line is UTF-8")
 
 
-def _read_parquet(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
+def _read_parquet(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[Document]:
     field = source.text_field
     for file in matching_files(source):
         with ExitStack() as stack:
@@ -259,7 +272,7 @@ def _parquet_values(parquet: pq.ParquetFile, field: str) -> Iterator[Any]:
         raise ValueError(f"it has {num_rows} rows, but its footer says {parquet.metadata.num_rows}")
 
 
-def _read_dataset(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
+def _read_dataset(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[Document]:
     field = source.text_field
     batches = _reading(source, source.path, iter(_open_dataset(source).iter(batch_size=_BATCH_ROWS)))
 
@@ -280,13 +293,14 @@ def _wrong_column(source: SourceConfig, file: str, names: list[str]) -> ValueErr
     )
 
 
-def _texts(file: str, rows: Iterable[Any], field: str, on_bad_record: BadRecord) -> Iterator[str]:
+def _texts(file: str, rows: Iterable[Any], field: str, on_bad_record: BadRecord) -> Iterator[Document]:
     """Yield the values of `rows` that are text."""
+    name = name_of_file(file)
     for number, value in enumerate(rows, start=1):
         try:
             if isinstance(value, UnicodeDecodeError):
                 raise ValueError(f"field {field!r} is not UTF-8; convert it to UTF-8")
-            yield checked_text(value, field)
+            yield Document(checked_text(value, field), name, number)
         except ValueError as error:
             on_bad_record(file, number, str(error))
 

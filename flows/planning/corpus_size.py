@@ -152,7 +152,7 @@ def _text_share(source: SourceConfig, name: str, documents: list[str]) -> float:
     contents = open_contents(name)
     with open_file(name) as stored:
         # The generator closes the file when it ends.
-        content = next(contents).read(_PROBED_BYTES)
+        content = next(contents)[1].read(_PROBED_BYTES)
         is_compressed = stored.read(64) != content[:64]
     expansion = 1.0
     if is_compressed:

@@ -249,7 +249,7 @@ def test_duplicates_are_found_wherever_they_lie(tmp_path: Path) -> None:
         rows["digest"], rows["num_tokens"] = part, 3
         rows.tofile(tmp_path / f"{number}.documents")
         counts = {"documents": len(part)}
-        staged.append(StagedSource(str(number), tmp_path, tmp_path / f"{number}.documents", counts))
+        staged.append(StagedSource(str(number), tmp_path, tmp_path / f"{number}.documents", tmp_path, counts))
     results = assign_roles(staged, 0.1, 1)
     roles = np.concatenate([np.fromfile(result.roles_path, np.uint8) for result in results])
     first = np.zeros(len(digests), bool)

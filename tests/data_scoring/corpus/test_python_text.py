@@ -75,12 +75,12 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_docstrings_are_those_of_all_definitions_and_are_not_in_the_source(library: Path) -> None:
     (library / "module.py").write_text(MODULE)
-    assert list(read_python_text("docstrings")) == [DOCSTRINGS]
+    assert list(read_python_text("docstrings")) == [(DOCSTRINGS, str(library / "module.py"), 1)]
     [source] = read_python_text("source")
     docstrings = [line for line in MODULE.splitlines() if "Of " in line or "In a context" in line]
     assert len(docstrings) == 9
-    assert not any(line in source for line in docstrings)
-    assert 'return [lambda: """No docstring."""]' in source
+    assert not any(line in source.text for line in docstrings)
+    assert 'return [lambda: """No docstring."""]' in source.text
 
 
 def test_modules_are_in_order_without_tests_and_other_packages(library: Path) -> None:
@@ -88,4 +88,5 @@ def test_modules_are_in_order_without_tests_and_other_packages(library: Path) ->
     for name in names:
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(f'"""{name}"""')
-    assert list(read_python_text("docstrings")) == ["a/b/c.py", "a/z.py", "a.py", "b.py"]
+    ordered = ["a/b/c.py", "a/z.py", "a.py", "b.py"]
+    assert list(read_python_text("docstrings")) == [(name, str(library / name), 1) for name in ordered]

@@ -129,15 +129,19 @@ def test_kept_text_is_gone_once_it_is_tokenised(texts: CorpusConfig, tmp_path: P
 def test_a_source_that_has_changed_is_read_again(texts: CorpusConfig, tmp_path: Path, read: dict[str, int]) -> None:
     text = SourceText(texts.sources[1], tmp_path, skip_bad=True)
     before = list(text.documents(keep=True))
-    assert list(text.documents()) == before == make_documents(1500, 2)
+    assert list(text.documents()) == before
+    assert [document.text for document in before] == make_documents(1500, 2)
+    assert {document.file for document in before} == {str(tmp_path / "b.txt")}
+    assert [document.number for document in before] == list(range(1, 1501))
     assert read == {"b.txt": 1500}
     (tmp_path / "b.txt").write_text("another\n\ntext")
-    assert list(text.documents()) == ["another", "text"]
-    assert list(SourceText(texts.sources[0], tmp_path, skip_bad=True).documents())[:1] == make_documents(1, 1)
+    assert [document.text for document in text.documents()] == ["another", "text"]
+    first = next(SourceText(texts.sources[0], tmp_path, skip_bad=True).documents())
+    assert [first.text] == make_documents(1, 1)
 
 
 def test_kept_text_is_compressed(texts: CorpusConfig, tmp_path: Path) -> None:
     text = SourceText(texts.sources[1], tmp_path, skip_bad=True)
-    num_bytes = sum(len(document.encode()) for document in text.documents(keep=True))
+    num_bytes = sum(len(document.text.encode()) for document in text.documents(keep=True))
     [kept] = tmp_path.glob("*.arrow")
     assert kept.stat().st_size < num_bytes

@@ -52,8 +52,8 @@ checkpoint: {every_steps: 20}
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     topics, docstrings = (list(islice(read_python_text(kind), 25)) for kind in ("topics", "docstrings"))
-    (folder / "prose.txt").write_text("\n\n".join(topics)[:8_000])
-    lines = [json.dumps({"id": number, "text": text[:400]}) for number, text in enumerate(docstrings)]
+    (folder / "prose.txt").write_text("\n\n".join(topic.text for topic in topics)[:8_000])
+    lines = [json.dumps({"id": number, "text": document.text[:400]}) for number, document in enumerate(docstrings)]
     (folder / "more.jsonl").write_text("\n".join(lines))
     (folder / "config.yaml").write_text(CONFIG)
     return folder
