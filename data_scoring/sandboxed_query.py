@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,18 @@ _EXPLAIN = re.compile(r"\s*explain\b(\s+analyze\b)?(\s*\([^)]*\))?", re.IGNORECA
 _WRITERS = re.compile("COPY|EXPORT|EXECUTE")
 
 
-def ask(run_folder: Path, sql: str, seconds: float = SECONDS, is_restricted: bool = True) -> duckdb.DuckDBPyRelation:
+def ask(
+    run_folder: Path,
+    sql: str,
+    seconds: float = SECONDS,
+    is_restricted: bool = True,
+    register: Callable[[duckdb.DuckDBPyConnection], None] | None = None,
+) -> duckdb.DuckDBPyRelation:
     """Return the rows that `sql` selects from the views of the ledger, whose files are read as they are now.
 
     The query runs in an empty database in memory with the same views as `ledger.duckdb`. is_restricted: it is a single
-    select, reads no files outside of `run_folder`, and writes none. Raises ValueError if it is not, if it fails, or if
+    select, reads no files outside of `run_folder`, and writes none. register: creates functions and views of the
+    caller's own on the connection. Raises ValueError if it is not, if it fails, or if
     it takes more than `seconds`; a KeyboardInterrupt ends it.
     """
     if not seconds > 0:
@@ -43,6 +51,8 @@ def ask(run_folder: Path, sql: str, seconds: float = SECONDS, is_restricted: boo
     folder = run_folder.resolve()
     connection = duckdb.connect(config=_limits() if is_restricted else {})
     create_views(connection, folder)
+    if register is not None:
+        register(connection)
     if is_restricted:
         for setting in (
             # The views name the folder in a pattern.

@@ -18,6 +18,7 @@ from flows.cli.model_commands import add_model
 from flows.cli.options import path
 from flows.cli.plan_command import add_assume, add_plan
 from flows.cli.run_commands import add_run
+from flows.cli.sample_commands import add_samples
 from flows.cli.tokenizer_commands import add_tokenizer
 from flows.run.config import read_config
 from flows.run.errors import RanksFailedError
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     advise = commands.add_parser("advise", help="say whether a round drawn by loss pays, from what a run measured")
     advise.add_argument("run", type=path, metavar="RUN", help="run folder")
     advise.set_defaults(command=_advise)
+    add_samples(commands)
     sql = commands.add_parser("sql", help="query the ledger with DuckDB SQL")
     sql.add_argument("run", type=path, metavar="RUN", help="run folder")
     sql.add_argument("query", metavar="QUERY", help='such as "select * from rounds"')
@@ -221,10 +223,9 @@ def _advise(options: argparse.Namespace) -> None:
 
 
 def _sql(options: argparse.Namespace) -> None:
-    from data_scoring.sandboxed_query import ask
+    from flows.report.samples import query
 
-    read_run(options.run)
-    ask(options.run, options.query, options.timeout, not options.unrestricted).show(max_rows=200, max_width=200)
+    query(options.run, options.query, options.timeout, not options.unrestricted).show(max_rows=200, max_width=200)
 
 
 def run() -> NoReturn:
