@@ -50,6 +50,17 @@ VIEWS = {
         },
         "shard, sample, source::varchar as source, num_tokens",
     ),
+    "documents": View(
+        "Where the documents of the training text come from; empty for a corpus before version 0.12.",
+        "corpus/documents.parquet",
+        {
+            "source": ("varchar", "Source of the document."),
+            "file": ("varchar", "File of the document."),
+            "document": ("bigint", "Number of the document in its file, from 1: its line, row or paragraph."),
+            "start": ("bigint", "Place of its first token in the source's training text, from 0."),
+        },
+        "source, file, document, start",
+    ),
     "contamination": View(
         "Training samples that contain parts of evaluation items, one row per sample and item.",
         "corpus/contamination.parquet",

@@ -15,6 +15,7 @@ th:first-child, td:first-child, td.text { text-align: left; }
 td.text { font-size: 13px; overflow-wrap: anywhere; }
 img { width: 100%; background: white; border-radius: 4px; }
 pre { overflow-x: auto; background: #8881; padding: 1rem; border-radius: 4px; }
+details { margin: 1rem 0; } summary { cursor: pointer; }
 figure { margin: 1rem 0; } figcaption { color: gray; font-size: 14px; }
 """
 
@@ -35,6 +36,11 @@ def html_figure(png: bytes, caption: str) -> str:
     return (
         f'<figure><img alt="{escaped}" src="data:image/png;base64,{data}"><figcaption>{escaped}</figcaption></figure>'
     )
+
+
+def html_details(summary: str, body: str) -> str:
+    """Return the HTML `body` under a line that shows and hides it; at first it is hidden."""
+    return f"<details><summary>{html.escape(summary)}</summary>{body}</details>"
 
 
 def html_table(columns: list[str], rows: list[tuple[object, ...]]) -> str:

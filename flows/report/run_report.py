@@ -13,12 +13,18 @@ from data_scoring.base.files import writing
 from data_scoring.base.validation import read_record
 from data_scoring.ledger import open_ledger, refresh_ledger
 from flows.display.figures import render_figure
-from flows.display.html import html_figure, html_page, html_table
+from flows.display.html import html_details, html_figure, html_page, html_table
 from flows.report.contamination_section import contamination
 from flows.report.curves import forgetting_curve, kept_by_source, loss_curves
 from flows.report.evaluation_section import evaluation
 from flows.report.pictures import Pictures, figure
-from flows.report.sample_tables import forgotten_samples, forgotten_sources, num_quarantined, quarantined_samples
+from flows.report.sample_tables import (
+    forgotten_samples,
+    forgotten_sources,
+    num_quarantined,
+    quarantined_samples,
+    selection_examples,
+)
 from flows.report.shard_histograms import selection_histograms
 from flows.report.verdict_section import verdict_section
 from flows.run.config import RunConfig
@@ -168,6 +174,7 @@ def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures,
         ),
         *_forgotten(run, ledger, pictures, scored),
         *_quarantine(run, ledger, selected),
+        *_examples(run, ledger, selected),
     ]  # fmt: skip
 
 
@@ -205,6 +212,18 @@ def _quarantine(run: Run, ledger: duckdb.DuckDBPyConnection, selected: int) -> l
         f"{run.refine_config(selected).outlier_z} of their source; those with the greatest loss:</p>",
         html_table(["Source", "Shard", "Sample", "Loss", "Text"], rows),
     ]
+
+
+def _examples(run: Run, ledger: duckdb.DuckDBPyConnection, selected: int) -> list[str]:
+    """Return examples of a round's selection, hidden at first; empty before the selection."""
+    columns = ["Source", "Shard", "Sample", "Loss", "Reason", "Place", "Text"]
+    tables = [
+        f"<h4>{html.escape(title)}</h4>{html_table(columns, rows)}"
+        for title, rows in selection_examples(run, ledger, selected).items()
+    ]
+    if not tables:
+        return []
+    return [html_details(f"Samples with text: what round {selected} dropped, kept and put aside", "".join(tables))]
 
 
 def _budget(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:

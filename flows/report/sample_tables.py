@@ -1,17 +1,22 @@
-"""Tables of samples with their text: the most forgotten ones, and those quarantined as noise."""
+"""Tables of samples with their text: the most forgotten ones, those quarantined as noise, and examples of a selection.
 
-from pathlib import Path
+Only the samples in a table are decoded.
+"""
+
 from typing import Any
 
 import duckdb
-import numpy as np
 
-from data_scoring.refine.candidates import OUTLIER
-from data_scoring.tokenizer.tokenizer import open_tokenizer
+from data_scoring.base.sql import literal
+from data_scoring.refine.candidates import EXCLUSIONS, OUTLIER
+from flows.display.visible_text import cut, visible
+from flows.report.samples import place_of, texts_of
 from flows.run.folder import Run
 
 _MOST_ROWS = 12
 _MOST_CHARACTERS = 240
+_MOST_EXAMPLES = 5
+_MOST_CHARACTERS_OF_EXAMPLE = 300
 
 Rows = list[tuple[Any, ...]]
 
@@ -52,27 +57,45 @@ def num_quarantined(ledger: duckdb.DuckDBPyConnection, round_number: int) -> int
     return int(count)
 
 
-def _with_text(run: Run, ledger: duckdb.DuckDBPyConnection, rows: Rows) -> Rows:
-    """Return `rows`, which begin with shard and sample, with the sample's source prepended and its text appended."""
+def selection_examples(run: Run, ledger: duckdb.DuckDBPyConnection, round_number: int) -> dict[str, Rows]:
+    """Return examples of a round's selection by a title: source, shard, sample, loss, reason, place, text.
+
+    They are the easiest dropped samples, the hardest kept ones, and, for each reason, the hardest that were put aside.
+    """
+    is_aside = f"reason in ({', '.join(map(literal, EXCLUSIONS))})"
+    groups = {
+        f"The easiest that round {round_number} dropped": (f"not kept and not {is_aside}", "loss"),
+        f"The hardest that round {round_number} kept": ("kept", "loss desc"),
+        "Put aside": (is_aside, "row_number() over (partition by reason order by loss desc, shard, sample), reason"),
+    }
+    examples = {}
+    for title, (condition, order) in groups.items():
+        rows = ledger.sql(
+            f"""select shard, sample, loss, reason from (select * replace (reason::varchar as reason) from selection)
+            where round = {round_number} and {condition} order by {order}, shard, sample limit {_MOST_EXAMPLES}"""
+        ).fetchall()
+        if rows:
+            origins = texts_of(run).origins([row[0] for row in rows], [row[1] for row in rows])
+            placed = [(*row, visible(place_of(origin))) for row, origin in zip(rows, origins, strict=True)]
+            examples[title] = _with_text(run, ledger, placed, _MOST_CHARACTERS_OF_EXAMPLE)
+    return examples
+
+
+def _with_text(run: Run, ledger: duckdb.DuckDBPyConnection, rows: Rows, most: int = _MOST_CHARACTERS) -> Rows:
+    """Return `rows`, which begin with shard and sample, with the sample's source prepended and its text appended.
+
+    Of a text, there are `most` characters.
+    """
     if not rows:
         return []
-    corpus = run.corpus()
-    shards, samples = (np.array([row[place] for row in rows], np.int64) for place in (0, 1))
-    batch = corpus.read(shards, samples)
-    tokenizer = open_tokenizer(Path(corpus.tokenizer_path), run.config.tokenizer.end_of_document)
+    texts = texts_of(run).texts([row[0] for row in rows], [row[1] for row in rows])
     places = ", ".join(f"({row[0]}, {row[1]})" for row in rows)
     found = ledger.sql(
         f"""select samples.shard, samples.sample, source from samples
         join (values {places}) as wanted(shard, sample) using (shard, sample)"""
     ).fetchall()
     sources = {row[:2]: row[2] for row in found}
-    texts = [
-        tokenizer.decode(tokens[: length + 1].tolist())
-        for tokens, length in zip(batch.tokens, batch.num_tokens, strict=True)
+    return [
+        (sources[row[:2]], *row, visible(cut(" ".join(text.split()), most)))
+        for row, text in zip(rows, texts, strict=True)
     ]
-    return [(sources[row[:2]], *row, _shortened(text)) for row, text in zip(rows, texts, strict=True)]
-
-
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} …"

@@ -12,8 +12,9 @@ import duckdb
 
 from data_scoring.base.messages import one_line, shown
 from data_scoring.base.sql import literal
+from data_scoring.corpus.documents import Origin
 from data_scoring.corpus.sample_texts import SampleTexts
-from data_scoring.ledger import read_rows
+from data_scoring.ledger import open_ledger
 from data_scoring.refine.candidates import EXCLUSIONS
 from data_scoring.sandboxed_query import SECONDS, ask
 from flows.run.folder import Run, read_run
@@ -39,11 +40,9 @@ ORDERS = {
                       "place, source"),
     "all": _Order("Samples after round {0}", "true", "shard"),
 }  # fmt: skip
+_KNOWN = ("shard", "sample", "source", "num_tokens", "loss", "seen_loss", "forgotten", "fate", "reason")
 # What conditions can name.
-COLUMNS = (
-    "shard", "sample", "source", "num_tokens", "loss", "seen_loss", "forgotten", "fate", "reason", "text", "file",
-    "document", "first_token", "num_documents",
-)  # fmt: skip
+COLUMNS = (*_KNOWN, "text", "file", "document", "first_token", "num_documents")
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,7 @@ class Sample:
     """A sample with its text.
 
     loss: that after the round, nats per token; seen_loss: that in the step that trained on it; forgotten: the
-    difference. fate: kept, dropped or put aside for the next round, and the reason. file, document, first_token: where
-    its first token comes from, documents numbered from 1 in the file, tokens from 0 in the document; num_documents: how
-    many documents it has a part of. What is unknown is None.
+    difference. fate: kept, dropped or put aside for the next round, and the reason. What is unknown is None.
     """
 
     shard: int
@@ -66,10 +63,7 @@ class Sample:
     fate: str | None
     reason: str | None
     text: str
-    file: str | None
-    document: int | None
-    first_token: int | None
-    num_documents: int | None
+    origin: Origin | None
 
     @property
     def summary(self) -> str:
@@ -82,11 +76,7 @@ class Sample:
     @property
     def place(self) -> str:
         """Return file, document and number of other documents as text; empty if they are unknown."""
-        if self.file is None:
-            return ""
-        others = (self.num_documents or 1) - 1
-        more = f", and {others:,} more document{'' if others == 1 else 's'}" if others else ""
-        return f"{self.file} document {self.document:,} from token {self.first_token:,}{more}"
+        return place_of(self.origin)
 
     @property
     def decision(self) -> str:
@@ -101,6 +91,15 @@ class Samples:
     title: str
     samples: list[Sample]
     has_origins: bool
+
+
+def place_of(origin: Origin | None) -> str:
+    """Return file, document and number of other documents as text; empty if they are unknown."""
+    if origin is None:
+        return ""
+    others = origin.num_documents - 1
+    more = f", and {others:,} more document{'' if others == 1 else 's'}" if others else ""
+    return f"{origin.file} document {origin.document:,} from token {origin.first_token:,}{more}"
 
 
 def texts_of(run: Run) -> SampleTexts:
@@ -151,19 +150,19 @@ def find_samples(
             f"--where: {shown(where)}: {reason}; give a DuckDB condition over the columns {', '.join(COLUMNS)}"
         ) from None
     title = ORDERS[order].title.format(scored, scored + 1)
-    return Samples(title, with_texts(texts, rows), texts.has_origins)
+    return Samples(title, _with_texts(texts, rows), texts.has_origins)
 
 
-def with_texts(texts: SampleTexts, rows: list[tuple[Any, ...]]) -> list[Sample]:
-    """Return the samples of `rows`, which have the columns of `COLUMNS` before the text, with texts and origins."""
+def _with_texts(texts: SampleTexts, rows: list[tuple[Any, ...]]) -> list[Sample]:
+    """Return the samples of `rows`, which have the columns of `COLUMNS` before the text, with text and origin."""
     places = [row[0] for row in rows], [row[1] for row in rows]
     return [
-        Sample(*row, text, *((None, None, None, None) if origin is None else origin))
+        Sample(**dict(zip(_KNOWN, row, strict=True)), text=text, origin=origin)
         for row, text, origin in zip(rows, texts.texts(*places), texts.origins(*places), strict=True)
     ]
 
 
-def samples_relation(scored: int) -> str:
+def _known(scored: int) -> str:
     """Return the SQL of all samples with what is known after round `scored`: `COLUMNS` before the text."""
     aside = ", ".join(map(literal, EXCLUSIONS))
     return f"""select samples.*, coalesce(l.loss, d.loss) as loss, f.seen_loss, f.forgotten,
@@ -180,22 +179,23 @@ def _query(order: str, count: int, scored: int, where: str | None, source: str |
     conditions = [ORDERS[order].condition, *([] if where is None else [f"{where}\n"])]
     if source is not None:
         conditions.append(f"source = {literal(source)}")
-    rows = f"""select * exclude (origin), origin.* from (
-        select *, sample_text(shard, sample) as text, sample_origin(shard, sample) as origin
-        from ({samples_relation(scored)})) where {" and ".join(f"({each})" for each in conditions)}"""
+    every = f"""select * exclude (origin), origin.* from (
+        select *, sample_text(shard, sample) as text, sample_origin(shard, sample) as origin from ({_known(scored)}))"""
+    rows = f"select * from ({every}) where {' and '.join(f'({each})' for each in conditions)}"
     if order == "typical":
         rows = f"""select *, row_number() over (partition by source order by distance, shard, sample) as place from (
             select *, abs(loss - median(loss) over (partition by source)) as distance from ({rows}))"""
-    columns = ", ".join(COLUMNS[: COLUMNS.index("text")])
-    return f"select {columns} from ({rows}) order by {ORDERS[order].order}, shard, sample limit {count}"
+    return f"select {', '.join(_KNOWN)} from ({rows}) order by {ORDERS[order].order}, shard, sample limit {count}"
 
 
 def _scored_round(run: Run, order: str, wanted: int | None) -> int:
     """Return the round after which samples are looked at. Raises ValueError if it has not what `order` needs."""
-    scored, selected = (
-        [number for (number,) in read_rows(run.folder, f"select distinct {column} from {view} order by all")]
-        for column, view in (("round", "losses"), ("round - 1", "selection"))
-    )
+    with open_ledger(run.folder) as ledger:
+        scored, selected = (
+            [number for (number,) in ledger.sql(f"select distinct {column} from {view} order by all").fetchall()]
+            for column, view in (("round", "losses"), ("round - 1", "selection"))
+        )
+        budgets = dict(ledger.sql("select round, candidate from budgets where chosen").fetchall())
     known = sorted({*scored, *selected})
     if wanted is not None and wanted not in known:
         rounds = f"give one of {', '.join(map(str, known))}" if known else "score round 1 first"
@@ -208,8 +208,8 @@ def _scored_round(run: Run, order: str, wanted: int | None) -> int:
     if order in ("hardest", "easiest", "typical") and number not in scored:
         raise ValueError(f"--{order}: round {number} was not scored; give another round, or score it")
     if order == "forgotten":
-        chosen = read_rows(run.folder, f"select candidate from budgets where round = {number} and chosen")
-        if number not in scored or chosen not in ([], [("full",)]):
-            how = one_line(chosen[0][0]) if chosen else "no loss"
-            raise ValueError(f"--forgotten: round {number} was scored by {how}, not in full; set score.budget: full")
+        budget = budgets.get(number, "full")
+        if number not in scored or budget != "full":
+            how = f"scored by {one_line(budget)}, not in full" if number in scored else "not scored"
+            raise ValueError(f"--forgotten: round {number} was {how}; give a round that was")
     return number
