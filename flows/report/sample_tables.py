@@ -8,6 +8,7 @@ from typing import Any
 import duckdb
 
 from data_scoring.base.sql import literal
+from data_scoring.corpus.sample_texts import SampleTexts
 from data_scoring.refine.candidates import EXCLUSIONS, OUTLIER
 from flows.display.visible_text import cut, visible
 from flows.report.samples import place_of, texts_of
@@ -37,7 +38,7 @@ def forgotten_samples(run: Run, ledger: duckdb.DuckDBPyConnection, round_number:
         f"""select shard, sample, seen_loss, loss from forgetting where round = {round_number} and forgotten > 0
         order by forgotten desc, shard, sample limit {_MOST_ROWS}"""
     ).fetchall()
-    return _with_text(run, ledger, rows)
+    return _with_text(texts_of(run), ledger, rows)
 
 
 def quarantined_samples(run: Run, ledger: duckdb.DuckDBPyConnection, round_number: int) -> Rows:
@@ -46,7 +47,7 @@ def quarantined_samples(run: Run, ledger: duckdb.DuckDBPyConnection, round_numbe
         f"""select shard, sample, loss from selection where round = {round_number} and reason = '{OUTLIER}'
         order by loss desc, shard, sample limit {_MOST_ROWS}"""
     ).fetchall()
-    return _with_text(run, ledger, rows)
+    return _with_text(texts_of(run), ledger, rows)
 
 
 def num_quarantined(ledger: duckdb.DuckDBPyConnection, round_number: int) -> int:
@@ -68,27 +69,27 @@ def selection_examples(run: Run, ledger: duckdb.DuckDBPyConnection, round_number
         f"The hardest that round {round_number} kept": ("kept", "loss desc"),
         "Put aside": (is_aside, "row_number() over (partition by reason order by loss desc, shard, sample), reason"),
     }
-    examples = {}
+    texts, examples = texts_of(run), {}
     for title, (condition, order) in groups.items():
         rows = ledger.sql(
             f"""select shard, sample, loss, reason from (select * replace (reason::varchar as reason) from selection)
             where round = {round_number} and {condition} order by {order}, shard, sample limit {_MOST_EXAMPLES}"""
         ).fetchall()
         if rows:
-            origins = texts_of(run).origins([row[0] for row in rows], [row[1] for row in rows])
+            origins = texts.origins([row[0] for row in rows], [row[1] for row in rows])
             placed = [(*row, visible(place_of(origin))) for row, origin in zip(rows, origins, strict=True)]
-            examples[title] = _with_text(run, ledger, placed, _MOST_CHARACTERS_OF_EXAMPLE)
+            examples[title] = _with_text(texts, ledger, placed, _MOST_CHARACTERS_OF_EXAMPLE)
     return examples
 
 
-def _with_text(run: Run, ledger: duckdb.DuckDBPyConnection, rows: Rows, most: int = _MOST_CHARACTERS) -> Rows:
+def _with_text(texts: SampleTexts, ledger: duckdb.DuckDBPyConnection, rows: Rows, most: int = _MOST_CHARACTERS) -> Rows:
     """Return `rows`, which begin with shard and sample, with the sample's source prepended and its text appended.
 
     Of a text, there are `most` characters.
     """
     if not rows:
         return []
-    texts = texts_of(run).texts([row[0] for row in rows], [row[1] for row in rows])
+    decoded = texts.texts([row[0] for row in rows], [row[1] for row in rows])
     places = ", ".join(f"({row[0]}, {row[1]})" for row in rows)
     found = ledger.sql(
         f"""select samples.shard, samples.sample, source from samples
@@ -97,5 +98,5 @@ def _with_text(run: Run, ledger: duckdb.DuckDBPyConnection, rows: Rows, most: in
     sources = {row[:2]: row[2] for row in found}
     return [
         (sources[row[:2]], *row, visible(cut(" ".join(text.split()), most)))
-        for row, text in zip(rows, texts, strict=True)
+        for row, text in zip(rows, decoded, strict=True)
     ]

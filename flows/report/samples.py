@@ -149,7 +149,7 @@ def find_samples(
         raise ValueError(
             f"--where: {shown(where)}: {reason}; give a DuckDB condition over the columns {', '.join(COLUMNS)}"
         ) from None
-    title = ORDERS[order].title.format(scored, scored + 1)
+    title = ORDERS[order].title.format(scored, scored + 1) if scored else "Samples"
     return Samples(title, _with_texts(texts, rows), texts.has_origins)
 
 
