@@ -22,9 +22,9 @@ BASE = "base"
 # rounds.num_parts of all runs.
 PARTS = 8
 
-# Validation losses of one run after round 2, nats per token: sources of noise do not count.
+# Validation losses of one run after a round, nats per token: sources of noise do not count.
 _MEASURES = f"""
-with samples as (from validation_samples where round = 2 and not starts_with(source, '{NOISE}')),
+with samples as (from validation_samples where round = {{round}} and not starts_with(source, '{NOISE}')),
     by_source as (select source, sum(loss * num_tokens) / sum(num_tokens) as loss from samples group by source)
 select 'all tokens', sum(loss * num_tokens) / sum(num_tokens) from samples
 union all select 'mean of sources', avg(loss) from by_source
@@ -59,8 +59,11 @@ def measure(output: Path) -> list[tuple[str, int, str, str, float]]:
                 with open_ledger(folder) as ledger:
                     facts = read_facts(run, ledger)
                 measures = [] if facts is None else _figures(facts)
+                loss = dict(read_rows(folder, _MEASURES.format(round=1)))["all tokens"]
+                measures.append(("loss, all tokens", loss))
             else:
-                measures = [(name, value) for name, value in read_rows(folder, _MEASURES) if value is not None]
+                found = read_rows(folder, _MEASURES.format(round=2))
+                measures = [(name, value) for name, value in found if value is not None]
             rows += [(regime, seed, arm, name, value) for name, value in measures]
     return rows
 
