@@ -19,6 +19,8 @@ COLUMNS = ["regime", "seed", "arm", "measure", "value"]
 REFERENCE, EQUAL = "random", "all"
 # The run that all arms of a cell continue, after round 1.
 BASE = "base"
+# The arm that draws within parts, and what is recorded of its draw and of the base's.
+IN_PARTS, DISTANCE = "loss_part", "distance of the draw"
 # rounds.num_parts of all runs.
 PARTS = 8
 
@@ -54,16 +56,15 @@ def measure(output: Path) -> list[tuple[str, int, str, str, float]]:
         regime, seed = cell.parents[2].name, int(cell.parents[1].name.removeprefix("seed-"))
         for folder in sorted(cell.glob(f"*-seed-{seed}")):
             arm = folder.name.removesuffix(f"-seed-{seed}")
+            with open_ledger(folder) as ledger:
+                facts = read_facts(read_run(folder), ledger) if arm in (BASE, IN_PARTS) else None
             if arm == BASE:
-                run = read_run(folder)
-                with open_ledger(folder) as ledger:
-                    facts = read_facts(run, ledger)
-                measures = [] if facts is None else _figures(facts)
                 loss = dict(read_rows(folder, _MEASURES.format(round=1)))["all tokens"]
-                measures.append(("loss, all tokens", loss))
+                measures = [] if facts is None or loss is None else [*_figures(facts), ("loss, all tokens", loss)]
             else:
                 found = read_rows(folder, _MEASURES.format(round=2))
                 measures = [(name, value) for name, value in found if value is not None]
+                measures += [] if facts is None else [(DISTANCE, facts.distance)]
             rows += [(regime, seed, arm, name, value) for name, value in measures]
     return rows
 
@@ -75,7 +76,7 @@ def _figures(facts: RoundFacts) -> list[tuple[str, float]]:
         "share forgotten": facts.forgotten.share,
         "nats forgotten": facts.forgotten.nats,
         "spread of losses in shards": facts.spread,
-        "distance of the draw": facts.distance,
+        DISTANCE: facts.distance,
     }
     for place, part in enumerate(facts.parts, 1):
         figures |= {f"share forgotten, part {place}": part.share, f"nats forgotten, part {place}": part.nats}
@@ -153,7 +154,10 @@ def _after_round_1(path: Path, regimes: list[str]) -> list[str]:
 
 
 def repeated(path: Path, recorded: Path = RECORDED) -> str:
-    """Return, as Markdown, how far the arms in `path` are from the recorded ones, beside the noise between equals."""
+    """Return, as Markdown, how far the arms in `path` are from the recorded ones, beside the noise between equals.
+
+    Raises ValueError if none is recorded.
+    """
     noise = {row[:2]: row[7] for row in differences(recorded)}
     with duckdb.connect() as connection:
         rows = connection.execute(
@@ -162,6 +166,8 @@ def repeated(path: Path, recorded: Path = RECORDED) -> str:
             where arm <> '{BASE}' group by all order by all""",
             [str(path), str(recorded)],
         ).fetchall()
+    if not rows:
+        raise ValueError(f"{path}: no arm of it is recorded; give regimes and seeds of the study")
     lines = ["| regime | measure | runs | largest difference | noise between equals |", "|---|---|---:|---:|---:|"]
     lines += [
         f"| {regime} | {measured} | {runs} | {largest:.6f} | {noise[regime, measured]:.4f} |"

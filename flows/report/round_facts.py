@@ -6,6 +6,7 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
+from data_scoring.refine.budget import CALIBRATION
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 
@@ -30,8 +31,8 @@ class Forgotten:
 class Cost:
     """What another round costs, in training tokens; a token that is only scored costs a third of one.
 
-    everything: one pass over the corpus. round: the samples that the sampling rate keeps. scoring: scoring the corpus.
-    seconds: the same in seconds of this run, or None where the run has not trained.
+    everything: one pass over the corpus. round: what the next round trains on. scoring: scoring the corpus, 0 for a
+    policy without losses. seconds_a_token: the inverse of the training speed; None where the run has not trained.
     """
 
     everything: int
@@ -50,13 +51,13 @@ class RoundFacts:
     """Figures of the last scored round of a run.
 
     tokens_per_parameter: predicted tokens of all rounds so far per parameter.
-    forgotten: over all samples trained on; None if their losses are not of whole samples.
+    forgotten: over all samples that the round trained on; None if their losses are not of whole samples.
     parts: the same by equal parts of the training order, from the first.
     spread: standard deviation of losses within a shard (or a part, as refine.within says), nats per token, mean over
     these.
-    distance: the share of the samples drawn by loss that a random draw would not have (the draw that `refine` sets,
-    with policy loss).
-    gain: validation loss after the round that followed less that after the scored one; None without such a round.
+    distance: the share of the samples drawn by loss, with the sampling rate and temperature of `refine`, that a random
+    draw of the same size would not have.
+    gain: validation loss after the next round less that after the scored one; None if the next is not complete.
     """
 
     round_number: int
@@ -90,7 +91,7 @@ def read_facts(run: Run, ledger: duckdb.DuckDBPyConnection) -> RoundFacts | None
         spread=spread,
         distance=distance,
         cost=_cost(run, ledger, number),
-        gain=_gain(ledger, number),
+        gain=_gain(ledger, number) if run.recorded("train", number + 1) else None,
     )
 
 
@@ -105,7 +106,7 @@ def _forgotten(
             avg(forgotten::double)
         from forgetting join (select *, count(*) over () as num_samples from mix where round = {number})
             using (round, shard, sample)
-        group by part order by part"""
+        where forgetting.round = {number} group by part order by part"""
     ).fetchall()
     if not rows:
         return None, ()
@@ -143,10 +144,10 @@ def _losses(ledger: duckdb.DuckDBPyConnection, number: int, config: RunConfig) -
     ).fetchnumpy()
     kept = missed = 0.0
     temperature, rate = draw_of(config)
-    for stratum in np.unique(counted["stratum"]):
-        mine = counted["stratum"] == stratum
-        counts = np.asarray(counted["count"][mine], float)
-        probabilities = inclusion_probabilities(np.asarray(counted["loss"][mine], float), counts, rate, temperature)
+    bounds = np.flatnonzero(np.diff(counted["stratum"])) + 1
+    strata = (np.split(np.asarray(counted[name], float), bounds) for name in ("loss", "count"))
+    for losses, counts in zip(*strata, strict=True):
+        probabilities = inclusion_probabilities(losses, counts, rate, temperature)
         kept += float(counts @ probabilities)
         missed += float(counts @ np.maximum(probabilities - rate, 0))
     return float(spread), missed / kept
@@ -155,7 +156,7 @@ def _losses(ledger: duckdb.DuckDBPyConnection, number: int, config: RunConfig) -
 def draw_of(config: RunConfig) -> tuple[float, float]:
     """Return the temperature and the sampling rate of the draw by loss that a run makes, or would make."""
     refine = config.refine
-    return refine.draw_temperature if refine.policy in ("loss", "top") else 1.0, refine.sampling_rate
+    return 1.0 if refine.temperature is None else refine.temperature, refine.sampling_rate
 
 
 def inclusion_probabilities(
@@ -173,23 +174,31 @@ def inclusion_probabilities(
         return np.asarray(np.clip((rate * counts.sum() - above) / counts, 0, 1))
     weights = losses / temperature
     low, high = weights.min() - 50, weights.max() + 50
+
+    def probabilities(threshold: float) -> NDArray[np.float64]:
+        # Above e^4, the probability is 1 in double precision.
+        return np.asarray(-np.expm1(-np.exp(np.minimum(weights - threshold, 4.0))))
+
     # The expected number falls as the threshold rises; 100 halvings are more than doubles can tell apart.
     for _ in range(100):
         middle = (low + high) / 2
-        expected = counts @ -np.expm1(-np.exp(weights - middle))
+        expected = counts @ probabilities(middle)
         low, high = (middle, high) if expected > rate * counts.sum() else (low, middle)
-    return np.asarray(-np.expm1(-np.exp(weights - low)))
+    return probabilities(low)
 
 
 def _cost(run: Run, ledger: duckdb.DuckDBPyConnection, number: int) -> Cost:
     [(everything,)] = ledger.sql("select sum(num_tokens) from samples").fetchall()
-    [(scoring,)] = ledger.sql(f"select sum(cost_tokens) from budgets where round = {number} and chosen").fetchall()
+    [(scoring,)] = ledger.sql(
+        f"select sum(cost_tokens) from budgets where round = {number} and (chosen or candidate = '{CALIBRATION}')"
+    ).fetchall()
     [(speed,)] = ledger.sql(f"select median(tokens_per_second) from steps where round = {number}").fetchall()
     refine = run.config.refine
+    kept = round(everything * refine.draw_rate)
     return Cost(
         everything=int(everything),
-        round=round(everything * refine.draw_rate),
-        scoring=int(scoring or 0),
+        round=kept if refine.max_tokens is None else min(kept, refine.max_tokens),
+        scoring=int(scoring or 0) if refine.policy_row.needs_losses else 0,
         seconds_a_token=1 / speed if speed else None,
     )
 

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from flows.report.round_facts import Cost, RoundFacts, draw_of
 from flows.run.config import RunConfig
 
-# A smaller share forgotten counts as nothing forgotten; a draw further from a random one leaves out much of the text.
-LEAST_FORGOTTEN, MOST_DISTANCE = 0.05, 0.3
+# What the study measured, with some room: between these, runs are of no kind.
+LITTLE_FORGOTTEN, MUCH_FORGOTTEN = 0.01, 0.1
+NEAR_RANDOM, FAR_FROM_RANDOM = 0.15, 0.4
+# The study drew after round 1 at this rate.
+_STUDIED_RATE = 0.5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the study found in runs of a kind: the draw by loss within shards less a random draw of the same total cost.
+    """What the study found in runs of a kind: a draw by loss less a random draw of the same total cost.
 
     mean: over all held-out tokens; worst: over the held-out text of the source with the highest loss; in nats per
     token, means over `num_runs` runs. mean_lower, worst_lower: the runs of these in which the draw by loss is better.
@@ -39,27 +42,33 @@ class Kind:
     advice: str
 
 
-_COMPARE = "`reprise compare CONFIG --policies loss,random` measures the difference on your own text and model."
+_AT_RANDOM = "draw at random: refine: {{policy: random, sampling_rate: {rate:.2g}, outlier_z: null}} costs the same."
+_COMPARE = (
+    "`reprise compare CONFIG --policies loss,random --equal cost` measures the difference on your own text and model."
+)
 NOTHING_FORGOTTEN = Kind(
     Finding(3, 0.114, 0, 0.0144, -0.0087, 3),
-    "in which nothing was forgotten",
-    "Scoring does not pay here: the model has forgotten nothing.",
-    "Train the next round on a random draw of the same cost (refine: {policy: random, outlier_z: null}), or on "
-    f"everything (policy: all). {_COMPARE}",
+    "that had forgotten next to nothing",
+    "Drawing by loss does not pay here: the model has forgotten next to nothing.",
+    f"Train on everything (refine.policy: all), or {_AT_RANDOM}",
 )
 FORGOTTEN = Kind(
     Finding(9, 0.0231, 0, 0.0053, -0.0767, 9),
-    "that forgot",
-    "Another round pays; drawn by loss, it helps the hardest source, at the expense of the average.",
-    "If all text counts the same, draw at random (refine: {policy: random, outlier_z: null}); if hard text counts "
-    f"more, go on with policy loss. {_COMPARE}",
+    "that had forgotten as much",
+    "Drawing by loss helps the hardest source here, at the expense of the average.",
+    f"If hard text counts more, go on with policy loss; if all text counts the same, {_AT_RANDOM}",
 )
-FAR_FROM_RANDOM = Kind(
+LEFT_OUT = Kind(
     Finding(3, 0.7208, 0, 0.6711, 1.012, 0),
     "in which the draw was as far from random",
-    "Do not draw by loss like this: the draw leaves out most of some text, which the next round would forget.",
-    "Draw within parts of the training order (refine.within: part), set floors for sources (refine.sources, at_least), "
-    f"or draw at random. {_COMPARE}",
+    "Do not draw by loss like this: the draw leaves out most of some text, which the next round forgets.",
+    f"Draw within parts of the training order (refine.within: part), which is safe, or {_AT_RANDOM}",
+)
+IN_PARTS = Kind(
+    Finding(3, 0.0733, 0, 0.0236, 0.0597, 0),
+    "that had forgotten most of what they read first, and drew within parts",
+    "Drawing by loss does not pay here: the model has forgotten what it read first, and a random draw brings it back.",
+    f"To repair it for less, {_AT_RANDOM}",
 )
 
 
@@ -74,27 +83,41 @@ class Verdict:
 
 def judge(facts: RoundFacts | None, config: RunConfig) -> Verdict:
     """Return the verdict on a run with these facts of its last scored round; None: no round was scored."""
+    refine = config.refine
     if facts is None:
-        return Verdict(
-            "No verdict: no round has been scored.",
-            (),
-            "`reprise score RUN --round N` scores a round that was trained.",
-        )
-    reasons = (_forgotten(facts), _spread(facts, config), _cost(facts.cost), *_gain(facts))
-    kind = kind_of(facts)
-    if kind is None:
-        advice = "Runs with score.budget: full can tell."
-        return Verdict("No verdict: what the model has forgotten is not known.", reasons, advice)
-    return Verdict(kind.headline, (*reasons, _study(kind)), kind.advice)
-
-
-def kind_of(facts: RoundFacts) -> Kind | None:
-    """Return the kind of run that has these facts, or None if it cannot be told."""
+        if not refine.policy_row.needs_losses and refine.outlier_z is None:
+            return Verdict(f"Policy {refine.policy} needs no losses, so no round was scored.", (), _COMPARE)
+        advice = "`reprise score RUN --round N` scores a round that was trained."
+        return Verdict("No verdict yet: no round has been scored.", (), advice)
+    reasons = (*_gain(facts), _forgotten(facts), _spread(facts, config), _cost(facts.cost))
+    if refine.policy != "loss" or refine.sources or refine.draw_rate == 1:
+        how = "with limits of sources" if refine.sources else f"at sampling rate {refine.draw_rate:g}"
+        headline = f"No verdict: the study's is about drawing by loss, and this run has policy {refine.policy} {how}."
+        return Verdict(headline, reasons, _COMPARE)
     if facts.forgotten is None:
+        return Verdict(
+            "No verdict: what the model has forgotten is not known.", reasons, "Runs with score.budget: full can tell."
+        )
+    kind = kind_of(facts, refine.within)
+    if kind is None:
+        return Verdict("No verdict: this run is between the kinds that the study measured.", reasons, _COMPARE)
+    advice = kind.advice.format(rate=min(1.0, facts.cost.total / facts.cost.everything))
+    return Verdict(kind.headline, (*reasons, _study(kind, facts, refine.sampling_rate)), f"{advice} {_COMPARE}")
+
+
+def kind_of(facts: RoundFacts, within: str) -> Kind | None:
+    """Return the kind of a run that draws by loss and has these facts, or None if the study measured no such run."""
+    forgotten, is_near = facts.forgotten, facts.distance <= NEAR_RANDOM
+    if forgotten is None:
         return None
-    if facts.distance > MOST_DISTANCE:
-        return FAR_FROM_RANDOM
-    return FORGOTTEN if facts.forgotten.share >= LEAST_FORGOTTEN else NOTHING_FORGOTTEN
+    if facts.distance >= FAR_FROM_RANDOM:
+        return LEFT_OUT
+    # On average, samples got worse: early text was forgotten.
+    if forgotten.nats > 0:
+        return IN_PARTS if within == "part" else None
+    if is_near and forgotten.share <= LITTLE_FORGOTTEN:
+        return NOTHING_FORGOTTEN
+    return FORGOTTEN if is_near and forgotten.share >= MUCH_FORGOTTEN else None
 
 
 def _forgotten(facts: RoundFacts) -> str:
@@ -105,9 +128,9 @@ def _forgotten(facts: RoundFacts) -> str:
     parts = ", ".join(f"{100 * part.share:.0f}" for part in facts.parts)
     return (
         f"Forgotten: after round {number} ({facts.tokens_per_parameter:.1f} tokens per parameter), "
-        f"{_percent(forgotten.share)} of the samples have a higher loss than in the step that trained on them; by "
-        f"{len(facts.parts)} parts of the training order, {parts} %. On average, a sample's loss {direction} by "
-        f"{abs(forgotten.nats):.2f} nats per token."
+        f"{_percent(forgotten.share)} of the samples that it trained on have a higher loss than in the step that "
+        f"trained on them, before its update; by {len(facts.parts)} parts of the training order, {parts} %. On "
+        f"average, a sample's loss {direction} by {abs(forgotten.nats):.2f} nats per token."
     )
 
 
@@ -116,15 +139,18 @@ def _spread(facts: RoundFacts, config: RunConfig) -> str:
     return (
         f"Spread: within a {config.refine.within}, losses have a standard deviation of {facts.spread:.2f} nats. Of the "
         f"samples that a draw by loss keeps, at sampling rate {rate:g} and temperature {temperature:g}, "
-        f"{_percent(facts.distance)} are others than a random draw's."
+        f"{_percent(facts.distance)} would not be in a random draw of the same size."
     )
 
 
 def _cost(cost: Cost) -> str:
+    text = f"Cost: another round trains on {_tokens(cost.round, cost)}"
+    if not cost.scoring:
+        return f"{text}, {_percent(cost.round / cost.everything)} of a pass over everything."
     return (
-        f"Cost: another round trains on {_tokens(cost.round, cost)} and scores for {_tokens(cost.scoring, cost)}, "
-        f"together {_percent(cost.total / cost.everything)} of a pass over everything. A random draw of the same cost "
-        f"trains on {_tokens(cost.total, cost)}."
+        f"{text}, and scoring costs as much as {_tokens(cost.scoring, cost)}, together "
+        f"{_percent(cost.total / cost.everything)} of a pass over everything, for which it could train on "
+        f"{_tokens(min(cost.total, cost.everything), cost)} drawn at random."
     )
 
 
@@ -133,19 +159,24 @@ def _gain(facts: RoundFacts) -> list[str]:
         return []
     number = facts.round_number + 1
     return [
-        f"Result: round {number} changed the validation loss by {facts.gain:+.3f} nats per token. What a random draw "
-        "of the same cost would have changed is not known without a comparison."
+        f"Result: round {number} {'raised' if facts.gain > 0 else 'lowered'} the validation loss by "
+        f"{abs(facts.gain):.3f} nats per token. What a random draw of the same cost would have done is not known "
+        "without a comparison."
     ]
 
 
-def _study(kind: Kind) -> str:
+def _study(kind: Kind, facts: RoundFacts, rate: float) -> str:
     found = kind.finding
-    return (
+    text = (
         f"Study (docs/study.md): in {found.num_runs} runs {kind.described}, a draw by loss was {_compared(found.mean)} "
         f"than a random draw of the same total cost over all held-out text (better in {found.mean_lower} of the "
-        f"{found.num_runs}; were scoring free, {_compared(found.mean_paid)}), and {_compared(found.worst)} on "
-        f"the source with the highest loss (better in {found.worst_lower}). Its models are tiny; larger may differ."
+        f"{found.num_runs}; at equal training tokens, {_compared(found.mean_paid)}), and {_compared(found.worst)} on "
+        f"the source with the highest loss (better in {found.worst_lower}). Equal draws differ by up to 0.03 nats. Its "
+        "models are tiny; larger may differ."
     )
+    if facts.round_number > 1 or rate != _STUDIED_RATE:
+        text += f" It drew after round 1, at sampling rate {_STUDIED_RATE:g}."
+    return text
 
 
 def _compared(difference: float) -> str:

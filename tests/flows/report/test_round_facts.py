@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,28 @@ def test_facts_are_those_of_the_files(make_once: MakeOnce, tmp_path: Path) -> No
     config = read_run(folder).config
     # Vocabulary of 280.
     assert facts.tokens_per_parameter == pytest.approx(steps / config.model.num_parameters(280))
-    assert facts.gain == 0
+    rounds = [pq.read_table(folder / "rounds" / str(number) / "validation.parquet").to_pylist() for number in (1, 2)]
+    ends = [[row for row in rows if row["step"] == rows[-1]["step"]] for rows in rounds]
+    first, second = (sum(row["loss"] * row["num_tokens"] for row in rows) / 400 for rows in ends)
+    assert facts.gain == pytest.approx(second - first)
+
+
+def test_losses_within_parts_and_limits_of_the_next_round(make_once: MakeOnce, tmp_path: Path) -> None:
+    folder, losses, seen = with_losses(make_once("verified", make_runs) / "train 2", tmp_path / "run")
+    run = read_run(folder)
+    refine = run.config.refine.model_copy(update={"within": "part", "max_tokens": 1000})
+    within = replace(run, config=run.config.model_copy(update={"refine": refine}))
+    with open_ledger(folder) as ledger:
+        facts = read_facts(within, ledger)
+    assert facts is not None
+    parts = np.arange(len(seen)) * 8 // len(seen)
+    end = np.array([losses[place] for place in seen])
+    assert facts.spread == pytest.approx(np.mean([np.std(end[parts == part]) for part in range(8)]), abs=1e-5)
+    assert facts.cost.round == 1000
+    # What is not complete has no result.
+    run.forget("train", 2)
+    shorter = facts_of(folder)
+    assert shorter is not None and shorter.gain is None
 
 
 def drawn_by(chance: np.random.Generator, losses: NDArray[np.float64]) -> NDArray[np.float64]:
