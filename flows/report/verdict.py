@@ -42,7 +42,7 @@ class Kind:
     advice: str
 
 
-_AT_RANDOM = "draw at random: refine: {{policy: random, sampling_rate: {rate:.2g}, outlier_z: null}} costs the same."
+_AT_RANDOM = "draw at random: refine: {{policy: random, sampling_rate: {rate:.2g}, outlier_z: null}}, at the same cost."
 _COMPARE = (
     "`reprise compare CONFIG --policies loss,random --equal cost` measures the difference on your own text and model."
 )
@@ -68,7 +68,7 @@ IN_PARTS = Kind(
     Finding(3, 0.0733, 0, 0.0236, 0.0597, 0),
     "that had forgotten most of what they read first, and drew within parts",
     "Drawing by loss does not pay here: the model has forgotten what it read first, and a random draw brings it back.",
-    f"To repair it for less, {_AT_RANDOM}",
+    f"Instead, {_AT_RANDOM}",
 )
 
 
