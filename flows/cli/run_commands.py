@@ -143,11 +143,13 @@ def _stage(options: argparse.Namespace) -> None:
 
 def _steps(run: Run, stage: str, wanted: int | None) -> tuple[int, list[Step]]:
     """Return the round that a stage's command works on, by default the first incomplete one, and its steps."""
-    rounds = _rounds_with(run, stage)
+    rounds, last = _rounds_with(run, stage), run.config.rounds.num_rounds
+    if not rounds:
+        raise ValueError(f"{run.folder}: a run with rounds.num_rounds {last} has no {stage}; raise rounds.num_rounds")
     if wanted is not None:
         if wanted not in rounds:
             raise ValueError(
-                f"--round: {wanted} is not between {min(rounds)} and rounds.num_rounds {run.config.rounds.num_rounds}"
+                f"--round: {wanted} is not between {min(rounds)} and rounds.num_rounds {last}; give one of these"
             )
         return wanted, rounds[wanted]
     if 0 not in rounds:
@@ -213,14 +215,14 @@ def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
 def _next_to_train(run: Run) -> int:
     """Return the first round from round 2 on that has not trained."""
     rounds = list(_rounds_with(run, "refine"))
-    return next((number for number in rounds if not is_complete(run, "train", number)), rounds[-1])
+    return next((number for number in rounds if not is_complete(run, "train", number)), rounds[-1] if rounds else 2)
 
 
 def _approve(options: argparse.Namespace) -> None:
     run = read_run(options.run)
     with locked(run.folder):
-        number = _next_to_train(run) if options.round is None else options.round
-        if number not in _rounds_with(run, "refine") or not is_complete(run, "score", number - 1):
+        number, _ = _steps(run, "refine", _next_to_train(run) if options.round is None else options.round)
+        if not is_complete(run, "score", number - 1):
             raise ValueError(
                 f"--round: round {number} has nothing to approve yet; see `reprise status {quote(str(run.folder))}`"
             )

@@ -1,6 +1,8 @@
 """Remedies of errors about damaged files work as they are worded, and nothing that was trained is lost by them."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import yaml
 
 from data_scoring.base.progress import silent
 from flows.cli.main import main
+from flows.run.config import parse_config
 from flows.run.folder import open_run, read_run
-from flows.stages.stage_order import complete, stages_of, steps_of
+from flows.stages.stage_order import complete, complete_all, stages_of, steps_of
 from flows.stages.status import read_status
 from tests.conftest import MakeOnce
-from tests.flows.fakes import FakeRanks, fake_ranks
+from tests.flows.fakes import FakeRanks, fake_ranks, values
 from tests.flows.stages.test_verification import STOPS, make_runs, results
 from trainer.checkpoint_folder import list_checkpoints
 
@@ -98,3 +101,64 @@ def test_a_round_that_trains_is_not_approved_anew(folder: Path, capsys: pytest.C
     said = error_of(capsys, "approve", str(folder), "--round", "2", "--sampling-rate", "0.9")
     assert "round 2 has begun to train on what was approved before; move " in said
     assert main(["approve", str(folder), "--round", "2"]) == 0
+
+
+def follow(capsys: pytest.CaptureFixture[str], *command: str) -> list[str]:
+    """Do what each error of a command advises until the command succeeds; return the advised commands."""
+    advised: list[str] = []
+    while main([*command]) != 0:
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        found = re.search("`reprise ([^`]+)`", line)
+        assert found is not None, line
+        assert found[1] not in advised, line
+        advised.append(found[1])
+        name, *rest = shlex.split(found[1])
+        if name == "run":
+            run = read_run(Path(rest[0]))
+            complete_all(run, steps_of(run.config), silent)
+        else:
+            advised += follow(capsys, name, *rest)
+    return [each.partition(" ")[0] for each in advised]
+
+
+@pytest.mark.parametrize(
+    ("num_rounds", "done", "command", "advised"),
+    [
+        (2, "all", ["refine", "--dry-run", "--round", "3"], ["score"]),
+        (2, "prepare", ["refine", "--dry-run", "--round", "3"], ["score", "run"]),
+        (2, "prepare", ["refine", "--dry-run"], ["run"]),
+        (2, "prepare", ["score", "--round", "2"], ["run"]),
+        (2, "prepare", ["train", "--round", "2"], ["run"]),
+        (1, "all", ["refine", "--dry-run"], ["score"]),
+        (1, "all", ["score"], []),
+    ],
+)
+def test_advised_commands_help(
+    num_rounds: int, done: str, command: list[str], advised: list[str], texts: Path, tmp_path: Path, ranks: FakeRanks,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = parse_config({**values(texts, tmp_path), "rounds": {"num_rounds": num_rounds}}, "test")
+    run = open_run(config)
+    steps = steps_of(config)
+    complete_all(run, steps if done == "all" else steps[:1], silent)
+    assert follow(capsys, command[0], str(run.folder), *command[1:]) == advised
+
+
+@pytest.mark.parametrize("number", [-3, 1, 99])
+@pytest.mark.parametrize("command", [["refine", "--dry-run"], ["refine"], ["approve"]])
+def test_a_round_that_no_command_makes_is_named(
+    command: list[str], number: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = error_of(capsys, command[0], str(folder), *command[1:], "--round", str(number))
+    assert "`reprise" not in said
+    assert f"{number} is not between 2 and" in said or f"score of round {number - 1}: its rounds.num_rounds is 2" in said
+
+
+@pytest.mark.parametrize("command", [["refine"], ["approve"], ["refine", "--round", "2"], ["approve", "--round", "2"]])
+def test_a_run_of_one_round_refines_nothing(
+    command: list[str], texts: Path, tmp_path: Path, ranks: FakeRanks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(parse_config({**values(texts, tmp_path), "rounds": {"num_rounds": 1}}, "test"))
+    complete(run, "prepare", 0, silent)
+    said = error_of(capsys, command[0], str(run.folder), *command[1:])
+    assert "a run with rounds.num_rounds 1 has no refine; raise rounds.num_rounds" in said
