@@ -167,8 +167,8 @@ class Corpus:
             field = f"corpus.sources.{source['name']}"
             if "lost_characters" in source:
                 notes.append(
-                    f"{field}: the tokenizer lost {source['lost_characters']:,} of {source['characters']:,} characters, "
-                    f"such as {source['lost_examples']!r}"
+                    f"{field}: the tokenizer lost {source['lost_characters']:,} of {source['characters']:,} "
+                    f"characters, such as {source['lost_examples']!r}"
                 )
             if source["name"] not in held_out:
                 notes.append(

@@ -151,7 +151,9 @@ def test_a_round_that_no_command_makes_is_named(
 ) -> None:
     said = error_of(capsys, command[0], str(folder), *command[1:], "--round", str(number))
     assert "`reprise" not in said
-    assert f"{number} is not between 2 and" in said or f"score of round {number - 1}: its rounds.num_rounds is 2" in said
+    assert (
+        f"{number} is not between 2 and" in said or f"score of round {number - 1}: its rounds.num_rounds is 2" in said
+    )
 
 
 @pytest.mark.parametrize("command", [["refine"], ["approve"], ["refine", "--round", "2"], ["approve", "--round", "2"]])
