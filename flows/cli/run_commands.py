@@ -1,6 +1,7 @@
 """The commands of a single run: `run`, one for each stage that has a command, and `approve`."""
 
 import argparse
+import sys
 from dataclasses import replace
 from shlex import quote
 from typing import Any
@@ -9,10 +10,10 @@ from pydantic import ValidationError
 
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
-from flows.cli.options import path, read_resolved
-from flows.run.config import RunConfig, override
+from flows.cli.options import check_text, path, read_resolved
+from flows.run.config import RunConfig, differences, override
 from flows.run.folder import VERIFIED, Run, open_run, read_run
-from flows.run.locks import locked
+from flows.run.locks import is_locked, locked
 from flows.stages.stage_order import STAGES, Step, is_complete, steps_at, steps_of_command
 from trainer.checkpoint_folder import list_checkpoints
 
@@ -89,11 +90,10 @@ def _run(options: argparse.Namespace) -> None:
         print(launch_plan(config))
         return
 
-    if not (config.folder / "run.yaml").exists():
-        # Told before Prefect and torch are imported, which takes seconds.
-        from data_scoring.corpus.prepare_corpus import check_corpus
-
-        check_corpus(config.corpus, config.tokenizer)
+    if not (config.folder / "corpus" / "manifest.json").exists():
+        check_text(config)
+    else:
+        _print_state(config)
     _forget_verified(options, config)
 
     from flows.orchestration.here import run_here
@@ -101,6 +101,22 @@ def _run(options: argparse.Namespace) -> None:
     report = run_here(_import_flow, config)
     _print_notes(read_run(config.folder))
     print(f"report: {report}")
+
+
+def _print_state(config: RunConfig) -> None:
+    """Print what is left of a run that has a corpus: the first stage that is not done, and how far it is."""
+    from flows.stages.status import resumption
+
+    stored = read_run(config.folder)
+    if is_locked(config.folder) or differences(stored.config, config):
+        # Refused below.
+        return
+    following = resumption(replace(stored, config=config))
+    if following is not None:
+        print(f"resuming at {following}", file=sys.stderr)
+        return
+    report = config.folder / "report.html"
+    print(f"nothing to do: all stages are done; verifies files and writes {report} again", file=sys.stderr)
 
 
 def _import_flow() -> Any:

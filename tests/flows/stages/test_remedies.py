@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_scoring.base.files import write_json
 from data_scoring.base.progress import silent
 from flows.cli.main import main
 from flows.run.config import parse_config
-from flows.run.folder import open_run, read_run
+from flows.run.folder import Run, open_run, read_run
 from flows.stages.stage_order import complete, complete_all, stages_of, steps_of
 from flows.stages.status import read_status
 from tests.conftest import MakeOnce
@@ -142,6 +143,66 @@ def test_advised_commands_help(
     steps = steps_of(config)
     complete_all(run, steps if done == "all" else steps[:1], silent)
     assert follow(capsys, command[0], str(run.folder), *command[1:]) == advised
+
+
+BEGINNINGS = {
+    "source": ({"corpus": {"sources": [{"name": "a", "path": "missing.jsonl"}]}}, "no file matches"),
+    "tokenizer": ({"tokenizer": {"path": "missing.json"}}, "missing.json: no such file"),
+    "device": ({"device": "npu"}, "torch-npu is not installed"),
+    "vocabulary": ({"model": {"vocab_size": 200}}, "smaller than the tokenizer's vocabulary"),
+    "reference": ({"refine": {"policy": "excess", "reference": "nowhere"}}, "has no losses"),
+}
+
+
+@pytest.mark.parametrize("mistake", BEGINNINGS)
+def test_a_start_that_fails_leaves_no_run(
+    mistake: str, texts: Path, tmp_path: Path, ranks: FakeRanks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, error = BEGINNINGS[mistake]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**values(texts, tmp_path / "runs"), **wrong}))
+    assert error in error_of(capsys, "prepare", str(path))
+    assert not (tmp_path / "runs" / "x").exists()
+
+
+def test_a_start_that_fails_in_a_folder_with_anything_else_keeps_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (folder / "run.yaml").read_bytes()
+    (folder / "rounds").rename(tmp_path / "rounds")
+    shutil.rmtree(folder / "corpus")
+    run = read_run(folder)
+    missing = [source.model_copy(update={"path": "missing"}) for source in run.config.corpus.sources]
+    config = run.config.model_copy(update={"corpus": run.config.corpus.model_copy(update={"sources": tuple(missing)})})
+    with pytest.raises(ValueError, match="no file matches"):
+        complete(Run(config, folder), "prepare", 0, silent)
+    assert (folder / "run.yaml").read_bytes() == before
+
+
+def test_what_is_left_of_a_run_is_told(
+    texts: Path, tmp_path: Path, ranks: FakeRanks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**values(texts, tmp_path / "runs"), "rounds": {"num_rounds": 1}}))
+    folder = tmp_path / "runs" / "x"
+    monkeypatch.setattr("flows.orchestration.here.run_here", lambda flow, config: folder / "report.html")
+    assert main(["prepare", str(path)]) == 0
+    capsys.readouterr()
+    for target in (path, folder):
+        assert main(["run", str(target)]) == 0
+        assert capsys.readouterr().err == "resuming at mix 1\n"
+    checkpoint = folder / "rounds" / "1" / "checkpoint" / "step-00000040"
+    assert main(["train", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["run", str(path)]) == 0
+    assert capsys.readouterr().err == (
+        f"nothing to do: all stages are done; verifies files and writes {folder / 'report.html'} again\n"
+    )
+    (folder / "rounds" / "1" / "train.json").unlink()
+    write_json(checkpoint / "reprise.json", {"step": 40, "num_steps": 130})
+    shutil.rmtree(list_checkpoints(checkpoint.parent)[-1])
+    assert main(["run", str(path)]) == 0
+    assert capsys.readouterr().err == "resuming at train 1, last checkpoint at step 40 of 130\n"
 
 
 @pytest.mark.parametrize("number", [-3, 1, 99])
