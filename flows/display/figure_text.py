@@ -11,6 +11,8 @@ from matplotlib.ticker import FuncFormatter
 
 # Longer labels of ticks, such as names of sources, would take the figure's place.
 _LONGEST_LABEL = 40
+# Comes with matplotlib, and has a box for every letter.
+_BOXES = "Last Resort"
 
 
 def make_readable(figure: Figure) -> None:
@@ -36,7 +38,7 @@ def find_fonts(letters: str) -> tuple[list[str], frozenset[str]]:
     missing -= _covered(font_manager.findfont(font_manager.FontProperties()), missing)
     fonts: list[str] = []
     for entry in sorted(font_manager.fontManager.ttflist, key=_order) if missing else []:
-        if found := _covered(entry.fname, missing):
+        if _BOXES not in entry.name and (found := _covered(entry.fname, missing)):
             fonts.append(entry.name)
             missing -= found
     return fonts, frozenset(missing)
