@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_scoring.base.field_effects import FREE
-from data_scoring.base.field_types import Integer, Number, PathText
+from data_scoring.base.field_types import Integer, Name, Number, PathText, Pattern
 from data_scoring.base.user_paths import USER_PATH, UserPath
 from data_scoring.evaluation.tasks import TaskName
 
@@ -38,9 +38,7 @@ def _is_name(fields: Mapping[str, Any], path: Path) -> bool:
 class SourceConfig(Config):
     """One named source of text."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)] = Field(
-        description="Name that losses and reports are grouped by."
-    )
+    name: Name = Field(description="Name that losses and reports are grouped by: letters, digits and _ . -")
     format: Literal["auto", "jsonl", "text", "parquet", "datasets", "megatron", "python"] = Field(
         default="auto", description="How to read the path; auto decides by the file name's suffix."
     )
@@ -104,7 +102,9 @@ class ScoreConfig(Config):
     micro_batch_size: Annotated[Integer, FREE] = Field(
         default=8, ge=1, le=4096, description="Samples per forward pass."
     )
-    budget: Annotated[str, Field(pattern=r"^(full|seen|auto|prefix:[1-9][0-9]{0,6})$")] = Field(
+    budget: Annotated[
+        str, Pattern("full|seen|auto|prefix:[1-9][0-9]{0,6}", "full, seen, auto, or prefix:P with P of 1 to 9999999")
+    ] = Field(
         default="full",
         description="full scores whole samples; prefix:P their first P tokens; seen uses the losses recorded during "
         "training, without a forward pass; auto tries each on a calibration set and uses the cheapest that meets "

@@ -68,6 +68,13 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ValueError(
             f"{origin}: not valid YAML ({place}{problem}); correct it, or put the text in quotes"
         ) from None
+    except yaml.reader.ReaderError as error:
+        # Its position is in bytes or, from the loader in Python, in characters, of which none before it take several.
+        line = text.encode(errors="replace").count(b"\n", 0, error.position) + 1
+        raise ValueError(
+            f"{origin}: not valid YAML (line {line}: {one_line(error.reason)}); remove the character, or write it as "
+            '"\\x07" in quotes'
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         # ValueErrors are of texts that cannot be encoded, and of impossible numbers and dates.
         raise ValueError(f"{origin}: not valid YAML ({one_line(error)}); repair it") from None

@@ -160,13 +160,27 @@ class Corpus:
 
     @property
     def notes(self) -> list[str]:
-        """Return notes for the user, one line for each source of which the tokenizer lost characters."""
-        return [
-            f"corpus.sources.{source['name']}: the tokenizer lost {source['lost_characters']:,} of "
-            f"{source['characters']:,} characters, such as {source['lost_examples']!r}"
-            for source in self.manifest["sources"]
-            if "lost_characters" in source
-        ]
+        """Return notes for the user, in one line each: sources that lost characters, or lack validation or training."""
+        held_out = {part["name"] for part in self.manifest["validation"]["sources"] if part["num_samples"]}
+        notes = []
+        for source in self.manifest["sources"]:
+            field = f"corpus.sources.{source['name']}"
+            if "lost_characters" in source:
+                notes.append(
+                    f"{field}: the tokenizer lost {source['lost_characters']:,} of {source['characters']:,} "
+                    f"characters, such as {source['lost_examples']!r}"
+                )
+            if source["name"] not in held_out:
+                notes.append(
+                    f"{field}: none of its text is held out, so it has no validation loss; give it more documents, or "
+                    "raise corpus.validation_fraction"
+                )
+            elif source["train_tokens"] < 2:
+                notes.append(
+                    f"{field}: all of its text is held out, so no round trains on it; give it more documents, or lower "
+                    "corpus.validation_fraction"
+                )
+        return notes
 
     @property
     def held_out_text(self) -> dict[str, tuple[int, int]]:

@@ -56,17 +56,20 @@ class Stream:
 def assign_roles(sources: list[StagedSource], validation_fraction: float, seed: int) -> list[SourceRoles]:
     """Assign each document to training, validation or duplicates; write the roles to disk and return their counts.
 
-    The first of equal documents is kept. Whether a document is held out depends only on its digest, not on its
-    position. Peak memory: 8 bytes per document, plus 9 for each distinct text that occurs more than once.
+    The first of equal documents is kept. Whether a document is held out depends only on its digest and the seed, not on
+    its position. A source of which none would be held out gives the document with the smallest key, unless it has no
+    other. Peak memory: 8 bytes per document, plus 9 for each distinct text that occurs more than once.
     Raises ValueError if fewer than two distinct documents remain.
     """
     repeated = _repeated_digests(sources)
     seen = np.zeros(len(repeated), bool)
     limit = np.uint64(min(int(validation_fraction * 2**64), 2**64 - 1))
     salt = mix_bits(np.array([seed], np.uint64))[0]
-    results, smallest = [], (2**64, 0, 0)
-    for number, source in enumerate(sources):
+    results: list[SourceRoles] = []
+    smallest: list[tuple[int, int]] = []  # of each source: the smallest key of a kept document, and its number
+    for source in sources:
         result = SourceRoles(source, source.documents_path.with_suffix(".roles"))
+        first = (2**64, 0)
         with result.roles_path.open("wb") as file:
             start = 0
             for rows in source.documents():
@@ -77,7 +80,7 @@ def assign_roles(sources: list[StagedSource], validation_fraction: float, seed: 
                 kept = np.flatnonzero(roles != _DUPLICATE)
                 if len(kept):
                     best = kept[np.argmin(keys[kept])]
-                    smallest = min(smallest, (int(keys[best]), number, start + int(best)))
+                    first = min(first, (int(keys[best]), start + int(best)))
                 start += len(rows)
                 file.write(roles.tobytes())
                 for role in (_TRAIN, _VALIDATION, _DUPLICATE):
@@ -85,13 +88,19 @@ def assign_roles(sources: list[StagedSource], validation_fraction: float, seed: 
                     result.tokens[role] += int(rows["num_tokens"][roles == role].sum())
                     result.bytes[role] += int(rows["num_bytes"][roles == role].sum())
         results.append(result)
+        smallest.append(first)
     if sum(result.documents[_TRAIN] + result.documents[_VALIDATION] for result in results) < 2:
         raise ValueError(
             "corpus.sources: fewer than two distinct documents, but one must be held out for validation; "
             "add text, or for format text set document to paragraph or line"
         )
+    for result, (_, document) in zip(results, smallest, strict=True):
+        if result.documents[_VALIDATION] == 0 and result.documents[_TRAIN] > 1:
+            _hold_out(result, document)
     if not any(result.documents[_VALIDATION] for result in results):
-        _hold_out(results[smallest[1]], smallest[2])
+        # Every source has one document.
+        number = smallest.index(min(smallest))
+        _hold_out(results[number], smallest[number][1])
     return results
 
 

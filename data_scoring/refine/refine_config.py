@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from data_scoring.base.expression import check_expression
 from data_scoring.base.field_effects import FREE, Neutral
-from data_scoring.base.field_types import Integer, Number, PathText
+from data_scoring.base.field_types import Integer, Number, PathText, normalised
 from data_scoring.base.user_paths import USER_PATH
 from data_scoring.config import Config
 from data_scoring.refine.policies import (
@@ -31,7 +31,7 @@ def _describe_added_policies(schema: dict[str, Any]) -> None:
 class SourceRule(Config):
     """Limits for one source that apply regardless of its losses."""
 
-    name: str = Field(min_length=1, description="Name of the source.")
+    name: Annotated[str, AfterValidator(normalised)] = Field(min_length=1, description="Name of the source.")
     at_least: Number = Field(default=0.0, ge=0, le=1, description="Smallest share of its samples that is kept.")
     at_most: Number = Field(default=1.0, ge=0, le=1, description="Largest share of its samples that is kept.")
     from_round: Integer = Field(

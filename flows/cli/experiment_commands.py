@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.cli.options import add_config, count, path, read_trial_config
+from flows.cli.options import add_config, count, path, read_checked
 from flows.run.config import RunConfig
 
 _SEEDS_HELP = "number of seeds, starting at the configuration's seed (default: 1)"
@@ -98,7 +98,6 @@ def _add_grid(command: argparse.ArgumentParser) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from flows.display.terminal_progress import TerminalProgress
     from flows.experiments.arms import (
         arm_comparison,
         init_comparison,
@@ -107,9 +106,8 @@ def _compare(options: argparse.Namespace) -> None:
         round_comparison,
         vocabulary_comparison,
     )
-    from flows.experiments.compare import compare
 
-    config = read_trial_config(options)
+    config = read_checked(options, "-compare")
     if options.equal is not None and options.policies is None and options.arms is None:
         raise ValueError("--equal: only valid with --policies or --arms; other arms differ in their tokens; omit it")
     if options.policies is not None:
@@ -132,6 +130,11 @@ def _compare(options: argparse.Namespace) -> None:
         comparison = round_comparison(options.rounds)
     if options.equal is not None:
         comparison = replace(comparison, equal=options.equal)
+
+    # Takes seconds to import.
+    from flows.display.terminal_progress import TerminalProgress
+    from flows.experiments.compare import compare
+
     with TerminalProgress() as progress:
         page = compare(config, comparison, options.seeds, options.tokens, progress)
     print(f"{page.text}\ncomparison: {page.page}")
@@ -140,7 +143,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _ladder(options: argparse.Namespace) -> None:
     from flows.experiments.arms import ladder_comparison
 
-    config = read_trial_config(options)
+    config = read_checked(options, "-ladder")
     _train_steps(config, ladder_comparison(options.steps), "ladder", options)
 
 
@@ -155,17 +158,20 @@ def _train_steps(config: RunConfig, comparison: Any, command: str, options: argp
 
 
 def _grid(options: argparse.Namespace) -> None:
-    from flows.display.terminal_progress import TerminalProgress
     from flows.experiments.arms import entries, numbers
-    from flows.experiments.grid import Grid, train_grid
 
-    config = read_trial_config(options)
+    config = read_checked(options, "-grid")
     batches = []
     for entry in entries("--batch-tokens", options.batch_tokens):
         if not entry.isdecimal() or int(entry) < 1:
             raise ValueError(f"--batch-tokens: {entry!r} is not a number of tokens; give comma-separated integers")
         batches.append(int(entry))
     rates = tuple(sorted(numbers("--increment-rates", options.increment_rates, 0, 2)))
+
+    # Takes seconds to import.
+    from flows.display.terminal_progress import TerminalProgress
+    from flows.experiments.grid import Grid, train_grid
+
     grid = Grid(tuple(sorted(set(batches))), rates, options.seeds, options.tokens, options.jobs)
     with TerminalProgress() as progress:
         page = train_grid(config, grid, progress)
@@ -173,9 +179,11 @@ def _grid(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    config = read_checked(options, "-sweep")
+
     from flows.experiments.trials import with_tokens
 
-    config = with_tokens(read_trial_config(options), options.tokens)
+    config = with_tokens(config, options.tokens)
     search = _search(options)
 
     from flows.orchestration.here import run_here

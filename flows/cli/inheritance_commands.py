@@ -6,7 +6,7 @@ from typing import Any
 
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
-from flows.cli.options import add_config, count, path, read_resolved, read_trial_config
+from flows.cli.options import add_config, count, path, read_checked, read_resolved
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import Run
 from flows.run.stored_model import StoredModel
@@ -59,12 +59,15 @@ def add_inherit(commands: Any) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from flows.display.terminal_progress import TerminalProgress
     from flows.experiments.arms import inherit_comparison
+
+    config = read_checked(options, "-compare")
+    comparison = inherit_comparison(options.methods, config.model.inherit)
+
+    # Takes seconds to import.
+    from flows.display.terminal_progress import TerminalProgress
     from flows.experiments.compare import compare
 
-    config = read_trial_config(options)
-    comparison = inherit_comparison(options.methods, config.model.inherit)
     with TerminalProgress() as progress:
         page = compare(config, comparison, options.seeds, options.tokens, progress)
     print(f"{page.text}\ncomparison: {page.page}")

@@ -155,7 +155,10 @@ def _join(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    print("starting Prefect's server, a worker and a server for reports", flush=True)
+    from flows.orchestration.serve_place import check_place
+
+    check_place(options.host, options.port)
+    print("starting Prefect's server, a worker and a server for reports; this takes up to a minute", flush=True)
     from flows.orchestration.serve import serve
 
     serve(options.host, options.port, options.allow)

@@ -50,6 +50,25 @@ def read_trial_config(options: argparse.Namespace) -> RunConfig:
     return read_resolved(options.target, options.set)
 
 
+def read_checked(options: argparse.Namespace, suffix: str) -> RunConfig:
+    """Return the base configuration of trials, whose folder's name ends with `suffix`.
+
+    Raises ValueError as `read_trial_config`, and for sources and tokenizers that cannot be read.
+    """
+    config = read_trial_config(options)
+    folder = config.folder.with_name(f"{config.run_name}{suffix}")
+    if not any(folder.glob("*/corpus/manifest.json")):
+        check_text(config)
+    return config
+
+
+def check_text(config: RunConfig) -> None:
+    """Raise ValueError if a source or the tokenizer cannot be read: before Prefect and torch, which take seconds."""
+    from data_scoring.corpus.prepare_corpus import check_corpus
+
+    check_corpus(config.corpus, config.tokenizer)
+
+
 def read_resolved(target: Path, overrides: list[str]) -> RunConfig:
     """Return the configuration in a YAML file, with numbers in place of `auto`; prints why these."""
     config = read_config(target, overrides)

@@ -1,6 +1,7 @@
 """The commands of a single run: `run`, one for each stage that has a command, and `approve`."""
 
 import argparse
+import sys
 from dataclasses import replace
 from shlex import quote
 from typing import Any
@@ -9,10 +10,10 @@ from pydantic import ValidationError
 
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
-from flows.cli.options import path, read_resolved
-from flows.run.config import RunConfig, override
+from flows.cli.options import check_text, path, read_resolved
+from flows.run.config import RunConfig, differences, override
 from flows.run.folder import VERIFIED, Run, open_run, read_run
-from flows.run.locks import locked
+from flows.run.locks import is_locked, locked
 from flows.stages.stage_order import STAGES, Step, is_complete, steps_at, steps_of_command
 from trainer.checkpoint_folder import list_checkpoints
 
@@ -89,11 +90,10 @@ def _run(options: argparse.Namespace) -> None:
         print(launch_plan(config))
         return
 
-    if not (config.folder / "run.yaml").exists():
-        # Told before Prefect and torch are imported, which takes seconds.
-        from data_scoring.corpus.prepare_corpus import check_corpus
-
-        check_corpus(config.corpus, config.tokenizer)
+    if not (config.folder / "corpus" / "manifest.json").exists():
+        check_text(config)
+    else:
+        _print_state(config)
     _forget_verified(options, config)
 
     from flows.orchestration.here import run_here
@@ -101,6 +101,22 @@ def _run(options: argparse.Namespace) -> None:
     report = run_here(_import_flow, config)
     _print_notes(read_run(config.folder))
     print(f"report: {report}")
+
+
+def _print_state(config: RunConfig) -> None:
+    """Print what is left of a run that has a corpus: the first stage that is not done, and how far it is."""
+    from flows.stages.status import resumption
+
+    stored = read_run(config.folder)
+    if is_locked(config.folder) or differences(stored.config, config):
+        # Refused below.
+        return
+    following = resumption(replace(stored, config=config))
+    if following is not None:
+        print(f"resuming at {following}", file=sys.stderr)
+        return
+    report = config.folder / "report.html"
+    print(f"nothing to do: all stages are done; verifies files and writes {report} again", file=sys.stderr)
 
 
 def _import_flow() -> Any:
@@ -143,11 +159,13 @@ def _stage(options: argparse.Namespace) -> None:
 
 def _steps(run: Run, stage: str, wanted: int | None) -> tuple[int, list[Step]]:
     """Return the round that a stage's command works on, by default the first incomplete one, and its steps."""
-    rounds = _rounds_with(run, stage)
+    rounds, last = _rounds_with(run, stage), run.config.rounds.num_rounds
+    if not rounds:
+        raise ValueError(f"{run.folder}: a run with rounds.num_rounds {last} has no {stage}; raise rounds.num_rounds")
     if wanted is not None:
         if wanted not in rounds:
             raise ValueError(
-                f"--round: {wanted} is not between {min(rounds)} and rounds.num_rounds {run.config.rounds.num_rounds}"
+                f"--round: {wanted} is not between {min(rounds)} and rounds.num_rounds {last}; give one of these"
             )
         return wanted, rounds[wanted]
     if 0 not in rounds:
@@ -213,14 +231,14 @@ def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:
 def _next_to_train(run: Run) -> int:
     """Return the first round from round 2 on that has not trained."""
     rounds = list(_rounds_with(run, "refine"))
-    return next((number for number in rounds if not is_complete(run, "train", number)), rounds[-1])
+    return next((number for number in rounds if not is_complete(run, "train", number)), rounds[-1] if rounds else 2)
 
 
 def _approve(options: argparse.Namespace) -> None:
     run = read_run(options.run)
     with locked(run.folder):
-        number = _next_to_train(run) if options.round is None else options.round
-        if number not in _rounds_with(run, "refine") or not is_complete(run, "score", number - 1):
+        number, _ = _steps(run, "refine", _next_to_train(run) if options.round is None else options.round)
+        if not is_complete(run, "score", number - 1):
             raise ValueError(
                 f"--round: round {number} has nothing to approve yet; see `reprise status {quote(str(run.folder))}`"
             )

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from flows.display.figure_text import make_readable
+
 # Draws a figure from the ledger; None if the ledger has no data for it.
 Plot = Callable[[duckdb.DuckDBPyConnection], Figure | None]
 
@@ -107,6 +109,7 @@ def render_optional(draw: Callable[[], Figure | None]) -> bytes | None:
         figure = draw()
         if figure is None:
             return None
+        make_readable(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
         plt.close(figure)

@@ -8,15 +8,19 @@ _LONG_TEXT = 40
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .lead { color: gray; margin-top: .2rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .lead { opacity: .75; margin-top: .2rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child, td.text { text-align: left; }
-td.text { font-size: 13px; overflow-wrap: anywhere; }
+td.text { font-size: 13px; overflow-wrap: anywhere; min-width: 14rem; }
+h1, h2, h3, p, figcaption { overflow-wrap: anywhere; }
 img { width: 100%; background: white; border-radius: 4px; }
 pre { overflow-x: auto; background: #8881; padding: 1rem; border-radius: 4px; }
 details { margin: 1rem 0; } summary { cursor: pointer; }
-figure { margin: 1rem 0; } figcaption { color: gray; font-size: 14px; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figcaption { opacity: .75; font-size: 14px; position: sticky; left: 0; }
+@media (max-width: 720px) { body { margin: 1rem auto; } img { width: 720px; } th, td { padding: .3rem .5rem; } }
+@media (prefers-color-scheme: dark) { img { filter: invert(.9) hue-rotate(180deg); } }
 """
 
 

@@ -7,7 +7,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
@@ -16,9 +15,19 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 10.0
+_NARROWEST_BAR, _WIDEST_BAR = 8, 40
+
+
+class _CountColumn(ProgressColumn):
+    """Shows the number of units done, and the total if it is known."""
+
+    def render(self, task: Task) -> Text:
+        """Return both numbers."""
+        return Text(f"{task.completed:,.0f}" + ("" if task.total is None else f"/{task.total:,.0f}"))
 
 
 class _RateColumn(ProgressColumn):
@@ -69,14 +78,18 @@ class TerminalProgress:
 
     def __enter__(self) -> "TerminalProgress":
         if self._console.is_terminal:
+            # The numbers are shown whole; the description, which begins with the work's name, takes what is left.
+            rest, whole = Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(no_wrap=True, justify="right")
+            width = min(_WIDEST_BAR, max(_NARROWEST_BAR, self._console.width - 88))
             self._bars = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                _RateColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False, table_column=rest),
+                BarColumn(width),
+                _CountColumn(whole),
+                _RateColumn(whole),
+                TimeElapsedColumn(whole),
+                TimeRemainingColumn(table_column=whole),
                 console=self._console,
+                expand=True,
             )
             self._bars.start()
         return self
@@ -85,7 +98,7 @@ class TerminalProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bars is not None:
-            self._end_bar()
+            self._end_bar(is_done=error is None)
             self._bars.stop()
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
@@ -97,7 +110,7 @@ class TerminalProgress:
             self._is_over = False
         if self._bars is not None:
             if is_new or self._task is None:
-                self._end_bar()
+                self._end_bar(is_done=True)
                 self._task = self._bars.add_task(what, total=total)
             self._bars.update(self._task, description=what, completed=done, total=total)
         elif now - self._printed > _SECONDS_BETWEEN_LINES or (done == total and not self._is_over):
@@ -105,8 +118,10 @@ class TerminalProgress:
             self._is_over = done == total
             print(self._pace.line(what, done, total), file=sys.stderr, flush=True)
 
-    def _end_bar(self) -> None:
-        """Stop the clock of the previous piece of work, whose total may be unknown."""
+    def _end_bar(self, is_done: bool) -> None:
+        """Stop the clock of the previous piece of work; if it is done, a total that was unknown is what was done."""
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, total=self._bars.tasks[self._task].completed)
+            task = self._bars.tasks[self._task]
+            if is_done and task.total is None:
+                self._bars.update(self._task, total=task.completed)
             self._bars.stop_task(self._task)

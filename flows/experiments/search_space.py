@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field, model_validator
-from scipy.stats import qmc
 
 from data_scoring.base.field_effects import FREE
 from data_scoring.base.field_types import Integer, Number
@@ -89,6 +88,9 @@ def draw_models(
 
 
 def _points(search: SearchConfig) -> Iterator[tuple[float, float]]:
+    # Takes a second to import.
+    from scipy.stats import qmc
+
     sequence = qmc.Halton(d=2, rng=search.seed)
     for _ in range(_POINTS_A_TRIAL):
         for u, v in sequence.random(search.trials):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_scoring.base.field_types import normalised
 from data_scoring.base.progress import Progress
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.corpus import Corpus
@@ -104,6 +105,12 @@ def _check_tokenizer(corpus: Corpus, path: Path) -> None:
         )
 
 
+def _name_after(file: Path) -> str:
+    """Return the name of a source that is named after `file`."""
+    name = re.sub(r"[^\w.-]", "_", normalised(file.stem)).lstrip("_.-")
+    return name.encode()[:190].decode(errors="ignore") or "text"
+
+
 def _sources(path: str) -> tuple[SourceConfig, ...]:
     whole = SourceConfig(name="text", path=path)
     kind = resolve_format(whole)
@@ -113,7 +120,7 @@ def _sources(path: str) -> tuple[SourceConfig, ...]:
     # A text file is one document, so several files are one source. In other formats each file is a source of documents.
     if len(files) > (1 if kind == "text" else _MOST_SOURCES):
         return (whole,)
-    names = [re.sub(r"[^A-Za-z0-9_.-]|^[^A-Za-z0-9]", "_", Path(file).stem).lstrip("_.-") or "text" for file in files]
+    names = [_name_after(Path(file)) for file in files]
     if len(set(names)) < len(names):
         names = [f"{name}-{number}" for number, name in enumerate(names, start=1)]
     return tuple(SourceConfig(name=name, path=file) for name, file in zip(names, files, strict=True))

@@ -29,6 +29,7 @@ from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Running
 
+from data_scoring.base.files import fingerprint
 from flows.display.markdown import markdown_text
 from flows.display.result_page import Page
 from flows.display.terminal_progress import Pace, TerminalProgress
@@ -69,6 +70,15 @@ def allowed_folders() -> list[Path]:
     return [Path.cwd(), *(Path(folder) for folder in os.environ.get("REPRISE_ALLOW", "").split(os.pathsep) if folder)]
 
 
+def artifact_key(name: str) -> str:
+    """Return what the keys of a run's artifacts begin with: small Latin letters, digits and dashes are allowed.
+
+    Names in other letters get a fingerprint, so that no two share their keys.
+    """
+    key = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "run"
+    return key if name.isascii() else f"{key}-{fingerprint(name)}"
+
+
 class RunCancelledError(Exception):
     """The run was cancelled in Prefect."""
 
@@ -87,7 +97,7 @@ class FlowProgress:
         # A worker's flows have no terminal, and nobody can see a temporary server.
         self._terminal = None if has_deployment() else TerminalProgress()
         self._is_shown = not is_private()
-        self._name = re.sub("[^a-z0-9]+", "-", run_folder.name.lower()).strip("-") or "run"
+        self._name = artifact_key(run_folder.name)
         self._folder = run_folder
         self._logger = get_run_logger()
         self._tail = LogTail(run_folder / "logs")

@@ -88,13 +88,9 @@ def _end_with_parent() -> None:
 def serve(host: str, port: int, allowed: list[Path]) -> None:
     """Serve until interrupted: Prefect on `port` of `host`, the reports in runs/ on the next port of this machine.
 
-    allowed: folders that flows may use besides the working directory. Raises ValueError if a port is taken or a service
-    does not start.
+    allowed: folders that flows may use besides the working directory. Call `check_place` before. Raises ValueError if a
+    service does not start.
     """
-    if not Path("prefect.yaml").is_file():
-        raise ValueError(f"{Path.cwd()}: has no prefect.yaml; run this command in Reprise's folder")
-    _check_free(host, port)
-    _check_free("127.0.0.1", port + 1)
     environment = served_environment(host, port, allowed)
     services = _services(host, port, environment)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
@@ -107,6 +103,7 @@ def serve(host: str, port: int, allowed: list[Path]) -> None:
             service.start()
         with temporary_settings(settings):
             _wait_for_server(services[0], environment["PREFECT_API_URL"])
+            print("Prefect's server answers; deploying the flows of prefect.yaml", flush=True)
             dead_runs = DeadRuns(POOL, _worker_name())
             with get_client(sync_client=True) as client:
                 make_pool(client)
@@ -171,17 +168,6 @@ def _stop_flows(worker: _Service) -> None:
                     process.terminate()
                     flows.append(process)
     psutil.wait_procs(flows, timeout=_SECONDS_TO_STOP)
-
-
-def _check_free(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"--port: {host}:{port} cannot be used ({error.strerror}); stop what uses it, or choose another port"
-            ) from None
 
 
 def _services(host: str, port: int, environment: dict[str, str]) -> list[_Service]:

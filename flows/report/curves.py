@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 KEPT_COLOR, DROPPED_COLOR = "#0072b2", "#bbbbbb"
 _SEEN, _RESCORED = "#e69f00", "#0072b2"
 NUM_BINS = 40
+_MOST_SOURCES = 40
 LOSS_LABEL = "loss (nats per token)"
 
 
@@ -175,6 +176,12 @@ def kept_by_source(round_number: int) -> Plot:
         ).fetchall()
         if not rows:
             return None
+        num_sources, label = len(rows), "share of the source's samples that is kept (%)"
+        if num_sources > _MOST_SOURCES:
+            # The picture would be too high.
+            half = _MOST_SOURCES // 2
+            rows = [*rows[:half], *rows[-half:]]
+            label += f": the {half} lowest and highest of {num_sources:,} sources"
         figure, axes = plt.subplots(figsize=(9, 0.7 + 0.45 * len(rows)))
         names = [row[0] for row in rows]
         axes.barh(names, [100] * len(rows), color=DROPPED_COLOR)
@@ -182,7 +189,7 @@ def kept_by_source(round_number: int) -> Plot:
         for place, (_, share, total, kept) in enumerate(rows):
             axes.text(101, place, f"{share:.1f} %  ({kept:,} of {total:,})", va="center", fontsize=9)
         axes.set_xlim(0, 100)
-        axes.set_xlabel("share of the source's samples that is kept (%)")
+        axes.set_xlabel(label)
         axes.grid(axis="y", visible=False)
         return figure
 

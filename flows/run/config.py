@@ -1,18 +1,18 @@
 """The configuration of a run: its sections, reading it from YAML, and its validation."""
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from data_scoring.base.field_effects import FREE, Decides, Neutral, is_free, is_in_name
-from data_scoring.base.field_types import Integer, Number, PathText
+from data_scoring.base.field_types import Integer, Name, Number, PathText, Pattern
 from data_scoring.base.files import fingerprint
-from data_scoring.base.messages import one_line
 from data_scoring.base.names import OneOf
 from data_scoring.base.user_paths import BASE, USER_PATH, typed, user_paths
 from data_scoring.base.validation import validated
-from data_scoring.base.yaml_text import parse_yaml, read_yaml
+from data_scoring.base.yaml_text import read_yaml
 from data_scoring.config import (
     Config,
     CorpusConfig,
@@ -26,6 +26,7 @@ from data_scoring.corpus.source_files import match_path
 from data_scoring.refine.policies import SEEN_LOSS
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.launcher_kinds import LAUNCHER_KINDS, LauncherKind
+from flows.run.overrides import apply_override, with_lists
 from trainer.config import AUTO, SET_A_NUMBER, CheckpointConfig, ModelConfig, TrainConfig
 from trainer.parallel_config import ParallelConfig, check_layout
 
@@ -36,11 +37,11 @@ _DEMO_SOURCES = (
     SourceConfig(name="source", format="python", path="source", max_documents=60),
 )
 _SBATCH_OPTION = (
-    "^--(begin|comment|constraint|cpus-per-gpu|cpus-per-task|deadline|exclude|exclusive|gpus|gpus-per-node|gpus-per-task|"
+    "--(begin|comment|constraint|cpus-per-gpu|cpus-per-task|deadline|exclude|exclusive|gpus|gpus-per-node|gpus-per-task|"
     "licenses|mail-type|mail-user|mem|mem-per-cpu|mem-per-gpu|network|nice|nodelist|oversubscribe|priority|reservation|"
-    r"signal|switches|tmp|wckey)(=[A-Za-z0-9_.,:@%+*&|()\[\]-]*)?$"
+    r"signal|switches|tmp|wckey)(=[A-Za-z0-9_.,:@%+*&|()\[\]-]*)?"
 )
-SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@+-]+$")]
+SlurmWord = Annotated[str, Pattern(r"[A-Za-z0-9_.,:=@+-]+", "one word of letters, digits and _ . , : = @ + -")]
 
 
 FirstOrder = Literal["random", "sources"]
@@ -97,14 +98,22 @@ class SlurmConfig(Config):
         description="CPUs per rank; sbatch --cpus-per-task is this times the node's ranks. Ignored if options has "
         "--cpus-per-task or --cpus-per-gpu.",
     )
-    time_limit: Annotated[str, Field(pattern=r"^[0-9]{1,7}(-[0-9]{1,2})?(:[0-9]{2}){0,2}$")] | None = Field(
+    time_limit: (
+        Annotated[str, Pattern("[0-9]{1,7}(-[0-9]{1,2})?(:[0-9]{2}){0,2}", "a time such as 90, 12:00:00 or 2-00:00:00")]
+        | None
+    ) = Field(
         default=None,
         description=(
             "Time limit of a round's job, which trains, evaluates and scores, D-HH:MM:SS (sbatch --time); "
             "one that reaches it is submitted again."
         ),
     )
-    options: tuple[Annotated[str, Field(pattern=_SBATCH_OPTION)], ...] = Field(
+    options: tuple[
+        Annotated[
+            str, Pattern(_SBATCH_OPTION, "an option of sbatch that names no file and no user, such as --mem=64G")
+        ],
+        ...,
+    ] = Field(
         default=(),
         description="Other sbatch options, such as --constraint=a100 or --exclusive; options that name files or "
         "users are rejected.",
@@ -127,15 +136,18 @@ class LaunchConfig(Config):
     processes_per_node: Integer | None = Field(
         default=None, ge=1, le=1024, description="Ranks per host; null: all ranks divided by the number of hosts."
     )
-    rendezvous: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+:[0-9]{1,5}$")] | None = Field(
+    rendezvous: Annotated[str, Pattern("[A-Za-z0-9_.-]+:[0-9]{1,5}", "HOST:PORT, such as node1:29400")] | None = Field(
         default=None, description="HOST:PORT of the rendezvous on this host, for kind local with several nodes."
     )
     rendezvous_port: Integer = Field(
         default=29_400, ge=1024, le=65_535, description="Port of the rendezvous on the first node, for kind slurm."
     )
-    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(
-        default=None,
-        description="Network interface for communication between ranks; null: the one that routes to the rendezvous.",
+    interface: Annotated[str, Pattern("[A-Za-z0-9_.-]+", "the name of a network interface, such as eth0")] | None = (
+        Field(
+            default=None,
+            description="Network interface for communication between ranks; null: the one that routes to the "
+            "rendezvous.",
+        )
     )
     join_minutes: Number = Field(default=30.0, gt=0, le=1e5, description="Minutes to wait for all hosts to join.")
     max_restarts: Integer = Field(
@@ -169,12 +181,11 @@ class LaunchConfig(Config):
 class RunConfig(Config):
     """One run: a corpus, a model, and rounds of training, scoring and refining."""
 
-    name: Annotated[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)] | None, FREE] = (
-        Field(
-            default=None,
-            description="Name of the run and of its folder, which may be renamed; null: run- and a fingerprint of the "
-            "configuration, so that the same configuration resumes and another one starts a new run.",
-        )
+    name: Annotated[Name | None, FREE] = Field(
+        default=None,
+        description="Name of the run and of its folder, which may be renamed: letters, digits and _ . -; null: run- "
+        "and a fingerprint of the configuration, so that the same configuration resumes and another one starts a new "
+        "run.",
     )
     output: Annotated[PathText, USER_PATH, FREE] = Field(
         default="runs", description="Folder of the run folders; it may be moved."
@@ -366,11 +377,11 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     try:
         values = read_yaml(path)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a run's YAML configuration, such as configs/demo.yaml") from None
+        raise ValueError(f"{path}: no such file; {_other_file(path)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a configuration; write fields such as name: and corpus:")
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override, RunConfig)
     for field in ("name", "corpus"):
         # The defaults of these fields are only for trying out the deployment.
         if field not in values:
@@ -378,11 +389,18 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     return parse_config(values, str(path))
 
 
+def _other_file(path: Path) -> str:
+    """Return what to give in place of a file that does not exist: one with a similar name, if there is one."""
+    beside = [file.name for pattern in ("*.yaml", "*.yml") for file in path.parent.glob(pattern)]
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else "give a YAML configuration"
+
+
 def override(config: RunConfig, overrides: list[str]) -> RunConfig:
     """Return `config` with `overrides`, such as refine.policy=top, applied. Raises ValueError for invalid ones."""
-    values = config.model_dump()
+    values = with_lists(config.model_dump())
     for each in overrides:
-        _apply(values, each)
+        apply_override(values, each, RunConfig)
     return parse_config(values, "--set", config.base)
 
 
@@ -395,21 +413,6 @@ def parse_config(values: dict[str, Any], origin: str, base: Path | None = None) 
     stored_name = {} if base is None else {"name": values.get("name")}
     config = validated(RunConfig, {**values, **dict.fromkeys(stored_name)}, origin, context={BASE: base})
     return config.model_copy(update=stored_name)
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    origin = f"--set {one_line(override)}"
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ValueError(f"{origin}: not FIELD=VALUE; write for example --set refine.sampling_rate=0.3")
-    *sections, name = path.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"{origin}: {one_line(section)} is not a section; name a field such as refine.sampling_rate"
-            )
-    values[name] = parse_yaml(text, origin)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

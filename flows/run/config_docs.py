@@ -22,7 +22,8 @@ PATH = Path("docs/configuration.md")
 _HEAD = """# Configuration
 
 Every field of a run's YAML file. Paths are relative to the working directory. Unknown fields are errors. Fields can be
-overridden on the command line: `--set refine.sampling_rate=0.3`.
+overridden on the command line: `--set refine.sampling_rate=0.3`, or `--set corpus.sources.0.path=FILE` for an entry of
+a list, counted from 0.
 
 A file has to set `name` and `corpus`; their defaults are only for trying out the deployment.
 

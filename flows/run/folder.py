@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from flows.run.config import RunConfig, differences, parse_config
 _FORMAT = 2
 # Remembers which files were verified since they last changed.
 VERIFIED = ".verified.json"
+# What `open_run` and the lock have written, before there is a corpus.
+_FILES_OF_A_START = {"run.yaml", "run.yaml.bak", ".lock", ".report.lock", ".ledger.lock", VERIFIED}
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
 
 
@@ -211,6 +214,12 @@ def open_run(config: RunConfig) -> Run:
         with writing(each) as temporary:
             temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return Run(config, folder)
+
+
+def forget_start(folder: Path) -> None:
+    """Delete the folder of a run that failed before anything was made; one that holds anything else is kept."""
+    if folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= _FILES_OF_A_START:
+        shutil.rmtree(folder)
 
 
 def _backup(path: Path) -> Path:

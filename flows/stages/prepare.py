@@ -14,7 +14,7 @@ from flows.evaluation.questions import check_items
 from flows.launch import launcher
 from flows.launch.job_fields import device_kind
 from flows.run.config import RunConfig
-from flows.run.folder import Run
+from flows.run.folder import Run, forget_start
 from flows.stages.refine import check_reference
 from flows.stages.stage import Stage, Stages
 from trainer.checkpoint_folder import list_checkpoints
@@ -72,15 +72,24 @@ class Prepare(Stage):
             )
 
     def do(self, stages: Stages, round_number: int, progress: Progress) -> bool:
-        """Prepare the corpus, unless it exists; in either case, first check the requirements of the later stages."""
-        # Fail before hours of tokenising.
-        check_machine(stages.run.config)
-        if self.is_complete(stages, round_number):
-            return False
-        self.check(stages, round_number)
-        # Later on, the configured tokenizer may be gone: the corpus has a copy.
-        check_vocabulary(stages.run.config)
-        self.work(stages, round_number, progress)
+        """Prepare the corpus, unless it exists; in either case, first check the requirements of the later stages.
+
+        A run folder in which nothing was made is deleted if this fails.
+        """
+        is_done = False
+        try:
+            # Fail before hours of tokenising.
+            check_machine(stages.run.config)
+            if self.is_complete(stages, round_number):
+                return False
+            self.check(stages, round_number)
+            # Later on, the configured tokenizer may be gone: the corpus has a copy.
+            check_vocabulary(stages.run.config)
+            self.work(stages, round_number, progress)
+            is_done = True
+        finally:
+            if not is_done:
+                forget_start(stages.run.folder)
         refresh_ledger(stages.run.folder)
         return True
 

@@ -124,8 +124,8 @@ def check_reference(refine: RefineConfig) -> None:
     """Raise ValueError if there are no losses of the reference model."""
     if not losses_path(Path(str(refine.reference)), 0).exists():
         raise ValueError(
-            f"refine.reference: {refine.reference!r} has no losses; give the folder of a scored round, such as "
-            "runs/large/rounds/1"
+            f"refine.reference: {refine.reference!r} has no losses; give the folder of a scored round: "
+            "rounds/1 in a run's folder"
         )
 
 

@@ -115,12 +115,22 @@ class Stages:
         return self._table[name].is_complete(self, round_number)
 
     def require(self, name: str, round_number: int) -> None:
-        """Raise ValueError if a stage is not complete."""
-        if not self.is_complete(name, round_number):
+        """Raise ValueError if a stage is not complete; the message says what completes it."""
+        config, stage, folder = self.run.config, self._table[name], quote(str(self.run.folder))
+        rounds = config.rounds.num_rounds
+        numbers = [stage.round_number(config, place) for place in range(rounds + 2)]
+        if round_number not in numbers or round_number > rounds:
             raise ValueError(
-                f"{self.run.folder}: {name} of round {round_number} is not complete; "
-                f"run `reprise run {quote(str(self.run.folder))}`, which does all missing stages"
+                f"{self.run.folder}: has no {name} of round {round_number}: its rounds.num_rounds is {rounds}; give "
+                "another round, or raise rounds.num_rounds"
             )
+        if self.is_complete(name, round_number):
+            return
+        if round_number in numbers[:-1]:
+            remedy = f"run `reprise run {folder}`, which does all missing stages"
+        else:
+            remedy = f"run `reprise {name} {folder} --round {round_number}`, as a run leaves out this stage at its end"
+        raise ValueError(f"{self.run.folder}: {name} of round {round_number} is not complete; {remedy}")
 
     def verify(self, progress: Progress = silent) -> None:
         """Raise ValueError if a file that a stage has written is damaged or missing; see `verification.verify`."""

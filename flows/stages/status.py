@@ -23,7 +23,11 @@ class StageStatus:
 
 def read_status(folder: Path) -> list[StageStatus]:
     """Return the status of all stages of the run in `folder`, in order."""
-    run = read_run(folder)
+    return status_of(read_run(folder))
+
+
+def status_of(run: Run) -> list[StageStatus]:
+    """Return the status of all stages of `run`, in order."""
     rows: list[StageStatus] = []
     not_done: list[Step] = []
     for step in steps_of(run.config):
@@ -32,6 +36,15 @@ def read_status(folder: Path) -> list[StageStatus]:
         if row.state != "done":
             not_done.append(step)
     return rows
+
+
+def resumption(run: Run) -> str | None:
+    """Return where a run goes on: its first stage that is not done, and its last checkpoint; None if all are done."""
+    for step, row in zip(steps_of(run.config), status_of(run), strict=True):
+        if row.state != "done":
+            saved = _saved(run, step.stage.name, step.round_number)
+            return f"{row.name}, {saved}" if saved else row.name
+    return None
 
 
 def is_done(folder: Path) -> bool:

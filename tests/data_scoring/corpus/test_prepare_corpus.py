@@ -26,9 +26,11 @@ from data_scoring.tokenizer.tokenizer import open_tokenizer
 from tests.conftest import make_documents
 
 
-def prepare(folder: Path, sources: list[dict[str, object]], tokenizer: TokenizerConfig, **options: object) -> Corpus:
+def prepare(
+    folder: Path, sources: list[dict[str, object]], tokenizer: TokenizerConfig, seed: int = 5, **options: object
+) -> Corpus:
     config = CorpusConfig.model_validate({"sources": sources, "seq_length": 16, "num_shards": 4, **options})
-    prepare_corpus(config, tokenizer, 5, folder, "fingerprint", silent)
+    prepare_corpus(config, tokenizer, seed, folder, "fingerprint", silent)
     return Corpus(folder)
 
 
@@ -102,6 +104,48 @@ def test_every_document_is_there_once_and_validation_is_apart(tmp_path: Path) ->
         )
     assert a["validation_documents"] + b["validation_documents"] > 5
     assert held_out["a"] >= a["validation_tokens"] - 1
+
+
+def test_every_source_of_two_documents_or_more_has_validation_text(tmp_path: Path) -> None:
+    counts = {"many": 400, "few": 40, "two": 2, "one": 1}
+    generator = np.random.default_rng(1)
+    staged = []
+    for name, count in counts.items():
+        rows = np.zeros(count, DOCUMENT)
+        rows["digest"] = generator.integers(0, 2**64, count, np.uint64)
+        rows["num_tokens"] = 10
+        (tmp_path / f"{name}.documents").write_bytes(rows.tobytes())
+        staged.append(StagedSource(name, tmp_path / name, tmp_path / f"{name}.documents", {"documents": count}))
+    for seed in range(100):
+        for result in assign_roles(staged, 0.02, seed):
+            roles = np.fromfile(result.roles_path, np.uint8)
+            assert [int((roles == role).sum()) for role in range(3)] == result.documents
+            assert result.tokens == [10 * number for number in result.documents]
+            if result.source.name != "one":
+                assert result.documents[1] >= 1
+                assert result.documents[0] >= 1
+    # A source that has held-out documents by chance keeps those, whatever the others have.
+    [alone] = assign_roles(staged[:1], 0.02, 7)
+    expected = alone.roles_path.read_bytes()
+    assert assign_roles(staged, 0.02, 7)[0].roles_path.read_bytes() == expected
+
+
+@pytest.mark.parametrize(("seed", "lost"), [(5, "none of its text is held out"), (6, "all of its text is held out")])
+def test_a_source_without_validation_or_training_text_has_a_note(seed: int, lost: str, tmp_path: Path) -> None:
+    """The only document of a source is either trained on or held out."""
+    paths = {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", make_documents(count, count))
+        for name, count in (("many", 30), ("one", 1))
+    }
+    corpus = prepare(
+        tmp_path / "corpus",
+        [{"name": name, "path": str(path)} for name, path in paths.items()],
+        TokenizerConfig(vocab_size=257),
+        seed,
+        validation_fraction=0.5,
+    )
+    [note] = corpus.notes
+    assert note.startswith(f"corpus.sources.one: {lost}")
 
 
 def test_the_result_depends_on_the_seed_alone(tmp_path: Path) -> None:

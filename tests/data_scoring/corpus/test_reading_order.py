@@ -37,20 +37,19 @@ def assert_located(order: ReadingOrder, streams: list[np.ndarray], num_held_out:
 def test_text_is_found_in_the_order_of_its_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_order, "_CHUNK_TOKENS", 100)
     sources = []
-    for name, count in (("a", 30), ("b", 17)):
+    for name, count in (("a", 30), ("b", 18)):
         (tmp_path / name).write_text("\n".join(f"{name}{n} " + "x" * (n % 7) for n in range(count)))
         sources.append(SourceConfig(name=name, path=str(tmp_path / name), format="text", document="line"))
     config = CorpusConfig(sources=tuple(sources), seq_length=8, num_shards=3, validation_fraction=1e-9)
     prepare_corpus(config, TokenizerConfig(vocab_size=257), 5, tmp_path / "corpus", "prepared", silent)
     order = ReadingOrder(Corpus(tmp_path / "corpus"), 5)
     assert not order.is_in_place
-    # With no merges every byte is a token, and an end comes after every document; one is held out.
+    # With no merges every byte is a token, and an end comes after every document; one of each source is held out.
     end = order.corpus.manifest["end_of_document"]
     lines = [(tmp_path / name).read_text().split("\n") for name in "ab"]
-    [held_out] = [n for n, source in enumerate(order.corpus.manifest["sources"]) if source["validation_documents"]]
     streams = [np.concatenate(list(order.blocks(source))) for source in range(2)]
     num_ends = [int((stream == end).sum()) for stream in streams]
-    assert num_ends == [len(part) - (n == held_out) for n, part in enumerate(lines)]
+    assert num_ends == [len(part) - 1 for part in lines]
     byte = {token: b for b in range(128) for token in [_token_of(order, chr(b))]}
     for stream, part in zip(streams, lines, strict=True):
         text = "".join("\n" if token == end else chr(byte[int(token)]) for token in stream)

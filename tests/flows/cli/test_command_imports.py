@@ -91,6 +91,54 @@ def test_errors_of_a_configuration_come_before_large_packages(folder: Path, text
     assert not (folder / "runs" / "x").exists()
 
 
+TRIALS = {
+    "compare": ["--policies", "loss"],
+    "sweep": ["--parameters", "1e6"],
+    "grid": ["--batch-tokens", "4096"],
+    "inherit compare": ["--methods", "base"],
+}
+
+
+@pytest.mark.parametrize("command", TRIALS)
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (f"name: x\n{CORPUS}nmae: y\n", "nmae"),
+        ("name: x\ncorpus: {sources: [{name: one, path: missing.jsonl}]}\n", "no file matches 'missing.jsonl'"),
+        (f"name: x\n{CORPUS}tokenizer: {{path: missing.json}}\n", "missing.json"),
+    ],
+    ids=["unknown field", "source", "tokenizer"],
+)
+def test_errors_of_trials_come_before_large_packages(folder: Path, command: str, text: str, error: str) -> None:
+    (folder / "config.yaml").write_text(text)
+    done, heavy = run(folder, *command.split(), "config.yaml", *TRIALS[command])
+    assert (done.returncode, heavy) == (1, set())
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert error in line
+    assert not list((folder / "runs").glob("x*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "has no prefect.yaml; run this command in Reprise's folder"),
+        (["--port", "70000"], "--port: 70000 is not between 1 and 65534"),
+        (["--port", "-1"], "--port: -1 is not between 1 and 65534"),
+    ],
+)
+def test_serve_tells_at_once_that_it_cannot_start(
+    folder: Path, tmp_path: Path, arguments: list[str], error: str
+) -> None:
+    if arguments:
+        (tmp_path / "prefect.yaml").touch()
+    done, heavy = run(tmp_path, "serve", *arguments)
+    assert (done.returncode, heavy) == (1, set())
+    assert done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert error in line
+
+
 @pytest.mark.parametrize("module", ["flows.orchestration.here", "flows.orchestration.temporary_server"])
 def test_what_starts_prefect_does_not_wait_for_its_import(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"

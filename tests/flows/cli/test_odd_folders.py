@@ -1,6 +1,7 @@
 """Every command in folders of any name: it does what it does in a plain one."""
 
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,40 @@ def test_folders_that_cannot_be_named_are_refused_before_anything_is_made(
     [line] = capsys.readouterr().err.splitlines()
     assert what in line
     assert not (tmp_path / name / "runs" / "x" / "corpus").exists()
+
+
+def test_sources_and_runs_have_names_of_any_script(
+    plain: Path, texts: Path, tmp_path: Path, fakes: FakeRanks,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Everything but the names is as in the run whose sources are a and b."""
+    names = ("हिन्दी-e\N{COMBINING ACUTE ACCENT}t\N{COMBINING CIRCUMFLEX ACCENT}", "北京.новости")
+    text = write_config(tmp_path, texts, name=names[0]).read_text()
+    content = yaml.safe_load(text)
+    for source, name in zip(content["corpus"]["sources"], names, strict=True):
+        source["name"] = name
+    content["refine"]["sources"][0]["name"] = unicodedata.normalize("NFC", names[0])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content, allow_unicode=True))
+    monkeypatch.chdir(tmp_path)
+    train_two_rounds(tmp_path / "config.yaml")
+    composed = [unicodedata.normalize("NFC", name) for name in names]
+    run = tmp_path / "runs" / composed[0]
+    found, expected = results(run), results(plain)
+    assert [(dict(zip("ab", composed, strict=True))[source], *rest) for source, *rest in expected.pop(5)] == found.pop(
+        5
+    )
+    # The rule of the first source is the same one.
+    assert found == expected
+    capsys.readouterr()
+    query = f"select count(*) as n from samples where source = '{composed[1]}'"
+    for command in (["status"], ["report"], ["refine", "--round", "2", "--dry-run"]):
+        assert main([command[0], str(run), *command[1:]]) == 0
+    assert main(["runs", "runs"]) == 0
+    assert main(["sql", str(run), query]) == 0
+    assert capsys.readouterr().err == ""
+    page = (run / "report.html").read_text()
+    assert all(name in page for name in composed)
+    assert "e\N{COMBINING ACUTE ACCENT}" not in page
 
 
 def test_a_ledger_of_another_folder_is_not_shown(plain: Path, tmp_path: Path) -> None:

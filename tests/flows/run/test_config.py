@@ -1,14 +1,28 @@
 """What a configuration refuses, and how it says so."""
 
+import json
 import re
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
+from data_scoring.base.field_effects import section_of
 from data_scoring.base.files import fingerprint
 from flows.cli.main import main
-from flows.run.config import LaunchConfig, RunConfig, check_paths, differences, flatten, parse_config, read_config
+from flows.run.config import (
+    LaunchConfig,
+    RunConfig,
+    check_paths,
+    differences,
+    flatten,
+    override,
+    parse_config,
+    read_config,
+)
 from flows.run.config_docs import PATH, page
 from flows.stages.train import training_inputs
 
@@ -22,7 +36,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("corpus: {sources: [{name: a, path: b, pth: c}]}", [], "sources.0.pth: unknown field; did you mean path?"),
         ("", ["refine.sampling_rate=0"], "refine.sampling_rate: input should be greater than 0 (it is 0); correct it"),
         ("", ["refine.sampling_rate=1.5"], "refine.sampling_rate: input should be less than or equal to 1 (it is 1.5)"),
-        ("", ["score.budget=prefix:0"], "score.budget: string should match pattern"),
+        ("", ["score.budget=prefix:0"], "score.budget: should be full, seen, auto, or prefix:P with P of 1"),
         ("", ["score.budget=prefix:257"], "score.budget: prefix:257 is more than the corpus.seq_length of 256; lower"),
         ("", ["refine=2"], "refine: input should be a valid dictionary"),
         ("", ["refine.policy=hardest"], "refine.policy: input should be 'loss', 'loss_batch', 'top', 'band', "),
@@ -38,9 +52,19 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["train.lr={rule: scaled}", "train.min_lr=0.01"], "train.lr: 6.4e-06 for batches of 4096 tokens is not"),
         ("", ["score.budget=seen", "train.max_tokens=9"], "score.budget: 'seen' has no losses for samples that train"),
         ("name: [", [], "not valid YAML"),
+        ("", ["corpus.sources.1.path=b"], "1 is no entry of corpus.sources, which has 1 entry; give a number from 0"),
+        ("", ["corpus.sources.-1.path=b"], "-1 is no entry of corpus.sources, which has 1 entry"),
+        ("", ["corpus.sources.a.path=b"], "a is no entry of corpus.sources, which has 1 entry"),
+        ("", ["refine.sources.0.at_most=1"], "0 is no entry of refine.sources, which has 0 entries; give the whole"),
+        ("", ["eval.tasks.0.1=b"], "0 is no entry of eval.tasks, which has 0 entries"),
+        ("", ["eval.training_tasks.0.1=b"], "0 is not a section; name a field such as"),
+        ("", ["corpus.sources.0.pth=b"], "corpus.sources.0.pth: unknown field; did you mean path?"),
+        ("", ["launch.slurm.time_limit=soon"], "launch.slurm.time_limit: should be a time such as 90, 12:00:00 or 2-"),
+        ("", ["launch.slurm.options=[--output=x]"], "launch.slurm.options.0: should be an option of sbatch that"),
+        ("name: x\n# \x07\nseed: 1\n", [], "config.yaml: not valid YAML (line 2: control characters are not allowed)"),
         ("- a", [], "not a configuration"),
         ("", ['output="a\\0b"'], "line 1: the control character '\\x00' in a text; remove it"),
-        ("name: ../up", [], "name: string should match pattern"),
+        ("name: ../up", [], "name: should begin with a letter or digit, of any script, and have"),
         ("", ["launch.nodes=2"], "launch.nodes: 2 nodes with an equal number of processes each do not match the 1"),
         ("", ["launch.nodes=2", "parallel.data=2"], "launch.rendezvous: not set, but several nodes need it; give this"),
         ("", ["launch.kind=slurm"], "device: 'auto' cannot detect the nodes' devices with launch.kind slurm"),
@@ -55,7 +79,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("refine: {sources: [{name: b}]}", [], "refine.sources: 'b' is not a source; choose from a"),
         ("refine: {sources: [{name: a, from_round: 2}]}", [], "refine.sources: all sources join after round 1"),
         ("refine: {sources: [{name: a, at_least: 0.5, at_most: 0.1}]}", [], "at_least: 0.5 is above at_most 0.1"),
-        ("", ["launch.rendezvous=host"], "launch.rendezvous: string should match pattern"),
+        ("", ["launch.rendezvous=host"], "launch.rendezvous: should be HOST:PORT, such as node1:29400"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
@@ -72,9 +96,7 @@ def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], mes
 
 def test_a_missing_file_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(tmp_path / "none.yaml")]) == 1
-    assert capsys.readouterr().err == (
-        f"error: {tmp_path}/none.yaml: no such file; give a run's YAML configuration, such as configs/demo.yaml\n"
-    )
+    assert capsys.readouterr().err == (f"error: {tmp_path}/none.yaml: no such file; give a YAML configuration\n")
 
 
 def test_only_what_changes_results_is_a_difference() -> None:
@@ -218,3 +240,102 @@ def test_the_draw_is_within_parts_where_round_1_reads_source_after_source(
     config = parse_config({**VALUES, "rounds": rounds, "refine": refine}, "x")
     assert config.refine.within == within
     assert parse_config(config.model_dump(mode="json"), "x") == config
+
+
+LISTS = {
+    "corpus.sources.0.path": ("other.jsonl", "a.jsonl"),
+    "eval.tasks.1": ("boolq", "piqa"),
+    "eval.training_tasks.0": ("boolq", "hellaswag"),
+    "launch.slurm.options.0": ("--exclusive", "--mem=64G"),
+    "model.inherit.layers.1": (3, 2),
+    "refine.sources.0.at_most": (0.5, 1.0),
+}
+
+
+@pytest.mark.parametrize("field", LISTS)
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_an_entry_of_a_list_is_overridden_by_its_number(field: str, is_stored: bool, tmp_path: Path) -> None:
+    new, old = LISTS[field]
+    values = {
+        **VALUES,
+        "eval": {"tasks": ["boolq", "piqa", "c3"]},
+        "launch": {"slurm": {"options": ["--mem=64G"]}},
+        "model": {"inherit": {"from": "larger", "layers": [0, 2, 5, 7]}},
+        "refine": {"sources": [{"name": "a"}]},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    before = read_config(path, [])
+    after = override(before, [f"{field}={new}"]) if is_stored else read_config(path, [f"{field}={new}"])
+    changed = {
+        name: (value, flatten(after.model_dump())[name])
+        for name, value in flatten(before.model_dump()).items()
+        if flatten(after.model_dump())[name] != value
+    }
+    assert changed == {field: (old, new)}
+
+
+def test_every_list_is_tried() -> None:
+    """`LISTS` has an entry of every field that is a list."""
+
+    def lists(section: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            if "tuple" in str(field.annotation):
+                yield f"{prefix}{name}"
+            elif (inner := section_of(field.annotation)) is not None:
+                yield from lists(inner, f"{prefix}{name}.")
+
+    assert {*lists(RunConfig, "")} == {re.sub(r"\.\d.*", "", field) for field in LISTS}
+
+
+NAMES = ["北京", "новости", "हिन्दी", "é", "e\N{COMBINING ACUTE ACCENT}", "٣", "Å.b_c-1", "x" * 200]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_have_letters_of_any_script(name: str) -> None:
+    """They are the same in whichever normal form they were typed."""
+    rule = {"name": unicodedata.normalize("NFD", name), "at_most": 0.5}
+    values = {"name": name, "corpus": {"sources": [{"name": name, "path": "a"}]}, "refine": {"sources": [rule]}}
+    config = parse_config(values, "test")
+    expected = unicodedata.normalize("NFC", name)
+    assert [config.name, config.corpus.sources[0].name, config.refine.sources[0].name] == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a b", "a\\b", "-a", "_a", "\N{COMBINING ACUTE ACCENT}a", "a<b", "a'", 'a"',
+             "a\n", "a\0", "\N{RIGHT-TO-LEFT OVERRIDE}a", "a\N{ZERO WIDTH SPACE}", "a|b", "a*", "a=b", "京" * 67, "🙂"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["name", "corpus.sources.0.name"])
+def test_other_names_are_refused_in_words(name: str, place: str) -> None:
+    source = {"name": "a" if place == "name" else name, "path": "a"}
+    with pytest.raises(ValueError) as error:
+        parse_config({"name": name if place == "name" else "x", "corpus": {"sources": [source]}}, "test")
+    message = str(error.value)
+    assert message.startswith(f"test: {place}: should begin with a letter or digit") or "most 200 bytes" in message
+    assert "pattern" not in message
+    assert "\n" not in message
+
+
+def test_patterns_are_said_in_words() -> None:
+    """No field is checked by a regular expression that pydantic would show."""
+    assert '"pattern": "' in json.dumps(RunConfig.model_json_schema())
+    fields = [field for section in _sections(RunConfig) for field in section.model_fields.values()]
+    assert not [field for field in fields if "pattern=" in str(field)]
+
+
+def _sections(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield section
+    for field in section.model_fields.values():
+        if (inner := section_of(field.annotation)) is not None:
+            yield from _sections(inner)
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "configs/demo.yaml", "demo.yml"])
+def test_a_missing_file_is_not_advised(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    with pytest.raises(ValueError, match=f"^{name}: no such file; give a YAML configuration$"):
+        read_config(Path(name), [])
+    (Path(name).parent / "demos.yaml").touch()
+    with pytest.raises(ValueError, match=f"^{name}: no such file; did you mean {Path(name).parent / 'demos.yaml'}\\?$"):
+        read_config(Path(name), [])
