@@ -115,7 +115,8 @@ def test_every_source_of_two_documents_or_more_has_validation_text(tmp_path: Pat
         rows["digest"] = generator.integers(0, 2**64, count, np.uint64)
         rows["num_tokens"] = 10
         (tmp_path / f"{name}.documents").write_bytes(rows.tobytes())
-        staged.append(StagedSource(name, tmp_path / name, tmp_path / f"{name}.documents", {"documents": count}))
+        paths = (tmp_path / f"{name}.{kind}" for kind in ("tokens", "documents", "files"))
+        staged.append(StagedSource(name, *paths, {"documents": count}))
     for seed in range(100):
         for result in assign_roles(staged, 0.02, seed):
             roles = np.fromfile(result.roles_path, np.uint8)

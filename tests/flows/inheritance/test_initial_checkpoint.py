@@ -311,8 +311,9 @@ def test_methods_are_compared_from_the_same_layers_measured_once(
 def test_the_command_needs_something_to_inherit_from(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(f"name: x\noutput: {tmp_path}\ncorpus: {{sources: [{{name: a, path: {tmp_path}}}]}}\n")
+    path, text = tmp_path / "c.yaml", tmp_path / "a.jsonl"
+    text.write_text('{"text": "one"}\n')
+    path.write_text(f"name: x\noutput: {tmp_path}\ncorpus: {{sources: [{{name: a, path: {text}}}]}}\n")
     assert main(["inherit", "compare", str(path)]) == 1
     assert "model.inherit: not set; name a larger model to inherit from" in capsys.readouterr().err
 
