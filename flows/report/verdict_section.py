@@ -1,6 +1,7 @@
 """The verdict on a run as HTML, the first lines of its report, and as text for the terminal."""
 
 import html
+import re
 
 import duckdb
 
@@ -15,7 +16,8 @@ def verdict_section(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
     lines = [f"<p><strong>{html.escape(verdict.headline)}</strong></p>"]
     if verdict.reasons:
         lines.append(f"<ul>{''.join(f'<li>{html.escape(reason)}' for reason in verdict.reasons)}</ul>")
-    return [*lines, f"<p>{html.escape(verdict.advice)}</p>"]
+    advice = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(verdict.advice))
+    return [*lines, f"<p>{advice}</p>"]
 
 
 def verdict_text(run: Run, ledger: duckdb.DuckDBPyConnection) -> str:
