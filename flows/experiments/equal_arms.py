@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from data_scoring.ledger import read_rows
-from data_scoring.refine.budget import CALIBRATION
+from data_scoring.ledger import open_ledger, read_rows
 from data_scoring.refine.refine_config import RefineConfig
 from flows.experiments.arms import Arm, Comparison
+from flows.report import round_facts
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.refine import preview
@@ -75,11 +75,8 @@ def _spent(base: Run, refine: RefineConfig, equal: str | None) -> int:
 
 def scoring_cost(run: Run, round_number: int) -> int:
     """Return the cost of scoring a round, including calibration, in training-token equivalents."""
-    return count(
-        run,
-        f"select sum(cost_tokens) from budgets "
-        f"where round = {round_number} and (chosen or candidate = '{CALIBRATION}')",
-    )
+    with open_ledger(run.folder) as ledger:
+        return round_facts.scoring_cost(ledger, round_number)
 
 
 def needs_losses(refine: RefineConfig) -> bool:

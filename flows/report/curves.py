@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from data_scoring.evaluation.tasks import TASKS
 from flows.display.figures import COLORS, Plot, panels, smooth
+from flows.report.round_facts import forgetting_parts
 
 matplotlib.use("Agg")
 KEPT_COLOR, DROPPED_COLOR = "#0072b2", "#bbbbbb"
@@ -158,10 +159,8 @@ def forgetting_by_part(
 ) -> list[tuple[int, int, float, float]]:
     """Return (part from 0, number of samples, mean seen loss, mean re-scored loss) of each part of a round's order."""
     return ledger.sql(
-        f"""select (place * {num_parts}) // num_samples as part, count(*), avg(seen_loss), avg(loss)
-        from forgetting join (select *, count(*) over () as num_samples from mix where round = {round_number})
-            using (round, shard, sample)
-        group by part order by part"""
+        f"""select part, count(*), avg(seen_loss), avg(loss)
+        from ({forgetting_parts(round_number, num_parts)}) group by part order by part"""
     ).fetchall()
 
 

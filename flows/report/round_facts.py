@@ -95,33 +95,44 @@ def read_facts(run: Run, ledger: duckdb.DuckDBPyConnection) -> RoundFacts | None
     )
 
 
+def partial_budget(ledger: duckdb.DuckDBPyConnection, number: int) -> str | None:
+    """Return the budget by which a round was scored, or None if its losses are of whole samples, as seen losses are."""
+    chosen = ledger.sql(f"select candidate from budgets where round = {number} and chosen").fetchall()
+    return None if chosen in ([], [("full",)]) else str(chosen[0][0])
+
+
+def forgetting_parts(number: int, num_parts: int) -> str:
+    """Return the SQL query of a round's `forgetting` with `part`, from 0: of `num_parts` equal parts of its order."""
+    return f"""select forgetting.*, (place * {num_parts}) // num_samples as part
+        from forgetting join (select *, count(*) over () as num_samples from mix where round = {number})
+            using (round, shard, sample)
+        where forgetting.round = {number}"""
+
+
+def scoring_cost(ledger: duckdb.DuckDBPyConnection, number: int) -> int:
+    """Return the cost of scoring a round, including calibration, in training-token equivalents."""
+    [(cost,)] = ledger.sql(
+        f"select sum(cost_tokens) from budgets where round = {number} and (chosen or candidate = '{CALIBRATION}')"
+    ).fetchall()
+    return int(cost or 0)
+
+
 def _forgotten(
     ledger: duckdb.DuckDBPyConnection, number: int, num_parts: int
 ) -> tuple[Forgotten | None, tuple[Forgotten, ...]]:
-    chosen = ledger.sql(f"select candidate from budgets where round = {number} and chosen").fetchall()
-    if chosen not in ([], [("full",)]):
+    if partial_budget(ledger, number) is not None:
         return None, ()
     rows = ledger.sql(
-        f"""select (place * {num_parts}) // num_samples as part, count(*), avg((forgotten > 0)::int),
-            avg(forgotten::double)
-        from forgetting join (select *, count(*) over () as num_samples from mix where round = {number})
-            using (round, shard, sample)
-        where forgetting.round = {number} group by part order by part"""
+        f"""select count(*), avg((forgotten > 0)::int), avg(forgotten::double)
+        from ({forgetting_parts(number, num_parts)}) group by part order by part"""
     ).fetchall()
     if not rows:
         return None, ()
-    parts = tuple(Forgotten(*row[1:]) for row in rows)
+    parts = tuple(Forgotten(*row) for row in rows)
     total = sum(part.num_samples for part in parts)
-    share, nats = (sum(part.num_samples * value(part) for part in parts) / total for value in (_share, _nats))
+    share = sum(part.num_samples * part.share for part in parts) / total
+    nats = sum(part.num_samples * part.nats for part in parts) / total
     return Forgotten(total, share, nats), parts
-
-
-def _share(part: Forgotten) -> float:
-    return part.share
-
-
-def _nats(part: Forgotten) -> float:
-    return part.nats
 
 
 def _losses(ledger: duckdb.DuckDBPyConnection, number: int, config: RunConfig) -> tuple[float, float]:
@@ -189,16 +200,13 @@ def inclusion_probabilities(
 
 def _cost(run: Run, ledger: duckdb.DuckDBPyConnection, number: int) -> Cost:
     [(everything,)] = ledger.sql("select sum(num_tokens) from samples").fetchall()
-    [(scoring,)] = ledger.sql(
-        f"select sum(cost_tokens) from budgets where round = {number} and (chosen or candidate = '{CALIBRATION}')"
-    ).fetchall()
     [(speed,)] = ledger.sql(f"select median(tokens_per_second) from steps where round = {number}").fetchall()
     refine = run.config.refine
     kept = round(everything * refine.draw_rate)
     return Cost(
         everything=int(everything),
         round=kept if refine.max_tokens is None else min(kept, refine.max_tokens),
-        scoring=int(scoring or 0) if refine.policy_row.needs_losses else 0,
+        scoring=scoring_cost(ledger, number) if refine.policy_row.needs_losses else 0,
         seconds_a_token=1 / speed if speed else None,
     )
 

@@ -18,6 +18,7 @@ from flows.report.contamination_section import contamination
 from flows.report.curves import forgetting_curve, kept_by_source, loss_curves
 from flows.report.evaluation_section import evaluation
 from flows.report.pictures import Pictures, figure
+from flows.report.round_facts import partial_budget
 from flows.report.sample_tables import (
     forgotten_samples,
     forgotten_sources,
@@ -180,9 +181,9 @@ def _refinement(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures,
 
 def _forgotten(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures, scored: int) -> list[str]:
     """Return the forgetting curve and tables; only full losses are of whole samples, as seen losses are."""
-    chosen = ledger.sql(f"select candidate from budgets where round = {scored} and chosen").fetchall()
-    if chosen not in ([], [("full",)]):
-        return [f"<p>Forgetting cannot be measured: samples were scored by {html.escape(chosen[0][0])}.</p>"]
+    budget = partial_budget(ledger, scored)
+    if budget is not None:
+        return [f"<p>Forgetting cannot be measured: samples were scored by {html.escape(budget)}.</p>"]
     curve = figure(
         pictures, f"forgetting-{scored}", forgetting_curve(scored, run.config.rounds.num_parts), ledger,
         "The forgetting curve, in steps and in parts of the training order: where the blue line is above the orange "

@@ -6,7 +6,7 @@ import re
 import duckdb
 
 from flows.report.round_facts import read_facts
-from flows.report.verdict import Verdict, judge
+from flows.report.verdict import judge
 from flows.run.folder import Run
 
 
@@ -22,5 +22,5 @@ def verdict_section(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
 
 def verdict_text(run: Run, ledger: duckdb.DuckDBPyConnection) -> str:
     """Return the verdict on a run, as plain text."""
-    verdict: Verdict = judge(read_facts(run, ledger), run.config)
+    verdict = judge(read_facts(run, ledger), run.config)
     return "\n".join([verdict.headline, *(f"- {reason}" for reason in verdict.reasons), verdict.advice])
