@@ -496,6 +496,21 @@ def test_a_sentencepiece_model_comes_back_as_it_came(hugging_face: Path, tmp_pat
         import_model(source, tmp_path / "again")
 
 
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_sentencepiece_model_beside_a_tokenizer_comes_back(
+    has_config: bool, hugging_face: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(hugging_face / "llama", tmp_path / "source"))
+    (source / "tokenizer.model").write_bytes(b"the model that tokenizer.json was made of")
+    if not has_config:
+        (source / "tokenizer_config.json").unlink(missing_ok=True)
+    import_model(source, tmp_path / "in", "<|endoftext|>")
+    assert find_model(tmp_path / "in").tokenizer.name == "tokenizer.json"
+    export_model(tmp_path / "in", None, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
 def test_a_full_disk_is_told_in_a_line(
     hugging_face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
