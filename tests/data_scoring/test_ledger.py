@@ -75,6 +75,15 @@ def test_a_connection_sees_the_files_of_every_view_that_come_later(is_in_memory:
         assert len(reader.sql("from rounds").fetchall()) == 1
 
 
+def test_losses_with_and_without_their_shard_are_one_view(tmp_path: Path) -> None:
+    table = losses_table([1.5])
+    for shard, each in enumerate([table, table.append_column("shard", pa.array([1], pa.int32())), table]):
+        write_parquet(losses_path(tmp_path / "rounds" / "1", shard), each, "f")
+    with duckdb.connect(str(refresh_ledger(tmp_path)), read_only=True) as ledger, open_ledger(tmp_path) as memory:
+        for reader in (ledger, memory):
+            assert reader.sql("select shard from losses order by shard").fetchall() == [(0,), (1,), (2,)]
+
+
 def test_a_copied_run_has_its_own_rows_and_a_moved_one_keeps_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
