@@ -29,7 +29,7 @@ class View:
     optional: tuple[tuple[str, str], ...] = ()
 
 
-# The last such folder on the way to the file is the run's own, whatever the others are called. The path may be relative.
+# The last such folder on the way to the file, which may be relative, is the run's own, whatever the others are called.
 _ROUND = r"regexp_extract(filename, '(?s)^(.*/)?[.r]ounds/([^/]+)/', 2)::int as round"
 _STEP = r"regexp_extract(filename, '(?s)^.*/evaluation/step-([^/]+)/', 1)::int as step"
 _SHARD = f"{SHARD_OF_FILE} as shard"

@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {explanation}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped" if options.command is answer else "stopped; the same command resumes from here", file=sys.stderr)
+        remedy = "" if options.command is answer else "; the same command resumes from here"
+        print(f"stopped{remedy}", file=sys.stderr)
         return 130
     return 0
 
