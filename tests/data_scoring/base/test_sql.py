@@ -168,7 +168,5 @@ def test_an_attached_database_reads_its_own_files_or_none(tmp_path: Path) -> Non
     with duckdb.connect(str(first), read_only=True) as connection:
         assert connection.sql("from v").fetchall() == [(1,)]
         connection.execute(f"attach {literal(second)} as b (read_only)")
-        with pytest.raises(
-            duckdb.InvalidInputException, match=r"several databases called views\.duckdb are open"
-        ):
+        with pytest.raises(duckdb.InvalidInputException, match=r"several databases called views\.duckdb are open"):
             connection.sql("from b.v").fetchall()
