@@ -74,20 +74,22 @@ def _database() -> Iterator[dict[Any, str]]:
         return
     try:
         settings.home.mkdir(parents=True, exist_ok=True)
-        lock = os.open(settings.home / ".reprise.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = (settings.home / ".reprise.lock").open("a")
     except OSError:
         # The server says what is wrong with its home.
         yield {}
         return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with tempfile.TemporaryDirectory(prefix="reprise-prefect-") as folder:
-            yield {PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{folder}/prefect.db"}
-    else:
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with tempfile.TemporaryDirectory(prefix="reprise-prefect-") as folder:
+                yield {PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{folder}/prefect.db"}
+            return
+        except OSError:
+            # This file system has no locks.
+            pass
         yield {}
-    finally:
-        os.close(lock)
 
 
 class _Server(uvicorn.Server):
