@@ -11,7 +11,8 @@ import duckdb
 from data_scoring.base.databases import replacing_views
 from data_scoring.base.files import disk_error
 from data_scoring.base.messages import one_line
-from data_scoring.base.sql import SHARD_OF_FILE, literal, parquet_rows
+from data_scoring.base.parquet import is_intact, write_parquet
+from data_scoring.base.sql import SHARD_OF_FILE, condition_of_files, literal, parquet_rows, rows_beside
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,13 @@ class View:
     optional: tuple[tuple[str, str], ...] = ()
 
 
-# The last such folder on the way to the file is the run's own, whatever the others are called.
-_ROUND = r"regexp_extract(filename, '(?s)^.*/rounds/([^/]+)/', 1)::int as round"
+# The last such folder on the way to the file, which may be relative, is the run's own, whatever the others are called.
+_ROUND = r"regexp_extract(filename, '(?s)^(.*/)?[.r]ounds/([^/]+)/', 2)::int as round"
 _STEP = r"regexp_extract(filename, '(?s)^.*/evaluation/step-([^/]+)/', 1)::int as step"
 _SHARD = f"{SHARD_OF_FILE} as shard"
+_PLACE = "file_row_number as place"
+# Columns that are not in the files.
+_COMPUTED = {"round": _ROUND, "step": _STEP, "shard": _SHARD, "place": _PLACE}
 
 _ROUND_COLUMN = {"round": ("integer", "Number of the round, from 1.")}
 _IDENTITY = {
@@ -133,7 +137,7 @@ VIEWS = {
             **_IDENTITY,
             "weight": ("float", "Weight of the sample's loss in training: 1 without refine.weights."),
         },
-        f"{_ROUND}, file_row_number as place, shard, sample, coalesce(weight, 1)::float as weight",
+        f"{_ROUND}, {_PLACE}, shard, sample, coalesce(weight, 1)::float as weight",
         (("weight", "float"),),
     ),
     "budgets": View(
@@ -312,12 +316,36 @@ DERIVED = {
 
 
 def refresh_ledger(run_folder: Path) -> Path:
-    """Write `ledger.duckdb` again and return its path; its views also cover files that will match later."""
+    """Write `ledger.duckdb` again and return its path; its views also cover files that will match later.
+
+    Its views find the files beside it, so the run folder may be moved and copied.
+    """
     run_folder = run_folder.resolve()
     path = run_folder / "ledger.duckdb"
+    _write_empty_files(run_folder)
     with replacing_views(path) as connection:
-        create_views(connection, run_folder)
+        for name, view in VIEWS.items():
+            rows = rows_beside(path, _pattern(view), options=_options(view))
+            condition = condition_of_files(path)
+            _create(connection, name, view.comment, view.columns, f"{_select(view, rows)} where {condition}")
+        _create_derived(connection)
     return path
+
+
+def _write_empty_files(run_folder: Path) -> None:
+    """Write a file without rows for every view, since DuckDB reads no pattern that matches no file."""
+    with duckdb.connect() as connection:
+        for view in VIEWS.values():
+            stored = {
+                name: kind
+                for name, (kind, _) in view.columns.items()
+                if name not in _COMPUTED or _COMPUTED[name] not in view.selected
+            }
+            sql = _no_rows(stored)
+            path = run_folder / ("." + view.files[1:].replace("*", "0"))
+            if not is_intact(path, sql):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_parquet(path, connection.sql(sql).to_arrow_table(), sql)
 
 
 @contextmanager
@@ -340,22 +368,41 @@ def read_rows(run_folder: Path, sql: str) -> list[tuple[Any, ...]]:
 def create_views(connection: duckdb.DuckDBPyConnection, run_folder: Path) -> None:
     """Create the ledger's views over the files in `run_folder`. Raises ValueError if a file is damaged."""
     for name, view in VIEWS.items():
-        _create(connection, name, view.comment, view.columns, _select(run_folder, view))
+        if any(run_folder.glob(_pattern(view))):
+            sql = _select(view, parquet_rows(run_folder, _pattern(view), options=_options(view)))
+        else:
+            sql = _no_rows({column: kind for column, (kind, _) in view.columns.items()})
+        _create(connection, name, view.comment, view.columns, sql)
+    _create_derived(connection)
+
+
+def _create_derived(connection: duckdb.DuckDBPyConnection) -> None:
     for name, (comment, columns, sql) in DERIVED.items():
         _create(connection, name, comment, columns, sql)
 
 
-def _select(run_folder: Path, view: View) -> str:
-    if any(run_folder.glob(view.files)):
-        if not view.optional:
-            return f"select {view.selected} from {parquet_rows(run_folder, view.files, options='filename = true')}"
-        rows = parquet_rows(
-            run_folder, view.files, options="filename = true, file_row_number = true, union_by_name = true"
-        )
-        missing = ", ".join(f"null::{kind} as {name}" for name, kind in view.optional)
-        return f"select {view.selected} from (from {rows} union all by name select {missing} where false)"
-    empty = ", ".join(f"null::{kind} as {name}" for name, (kind, _) in view.columns.items())
-    return f"select {empty} where false"
+def _pattern(view: View) -> str:
+    """Return the pattern that matches a view's files and its file without rows.
+
+    The latter is in a hidden folder, whose name has a dot for the first letter: .ounds/0/mix.parquet. A list of two
+    patterns would not do, because DuckDB requires a match for each.
+    """
+    return f"[.{view.files[0]}]{view.files[1:]}"
+
+
+def _options(view: View) -> str:
+    return "filename = true" + (", file_row_number = true, union_by_name = true" if view.optional else "")
+
+
+def _select(view: View, rows: str) -> str:
+    if not view.optional:
+        return f"select {view.selected} from {rows}"
+    missing = ", ".join(f"null::{kind} as {name}" for name, kind in view.optional)
+    return f"select {view.selected} from (from {rows} union all by name select {missing} where false)"
+
+
+def _no_rows(columns: dict[str, str]) -> str:
+    return f"select {', '.join(f'null::{kind} as {name}' for name, kind in columns.items())} where false"
 
 
 def _create(

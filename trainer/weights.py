@@ -3,9 +3,11 @@
 Tensors have the names and shapes of `trainer.checkpoint_shapes`; layers are stacked along the first axis.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ from trainer.checkpoint_shapes import Shape, read_shapes
 from trainer.pickles import allow_plain_pickles_only
 
 LAYERS = "decoder.layers."
+# Megatron's linear layers have extra state, which is None, and a strict load requires it.
+_LINEAR_WEIGHT = re.compile(rf"({re.escape(LAYERS)}.*\.linear_\w+)\.weight")
 # Returns a tensor by name, or the given layer of a stacked tensor.
 Produce = Callable[[str, int | None], Tensor]
 
@@ -103,7 +107,7 @@ class _ReadPlanner(DefaultLoadPlanner):
 
 
 class _WritePlanner(DefaultSavePlanner):
-    """Writes lazily produced tensors, one chunk per layer of a stacked one, as Megatron does."""
+    """Writes lazily produced tensors, one chunk per layer of a stacked one, and extra state, as Megatron does."""
 
     def __init__(self, tensors: Mapping[str, tuple[Shape, torch.dtype]], produce: Produce) -> None:
         # Megatron does not support flattened lists.
@@ -123,10 +127,18 @@ class _WritePlanner(DefaultSavePlanner):
                     size=torch.Size(shape),
                 )
                 items.append(WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data))
+            if linear := _LINEAR_WEIGHT.fullmatch(name):
+                states = [f"{linear[1]}._extra_state/shard_{layer}_{shape[0]}" for layer in parts]
+                items += [WriteItem(MetadataIndex(state), WriteItemType.BYTE_IO) for state in states]
         self.plan = SavePlan(items)
         return self.plan
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            content = BytesIO()
+            # Megatron puts objects in lists.
+            torch.save([None], content)
+            return content
         name, data = write_item.index.fqn, write_item.tensor_data
         assert data is not None
         assert write_item.index.offset is not None

@@ -22,6 +22,8 @@ SHARD_OF_FILE = r"regexp_extract(filename, '/shard=(\d+)\.parquet$', 1)::int"
 # Python keeps other bytes of a file's name as surrogates.
 _UTF_8 = re.compile("[^\ud800-\udfff]*")
 _MOST_BRACKETS = 100
+# By default, the path of the database that was opened, and .tmp, which DuckDB puts before a question mark.
+_SPILL = r"regexp_replace(current_setting('temp_directory'), '(?s)^([^?]*)\.tmp(\?.*)$', '\1\2.tmp')"
 
 
 @contextmanager
@@ -78,9 +80,51 @@ def parquet_rows(place: Path | Iterable[Path], pattern: str | None = None, *, op
     """
     places = [place] if isinstance(place, Path) else list(place)
     names = [escape_path(each) if pattern is None else f"{escape_path(each)}/{pattern}" for each in places]
+    return _read_parquet([literal(name) for name in names], options)
+
+
+def _read_parquet(patterns: list[str], options: str) -> str:
     # Otherwise, a folder such as source=web on the way overrides the column `source`.
-    arguments = [f"[{', '.join(map(literal, names))}]", "hive_partitioning = false", *filter(None, [options])]
+    arguments = [f"[{', '.join(patterns)}]", "hive_partitioning = false", *filter(None, [options])]
     return f"read_parquet({', '.join(arguments)})"
+
+
+def rows_beside(path: Path, pattern: str, *, options: str) -> str:
+    """Return the SQL relation of the Parquet files that match `pattern` in the folder of the database `path`.
+
+    A view over it finds them wherever the database is, if that is opened by itself: DuckDB does not tell a view where
+    its database is, but the default of temp_directory does. A database that is attached to another one reads the files
+    in the folder of `path`. The view needs the condition of `condition_of_files`. options: others of read_parquet.
+    """
+    folder = rf"regexp_replace(regexp_replace({_SPILL}, '[^/]*$', ''), '[*?[]', '[\0]', 'g')"
+    beside = f"{folder} || {literal(pattern)}"
+    written = literal(f"{escape_path(path.parent)}/{pattern}")
+    place = f"case when {_is_opened_by_itself(path)} then {beside} else {written} end"
+    return _read_parquet([place], options)
+
+
+def condition_of_files(path: Path) -> str:
+    """Return the SQL condition that the files of `rows_beside` are those of the database; else, the query fails."""
+    several = f"several databases called {path.name} are open; open another one, or none, and attach these to it"
+    elsewhere = (
+        f"this database was written as {path}, and reads the files there while it is attached; attach it from there, "
+        "open it by itself, or run `reprise report`, or `reprise sweep`, again"
+    )
+    return f"""(select case
+            when {_is_opened_by_itself(path)} then case when count(*) = 1 then true else error({literal(several)}) end
+            when bool_or(path = {literal(path)}) then true
+            else error({literal(elsewhere)})
+        end from duckdb_databases() where {_is_called("path", path, "")})"""
+
+
+def _is_opened_by_itself(path: Path) -> str:
+    return f"coalesce({_is_called(_SPILL, path, '.tmp')}, false)"
+
+
+def _is_called(expression: str, path: Path, ending: str) -> str:
+    """Return the SQL condition that a path is that of a database called `path`, or kept from it under another name."""
+    name = rf"(?s)^(.*/)?{re.escape(path.stem)}(-\d+)?{re.escape(path.suffix + ending)}$"
+    return f"regexp_matches({expression}, {literal(name)})"
 
 
 def copy_to_parquet(query: str, path: Path, options: str) -> str:

@@ -22,8 +22,10 @@ from data_scoring.base.read_ahead import read_ahead
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.origin import Origin, with_origin
 
+# Files of before 0.12 have no column `shard`; in all, it is also in the name.
 _LOSSES = pa.schema(
     [
+        ("shard", pa.int32()),
         ("sample", pa.int32()),
         ("num_tokens", pa.int32()),
         ("source", pa.dictionary(pa.int32(), pa.string())),
@@ -73,11 +75,12 @@ def write_losses(
 ) -> None:
     """Write a shard's losses, [num_samples], each the mean over `num_tokens` tokens, to `path`.
 
-    The file contains each sample's source, so that selection by source needs no join.
+    The file contains each sample's shard and source, so that readers and selection by source need no join.
     """
     known = pq.read_table(corpus.samples_path, columns=["source"], filters=[("shard", "=", shard)])
     source = known["source"].combine_chunks().cast(_LOSSES.field("source").type)
-    columns = [pa.array(np.arange(len(losses), dtype=np.int32)), pa.array(num_tokens), source, pa.array(losses)]
+    samples, shards = np.arange(len(losses), dtype=np.int32), np.full(len(losses), shard, np.int32)
+    columns = [pa.array(shards), pa.array(samples), pa.array(num_tokens), source, pa.array(losses)]
     write_parquet(path, with_origin(pa.table(columns, schema=_LOSSES), origin), fingerprint)
 
 

@@ -51,7 +51,7 @@ class Selection:
                 self._find_bars()
 
     def query(self, shard: int) -> str:
-        """Return the SQL of a shard's selection, rows (sample, loss, kept, reason) in the order of the losses.
+        """Return the SQL of a shard's selection, rows (shard, sample, loss, kept, reason) in the order of the losses.
 
         With weights, also probability, with which the draw keeps a kept sample, float, null for others.
         """
@@ -126,7 +126,7 @@ def _selection(config: RefineConfig, bars: dict[int, Bar], bucketed: str) -> str
         drawn = f"when excluded is null and is_within then {_by_stratum(bars, 'probability')}"
         probability = f", (case when excluded is null and is_fresh then 1.0::double {drawn} end)::float as probability"
     return f"""
-        select sample, loss, excluded is null and (is_fresh or is_within) as kept,
+        select shard, sample, loss, excluded is null and (is_fresh or is_within) as kept,
             case when excluded is not null then excluded::reason when is_fresh then '{FRESH}'::reason {reasons} end
                 as reason{probability}
         from (select *, {kept} as is_within from {bucketed})"""

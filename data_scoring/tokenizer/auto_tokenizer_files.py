@@ -1,7 +1,8 @@
 """Export of a tokenizer as files that transformers' AutoTokenizer opens and that give the same ids.
 
 A `tokenizer.json` is copied without the post-processor that would add tokens to a text. A SentencePiece model is
-converted to `tokenizer.json` if that gives the same ids for every text, and stays a `.model` otherwise.
+converted to `tokenizer.json` if that gives the same ids for every text. It is copied as `tokenizer.model`, too, with or
+without conversion: llama.cpp reads only that.
 """
 
 import json
@@ -18,6 +19,7 @@ from data_scoring.base.files import write_json
 from data_scoring.tokenizer.pieces import BYTES
 from data_scoring.tokenizer.tokenizer import name_token, open_tokenizer, read_tokenizer
 
+MODEL = "tokenizer.model"
 _Piece = sentencepiece_model.ModelProto.SentencePiece
 _SPACE = "▁"
 # The pattern by which Qwen2 splits text into words.
@@ -43,10 +45,10 @@ def export_tokenizer(path: Path, end_of_document: str | None, max_length: int | 
         _write(folder, content, token, max_length)
         return end
     proto = _read(path)
+    (folder / MODEL).write_bytes(path.read_bytes())
     if converts_exactly(proto):
         _write(folder, json.loads(convert(proto).to_str()), token, max_length)
     else:
-        (folder / "tokenizer.model").write_bytes(path.read_bytes())
         unknown = proto.pieces[proto.trainer_spec.unk_id].piece
         _write_config(folder, {"tokenizer_class": "SentencePieceBackend", **token, "unk_token": unknown}, max_length)
     return end

@@ -19,6 +19,7 @@ from flows.cli.options import path
 from flows.cli.plan_command import add_assume, add_plan
 from flows.cli.run_commands import add_run
 from flows.cli.sample_commands import add_samples
+from flows.cli.sql_command import add_sql, answer
 from flows.cli.tokenizer_commands import add_tokenizer
 from flows.run.config import read_config
 from flows.run.errors import RanksFailedError
@@ -53,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {explanation}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped" if options.command is _sql else "stopped; the same command resumes from here", file=sys.stderr)
+        remedy = "" if options.command is answer else "; the same command resumes from here"
+        print(f"stopped{remedy}", file=sys.stderr)
         return 130
     return 0
 
@@ -111,14 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     advise.add_argument("run", type=path, metavar="RUN", help="run folder")
     advise.set_defaults(command=_advise)
     add_samples(commands)
-    sql = commands.add_parser("sql", help="query the ledger with DuckDB SQL")
-    sql.add_argument("run", type=path, metavar="RUN", help="run folder")
-    sql.add_argument("query", metavar="QUERY", help='such as "select * from rounds"')
-    sql.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="time limit (default: 300)")
-    sql.add_argument(
-        "--unrestricted", action="store_true", help="allow all statements and files, and more than 4 GB of memory"
-    )
-    sql.set_defaults(command=_sql)
+    add_sql(commands)
     return parser
 
 
@@ -223,12 +218,6 @@ def _advise(options: argparse.Namespace) -> None:
     stages_of(run).verify()
     with open_ledger(run.folder) as ledger:
         print(verdict_text(run, ledger))
-
-
-def _sql(options: argparse.Namespace) -> None:
-    from flows.report.samples import query
-
-    query(options.run, options.query, options.timeout, not options.unrestricted).show(max_rows=200, max_width=200)
 
 
 def run() -> NoReturn:

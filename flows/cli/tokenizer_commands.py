@@ -39,7 +39,7 @@ def add_tokenizer(commands: Any) -> None:
         "--model",
         help="preset, or YAML configuration, whose parameter shares are shown (default: C's, or the paper's)",
     )
-    compact.add_argument("--checkpoint", type=path, help="checkpoint, or run folder, to prune with the vocabulary")
+    compact.add_argument("--checkpoint", type=path, help="checkpoint, run or model folder to prune with the vocabulary")
     compact.add_argument("--round", type=int, help="round of the run whose checkpoint is pruned (default: the last)")
     compact.add_argument("--end-of-document", help="token that ends a document, if T does not define it")
     compact.set_defaults(command=_compact)

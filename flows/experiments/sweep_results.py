@@ -7,12 +7,14 @@ import pyarrow as pa
 
 from data_scoring.base.databases import replacing_views
 from data_scoring.base.parquet import write_parquet
-from data_scoring.base.sql import literal, parquet_rows
+from data_scoring.base.sql import condition_of_files, literal, parquet_rows, rows_beside
 from flows.experiments.generation_speed import BATCH_SIZE
 from flows.experiments.trials import TRIAL
 
 FACTORS = ("depth", "width", "expansion")
 OUTCOMES = ("quality", "task score", "generation speed")
+
+_TRIALS, _OPTIONS = "*/trial.parquet", "union_by_name = true"
 
 # Views by name: (comment, SQL).
 _VIEWS = {
@@ -62,13 +64,14 @@ def write_views(folder: Path) -> Path:
     path = folder / "sweep.duckdb"
     # An empty table, so that the views work before the first trial is done.
     write_parquet(folder / "none" / "trial.parquet", TRIAL.empty_table(), "")
+    path = path.resolve()
+    rows = rows_beside(path, _TRIALS, options=_OPTIONS)
     with replacing_views(path) as connection:
-        _create_views(connection, folder)
+        _create_views(connection, f"(from {rows} where {condition_of_files(path)})")
     return path
 
 
-def _create_views(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    trials = parquet_rows(folder, "*/trial.parquet", options="union_by_name = true")
+def _create_views(connection: duckdb.DuckDBPyConnection, trials: str) -> None:
     for name, (comment, sql) in _VIEWS.items():
         connection.execute(f"create view {name} as {sql.format(trials=trials)}")
         connection.execute(f"comment on view {name} is {literal(comment)}")
@@ -80,7 +83,7 @@ def open_views(folder: Path) -> duckdb.DuckDBPyConnection:
     They are created in memory, because a reader of `sweep.duckdb` may hold a lock on it.
     """
     connection = duckdb.connect()
-    _create_views(connection, folder)
+    _create_views(connection, parquet_rows(folder, _TRIALS, options=_OPTIONS))
     return connection
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_scoring.base.files import write_json
 from data_scoring.config import padded_vocab_size
-from data_scoring.tokenizer.auto_tokenizer_files import export_tokenizer, misreading_families
+from data_scoring.tokenizer.auto_tokenizer_files import MODEL, export_tokenizer, misreading_families
 from data_scoring.tokenizer.tokenizer import Tokenizer, name_token, open_tokenizer, read_tokenizer
 from flows.run.stored_model import ORIGIN, StoredModel
 from trainer.hugging_face_files import read_object
@@ -15,7 +15,8 @@ from trainer.hugging_face_files import read_object
 # Folder in a model folder with the original files beside the weights, for export.
 ORIGINAL = "original"
 _CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
-TOKENIZER_FILES = (_CONFIG, "special_tokens_map.json", _ADDED, "chat_template.jinja", "chat_template.json")
+# The SentencePiece model is beside the tokenizer.json that transformers made of it: llama.cpp reads only the model.
+TOKENIZER_FILES = (MODEL, _CONFIG, "special_tokens_map.json", _ADDED, "chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def give_tokenizer(stored: StoredModel, rows: int, length: int | None, folder: P
     config = _read_if_there(original / _CONFIG)
     has_code = config.pop("auto_map", None) is not None
     if not config or (has_code and path.suffix == ".model"):
+        if (original / MODEL).is_file():
+            shutil.copyfile(original / MODEL, folder / MODEL)
         return export_tokenizer(path, stored.end_of_document, length, folder), barred
     for file in (path, *(original / name for name in TOKENIZER_FILES)):
         if file.is_file():

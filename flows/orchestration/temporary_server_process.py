@@ -2,15 +2,21 @@
 
 If a configured server answers, it ends at once. Otherwise it serves until its standard input is closed, which also
 happens when the process that holds the other end is killed. Its first line of output tells which: see `Answer`.
+SQLite takes one writer at a time: while another such process uses the database in Prefect's home, it uses one of its
+own, which it deletes at its end.
 """
 
+import fcntl
 import json
 import os
 import secrets
 import socket
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
@@ -20,6 +26,7 @@ from prefect.settings import (
     PREFECT_SERVER_ANALYTICS_ENABLED,
     PREFECT_SERVER_API_AUTH_STRING,
     PREFECT_SERVER_CSRF_PROTECTION_ENABLED,
+    PREFECT_SERVER_DATABASE_CONNECTION_URL,
     get_current_settings,
     temporary_settings,
 )
@@ -48,7 +55,7 @@ def main() -> None:
         PREFECT_SERVER_CSRF_PROTECTION_ENABLED: False,
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
     }
-    with temporary_settings(private):
+    with _database() as database, temporary_settings({**private, **database}):
         from prefect.server.api.server import create_app
 
         app = Guard(create_app(ephemeral=True, final=True), own_names("127.0.0.1"))
@@ -56,6 +63,33 @@ def main() -> None:
         served = _Server(config, {"configured": configured, "url": url, "password": password})
         threading.Thread(target=_end_with_launcher, args=(served,), daemon=True).start()
         served.run(sockets=[listener])
+
+
+@contextmanager
+def _database() -> Iterator[dict[Any, str]]:
+    """Yield the settings of the database to use: none, unless another process uses the one in Prefect's home."""
+    settings = get_current_settings()
+    if "connection_url" in settings.server.database.model_fields_set:
+        yield {}
+        return
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        lock = (settings.home / ".reprise.lock").open("a")
+    except OSError:
+        # The server says what is wrong with its home.
+        yield {}
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with tempfile.TemporaryDirectory(prefix="reprise-prefect-") as folder:
+                yield {PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{folder}/prefect.db"}
+            return
+        except OSError:
+            # This file system has no locks.
+            pass
+        yield {}
 
 
 class _Server(uvicorn.Server):

@@ -85,14 +85,14 @@ def _read_folder(place: Path) -> StoredModel:
 
 
 def find_checkpoint(place: Path, round_number: int | None) -> Path:
-    """Return `place` if it is a checkpoint, or, if it is a run, the last checkpoint of a round (default: the last).
+    """Return the last checkpoint of a round (default: the last) of the run in `place`, or that of the model in it.
 
-    Raises ValueError if there is none.
+    `place` itself if it is neither a run nor a model folder. Raises ValueError if there is none.
     """
     if not (place / "run.yaml").is_file():
         if round_number is not None:
             raise ValueError(f"--round: needs a run folder, which {place} is not; omit it")
-        return place
+        return find_model(place).checkpoint if (place / MODEL).is_file() else place
     return _find_round(place, round_number)[1]
 
 

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -6,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from data_scoring.base.parquet import write_parquet
-from data_scoring.ledger import DERIVED, VIEWS, refresh_ledger
+from data_scoring.ledger import DERIVED, VIEWS, open_ledger, refresh_ledger
 from data_scoring.losses.shard_scoring import losses_path
 from data_scoring.sandboxed_query import ask
 
@@ -46,6 +47,58 @@ def test_it_shows_files_that_come_later_and_survives_readers_and_quotes(tmp_path
         ]
         refresh_ledger(run)
         assert len(reader.sql("from losses").fetchall()) == 2
+
+
+def _write_row(run: Path, name: str) -> None:
+    """Write a file with one row of ones for a view."""
+    view = VIEWS[name]
+    path = run / view.files.replace("*", "1")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = ", ".join(
+        f"{f'[1]::{kind}' if kind.endswith('[]') else f'1::{kind}'} as {column}"
+        for column, (kind, _) in view.columns.items()
+    )
+    duckdb.sql(f"select {columns}").write_parquet(str(path))
+
+
+@pytest.mark.parametrize("is_in_memory", [False, True])
+def test_a_connection_sees_the_files_of_every_view_that_come_later(is_in_memory: bool, tmp_path: Path) -> None:
+    path = refresh_ledger(tmp_path)
+    with open_ledger(tmp_path) if is_in_memory else duckdb.connect(str(path), read_only=True) as reader:
+        for name in VIEWS:
+            assert reader.sql(f"from {name}").fetchall() == []
+            _write_row(tmp_path, name)
+            [row] = reader.sql(f"from {name}").fetchall()
+            columns = reader.sql(f"describe {name}").fetchall()
+            assert [column[1].lower() for column in columns] == [kind for kind, _ in VIEWS[name].columns.values()]
+            assert dict(zip((column[0] for column in columns), row, strict=True)).get("round", 1) == 1
+        assert len(reader.sql("from rounds").fetchall()) == 1
+
+
+def test_losses_with_and_without_their_shard_are_one_view(tmp_path: Path) -> None:
+    table = losses_table([1.5])
+    for shard, each in enumerate([table, table.append_column("shard", pa.array([1], pa.int32())), table]):
+        write_parquet(losses_path(tmp_path / "rounds" / "1", shard), each, "f")
+    with duckdb.connect(str(refresh_ledger(tmp_path)), read_only=True) as ledger, open_ledger(tmp_path) as memory:
+        for reader in (ledger, memory):
+            assert reader.sql("select shard from losses order by shard").fetchall() == [(0,), (1,), (2,)]
+
+
+def test_a_copied_run_has_its_own_rows_and_a_moved_one_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy [1]"
+    write_parquet(losses_path(run / "rounds" / "1", 0), losses_table([1.5]), "f")
+    refresh_ledger(run)
+    shutil.copytree(run, copy)
+    write_parquet(losses_path(copy / "rounds" / "2", 3), losses_table([2.5]), "f")
+    rows = [(1, 0, 1.5), (2, 3, 2.5)]
+    for is_moved in (False, True):
+        place = copy.rename(tmp_path / "moved") if is_moved else copy
+        monkeypatch.chdir(place)
+        for path in (str(place / "ledger.duckdb"), "ledger.duckdb"):
+            with duckdb.connect(path, read_only=True) as ledger:
+                assert ledger.sql("select round, shard, loss from losses order by round").fetchall() == rows
 
 
 def test_the_types_of_real_files_are_the_documented_ones(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Checkpoints cut to a smaller vocabulary: rows in their new order, bit for bit, in a loadable checkpoint."""
 
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from benchmarks.plain_model import PlainModel, load_megatron_weights, read_checkpoint
 from data_scoring.base.progress import silent
@@ -46,6 +49,25 @@ def test_rows_move_bit_for_bit_and_all_else_stays(checkpoint: Path, tmp_path: Pa
     # The optimizer's state, two moments and the weights once more, is what made it larger.
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in (checkpoint, target)]
     assert sizes[1] < 0.3 * sizes[0]
+
+
+def test_what_is_written_without_megatron_has_all_that_its_strict_load_requires(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    cut_checkpoint(checkpoint, [*range(90)], 300, tmp_path / checkpoint.name)
+    contents = []
+    for folder in (checkpoint, tmp_path / checkpoint.name):
+        metadata = FileSystemReader(folder).read_metadata()
+        objects = {}
+        for index, entry in metadata.storage_data.items():
+            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+                content = (folder / entry.relative_path).read_bytes()[entry.offset : entry.offset + entry.length]
+                objects[index.fqn] = torch.load(BytesIO(content), weights_only=True)
+        names = {name for name in metadata.state_dict_metadata if not name.startswith("optimizer.")}
+        contents.append((names, {name: objects[name] for name in objects.keys() & names}))
+    assert contents[0] == contents[1]
+    # Of the four linear layers in each of the two layers.
+    assert [*contents[1][1].values()] == [[None]] * 8
 
 
 def test_checkpoints_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -9,7 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_scoring.base.sql import bounded, check_path, copy_to_parquet, parquet_rows
+from data_scoring.base.databases import replacing_views
+from data_scoring.base.sql import (
+    bounded,
+    check_path,
+    condition_of_files,
+    copy_to_parquet,
+    literal,
+    parquet_rows,
+    rows_beside,
+)
 
 ROOT = Path(__file__).parents[3]
 # A name, and others beside it that it matches if it is taken for a pattern.
@@ -113,3 +123,50 @@ def test_databases_are_opened_in_memory_or_in_one_place() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "duckdb.connect" and node.args
     }
     assert places == {"data_scoring/base/databases.py"}
+
+
+def _database(folder: Path, number: int) -> Path:
+    """Write a database with a view over the file beside it, which holds `number`."""
+    write(folder / "part=1.parquet", number)
+    path = folder / "views.duckdb"
+    with replacing_views(path) as connection:
+        rows = rows_beside(path, "part=*.parquet", options="filename = true")
+        connection.execute(f"create view v as select x from {rows} where {condition_of_files(path)}")
+        connection.execute("comment on view v is 'Numbers.'")
+    return path
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_database_reads_the_files_beside_it_wherever_it_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, copy = tmp_path / "original", tmp_path / "copies" / name
+    path = _database(original, 1)
+    shutil.copytree(original, copy)
+    write(copy / "part=1.parquet", 2)
+    for decoy in ODD[name]:
+        write(tmp_path / "copies" / decoy / "part=1.parquet", 3)
+    monkeypatch.chdir(copy)
+    for place in (str(copy / path.name), path.name):
+        with duckdb.connect(place, read_only=True) as connection:
+            assert connection.sql("from v").fetchall() == [(2,)]
+    shutil.rmtree(original)
+    with duckdb.connect(str(copy / path.name)) as connection:
+        assert connection.sql("from v").fetchall() == [(2,)]
+
+
+def test_an_attached_database_reads_its_own_files_or_none(tmp_path: Path) -> None:
+    first, second = _database(tmp_path / "first", 1), _database(tmp_path / "second", 2)
+    shutil.copytree(first.parent, tmp_path / "copy")
+    with duckdb.connect(str(tmp_path / "mine.duckdb")) as connection:
+        for name, path in {"a": first, "b": second, "c": tmp_path / "copy" / first.name}.items():
+            connection.execute(f"attach {literal(path)} as {name} (read_only)")
+        assert connection.sql("from a.v union all from b.v order by 1").fetchall() == [(1,), (2,)]
+        connection.execute("detach a")
+        with pytest.raises(duckdb.InvalidInputException, match=f"written as {first}, and reads the files there while"):
+            connection.sql("from c.v").fetchall()
+    with duckdb.connect(str(first), read_only=True) as connection:
+        assert connection.sql("from v").fetchall() == [(1,)]
+        connection.execute(f"attach {literal(second)} as b (read_only)")
+        with pytest.raises(duckdb.InvalidInputException, match=r"several databases called views\.duckdb are open"):
+            connection.sql("from b.v").fetchall()

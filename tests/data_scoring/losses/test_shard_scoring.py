@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
@@ -82,6 +83,11 @@ def test_every_sample_has_its_loss_whatever_the_order_they_are_scored_in(
     assert {path.name for path in (tmp_path / "losses").iterdir()} == {
         f"shard=000{shard}.parquet" for shard in (0, 1, 2)
     }
+    # Any reader knows the shard.
+    together = pq.read_table(tmp_path / "losses")
+    assert together.schema.field("shard").type == pa.int32()
+    columns = [together[name].to_pylist() for name in ("shard", "sample", "num_tokens", "loss")]
+    assert sorted(zip(*columns, strict=True)) == rows_of(tiny_corpus, tmp_path)
 
 
 def test_blocks_are_as_wide_as_their_longest_sample(tiny_corpus: Corpus, tmp_path: Path) -> None:

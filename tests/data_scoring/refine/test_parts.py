@@ -59,6 +59,7 @@ class Facts:
             mine = self.shard == shard
             for place, losses in ((folder / "1", self.loss), (folder / "reference", self.reference)):
                 table = {
+                    "shard": self.shard[mine].astype(np.int32),
                     "sample": self.sample[mine].astype(np.int32), "num_tokens": self.tokens[mine].astype(np.int32),
                     "source": self.source[mine], "loss": losses[mine].astype(np.float32),
                 }  # fmt: skip

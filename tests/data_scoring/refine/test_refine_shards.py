@@ -8,6 +8,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import chisquare
 
@@ -67,10 +68,10 @@ def test_the_hash_has_not_changed(tmp_path: Path) -> None:
     draw = Draw(tmp_path, 2, RefineConfig(policy="random", sampling_rate=0.3), 1, [0, 0, 0, 20])
     with duckdb.connect() as connection:
         rows = connection.sql(Selection(connection, draw, Limits()).query(3)).fetchall()
-    assert [row[0] for row in rows if row[2]] == [3, 5, 7, 10, 16, 18]
+    assert [sample for shard, sample, _, kept, _ in rows if kept and shard == 3] == [3, 5, 7, 10, 16, 18]
 
 
-def write_losses(folder: Path, shard: int, losses: np.ndarray, samples: np.ndarray | None = None, **more: Any) -> None:
+def write_losses(folder: Path, number: int, losses: np.ndarray, samples: np.ndarray | None = None, **more: Any) -> None:
     samples = np.arange(len(losses)) if samples is None else samples
     table = {
         "sample": samples.astype(np.int32),
@@ -79,7 +80,7 @@ def write_losses(folder: Path, shard: int, losses: np.ndarray, samples: np.ndarr
         "loss": losses.astype(np.float32),
         **more,
     }
-    write_parquet(losses_path(folder, shard), pa.table(table), "scored")
+    write_parquet(losses_path(folder, number), pa.table(table), "scored")
 
 
 def test_the_draw_does_not_depend_on_row_order_and_is_exact_in_number(tmp_path: Path) -> None:
@@ -88,7 +89,9 @@ def test_the_draw_does_not_depend_on_row_order_and_is_exact_in_number(tmp_path: 
     for name in ("sorted", "shuffled"):
         for shard, values in enumerate(losses):
             order = np.arange(len(values)) if name == "sorted" else generator.permutation(len(values))
-            write_losses(tmp_path / name / "1", shard, values[order], order)
+            # Files of before 0.12 have no column `shard`.
+            more = {"shard": np.full(len(values), shard, np.int32)} if name == "sorted" else {}
+            write_losses(tmp_path / name / "1", shard, values[order], order, **more)
         refine(Draw(tmp_path / name, 2, RefineConfig(), 7, [1001, 1000, 1]), "refined", silent)
         assert not (tmp_path / name / "2" / ".spill").exists()
     for shard, count in enumerate((501, 500, 1)):
@@ -101,6 +104,12 @@ def test_the_draw_does_not_depend_on_row_order_and_is_exact_in_number(tmp_path: 
         assert rows[0] == rows[1]
         assert sum(row[2] for row in rows[0]) == count
         assert {row[3] for row in rows[0]} <= {"drawn by loss", "not drawn"}
+    # Any reader knows the shard.
+    paths = sorted((tmp_path / "shuffled" / "2" / "selection").glob("*.parquet"))
+    selection = pa.concat_tables(pq.read_table(path) for path in paths)
+    assert {*zip(selection["shard"].to_pylist(), selection["sample"].to_pylist(), strict=True)} == {
+        (shard, sample) for shard, values in enumerate(losses) for sample in range(len(values))
+    }
     chosen = read_rows(tmp_path / "sorted" / "2" / "selection" / "shard=0000.parquet", "kept", "loss")
     assert np.mean([loss for kept, loss in chosen if kept]) > np.mean([loss for kept, loss in chosen if not kept])
 

@@ -32,6 +32,7 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         losses = generator.normal(3, 0.6, SIZE) + (sources == "b")
         losses[:3] = 12.0
         table = {
+            "shard": np.full(SIZE, shard, np.int32),
             "sample": np.arange(SIZE, dtype=np.int32),
             "num_tokens": generator.integers(1, 33, SIZE).astype(np.int32),
             "source": sources,

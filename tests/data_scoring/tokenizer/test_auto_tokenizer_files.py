@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
@@ -13,7 +14,9 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from data_scoring.base.files import write_json
 from data_scoring.config import TokenizerConfig
 from data_scoring.tokenizer.auto_tokenizer_files import convert, converts_exactly, export_tokenizer, misreading_families
+from data_scoring.tokenizer.token_coverage import choose_tokens
 from data_scoring.tokenizer.tokenizer import install_tokenizer, open_tokenizer
+from data_scoring.tokenizer.vocabulary import open_vocabulary
 from tests.conftest import make_documents
 
 SHARED = Path("../shared")
@@ -51,6 +54,13 @@ def like_llama(path: Path) -> None:
     path.write_bytes(proto.SerializeToString())
 
 
+def compacted(path: Path) -> None:
+    like_llama(path)
+    vocabulary = open_vocabulary(path)
+    counts = np.ones(len(vocabulary.pieces), np.int64)
+    vocabulary.save(choose_tokens(vocabulary, counts, len(vocabulary.pieces) - 40).kept, path)
+
+
 KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "own.json": (
         lambda path: install_tokenizer(TokenizerConfig(vocab_size=420), make_documents(400), 0, path.parent).rename(
@@ -59,6 +69,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
         "TokenizersBackend",
     ),
     "llama.model": (like_llama, "TokenizersBackend"),
+    "compacted.model": (compacted, "TokenizersBackend"),
     "extra-spaces.model": (lambda path: train("bpe", path, byte_fallback=True), "SentencePieceBackend"),
     "unigram.model": (lambda path: train("unigram", path, byte_fallback=True), "SentencePieceBackend"),
     "unknown.model": (lambda path: train("bpe", path), "SentencePieceBackend"),
@@ -74,16 +85,21 @@ def test_ids_are_those_of_our_own_reading(name: str, tmp_path: Path) -> None:
     make(path)
     folder = tmp_path / "out"
     folder.mkdir()
-    write_json(folder / "config.json", {"model_type": "llama"})
     end = export_tokenizer(path, None, 128, folder)
-    found, ours = AutoTokenizer.from_pretrained(folder), open_tokenizer(path, None)
-    assert type(found).__name__ == kind
-    assert [found(text)["input_ids"] for text in TEXTS] == ours.encode_batch(TEXTS)
+    ours = open_tokenizer(path, None)
+    for family in sorted({"llama", "mistral", "qwen2"}.difference(misreading_families(path)), reverse=True):
+        write_json(folder / "config.json", {"model_type": family})
+        found = AutoTokenizer.from_pretrained(folder)
+        assert type(found).__name__ == kind
+        assert [found(text)["input_ids"] for text in TEXTS] == ours.encode_batch(TEXTS)
     assert (found.eos_token_id, found.bos_token_id, len(found)) == (end, end, ours.vocab_size)
     assert (end, found.model_max_length) == (ours.end_of_document, 128)
     if kind == "TokenizersBackend":
         ids = ours.encode_batch(TEXTS)
         assert [found.decode(each) for each in ids] == [ours.decode(each) for each in ids]
+    # What llama.cpp reads: it takes the pieces of a tokenizer.json for ones without scores.
+    beside = folder / "tokenizer.model"
+    assert beside.read_bytes() == path.read_bytes() if path.suffix == ".model" else not beside.exists()
     # What transformers would read otherwise in a folder of another family.
     assert misreading_families(path) == (("qwen2",) if kind == "TokenizersBackend" else ("qwen2", "mistral"))
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -494,6 +495,38 @@ def test_a_sentencepiece_model_comes_back_as_it_came(hugging_face: Path, tmp_pat
         ValueError, match=r"tokenizer.model: lacks tokens that other files add to its .* entries, such as '<pad>'; open"
     ):
         import_model(source, tmp_path / "again")
+
+
+def test_an_imported_model_is_pruned_with_its_vocabulary(
+    hugging_face: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = hugging_face / "llama-imported"
+    (tmp_path / "text.txt").write_text("\n".join(make_documents(20)))
+    command = ["tokenizer", "compact", "--tokenizer", str(model / "tokenizer.json"), "--vocab-size", "280"]
+    paths = ["--corpus", str(tmp_path / "text.txt"), "--checkpoint", str(model), "--output", str(tmp_path / "out")]
+    assert main([*command, *paths]) == 0
+    [checkpoint] = list_checkpoints(tmp_path / "out" / "checkpoint")
+    assert f"checkpoint: {checkpoint}" in capsys.readouterr().out
+    kept = pq.read_table(tmp_path / "out" / "vocabulary.parquet", filters=[("kept", "=", True)])
+    kept = kept.sort_by("new_id")["id"].to_pylist()
+    before, after = read_checkpoint(find_model(model).checkpoint), read_checkpoint(checkpoint)
+    assert torch.equal(after[EMBEDDING][:280], before[EMBEDDING][kept])
+    assert torch.equal(after[HEAD][:280], before[HEAD][kept])
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_sentencepiece_model_beside_a_tokenizer_comes_back(
+    has_config: bool, hugging_face: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(hugging_face / "llama", tmp_path / "source"))
+    (source / "tokenizer.model").write_bytes(b"the model that tokenizer.json was made of")
+    if not has_config:
+        (source / "tokenizer_config.json").unlink(missing_ok=True)
+    import_model(source, tmp_path / "in", "<|endoftext|>")
+    assert find_model(tmp_path / "in").tokenizer.name == "tokenizer.json"
+    export_model(tmp_path / "in", None, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 def test_a_full_disk_is_told_in_a_line(

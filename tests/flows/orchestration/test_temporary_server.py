@@ -1,6 +1,7 @@
 """The temporary server of a run answers to its own process, and to nobody else."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 from base64 import b64encode
@@ -59,6 +60,20 @@ def test_the_server_ends_with_its_process_however_that_ends(tmp_path: Path) -> N
     command.kill()
     command.communicate()
     served.wait(timeout=30)
+
+
+def test_runs_at_the_same_time_share_a_home_but_no_database(tmp_path: Path) -> None:
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {"PREFECT_HOME": str(home), "PREFECT_API_URL": "", "TMPDIR": str(temporary)}
+    with server(environment):
+        assert add(1, 2) == 3
+        with server(environment):
+            assert add(3, 4) == 7
+            assert len([*temporary.glob("*/prefect.db")]) == 1
+    with sqlite3.connect(home / "prefect.db") as database:
+        assert database.execute("select count(*) from flow_run").fetchone() == (1,)
+    assert not [*temporary.iterdir()]
 
 
 def test_a_server_that_cannot_start_is_an_error_that_says_why(tmp_path: Path) -> None:
