@@ -78,16 +78,17 @@ def write_weights(
     tensors: Mapping[str, tuple[Shape, torch.dtype]],
     produce: Produce,
     record: dict[str, Any],
+    common: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint of `tensors` to the new folder `target`, calling `produce` for one at a time.
 
-    `record` is passed to `seal_checkpoint`. `target` appears only when all of it is written. Raises what `produce`
-    raises, and OSError if the disk is full.
+    common: what the checkpoint contains besides tensors. `record` is passed to `seal_checkpoint`. `target` appears only
+    when all of it is written. Raises what `produce` raises, and OSError if the disk is full.
     """
     with making(target) as temporary, _writing_errors(target):
         with _single_process():
             save({}, storage_writer=_Writer(temporary), planner=_WritePlanner(tensors, produce), no_dist=True)
-        torch.save({}, temporary / "common.pt")
+        torch.save(dict(common or {}), temporary / "common.pt")
         write_json(temporary / "metadata.json", _BACKENDS)
         seal_checkpoint(temporary, record)
 

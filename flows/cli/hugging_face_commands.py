@@ -1,10 +1,16 @@
-"""`reprise import hf` and `reprise export hf`: import Hugging Face models and export to that format."""
+"""`reprise import` and `reprise export`: import of Hugging Face models, and export to them and to Megatron-LM."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from flows.cli.options import path
+
+_DTYPE: dict[str, Any] = {
+    "default": "keep",
+    "choices": ("keep", "float32", "bfloat16"),
+    "help": "data type of the stored weights (default: unchanged)",
+}
 
 
 def add_hugging_face(commands: Any) -> None:
@@ -28,13 +34,16 @@ def add_hugging_face(commands: Any) -> None:
     hf.add_argument(
         "--output", type=path, metavar="FOLDER", help="folder to create (default: export/round-N in RUN, or export)"
     )
-    hf.add_argument(
-        "--dtype",
-        default="keep",
-        choices=("keep", "float32", "bfloat16"),
-        help="data type of the stored weights (default: unchanged)",
-    )
+    hf.add_argument("--dtype", **_DTYPE)
     hf.set_defaults(command=_export)
+    megatron = formats.add_parser("megatron", help="for Megatron-LM: iter_…/, its arguments and the weights")
+    megatron.add_argument("place", type=path, metavar="RUN", help="run folder, or a model folder")
+    megatron.add_argument("--round", type=int, help="round of the run whose model is exported (default: the last)")
+    megatron.add_argument(
+        "--output", type=path, metavar="FOLDER", help="folder to create (default: export/megatron-N in RUN)"
+    )
+    megatron.add_argument("--dtype", **_DTYPE)
+    megatron.set_defaults(command=_export_megatron)
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -58,3 +67,12 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{FAMILIES[made.family]} of {made.checkpoint}\nmodel: {made.folder}")
     if made.family == "reprise":
         print("open it with trust_remote_code=True: it comes with its own modelling file")
+
+
+def _export_megatron(options: argparse.Namespace) -> None:
+    from flows.models.megatron_lm import export_megatron
+
+    made = export_megatron(options.place, options.round, options.output, options.dtype)
+    for note in made.notes:
+        print(f"note: {note}")
+    print(f"checkpoint of {made.checkpoint}\nmodel: {made.folder}\nMegatron-LM loads it with: {made.options}")

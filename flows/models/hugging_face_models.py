@@ -44,7 +44,7 @@ def import_model(source: Path, output: Path, end_of_document: str | None = None)
     """
     model, notes = read_description(source / "config.json")
     files = TensorFiles(source)
-    with _making(output) as folder:
+    with new_folder(output) as folder:
         tokenizer = take_tokenizer(source, folder, model.vocab_size or 0, end_of_document)
         notes += tokenizer.notes
         # Imported here because it takes a second, which errors above should not have to wait for.
@@ -95,7 +95,7 @@ def export_model(
     stored = find_model(place, round_number)
     rows = stored.config.vocab_size or stored.vocab_size
     output = output or _export_folder(stored)
-    with _making(output) as folder:
+    with new_folder(output) as folder:
         import torch
 
         from trainer.hugging_face_weights import SHARD_BYTES, export_weights
@@ -114,7 +114,7 @@ def export_model(
         if family == "reprise":
             code = importlib.resources.files("trainer") / f"{MODELLING}.py"
             (folder / f"{MODELLING}.py").write_bytes(code.read_bytes())
-    return Exported(family, stored.checkpoint, output, _unfinished(stored))
+    return Exported(family, stored.checkpoint, output, unfinished(stored))
 
 
 def _export_folder(stored: StoredModel) -> Path:
@@ -122,16 +122,19 @@ def _export_folder(stored: StoredModel) -> Path:
     return folder if stored.round_number is None else folder / f"round-{stored.round_number}"
 
 
-def _unfinished(stored: StoredModel) -> list[str]:
-    """Return a note if the round has not ended."""
+def unfinished(stored: StoredModel) -> list[str]:
+    """Return a note for the user if the model's round has not ended."""
     record = read_checkpoint_record(stored.checkpoint, "step")
     step, last = record["step"], record.get("num_steps")
     return [] if last in (None, step) else [f"this is step {step:,} of {last:,}: its round has not ended"]
 
 
 @contextmanager
-def _making(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is renamed to `folder` or, after an error, deleted."""
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which is renamed to `folder` or, after an error, deleted.
+
+    Raises ValueError if there is such a folder.
+    """
     if folder.exists():
         raise ValueError(f"{folder}: already exists; delete it, or name another folder with --output")
     with making(folder.absolute()) as temporary:
