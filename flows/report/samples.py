@@ -86,9 +86,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples that were found, with a title; has_origins: whether the corpus says where samples come from."""
+    """Samples that were found, with a title.
+
+    scored_round: the round after which losses were measured; None if none was scored. has_origins: whether the corpus says
+    where samples come from.
+    """
 
     title: str
+    scored_round: int | None
     samples: list[Sample]
     has_origins: bool
 
@@ -150,7 +155,7 @@ def find_samples(
             f"--where: {shown(where)}: {reason}; give a DuckDB condition over the columns {', '.join(COLUMNS)}"
         ) from None
     title = ORDERS[order].title.format(scored, scored + 1) if scored else "Samples"
-    return Samples(title, _with_texts(texts, rows), texts.has_origins)
+    return Samples(title, scored or None, _with_texts(texts, rows), texts.has_origins)
 
 
 def _with_texts(texts: SampleTexts, rows: list[tuple[Any, ...]]) -> list[Sample]:
