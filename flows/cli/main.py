@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from data_scoring.base.caches import provide_caches
 from data_scoring.base.exits import exit_with
 from data_scoring.base.files import explain
+from flows.cli.completion_command import add_completion
 from flows.cli.evaluation_commands import add_evaluate
 from flows.cli.experiment_commands import add_trial_commands
 from flows.cli.hugging_face_commands import add_hugging_face
@@ -114,6 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     add_samples(commands)
     add_sql(commands)
+    add_completion(commands, parser)
     return parser
 
 

@@ -88,8 +88,8 @@ class Sample:
 class Samples:
     """Samples that were found, with a title.
 
-    scored_round: the round after which losses were measured; None if none was scored. has_origins: whether the corpus says
-    where samples come from.
+    scored_round: the round after which losses were measured; None if there is none. has_origins: whether the corpus
+    says where samples come from.
     """
 
     title: str
