@@ -136,8 +136,12 @@ def find_samples(
 
     where: a DuckDB condition over `COLUMNS`; source: only its samples; scored_round: the round after which losses were
     measured, by default the last one from which a round was selected, or else the last one that was scored. Raises
-    ValueError if there is no such source or round, or the condition is wrong.
+    ValueError if there is no such order, source or round, or the condition is wrong.
     """
+    if order not in ORDERS:
+        raise ValueError(f"order: {shown(order)} is none of {', '.join(ORDERS)}; give one of these")
+    if count < 1:
+        raise ValueError(f"count: {count} is not above 0; give a number of at least 1")
     run = read_run(Path(run_folder))
     texts = texts_of(run)
     names = [entry["name"] for entry in texts.corpus.manifest["sources"]]
