@@ -63,7 +63,7 @@ def _runs(options: argparse.Namespace) -> None:
             print(_run_line(status))
     unreadable = [status for status in statuses if status.state == UNREADABLE]
     if unreadable:
-        others = f"; and {len(unreadable) - 1} more runs cannot be read" if len(unreadable) > 1 else ""
+        others = f"; {len(unreadable) - 1} more cannot be read either" if len(unreadable) > 1 else ""
         raise ValueError(f"{unreadable[0].error}{others}")
 
 
