@@ -24,7 +24,8 @@ from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_we
 from benchmarks.scale import scale
 from data_scoring.base.files import read_json, write_json
 from data_scoring.losses.shard_scoring import Block
-from flows.run.folder import VERIFIED, package_versions, read_run
+from flows.run.folder import VERIFIED, read_run
+from flows.run.versions import package_versions
 from flows.stages.stage_order import stages_of, steps_of
 from trainer.config import ModelConfig, TrainConfig
 from trainer.parallel_config import ParallelConfig

@@ -1,9 +1,11 @@
 """`reprise model`: the sizes of the presets, or of a configuration's model."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_scoring.base.files import writing
+from flows.cli.json_output import add_json, print_json
 from flows.cli.options import path
 from flows.display.markdown import markdown_table
 from flows.run.config import read_config
@@ -13,6 +15,39 @@ from trainer.presets import PRESETS
 _HEAD = ["model", "layers", "width", "heads", "FFN", "terms", "r", "vocabulary", "parameters (M)", "embedding, head"]
 # The default vocabulary of a tokenizer that is trained on the corpus.
 _VOCAB_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model as other programs read it.
+
+    has_own_vocabulary: whether the model sets vocab_size; otherwise it is assumed, and the tokenizer's counts.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    activation_terms: int
+    shortcut_reduction: int | None
+    vocab_size: int
+    has_own_vocabulary: bool
+    num_parameters: int
+    embedding_share: float
+
+    def row(self) -> list[str]:
+        """Return the cells of the printed table."""
+        sizes = (self.num_layers, self.hidden_size, self.num_attention_heads, self.ffn_hidden_size)
+        return [
+            self.name,
+            *(f"{number:,}" for number in sizes),
+            str(self.activation_terms),
+            "-" if self.shortcut_reduction is None else str(self.shortcut_reduction),
+            f"{self.vocab_size:,}" if self.has_own_vocabulary else "*",
+            f"{self.num_parameters / 1e6:,.1f}",
+            f"{self.embedding_share:.1%}",
+        ]
 
 
 def add_model(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -33,6 +68,7 @@ def add_model(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="FILE.png",
         help="draw how the parameters split between embedding and head, and layers",
     )
+    add_json(command)
     command.set_defaults(command=_describe)
 
 
@@ -64,12 +100,17 @@ def _describe(options: argparse.Namespace) -> None:
             for name, model in models.items()
             for size in sizes
         }
-    print(markdown_table(_HEAD, [_row(name, model, default) for name, model in models.items()]))
-    if any(model.vocab_size is None for model in models.values()):
-        print(f"\n* the tokenizer's vocabulary; counted with {default:,} entries (--vocab-size)")
-
+    described = [_describe_model(name, model, default) for name, model in models.items()]
     if options.figure is not None:
         _draw(options.figure, {name: (model, model.vocab_size or default) for name, model in models.items()})
+    if options.json:
+        print_json({"models": described, "figure": options.figure})
+        return
+    print(markdown_table(_HEAD, [each.row() for each in described]))
+    if not all(each.has_own_vocabulary for each in described):
+        print(f"\n* the tokenizer's vocabulary; counted with {default:,} entries (--vocab-size)")
+    if options.figure is not None:
+        print(f"\nfigure: {options.figure}")
 
 
 def _sizes(text: str) -> list[int]:
@@ -92,17 +133,20 @@ def _draw(target: Path, models: dict[str, tuple[ModelConfig, int]]) -> None:
     png = render_figure(lambda: draw_split(models))
     with writing(target) as temporary:
         temporary.write_bytes(png)
-    print(f"\nfigure: {target}")
 
 
-def _row(name: str, model: ModelConfig, default_vocab_size: int) -> list[str]:
+def _describe_model(name: str, model: ModelConfig, default_vocab_size: int) -> _Model:
     vocab_size = model.vocab_size or default_vocab_size
-    return [
+    return _Model(
         name,
-        *(f"{number:,}" for number in (model.num_layers, model.hidden_size, model.num_attention_heads, model.ffn_size)),
-        str(model.activation_terms),
-        "-" if model.shortcut_reduction is None else str(model.shortcut_reduction),
-        f"{vocab_size:,}" if model.vocab_size else "*",
-        f"{model.num_parameters(vocab_size) / 1e6:,.1f}",
-        f"{model.embedding_share(vocab_size):.1%}",
-    ]
+        model.num_layers,
+        model.hidden_size,
+        model.num_attention_heads,
+        model.ffn_size,
+        model.activation_terms,
+        model.shortcut_reduction,
+        vocab_size,
+        model.vocab_size is not None,
+        model.num_parameters(vocab_size),
+        model.embedding_share(vocab_size),
+    )

@@ -1,11 +1,9 @@
 """`reprise plan`: what a run needs and how long it takes; and the options that name devices which are not here."""
 
 import argparse
-import json
-import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.json_output import add_json, print_json
 from flows.cli.options import path
 from flows.run.config import RunConfig, read_config
 
@@ -26,7 +24,7 @@ def add_plan(commands: Any) -> None:
     command.add_argument(
         "--utilisation", type=float, metavar="SHARE", help="assumed share of the devices' peak FLOP/s (default: 0.4)"
     )
-    command.add_argument("--json", action="store_true", help="print the plan as JSON; sizes in bytes, times in seconds")
+    add_json(command)
     command.set_defaults(command=_plan)
 
 
@@ -60,8 +58,7 @@ def _plan(options: argparse.Namespace) -> None:
     with TerminalProgress() as progress:
         plan = make_plan(config, hardware, utilisation, progress)
     if options.json:
-        json.dump(asdict(plan), sys.stdout, indent=2)
-        print()
+        print_json(plan)
     else:
         print_plan(plan)
 

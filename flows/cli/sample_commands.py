@@ -2,9 +2,13 @@
 
 import argparse
 import shutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flows.cli.json_output import add_json, print_json
 from flows.cli.options import path
+
+if TYPE_CHECKING:
+    from flows.report.samples import Samples
 
 _COUNT = 20
 
@@ -29,7 +33,9 @@ def add_samples(commands: Any) -> None:
     )
     samples.add_argument("--limit", type=int, default=_COUNT, metavar="N", help="at most N samples (default: 20)")
     samples.add_argument("--chars", type=int, metavar="N", help="show N characters of each text (default: one line)")
-    samples.add_argument("--html", type=path, metavar="FILE", help="write a page with the whole texts instead")
+    output = samples.add_mutually_exclusive_group()
+    output.add_argument("--html", type=path, metavar="FILE", help="write a page with the whole texts instead")
+    add_json(output)
     samples.set_defaults(command=_samples)
 
 
@@ -44,6 +50,9 @@ def _samples(options: argparse.Namespace) -> None:
     found = find_samples(
         options.run, order, count, where=options.where, source=options.source, scored_round=options.round
     )
+    if options.json:
+        print_json(_document(found, options.chars))
+        return
     if not found.has_origins:
         print("note: this corpus was prepared by a version before 0.12: files and documents of samples are unknown")
     if options.html is not None:
@@ -62,7 +71,29 @@ def _order(options: argparse.Namespace) -> tuple[str, int]:
     return named or ("hardest" if options.where is None else "all"), options.limit
 
 
-def _print(found: Any, chars: int | None) -> None:
+def _document(found: "Samples", chars: int | None) -> dict[str, Any]:
+    """Return what was found by names with units; of each text, the first `chars` characters, or all."""
+    nowhere = dict.fromkeys(("file", "document", "first_token", "num_documents"))
+    samples = [
+        {
+            "shard": each.shard,
+            "sample": each.sample,
+            "source": each.source,
+            "num_tokens": each.num_tokens,
+            "loss_nats_per_token": each.loss,
+            "seen_loss_nats_per_token": each.seen_loss,
+            "forgotten_nats_per_token": each.forgotten,
+            "fate": each.fate,
+            "reason": each.reason,
+            "text": each.text[:chars],
+            **(nowhere if each.origin is None else each.origin._asdict()),
+        }
+        for each in found.samples
+    ]
+    return {"title": found.title, "scored_round": found.scored_round, "samples": samples}
+
+
+def _print(found: "Samples", chars: int | None) -> None:
     from flows.display.visible_text import cut, cut_to_width, visible
 
     indent, width = "   ", shutil.get_terminal_size().columns

@@ -18,8 +18,8 @@ from flows.launch.launcher import check, launcher_class
 from flows.planning.plan import num_checkpoints
 from flows.planning.workload import workload_of
 from flows.run.config import RunConfig
-from flows.run.folder import package_versions
 from flows.run.launcher_kinds import LAUNCHER_KINDS
+from flows.run.versions import package_versions
 from flows.stages.prepare import check_vocabulary, vocabulary_size
 from trainer.devices import (
     check_layers,
@@ -46,10 +46,17 @@ _DEVICE_PROCESS_BYTES = 3 * _GIB
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check: `state` is ok, missing (the run needs it) or absent (the run does not need it)."""
+    """The result of one check.
 
+    check: its name. state: ok, missing (the run needs it) or absent (the run does not need it). needed_bytes and
+    free_bytes: of a check of memory or disk; None if they are unknown.
+    """
+
+    check: str
     state: str
     text: str
+    needed_bytes: int | None = None
+    free_bytes: int | None = None
 
 
 def examine(config: RunConfig | None, assumed: Hardware | None = None) -> list[Finding]:
@@ -65,29 +72,34 @@ def examine(config: RunConfig | None, assumed: Hardware | None = None) -> list[F
 
 def _machine() -> Iterator[Finding]:
     versions = package_versions()
-    yield Finding("ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    yield Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
     memory = psutil.virtual_memory()
     yield Finding(
+        "machine",
         "ok",
         f"{platform.machine()}, {os.cpu_count()} cores, {memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB "
         "memory free",
+        free_bytes=memory.available,
     )
     for exists, text in describe_devices():
-        yield Finding("ok" if exists else "absent", text)
+        yield Finding("devices", "ok" if exists else "absent", text)
 
 
 def _services() -> Iterator[Finding]:
     url = get_current_settings().api.url
     if url is None:
         yield Finding(
-            "absent", "Prefect server: none configured, runs start temporary ones; `reprise serve` starts a server"
+            "prefect_server",
+            "absent",
+            "Prefect server: none configured, runs start temporary ones; `reprise serve` starts a server",
         )
     else:
         try:
             version = httpx.get(f"{url}/admin/version", timeout=10).raise_for_status().json()
-            yield Finding("ok", f"Prefect server {version} at {url}")
+            yield Finding("prefect_server", "ok", f"Prefect server {version} at {url}")
         except httpx.HTTPError as error:
             yield Finding(
+                "prefect_server",
                 "absent",
                 f"Prefect server: {url} does not answer ({error}); start it with `reprise serve`, or correct "
                 "PREFECT_API_URL",
@@ -96,9 +108,9 @@ def _services() -> Iterator[Finding]:
         launcher = launcher_class(kind)
         missing = launcher.missing_tools()
         if missing:
-            yield Finding("absent", f"launch.kind {kind}: {', '.join(missing)} not found")
+            yield Finding("launcher", "absent", f"launch.kind {kind}: {', '.join(missing)} not found")
         elif launcher.tools:
-            yield Finding("ok", f"launch.kind {kind}: {', '.join(launcher.tools)} found")
+            yield Finding("launcher", "ok", f"launch.kind {kind}: {', '.join(launcher.tools)} found")
 
 
 def _run(config: RunConfig, assumed: Hardware | None) -> Iterator[Finding]:
@@ -106,18 +118,20 @@ def _run(config: RunConfig, assumed: Hardware | None) -> Iterator[Finding]:
     here = ranks // config.launch.nodes
     hosts = f"{ranks} processes on {config.launch.nodes} hosts"
     if assumed is None:
-        yield _checked(hosts, lambda: check(config))
+        yield _checked("processes", hosts, lambda: check(config))
     else:
-        yield _checked(f"{hosts}: {assumed.describe()}, assumed", lambda: _check_assumed(config, assumed))
-    yield _checked(f"model.layers {config.model.layers}", lambda: check_layers(config.model.layers))
+        devices = f"{hosts}: {assumed.describe()}, assumed"
+        yield _checked("processes", devices, lambda: _check_assumed(config, assumed))
+    yield _checked("layers", f"model.layers {config.model.layers}", lambda: check_layers(config.model.layers))
     yield _kernels(config, _kind(config) if assumed is None else assumed.kind)
-    yield _checked("tokenizer and vocabulary", lambda: _check_tokenizer(config))
+    yield _checked("tokenizer", "tokenizer and vocabulary", lambda: _check_tokenizer(config))
     for source in config.corpus.sources:
         if source.format == "datasets":
-            yield Finding("ok", f"source {source.name}: {source.path} is not checked before it is read")
+            unread = f"source {source.name}: {source.path} is not checked before it is read"
+            yield Finding("source", "ok", unread)
             continue
-        yield _checked(f"source {source.name}: {source.path}", partial(check_source, source))
-    yield _checked(f"output: {config.output}", lambda: _check_output(config))
+        yield _checked("source", f"source {source.name}: {source.path}", partial(check_source, source))
+    yield _checked("output", f"output: {config.output}", lambda: _check_output(config))
     yield from _space(config, here, assumed)
 
 
@@ -137,13 +151,14 @@ def _kernels(config: RunConfig, kind: str) -> Finding:
     try:
         train, score = resolve_kernels(config.train, config.score, kind)
     except ValueError as error:
-        return Finding("missing", str(error))
+        return Finding("kernels", "missing", str(error))
     rows = (
         ("train.loss_kernel", config.train.loss_kernel, train.loss_kernel),
         ("train.activation_kernel", config.train.activation_kernel, train.activation_kernel),
         ("score.loss_kernel", config.score.loss_kernel, score.loss_kernel),
     )
     return Finding(
+        "kernels",
         "ok",
         ", ".join(f"{name} {asked}{f' ({found})' if asked != found else ''}" for name, asked, found in rows),
     )
@@ -154,12 +169,12 @@ def _check_tokenizer(config: RunConfig) -> None:
     vocabulary_size(config)
 
 
-def _checked(what: str, check: Callable[[], None]) -> Finding:
+def _checked(name: str, what: str, check: Callable[[], None]) -> Finding:
     try:
         check()
     except ValueError as error:
-        return Finding("missing", str(error))
-    return Finding("ok", what)
+        return Finding(name, "missing", str(error))
+    return Finding(name, "ok", what)
 
 
 def _space(config: RunConfig, here: int, assumed: Hardware | None) -> Iterator[Finding]:
@@ -189,7 +204,8 @@ def _on_host(config: RunConfig, workload: Workload, here: int) -> Finding:
     text = (
         f"memory of a host: {_shape(workload)} take {_gib(needed)} GiB; {here} on this host, each with {_listed(parts)}"
     )
-    return _compare(text, needed, _free_on_host(config), _remedies(workload, "put fewer ranks on a host"))
+    remedies = _remedies(workload, "put fewer ranks on a host")
+    return _compare("host_memory", text, needed, _free_on_host(config), remedies)
 
 
 def _on_device(workload: Workload, free: int | None) -> Finding:
@@ -198,7 +214,8 @@ def _on_device(workload: Workload, free: int | None) -> Finding:
     needed = memory.total + LIBRARY_BYTES
     text = f"memory of a device: {_shape(workload)} take {_gib(needed)} GiB; "
     text += _listed({**_parts(memory), "libraries": LIBRARY_BYTES})
-    return _compare(text, needed, free, _remedies(workload, "raise parallel.tensor or parallel.data"))
+    remedies = _remedies(workload, "raise parallel.tensor or parallel.data")
+    return _compare("device_memory", text, needed, free, remedies)
 
 
 def _beside_devices(config: RunConfig, workload: Workload, here: int) -> Finding:
@@ -206,7 +223,8 @@ def _beside_devices(config: RunConfig, workload: Workload, here: int) -> Finding
     saved = _checkpoint_bytes(workload) * here // config.parallel.world_size
     needed = here * _DEVICE_PROCESS_BYTES + saved
     text = f"memory of a host: {here} ranks take {_gib(needed)} GiB, {_gib(saved)} of it for saving checkpoints"
-    return _compare(text, needed, _free_on_host(config), "put fewer ranks on a host (launch.nodes)")
+    remedy = "put fewer ranks on a host (launch.nodes)"
+    return _compare("host_memory", text, needed, _free_on_host(config), remedy)
 
 
 def _checkpoint_bytes(workload: Workload) -> int:
@@ -239,12 +257,14 @@ def _free_on_host(config: RunConfig) -> int | None:
     return psutil.virtual_memory().available if config.launch.launcher_kind.sees_devices else None
 
 
-def _compare(text: str, needed: int, free: int | None, remedy: str) -> Finding:
+def _compare(check: str, text: str, needed: int, free: int | None, remedy: str) -> Finding:
     """Return `text` with the free bytes, if known, and with the remedy if they are fewer than needed."""
-    if free is None:
-        return Finding("ok", text)
-    text = f"{text}; {_gib(free)} GiB free"
-    return Finding("ok", text) if needed <= free else Finding("missing", f"{text}; {remedy}")
+    state = "ok"
+    if free is not None:
+        text = f"{text}; {_gib(free)} GiB free"
+        if needed > free:
+            state, text = "missing", f"{text}; {remedy}"
+    return Finding(check, state, text, needed, free)
 
 
 def _gib(size: int) -> str:
@@ -296,4 +316,4 @@ def _disk(config: RunConfig, workload: Workload, is_elsewhere: bool) -> Finding:
     checkpoints = num_checkpoints(config)
     disk = _checkpoint_bytes(workload) * checkpoints
     text = f"disk: {_gib(disk)} GiB for {checkpoints} checkpoints, and the tokenised corpus, at {folder}"
-    return _compare(text, disk, free, "free some, set another output, or lower checkpoint.keep_last")
+    return _compare("disk", text, disk, free, "free some, set another output, or lower checkpoint.keep_last")

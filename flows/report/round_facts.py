@@ -1,6 +1,7 @@
 """What a scored round says about another one: what it forgot, how far apart losses are, and what a round costs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -69,6 +70,33 @@ class RoundFacts:
     distance: float
     cost: Cost
     gain: float | None
+
+    def named_figures(self) -> dict[str, Any]:
+        """Return the figures by names with units, for other programs."""
+        return {
+            "round": self.round_number,
+            "num_rounds": self.num_rounds,
+            "tokens_per_parameter": self.tokens_per_parameter,
+            "forgotten": None if self.forgotten is None else _named(self.forgotten),
+            "parts": [_named(part) for part in self.parts],
+            "spread_nats_per_token": self.spread,
+            "distance_share": self.distance,
+            "cost": {
+                "everything_tokens": self.cost.everything,
+                "round_tokens": self.cost.round,
+                "scoring_tokens": self.cost.scoring,
+                "seconds_per_token": self.cost.seconds_a_token,
+            },
+            "gain_nats_per_token": self.gain,
+        }
+
+
+def _named(forgotten: Forgotten) -> dict[str, Any]:
+    return {
+        "num_samples": forgotten.num_samples,
+        "share": forgotten.share,
+        "nats_per_token": forgotten.nats,
+    }
 
 
 def read_facts(run: Run, ledger: duckdb.DuckDBPyConnection) -> RoundFacts | None:

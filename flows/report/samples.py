@@ -86,9 +86,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples that were found, with a title; has_origins: whether the corpus says where samples come from."""
+    """Samples that were found, with a title.
+
+    scored_round: the round after which losses were measured; None if there is none. has_origins: whether the corpus
+    says where samples come from.
+    """
 
     title: str
+    scored_round: int | None
     samples: list[Sample]
     has_origins: bool
 
@@ -131,8 +136,12 @@ def find_samples(
 
     where: a DuckDB condition over `COLUMNS`; source: only its samples; scored_round: the round after which losses were
     measured, by default the last one from which a round was selected, or else the last one that was scored. Raises
-    ValueError if there is no such source or round, or the condition is wrong.
+    ValueError if there is no such order, source or round, or the condition is wrong.
     """
+    if order not in ORDERS:
+        raise ValueError(f"order: {shown(order)} is none of {', '.join(ORDERS)}; give one of these")
+    if count < 1:
+        raise ValueError(f"count: {count} is not above 0; give a number of at least 1")
     run = read_run(Path(run_folder))
     texts = texts_of(run)
     names = [entry["name"] for entry in texts.corpus.manifest["sources"]]
@@ -150,7 +159,7 @@ def find_samples(
             f"--where: {shown(where)}: {reason}; give a DuckDB condition over the columns {', '.join(COLUMNS)}"
         ) from None
     title = ORDERS[order].title.format(scored, scored + 1) if scored else "Samples"
-    return Samples(title, _with_texts(texts, rows), texts.has_origins)
+    return Samples(title, scored or None, _with_texts(texts, rows), texts.has_origins)
 
 
 def _with_texts(texts: SampleTexts, rows: list[tuple[Any, ...]]) -> list[Sample]:

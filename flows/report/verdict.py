@@ -80,6 +80,11 @@ class Verdict:
     reasons: tuple[str, ...]
     advice: str
 
+    @property
+    def text(self) -> str:
+        """Return all of it, one line each."""
+        return "\n".join([self.headline, *(f"- {reason}" for reason in self.reasons), self.advice])
+
 
 def judge(facts: RoundFacts | None, config: RunConfig) -> Verdict:
     """Return the verdict on a run with these facts of its last scored round; None: no round was scored."""

@@ -1,4 +1,4 @@
-"""The verdict on a run as HTML, the first lines of its report, and as text for the terminal."""
+"""The verdict on a run as HTML: the first lines of its report."""
 
 import html
 import re
@@ -18,9 +18,3 @@ def verdict_section(run: Run, ledger: duckdb.DuckDBPyConnection) -> list[str]:
         lines.append(f"<ul>{''.join(f'<li>{html.escape(reason)}' for reason in verdict.reasons)}</ul>")
     advice = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(verdict.advice))
     return [*lines, f"<p>{advice}</p>"]
-
-
-def verdict_text(run: Run, ledger: duckdb.DuckDBPyConnection) -> str:
-    """Return the verdict on a run, as plain text."""
-    verdict = judge(read_facts(run, ledger), run.config)
-    return "\n".join([verdict.headline, *(f"- {reason}" for reason in verdict.reasons), verdict.advice])

@@ -39,6 +39,11 @@ def page() -> str:
     return _HEAD + _changes() + _TABLE + "".join(f"{row}\n" for row in _rows(RunConfig, ""))
 
 
+def field_names() -> list[str]:
+    """Return the names of all fields, such as refine.sampling_rate; a list is one field."""
+    return list(_leaves(RunConfig, ""))
+
+
 def _changes() -> str:
     """Return the paragraph about the fields that may change when a run is resumed."""
     free = {unless: [f"`{name}`" for name in names] for unless, names in _free_fields().items()}

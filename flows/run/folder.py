@@ -1,8 +1,6 @@
 """The run folder: the paths of a run's files, the completion records, and approvals."""
 
-import importlib.metadata
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterable
@@ -23,6 +21,7 @@ from data_scoring.base.yaml_text import read_yaml
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, differences, parse_config
+from flows.run.versions import package_versions
 
 # Format of run.yaml: from 2 on, it ends with its checksum.
 _FORMAT = 2
@@ -30,7 +29,6 @@ _FORMAT = 2
 VERIFIED = ".verified.json"
 # What `open_run` and the lock have written, before there is a corpus.
 _FILES_OF_A_START = {"run.yaml", "run.yaml.bak", ".lock", ".report.lock", ".ledger.lock", VERIFIED}
-_PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
 
 
 class File(TypedDict):
@@ -263,9 +261,3 @@ def _base(folder: Path, stored: _Settings) -> Path:
     inner = Path(stored["config"]["output"], folder.name)
     is_below = not inner.is_absolute() and ".." not in inner.parts and folder.parts[-len(inner.parts) :] == inner.parts
     return folder.parents[len(inner.parts) - 1] if is_below else Path.cwd()
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python, Reprise and the packages that results depend on."""
-    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
-    return {"reprise": importlib.metadata.version("reprise"), "python": platform.python_version(), **versions}

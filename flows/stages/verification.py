@@ -34,6 +34,25 @@ class Written:
         return f"{self.stage.name} {self.round_number}" if self.round_number else self.stage.name
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What was compared with its checksums: a record with the files that it lists, a checkpoint, or a damaged file.
+
+    num_files: those that a record lists; None for the others. damage: one line about what is wrong, or None.
+    """
+
+    path: Path
+    num_files: int | None = None
+    damage: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the path and, of a record, how many files it lists."""
+        if self.num_files is None:
+            return str(self.path)
+        return f"{self.path}: {f'{self.num_files} files' if self.num_files else 'no checksums recorded'}"
+
+
 def written_files(run: Run, table: Sequence["Stage"]) -> list[Written]:
     """Return the files of all records of a run, in the order of its stages; records of version 0.8 list no files."""
     return [_read(run, *each) for each in _records(run, table)]
@@ -108,8 +127,8 @@ def dependents(run: Run, written: Sequence[Written], owner: Written) -> list[str
     return names
 
 
-def examine(run: Run, table: Sequence["Stage"], progress: Progress = silent) -> Iterator[tuple[str, str]]:
-    """Yield what each record and each checkpoint of a run covers, and a line for each damaged file ("" if none is).
+def examine(run: Run, table: Sequence["Stage"], progress: Progress = silent) -> Iterator[Examined]:
+    """Yield each record, each damaged file that one lists, and each checkpoint of a run.
 
     Reads every file, whether it was verified before or not.
     """
@@ -118,18 +137,17 @@ def examine(run: Run, table: Sequence["Stage"], progress: Progress = silent) -> 
         try:
             written.append(_read(run, stage, number, record))
         except ValueError as error:
-            yield str(record), str(error)
+            yield Examined(record, damage=str(error))
     damage = find_damage(run, written, progress, reads_all=True)
     for each in written:
         # The record of an evaluation lists no files: those of its steps have records of their own.
         if each.record.exists() and (each.files or each.stage.name != "evaluate"):
-            what = f"{len(each.files)} files" if each.files else "no checksums recorded"
-            yield f"{each.record}: {what}", ""
+            yield Examined(each.record, len(each.files))
             for path in each.files.keys() & damage.keys():
-                yield str(path), describe(run, written, path, damage[path])
+                yield Examined(path, damage=describe(run, written, path, damage[path]))
     for checkpoint in sorted(run.folder.glob("rounds/*/**/checkpoint/step-*")):
         found = find_damage_in_checkpoint(checkpoint) if (checkpoint / RECORD).exists() else f"{RECORD} is missing"
         name, folder = checkpoint.parent.parent.name, checkpoint.parent.parent
         record = folder.with_name("inherit.json") if name == "inherit" else folder / "train.json"
         remedy = f"restore it from a copy, or delete it and {record} to make it again"
-        yield str(checkpoint), f"{checkpoint}: damaged: {found}; {remedy}" if found else ""
+        yield Examined(checkpoint, damage=f"{checkpoint}: damaged: {found}; {remedy}" if found else None)

@@ -48,6 +48,8 @@ def run(folder: Path, *arguments: str) -> tuple["subprocess.CompletedProcess[str
         (["--help"], "Train tiny language models"),
         (["run", "--help"], "CONFIG_OR_RUN"),
         (["status", "runs/begun"], "prepare"),
+        (["--version"], "megatron-core"),
+        (["status", "runs/begun", "--json"], '"stage": "prepare"'),
         (["runs"], "begun"),
         (["sql", "runs/begun", "select 41 + 1 as answer"], "42"),
         (["model"], "pangu"),
