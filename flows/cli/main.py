@@ -14,6 +14,7 @@ from flows.cli.evaluation_commands import add_evaluate
 from flows.cli.experiment_commands import add_trial_commands
 from flows.cli.hugging_face_commands import add_hugging_face
 from flows.cli.inheritance_commands import add_inherit
+from flows.cli.init_command import add_init
 from flows.cli.model_commands import add_model
 from flows.cli.options import path
 from flows.cli.plan_command import add_assume, add_plan
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="reprise", description="Train tiny language models in rounds: train, score, refine, train again."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_init(commands)
     add_run(commands)
     join = commands.add_parser("join", help="start this host's ranks for a multi-node run, until the run is done")
     join.add_argument("run", type=path, metavar="RUN", help="run folder, shared with the leading host")

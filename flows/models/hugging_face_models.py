@@ -1,6 +1,5 @@
 """Import of Hugging Face models as model folders that Reprise starts from, and export of Reprise's models."""
 
-import importlib.metadata
 import importlib.resources
 import shutil
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from data_scoring.base.files import making, write_json, write_record
 from flows.models.hugging_face_tokenizers import ORIGINAL, TOKENIZER_FILES, give_tokenizer, take_tokenizer
 from flows.run.folder import read_run
 from flows.run.stored_model import MODEL, ORIGIN, StoredModel, find_model
+from flows.run.version import installed_version
 from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.config import ModelConfig
 from trainer.hugging_face_config import MODELLING, describe, family_of, read_description
@@ -59,7 +59,7 @@ def import_model(source: Path, output: Path, end_of_document: str | None = None)
             "model_type": read_object(source / "config.json")["model_type"],
             "end_of_document": tokenizer.end_of_document,
             "notes": notes,
-            "reprise": importlib.metadata.version("reprise"),
+            "reprise": installed_version(),
         }
         write_record(folder / ORIGIN, origin)
         (folder / ORIGINAL).mkdir()

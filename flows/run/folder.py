@@ -23,6 +23,7 @@ from data_scoring.base.yaml_text import read_yaml
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, differences, parse_config
+from flows.run.version import installed_version
 
 # Format of run.yaml: from 2 on, it ends with its checksum.
 _FORMAT = 2
@@ -268,4 +269,4 @@ def _base(folder: Path, stored: _Settings) -> Path:
 def package_versions() -> dict[str, str]:
     """Return the versions of Python, Reprise and the packages that results depend on."""
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
-    return {"reprise": importlib.metadata.version("reprise"), "python": platform.python_version(), **versions}
+    return {"reprise": installed_version(), "python": platform.python_version(), **versions}
