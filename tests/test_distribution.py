@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and a whole run with it in an environment and a folder that have nothing else of Reprise."""
+"""The wheel: what is in it, and a run with it in an environment and a folder without the checkout."""
 
 import os
 import re
@@ -20,7 +20,16 @@ from tests import ROOT
 from tests.conftest import MakeOnce
 
 PACKAGES = ("flows", "data_scoring", "trainer", "kernels")
-SOURCES = (*PACKAGES, "configs", "prefect.yaml", "prefect.toml", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES = (
+    *PACKAGES,
+    "configs",
+    "prefect.yaml",
+    "prefect.toml",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
 
 
 @pytest.fixture(scope="session")
@@ -152,9 +161,7 @@ def test_the_wheel_runs_outside_the_checkout(wheel: Wheel) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_serves_its_deployments(wheel: Wheel, served: dict[str, Any]) -> None:
-    said = wheel.run(
-        "prefect", "deployment", "run", "multi-round/production", "--watch", PREFECT_API_URL=served["api"]
-    )
+    said = wheel.run("prefect", "deployment", "run", "multi-round/production", "--watch", PREFECT_API_URL=served["api"])
     assert "Completed" in said
     status = wheel.run("reprise", "status", "runs/production")
     assert [line.split()[1] for line in status.splitlines()].count("done") == len(status.splitlines())
