@@ -39,7 +39,7 @@ wheel-test: $(INSTALLED)
 # The site of the documentation, in site/; broken links and anchors are errors.
 docs: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # Prints each performance claim as a ratio to a named baseline and writes it to benchmarks/results/.
 bench: $(INSTALLED)

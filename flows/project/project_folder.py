@@ -17,12 +17,13 @@ _NAMES = {"gitignore": ".gitignore"}
 def make_project(folder: Path) -> list[Path]:
     """Return the files that were written to `folder`, which is made if it does not exist, relative to it.
 
-    Raises ValueError, and writes nothing, if one of them exists.
+    Raises ValueError, and writes nothing, if one of them exists, or a file in place of a folder.
     """
     if folder.is_file():
         raise ValueError(f"{folder}: is a file; choose another folder")
     texts = {Path(name): text for name, text in _texts()}
-    if existing := [str(path) for path in texts if os.path.lexists(folder / path)]:
+    needed = {parent for path in texts for parent in path.parents if not (folder / parent).is_dir()}
+    if existing := [str(path) for path in (*texts, *sorted(needed)) if os.path.lexists(folder / path)]:
         them = "it" if len(existing) == 1 else "them"
         raise ValueError(f"{folder}: has {', '.join(existing)} already; move {them} away, or choose another folder")
     for path, text in texts.items():

@@ -68,7 +68,7 @@ def test_the_deployments_need_no_checkout(project: Path) -> None:
             check_corpus(RunConfig.model_validate(deployment["parameters"]["config"]).corpus, RunConfig().tokenizer)
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", [*sorted(FILES), "data", "configs"])
 def test_a_file_that_exists_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
