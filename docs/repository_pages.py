@@ -60,4 +60,4 @@ def _shown(root: Path, path: str) -> str:
     """Return a page that shows a file."""
     text = (root / path).read_text(encoding="utf-8").rstrip()
     language = _LANGUAGES.get(Path(path).suffix, "text")
-    return f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n````{language}\n{text}\n````\n"
+    return f"---\nhide: [toc]\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n````{language}\n{text}\n````\n"
