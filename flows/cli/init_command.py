@@ -18,7 +18,7 @@ def _init(options: argparse.Namespace) -> None:
     from flows.project.project_folder import make_project
 
     written = make_project(options.folder)
-    names = dict.fromkeys(f"{file.parts[0]}/" if len(file.parts) > 1 else file.name for file in written)
+    names = sorted({f"{file.parts[0]}/" if len(file.parts) > 1 else file.name for file in written})
     print(f"{options.folder}: wrote {', '.join(names)}")
     enter = "" if options.folder.resolve() == options.folder.cwd() else f"  cd {shlex.quote(str(options.folder))}\n"
     print(
