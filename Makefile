@@ -28,7 +28,7 @@ check: $(INSTALLED)
 # The wheel and the source distribution, in dist/. What an earlier build has left in build/ would be in the wheel.
 wheel: $(INSTALLED)
 	rm -rf build dist
-	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 # Installs the wheel in a new environment and there, outside the checkout, does all that a newcomer does, in some minutes:
