@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo serve test check bench device-check clean
+.PHONY: demo serve test check wheel wheel-test docs bench device-check clean
 
 # A whole run on text that ships with Python: train, score, refine, train again.
 demo: $(INSTALLED)
@@ -25,6 +25,22 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# The wheel and the source distribution, in dist/. What an earlier build has left in build/ would be in the wheel.
+wheel: $(INSTALLED)
+	rm -rf build dist
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
+# Installs the wheel in a new environment and there, outside the checkout, does all that a newcomer does, in some minutes:
+# init, run, report, serve, and a run from Prefect. It gets the newest versions that pyproject.toml allows.
+wheel-test: $(INSTALLED)
+	$(BIN)/pytest -m "slow or not slow" tests/test_distribution.py
+
+# The site of the documentation, in site/; broken links and anchors are errors.
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # Prints each performance claim as a ratio to a named baseline and writes it to benchmarks/results/.
 bench: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
@@ -41,4 +57,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build dist site

@@ -32,7 +32,7 @@ _VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_OPP_PATH")
 _PYTHON = "3.11."
 
 SET_ENVIRONMENT = "source CANN's set_env.sh in the shell that starts reprise"
-_EXTRA = "install it with pip install 'reprise[ascend]'"
+_EXTRA = "install it with pip install 'reprise-lm[ascend]'"
 
 
 class _Package(NamedTuple):

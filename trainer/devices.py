@@ -132,8 +132,8 @@ def resolve_kernel(field: str, requested: str, kind: str) -> Any:
         return "triton" if is_expected and kind == "cuda" else portable
     if requested == "triton" and not is_installed:
         raise ValueError(
-            f"{field}: 'triton' was requested but it is not installed; install it with pip install 'reprise[triton]', "
-            f"or set {field}: {portable}"
+            f"{field}: 'triton' was requested but it is not installed; install it with pip install "
+            f"'reprise-lm[triton]', or set {field}: {portable}"
         )
     if requested == "triton" and kind != "cuda":
         raise ValueError(

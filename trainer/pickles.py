@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _ALLOWED = {
         for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
     ),
 }
+# By which Python 3.11.0 to 3.11.3 pickle members of enumerations, for which alone it is allowed.
+_GETATTR = ("builtins", "getattr")
 _MALFORMED = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 
 
@@ -42,10 +45,18 @@ class _RefusedError(Exception):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == _GETATTR:
+            return _enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _ALLOWED:
             raise _RefusedError(f"{module}.{name}")
         return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: Any) -> Enum:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise _RefusedError(".".join(_GETATTR))
+    return kind[name]
 
 
 def allow_plain_pickles_only() -> None:

@@ -15,6 +15,7 @@ from flows.cli.evaluation_commands import add_evaluate
 from flows.cli.experiment_commands import add_trial_commands
 from flows.cli.hugging_face_commands import add_hugging_face
 from flows.cli.inheritance_commands import add_inherit
+from flows.cli.init_command import add_init
 from flows.cli.inspection_commands import add_inspection
 from flows.cli.model_commands import add_model
 from flows.cli.options import path
@@ -83,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_init(commands)
     add_run(commands)
     join = commands.add_parser("join", help="start this host's ranks for a multi-node run, until the run is done")
     join.add_argument("run", type=path, metavar="RUN", help="run folder, shared with the leading host")

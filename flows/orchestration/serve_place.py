@@ -7,9 +7,11 @@ _PORTS = range(1, 65_535)
 
 
 def check_place(host: str, port: int) -> None:
-    """Raise ValueError if this is not Reprise's folder, or if `port` of `host`, or the next one here, is taken."""
+    """Raise ValueError if this folder has no prefect.yaml, or if `port` of `host`, or the next one here, is taken."""
     if not Path("prefect.yaml").is_file():
-        raise ValueError(f"{Path.cwd()}: has no prefect.yaml; run this command in Reprise's folder")
+        raise ValueError(
+            f"{Path.cwd()}: has no prefect.yaml; run this command in a folder made by `reprise init FOLDER`"
+        )
     if port not in _PORTS:
         raise ValueError(f"--port: {port} is not between {_PORTS[0]} and {_PORTS[-1]}; choose another port")
     _check_free(host, port)

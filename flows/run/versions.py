@@ -3,8 +3,8 @@
 import importlib.metadata
 import platform
 
-# The name under which Reprise is installed.
-DISTRIBUTION = "reprise"
+# The name under which Reprise is installed; on package indexes, `reprise` is another project.
+DISTRIBUTION = "reprise-lm"
 _PACKAGES = ("torch", "megatron-core", "datasets", "tokenizers", "pyarrow", "duckdb", "prefect", "numpy")
 
 

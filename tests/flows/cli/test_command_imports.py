@@ -124,7 +124,7 @@ def test_errors_of_trials_come_before_large_packages(folder: Path, command: str,
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "has no prefect.yaml; run this command in Reprise's folder"),
+        ([], "has no prefect.yaml; run this command in a folder made by `reprise init FOLDER`"),
         (["--port", "70000"], "--port: 70000 is not between 1 and 65534"),
         (["--port", "-1"], "--port: -1 is not between 1 and 65534"),
     ],

@@ -185,7 +185,7 @@ def test_slurm_that_is_not_there_is_named(
 
 def test_serving_needs_its_folder_and_a_free_port(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve"]) == 1
-    assert "has no prefect.yaml; run this command in Reprise's folder" in one_line(capsys)
+    assert "has no prefect.yaml; run this command in a folder made by `reprise init FOLDER`" in one_line(capsys)
     (config.parent / "prefect.yaml").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

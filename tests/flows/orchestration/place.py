@@ -43,8 +43,6 @@ class Place:
 
     def __init__(self, folder: Path, config: dict[str, Any] = CONFIG) -> None:
         self.folder = folder
-        for name in ("flows", "data_scoring", "trainer", "kernels"):
-            (folder / name).symlink_to(ROOT / name)
         project = yaml.safe_load((ROOT / "prefect.yaml").read_text())
         project["deployments"][0]["parameters"]["config"] = {"name": "form", **config}
         (folder / "prefect.yaml").write_text(yaml.safe_dump(project))
