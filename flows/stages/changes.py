@@ -39,8 +39,9 @@ def _first_begun(stored: Run, config: RunConfig, different: list[str]) -> int | 
     for place in range(stored.config.rounds.num_rounds + 2):
         for step in steps_at(stored.config, place):
             stage, number = step.stage, step.round_number
-            is_affected = before.fingerprint(stage.name, number) != after.fingerprint(stage.name, number)
-            if stage.is_needed(config) and (is_affected or (removes and place)) and stage.has_begun(stored, number):
+            if not stage.is_needed(config) or not stage.has_begun(stored, number):
+                continue
+            if before.fingerprint(stage.name, number) != after.fingerprint(stage.name, number) or (removes and place):
                 return place
     return None
 

@@ -12,35 +12,23 @@ from data_scoring.base.files import checksum
 from data_scoring.base.progress import silent
 from flows.cli.main import main
 from flows.report.run_report import write_report
-from flows.run.config import RoundsConfig, RunConfig, parse_config
-from flows.run.folder import Run, open_run, read_run
+from flows.run.config import RoundsConfig
+from flows.run.folder import Run, read_run
 from flows.run.fork_record import read_fork, settings_of
 from flows.run.locks import locked
 from flows.stages.refine import selection_of
-from flows.stages.stage_order import complete_all, fingerprint_of, steps_of
+from flows.stages.stage_order import fingerprint_of
 from flows.stages.status import read_status
 from flows.upkeep.fork import fork
 from tests import ROOT
 from tests.conftest import MakeOnce, read_rows
-from tests.flows.fakes import FakeRanks, values, write_texts
+from tests.flows.fakes import FakeRanks, write_texts
+from tests.flows.upkeep.conftest import complete_run, config_of, error_of
 from tests.forked_ranks import forking
 
 FILES = ("mix.parquet", "seen/*.parquet", "losses/*.parquet", "selection/*.parquet", "validation-samples.parquet")
 # Of the run's folder itself, which no fork shares.
 WRITTEN_IN_PLACE = {".lock", ".report.lock", ".ledger.lock", ".verified.json"}
-
-
-def config_of(folder: Path, name: str = "run", texts: Path | None = None, **sections: Any) -> RunConfig:
-    """Return the configuration of a run in `folder` over the texts in `texts`, by default the same folder."""
-    given = {**values(texts or folder, folder), "name": name, "score": {"budget": "full"}}
-    return parse_config({**given, "train": {"global_batch_size": 16, "micro_batch_size": 16}, **sections}, "test")
-
-
-def complete_run(config: RunConfig) -> Run:
-    with locked(config.folder):
-        run = open_run(config)
-        complete_all(run, steps_of(config), silent)
-    return run
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -83,26 +71,6 @@ def original(trained_run: Path, tmp_path: Path) -> Run:
     """A copy of that run in a folder of its own."""
     shutil.copytree(trained_run / "run", tmp_path / "run")
     return read_run(tmp_path / "run")
-
-
-@pytest.fixture
-def scored(make_once: MakeOnce, tmp_path: Path, fakes: FakeRanks) -> Run:
-    """A copy of a run of three rounds that fake ranks have trained."""
-
-    def fill(folder: Path) -> None:
-        write_texts(folder)
-        complete_run(config_of(folder, rounds={"num_rounds": 3}))
-
-    shutil.copytree(make_once("forked-fake-run", fill) / "run", tmp_path / "run")
-    return read_run(tmp_path / "run")
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return the one line of error that a command ends with."""
-    capsys.readouterr()
-    assert main([*arguments]) == 1
-    [line] = capsys.readouterr().err.splitlines()
-    return line
 
 
 def test_a_fork_without_changes_gives_what_the_run_gave(original: Run) -> None:
