@@ -63,10 +63,8 @@ class Stage(ABC):
         return stages.run.recorded(self.name, round_number) == stages.fingerprint(self.name, round_number)
 
     def has_begun(self, run: Run, round_number: int) -> bool:
-        """Return whether the run has anything that the stage has written."""
-        return run.record_path(self.name, round_number).exists() or any(
-            path.exists() for path in self.files(run, round_number)
-        )
+        """Return whether a change of inputs would discard what the stage has done: by default, if it is complete."""
+        return run.record_path(self.name, round_number).exists()
 
     def can_follow_training(self, config: RunConfig) -> bool:
         """Return whether the ranks that have trained the round can do this stage's work right after it."""

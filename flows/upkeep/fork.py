@@ -45,7 +45,7 @@ def fork(source: Run, round_number: int, overrides: list[str], name: str | None,
     target = source.folder.with_name(_name(source, round_number, name))
     config = _config(source, overrides, target)
     _check_fields(source.config, config, round_number)
-    _check_round(source, config, round_number, overrides)
+    _check_round(config, round_number)
     with locked(source.folder):
         if target.exists():
             raise ValueError(f"{target}: exists; give another --name")
@@ -105,12 +105,11 @@ def _late(config: RunConfig) -> dict[str, int]:
     return {rule.name: rule.from_round for rule in config.refine.sources if rule.from_round > 1}
 
 
-def _check_round(source: Run, config: RunConfig, round_number: int, overrides: list[str]) -> None:
+def _check_round(config: RunConfig, round_number: int) -> None:
     """Raise ValueError if the fork has no such round."""
     rounds = config.rounds.num_rounds
     if not 1 <= round_number <= rounds:
-        sets = "".join(f" --set {quote(each)}" for each in overrides)
-        more = f", or add it: --set rounds.num_rounds={round_number}{sets}" if round_number == rounds + 1 else ""
+        more = f", or add it by --set rounds.num_rounds={round_number}" if round_number == rounds + 1 else ""
         raise ValueError(
             f"--round: {round_number} is not between 1 and rounds.num_rounds {rounds}; give one of these rounds{more}"
         )

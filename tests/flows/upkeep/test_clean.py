@@ -13,19 +13,22 @@ from flows.cli.main import main
 from flows.experiments.arms import rate_comparison, round_comparison
 from flows.experiments.compare import compare
 from flows.experiments.generation_speed import generation_speed
-from flows.run.folder import Run, read_run
+from flows.run.config import override
+from flows.run.folder import Run, open_run, read_run
 from flows.run.locks import locked
 from flows.stages.status import read_status
 from flows.upkeep import clean
 from flows.upkeep.clean import find_offers
 from flows.upkeep.fork import fork
+from tests.flows.complete_runs import complete_run, config_of, error_of
 from tests.flows.fakes import FakeRanks
-from tests.flows.upkeep.conftest import complete_run, config_of, error_of
+from tests.forked_ranks import forking
 
 
 def used_bytes(*folders: Path) -> int:
     """Return the bytes of the files in `folders`, each file once, whatever its number of names."""
-    states = [os.lstat(path) for folder in folders for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    states = [path.lstat() for path in files]
     return sum({(state.st_dev, state.st_ino): state.st_size for state in states}.values())
 
 
@@ -50,13 +53,14 @@ def littered(scored: Run) -> Run:
     for number in (1, 2, 3):
         [checkpoint] = (scored.round_folder(number) / "checkpoint").glob("step-*")
         fill(checkpoint, 1000 * number)
+        (checkpoint / "reprise.json").write_text('{"step": 9, "num_steps": 9}')
     fill(scored.round_folder(1) / "checkpoint" / "damaged-step-00000001", 11)
     fill(scored.round_folder(2) / "checkpoint" / ".step-00000002.tmp", 12)
     shutil.copytree(checkpoint, checkpoint.with_name("step-00000000"))
     fill(scored.folder / "corpus" / "staging", 13)
     fill(scored.round_folder(1) / "losses" / "parts", 14)
     fill(scored.folder / ".ledger.sharing" / ".inner.tmp", 15)
-    (scored.round_folder(3) / ".mix.parquet.77.tmp").write_bytes(bytes(16))
+    (scored.round_folder(3) / "selection" / ".shard=0000.parquet.77.tmp").write_bytes(bytes(16))
     return scored
 
 
@@ -70,7 +74,7 @@ def test_what_is_offered_is_what_the_disk_gets_back(littered: Run, capsys: pytes
         "corpus/staging": 13,
         "rounds/1/losses/parts": 14,
         ".ledger.sharing": 15,
-        "rounds/3/.mix.parquet.77.tmp": 16,
+        "rounds/3/selection/.shard=0000.parquet.77.tmp": 16,
         "rounds/3/checkpoint/step-00000000": 3000 + size,
         os.path.relpath(step_1, folder): 1000 + size,
         os.path.relpath(step_2, folder): 2000 + (step_2 / "reprise.json").stat().st_size,
@@ -92,25 +96,22 @@ def test_what_is_offered_is_what_the_disk_gets_back(littered: Run, capsys: pytes
     assert f"{folder}: nothing to delete" in capsys.readouterr().out
 
 
-def test_a_cleaned_run_is_complete_and_goes_on(littered: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(littered.folder)
-    rounds = read_rows(littered.folder, "from rounds order by round")
+def test_a_cleaned_run_is_complete_and_goes_on(original: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(original.folder)
+    rounds = read_rows(original.folder, "from rounds order by round")
     assert main(["clean", folder, "--yes"]) == 0
+    assert not [*original.folder.glob("rounds/1/checkpoint/*")]
     for command in ("status", "verify", "report", "advise", "clean"):
         assert main([command, folder]) == 0
-    assert {row.state for row in read_status(littered.folder)} == {"done"}
-    assert read_rows(littered.folder, "from rounds order by round") == rounds
-    assert fork(littered, 1, [], "first", silent).run.folder.exists()
-    assert "holds no checkpoint for round 3 to start from, perhaps after `reprise clean`" in error_of(
-        capsys, "fork", folder, "--round", "3"
-    )
-    config = littered.config.model_copy(
-        update={
-            "output": str(littered.folder.parent),
-            "rounds": littered.config.rounds.model_copy(update={"num_rounds": 4}),
-        }
-    )
-    assert len(read_rows(complete_run(config).folder, "from rounds")) == 4
+    assert {row.state for row in read_status(original.folder)} == {"done"}
+    assert read_rows(original.folder, "from rounds order by round") == rounds
+    assert fork(original, 1, [], "first", silent).run.folder.exists()
+    message = error_of(capsys, "fork", folder, "--round", "2")
+    assert "holds no checkpoint for round 2 to start from, perhaps after `reprise clean`" in message
+    config = override(original.config, ["rounds.num_rounds=3"])
+    with forking():
+        run = complete_run(config.model_copy(update={"output": str(original.folder.parent)}))
+    assert len(read_rows(run.folder, "from rounds")) == 3
 
 
 def test_files_of_a_fork_free_nothing(littered: Run) -> None:
@@ -143,13 +144,13 @@ def test_what_an_unfinished_run_needs_is_not_offered(littered: Run) -> None:
     assert "corpus/staging" not in offered(littered.folder)
 
 
-@pytest.mark.parametrize("comparison", [rate_comparison("0.5,1"), round_comparison("2,3")])
+@pytest.mark.parametrize("comparison", [rate_comparison("0.5,1"), round_comparison("2")])
 def test_trials_keep_what_others_start_from(
     tmp_path: Path, texts: Path, fakes: FakeRanks, comparison: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(tmp_path, "mine", texts=texts)
     compare(config, comparison, 1, None, silent)  # type: ignore[arg-type]
-    complete_run(config)
+    open_run(config)
     folder = tmp_path / "mine-compare"
     done = len(fakes.jobs)
     found = offered(config.folder, "trials")

@@ -13,17 +13,17 @@ from data_scoring.base.progress import silent
 from flows.cli.main import main
 from flows.report.run_report import write_report
 from flows.run.config import RoundsConfig
-from flows.run.folder import Run, read_run
+from flows.run.folder import Run
 from flows.run.fork_record import read_fork, settings_of
 from flows.run.locks import locked
 from flows.stages.refine import selection_of
-from flows.stages.stage_order import fingerprint_of
+from flows.stages.stage_order import fingerprint_of, stages_of
 from flows.stages.status import read_status
 from flows.upkeep.fork import fork
 from tests import ROOT
-from tests.conftest import MakeOnce, read_rows
-from tests.flows.fakes import FakeRanks, write_texts
-from tests.flows.upkeep.conftest import complete_run, config_of, error_of
+from tests.conftest import read_rows
+from tests.flows.complete_runs import complete_run, config_of, error_of
+from tests.flows.fakes import FakeRanks
 from tests.forked_ranks import forking
 
 FILES = ("mix.parquet", "seen/*.parquet", "losses/*.parquet", "selection/*.parquet", "validation-samples.parquet")
@@ -52,25 +52,6 @@ def files_of(run: Run) -> list[Path]:
 
 def states(folder: Path) -> dict[str, str]:
     return {row.name: row.state for row in read_status(folder)}
-
-
-@pytest.fixture(scope="session")
-def trained_run(make_once: MakeOnce) -> Path:
-    """The folder of texts and of a run of two rounds over them, trained on real ranks."""
-
-    def fill(folder: Path) -> None:
-        write_texts(folder)
-        with forking():
-            complete_run(config_of(folder))
-
-    return make_once("forked-run", fill)
-
-
-@pytest.fixture
-def original(trained_run: Path, tmp_path: Path) -> Run:
-    """A copy of that run in a folder of its own."""
-    shutil.copytree(trained_run / "run", tmp_path / "run")
-    return read_run(tmp_path / "run")
 
 
 def test_a_fork_without_changes_gives_what_the_run_gave(original: Run) -> None:
@@ -128,7 +109,7 @@ def test_earlier_rounds_keep_their_settings(scored: Run, capsys: pytest.CaptureF
         assert config.rounds.num_rounds == 3
     assert made.refine_config(2).policy == "loss"
     assert selection_of(made, 2) == selection_of(scored, 2)
-    assert main(["verify", str(made.folder)]) == 0
+    stages_of(made).verify()
     assert main(["status", str(made.folder)]) == 0
     assert f"forked from {scored.folder} at round 3" in capsys.readouterr().out
     # A dry run of an earlier round with other settings has these.
@@ -136,29 +117,28 @@ def test_earlier_rounds_keep_their_settings(scored: Run, capsys: pytest.CaptureF
     assert "policy all" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("second", "expected"), [
-    (1, ["band", "band", "band", "band"]),
-    (2, ["loss", "loss", "band", "band"]),
-    (3, ["loss", "loss", "loss", "band"]),
-    (4, ["loss", "loss", "loss", "top", "band"]),
-])  # fmt: skip
-def test_a_fork_of_a_fork_has_the_settings_of_both(
-    scored: Run, fakes: FakeRanks, second: int, expected: list[str]
-) -> None:
+def test_a_fork_of_a_fork_has_the_settings_of_both(scored: Run, fakes: FakeRanks) -> None:
     first = fork(scored, 3, ["refine.policy=top", "rounds.num_rounds=4"], None, silent).run
     complete_run(first.config)
-    made = fork(first, second, ["refine.policy=band"], "second", silent).run
-    assert [made.config_at(place).refine.policy for place in range(len(expected))] == expected
-    # Without changes, each round has the settings that it had there.
-    same = fork(first, second, [], "same", silent).run
-    for place in range(5):
-        assert settings_of(same.config_at(place)) == settings_of(first.config_at(place))
+    expected = {
+        1: ["band", "band", "band", "band", "band"],
+        2: ["loss", "loss", "band", "band", "band"],
+        3: ["loss", "loss", "loss", "band", "band"],
+        4: ["loss", "loss", "loss", "top", "band"],
+    }
+    for number, policies in expected.items():
+        made = fork(first, number, ["refine.policy=band"], f"other-{number}", silent).run
+        assert [made.config_at(place).refine.policy for place in range(5)] == policies
+        # Without changes, each round has the settings that it had there.
+        same = fork(first, number, [], f"same-{number}", silent).run
+        for place in range(1, 5):
+            assert settings_of(same.config_at(place)) == settings_of(first.config_at(place))
     complete_run(made.config)
     assert set(states(made.folder).values()) == {"done"}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--round", "4"], "--round: 4 is not between 1 and rounds.num_rounds 3; give one of these rounds, or add it: "
+    (["--round", "4"], "--round: 4 is not between 1 and rounds.num_rounds 3; give one of these rounds, or add it by "
      "--set rounds.num_rounds=4"),
     (["--round", "0"], "--round: 0 is not between 1 and"),
     (["--round", "5", "--set", "rounds.num_rounds=5"], "score 3 is not complete, which a fork at round 5 shares"),

@@ -1,18 +1,17 @@
-"""What tests of forks and of cleaning share: runs of a few rounds, in a folder of their own."""
+"""Complete runs of a few rounds, and the errors of commands on them."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_scoring.base.progress import silent
+from flows.cli.main import main
 from flows.run.config import RunConfig, parse_config
-from flows.run.folder import Run, open_run, read_run
+from flows.run.folder import Run, open_run
 from flows.run.locks import locked
 from flows.stages.stage_order import complete_all, steps_of
-from tests.conftest import MakeOnce
-from tests.flows.fakes import FakeRanks, values, write_texts
+from tests.flows.fakes import values
 
 
 def config_of(folder: Path, name: str = "run", texts: Path | None = None, **sections: Any) -> RunConfig:
@@ -31,21 +30,7 @@ def complete_run(config: RunConfig) -> Run:
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Return the one line of error that a command ends with."""
-    from flows.cli.main import main
-
     capsys.readouterr()
     assert main([*arguments]) == 1
     [line] = capsys.readouterr().err.splitlines()
     return line
-
-
-@pytest.fixture
-def scored(make_once: MakeOnce, tmp_path: Path, fakes: FakeRanks) -> Run:
-    """A copy of a run of three rounds that fake ranks have trained."""
-
-    def fill(folder: Path) -> None:
-        write_texts(folder)
-        complete_run(config_of(folder, rounds={"num_rounds": 3}))
-
-    shutil.copytree(make_once("forked-fake-run", fill) / "run", tmp_path / "run")
-    return read_run(tmp_path / "run")
