@@ -211,7 +211,7 @@ main(["fork", sys.argv[2], "--round", "2"])
 """
 
 
-@pytest.mark.parametrize("place", ["write_record", "share", "write_settings", "refresh_ledger"])
+@pytest.mark.parametrize("place", ["share", "write_settings", "refresh_ledger"])
 def test_a_killed_fork_is_not_listed(scored: Run, capsys: pytest.CaptureFixture[str], place: str) -> None:
     command = [sys.executable, "-c", KILLED, place, str(scored.folder)]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -9
