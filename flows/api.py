@@ -221,7 +221,7 @@ def list_runs(folder: Path | str = "runs") -> list[RunStatus]:
     A run that cannot be read has the state `unreadable`, and an error.
     """
     place = expand_home(str(folder))
-    return read_run_statuses(place) if any(place.glob("*/run.yaml")) else []
+    return read_run_statuses(place) if any(place.glob("[!.]*/run.yaml")) else []
 
 
 def start_run(target: Path | str, overrides: Mapping[str, Any] | None = None) -> StartedRun:

@@ -25,6 +25,7 @@ from flows.run.config import RunConfig, check_path, check_paths
 from flows.run.folder import Run, open_run, read_run
 from flows.run.locks import locked
 from flows.stages import stage_order
+from flows.stages.changes import check_changes
 from flows.stages.evaluate import evaluate_otherwise
 from flows.stages.refine import preview
 from flows.stages.stage_order import keeps_ranks, stages_of, steps_of, with_next
@@ -49,7 +50,7 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
         get_run_logger().info("auto: %s", reason)
     try:
         with FlowProgress(config.folder) as progress, locked(config.folder), KeptRanks() as kept:
-            run = open_run(config)
+            run = open_run(config, check_changes)
             for step, following in with_next(steps_of(config)):
                 if step.stage.waits_for(run, step.round_number) and ask(run, step.round_number):
                     # The approval may have changed the policy or the rate.

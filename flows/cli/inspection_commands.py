@@ -42,12 +42,15 @@ def add_inspection(commands: Any) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
+    from flows.run.fork_record import describe_fork
     from flows.stages.status import read_run_status
 
     status = read_run_status(options.run)
     if options.json:
         print_json(status)
         return
+    if forked := describe_fork(options.run):
+        print(forked)
     for row in status.stages:
         print(f"{row.name:<10} {row.state:<8} {row.detail}".rstrip())
 

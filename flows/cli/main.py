@@ -24,6 +24,7 @@ from flows.cli.run_commands import add_run
 from flows.cli.sample_commands import add_samples
 from flows.cli.sql_command import add_sql, answer
 from flows.cli.tokenizer_commands import add_tokenizer
+from flows.cli.upkeep_commands import add_upkeep
 from flows.run.errors import RanksFailedError
 from flows.run.folder import read_run
 from flows.run.versions import version_line
@@ -105,6 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_hugging_face(commands)
     add_trial_commands(commands)
     add_inherit(commands)
+    add_upkeep(commands)
     report = commands.add_parser("report", help="write the report of a run, complete or not, or overlay several runs")
     report.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run folder; several: one page for all")
     report.add_argument(

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
 from flows.cli.options import check_text, path, read_resolved
-from flows.run.config import RunConfig, differences, override
+from flows.run.config import RunConfig, override
 from flows.run.folder import VERIFIED, Run, open_run, read_run
 from flows.run.locks import is_locked, locked
+from flows.stages.changes import check_changes
 from flows.stages.stage_order import STAGES, Step, is_complete, steps_at, steps_of_command
 from trainer.checkpoint_folder import list_checkpoints
 
@@ -108,9 +109,10 @@ def _print_state(config: RunConfig) -> None:
     from flows.stages.status import resumption
 
     stored = read_run(config.folder)
-    if is_locked(config.folder) or differences(stored.config, config):
+    if is_locked(config.folder):
         # Refused below.
         return
+    check_changes(stored, config)
     following = resumption(replace(stored, config=config))
     if following is not None:
         print(f"resuming at {following}", file=sys.stderr)
@@ -147,7 +149,7 @@ def _stage(options: argparse.Namespace) -> None:
     config = _config(options)
     _forget_verified(options, config)
     with locked(config.folder), TerminalProgress() as progress:
-        run = open_run(config)
+        run = open_run(config, check_changes)
         number, steps = _steps(run, options.stage, getattr(options, "round", None))
         for step in steps:
             complete(run, step.stage.name, step.round_number, progress)
@@ -204,11 +206,12 @@ def _preview(options: argparse.Namespace) -> None:
         )
     else:
         run = read_run(options.target)
-        run = replace(run, config=override(run.config, options.set))
     number = _next_to_train(run) if options.round is None else options.round
     stages_of(run).require("score", number - 1)
     stages_of(run).verify()
-    print(summary(preview(run, number, _draw(run.refine_config(number), options))))
+    config = run.config_at(number).model_copy(update={"refine": run.refine_config(number)})
+    refine = override(config, [each for each in options.set if each.startswith("refine.")]).refine
+    print(summary(preview(run, number, _draw(refine, options))))
 
 
 def _draw(refine: RefineConfig, options: argparse.Namespace) -> RefineConfig:

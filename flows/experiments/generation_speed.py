@@ -32,15 +32,15 @@ def generation_speed(run: Run, round_number: int, progress: Progress, num_new_to
     identity = fingerprint(
         fingerprint_of(run, "train", round_number), device_kind(run.config), parallel, num_new_tokens
     )
-    job = GenerateJob(
-        **job_fields(run, round_number, identity),
-        weights=final_checkpoint(run, round_number),
-        batch_size=BATCH_SIZE,
-        num_new_tokens=num_new_tokens,
-    )
     path = run.round_folder(round_number) / "generation.json"
     measured = read_record(path, _Measured)
     if measured is None or measured["fingerprint"] != identity:
+        job = GenerateJob(
+            **job_fields(run, round_number, identity),
+            weights=final_checkpoint(run, round_number),
+            batch_size=BATCH_SIZE,
+            num_new_tokens=num_new_tokens,
+        )
         launcher.launch(job, run.folder, f"generate-{round_number}", progress, run.config.launch)
         measured = required_record(path, _Measured)
     return measured["tokens_per_second"]

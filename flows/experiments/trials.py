@@ -5,7 +5,6 @@ each other, and views over the rows can be read while trials are running.
 """
 
 import contextvars
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -17,17 +16,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_scoring.base.files import commit, writing
+from data_scoring.base.files import writing
 from data_scoring.base.parquet import parquet_fingerprint, write_parquet
 from data_scoring.base.progress import Progress
 from data_scoring.ledger import read_rows
-from data_scoring.refine.near_duplicates import SCRATCH
 from flows.evaluation.results import SCORE
 from flows.inheritance.initial_checkpoint import is_current
 from flows.run.config import RunConfig, parse_config
 from flows.run.errors import RanksFailedError
 from flows.run.folder import VERIFIED, Run, open_run
 from flows.run.locks import locked
+from flows.run.sharing import share
 from flows.stages.stage_order import complete, complete_all, fingerprint_of, stages_of, steps_to_train
 
 # Errors that end one trial and do not affect the others.
@@ -295,25 +294,3 @@ def share_run(source: Run, target: Path, parts: Iterable[str], progress: Progres
     if (source.folder / VERIFIED).exists() and not (target / VERIFIED).exists():
         with writing(target / VERIFIED) as temporary:
             shutil.copyfile(source.folder / VERIFIED, temporary)
-
-
-def share(source: Path, target: Path) -> None:
-    """Copy the finished folder `source` to `target`, atomically, with hard links where possible.
-
-    Files of a run are replaced and never modified, so neither side sees later changes of the other.
-    """
-    if target.exists():
-        return
-    temporary = target.with_name(f".{target.name}.sharing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    ignored = shutil.ignore_patterns(".told-*", ".*.tmp", SCRATCH)
-    shutil.copytree(source, temporary, symlinks=True, ignore=ignored, copy_function=_link)
-    commit(temporary, target)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another file system, or one without hard links.
-        shutil.copy2(source, target)

@@ -43,7 +43,7 @@ def final_checkpoint(run: Run, round_number: int) -> Path:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise ValueError(
-            f"{folder}: the round's checkpoint is missing; restore it, or delete {folder.parent / 'train.json'} "
-            "to train the round again"
+            f"{folder}: the round's checkpoint is missing, perhaps after `reprise clean`; restore it, or delete "
+            f"{folder.parent / 'train.json'} to train the round again"
         )
     return checkpoints[-1]

@@ -30,6 +30,7 @@ from flows.report.shard_histograms import selection_histograms
 from flows.report.verdict_section import verdict_section
 from flows.run.config import RunConfig
 from flows.run.folder import Run
+from flows.run.fork_record import describe_fork
 from flows.run.locks import report_locked
 
 
@@ -56,8 +57,10 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) -
     config, manifest = run.config, run.corpus().manifest
     sources = manifest["sources"]
     tokens = sum(source["train_tokens"] for source in sources)
+    forked = describe_fork(run.folder)
     sections = [
         *verdict_section(run, ledger),
+        *([f'<p class="lead">This run was {html.escape(forked)}.</p>'] if forked else []),
         f'<p class="lead">{tokens:,} training tokens from {len(sources)} sources in {config.corpus.num_shards} shards; '
         f"{config.rounds.num_rounds} rounds, policy {config.refine.policy}, sampling rate "
         f"{config.refine.sampling_rate:g}, temperature {config.refine.draw_temperature:g}.</p>",
@@ -185,7 +188,7 @@ def _forgotten(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures, 
     if budget is not None:
         return [f"<p>Forgetting cannot be measured: samples were scored by {html.escape(budget)}.</p>"]
     curve = figure(
-        pictures, f"forgetting-{scored}", forgetting_curve(scored, run.config.rounds.num_parts), ledger,
+        pictures, f"forgetting-{scored}", forgetting_curve(scored, run.config_at(scored + 1).rounds.num_parts), ledger,
         "The forgetting curve, in steps and in parts of the training order: where the blue line is above the orange "
         "one, the model has forgotten.",
     )  # fmt: skip
@@ -238,11 +241,12 @@ def _budget(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[st
         f"Samples were scored by {chosen}, which costs as much as training on {cost:,} tokens (a forward pass is a "
         "third of a training step; the cost of attention in long samples is not counted)"
     )
-    if run.config.score.budget != "auto":
+    score = run.config_at(scored + 1).score
+    if score.budget != "auto":
         return [f"<p>{how}, as set by score.budget.</p>"]
     return [
         f"<p>{how}: the cheapest candidate whose losses rank a random calibration set as the full losses do, "
-        f"with a rank correlation of {run.config.score.min_correlation:g} or more (score.min_correlation).</p>",
+        f"with a rank correlation of {score.min_correlation:g} or more (score.min_correlation).</p>",
         _table(
             ledger,
             f"""select candidate as "Candidate", correlation as "Correlation (Spearman)",

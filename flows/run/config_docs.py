@@ -31,6 +31,10 @@ A file has to set `name` and `corpus`; their defaults are only for trying out th
 _TABLE = """| Field | Type and bounds | Default | May change | Meaning |
 |---|---|---|---|---|
 """
+_OTHER_CHANGES = (
+    "Any other change is possible until a stage that it concerns begins; after that, it needs another `name`, or "
+    "`reprise fork`"
+)
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
@@ -53,7 +57,7 @@ def _changes() -> str:
         "results"
     )
     text += "".join(f", and {' and '.join(names)} unless {unless}" for unless, names in free.items())
-    return f"{textwrap.fill(f'{text}. Any other change needs another `name`.', 120, break_on_hyphens=False)}\n\n"
+    return f"{textwrap.fill(f'{text}. {_OTHER_CHANGES}.', 120, break_on_hyphens=False)}\n\n"
 
 
 def _free_fields() -> dict[str, list[str]]:

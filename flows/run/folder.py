@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -21,6 +21,7 @@ from data_scoring.base.yaml_text import read_yaml
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, differences, parse_config
+from flows.run.fork_record import config_at
 from flows.run.versions import package_versions
 
 # Format of run.yaml: from 2 on, it ends with its checksum.
@@ -93,14 +94,21 @@ class Run:
         """Return the prepared corpus, opened. Raises ValueError if it is not complete."""
         return Corpus(self.corpus_folder)
 
+    def config_at(self, place: int) -> RunConfig:
+        """Return the configuration of the stages at `place`: 0 before the first round, then the round's number.
+
+        It is the run's own, except that a fork keeps the settings of the rounds that it shares.
+        """
+        return config_at(self.config, self.folder, place)
+
     def refine_config(self, round_number: int) -> RefineConfig:
         """Return a round's refine configuration: the run's, with the approved changes."""
-        approval = self.approval(round_number)
+        approval, refine = self.approval(round_number), self.config_at(round_number).refine
         if approval is None:
-            return self.config.refine
+            return refine
         return validated(
             RefineConfig,
-            {**dict(self.config.refine), **approval},
+            {**dict(refine), **approval},
             self.record_path("approval", round_number),
             "delete it and approve the round again",
         )
@@ -120,7 +128,7 @@ class Run:
         Raises ValueError if the policy needs a field that the configuration does not set.
         """
         approval: Approval = {"policy": policy, "sampling_rate": sampling_rate}
-        validated(RefineConfig, {**dict(self.config.refine), **approval}, "approval")
+        validated(RefineConfig, {**dict(self.config_at(round_number).refine), **approval}, "approval")
         write_record(self.record_path("approval", round_number), approval)
 
     def recorded(self, stage: str, round_number: int) -> str | None:
@@ -183,11 +191,24 @@ def recorded_files(record: Path) -> dict[str, WrittenFile]:
     }
 
 
-def open_run(config: RunConfig) -> Run:
+def refuse_changes(stored: Run, config: RunConfig) -> None:
+    """Raise ValueError, naming the fields, if `config` differs from that of the run in a field that decides results."""
+    different = differences(stored.config, config)
+    if different:
+        raise ValueError(refusal(stored, different, "set another name, restore the fields, or delete the folder"))
+
+
+def refusal(stored: Run, different: Iterable[str], remedy: str) -> str:
+    """Return the error for a configuration that differs from that of the run in a way that is not allowed."""
+    path = stored.folder / "run.yaml"
+    return f"{path}: this folder was created by another configuration ({'; '.join(different)}); {remedy}"
+
+
+def open_run(config: RunConfig, check_changes: Callable[[Run, RunConfig], None] = refuse_changes) -> Run:
     """Return the run of `config`, after creating its folder or checking an existing one.
 
-    Raises ValueError, naming the fields that differ, if the folder was created by another configuration, and if `auto`
-    is not resolved yet.
+    check_changes: raises ValueError if a run that has a corpus cannot go on with `config`. Raises ValueError, too, if
+    `auto` is not resolved yet.
     """
     config.check_resolved()
     folder = config.folder.absolute()
@@ -195,12 +216,15 @@ def open_run(config: RunConfig) -> Run:
     path = folder / "run.yaml"
     # Before there is a corpus, nothing depends on the configuration: the user may have corrected it after an error.
     if (folder / "corpus" / "manifest.json").exists() and (path.exists() or _backup(path).exists()):
-        different = differences(read_run(folder).config, config)
-        if different:
-            raise ValueError(
-                f"{path}: this folder was created by another configuration ({'; '.join(different)}); "
-                "set another name, restore the fields, or delete the folder"
-            )
+        check_changes(read_run(folder), config)
+    run = Run(config, folder)
+    write_settings(run)
+    return run
+
+
+def write_settings(run: Run) -> None:
+    """Write the run's configuration to its folder, with the versions of the packages that it runs with."""
+    config, path = run.config, run.folder / "run.yaml"
     content = {
         "format": _FORMAT,
         "config": config.model_dump(mode="json"),
@@ -211,7 +235,6 @@ def open_run(config: RunConfig) -> Run:
     for each in (_backup(path), path):
         with writing(each) as temporary:
             temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return Run(config, folder)
 
 
 def forget_start(folder: Path) -> None:

@@ -39,7 +39,7 @@ class Refine(Stage):
     def inputs(self, stages: Stages, round_number: int) -> list[Any]:
         """Return the losses (with the reference's, if the policy uses them), the refine configuration and the seed."""
         run = stages.run
-        config = _resolved(run, run.refine_config(round_number))
+        config = _resolved(run, round_number, run.refine_config(round_number))
         decided = deciding(config, self.name)
         if config.within == "part":
             decided["num_parts"] = run.config.rounds.num_parts
@@ -59,6 +59,10 @@ class Refine(Stage):
         folder, config = run.round_folder(round_number), run.refine_config(round_number)
         duplicates = [] if config.near_duplicates is None else [_duplicates_path(run.corpus_folder, config)]
         return [*(selection_path(folder, shard) for shard in range(run.corpus().num_shards)), *duplicates]
+
+    def has_begun(self, run: Run, round_number: int) -> bool:
+        """Return whether there is a selection; near duplicates may be another round's."""
+        return any((run.round_folder(round_number) / "selection").glob("*.parquet"))
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Write the selection."""
@@ -92,17 +96,17 @@ def draw_of(run: Run, round_number: int, config: RefineConfig, duplicates: Path 
     return Draw(
         rounds=run.folder / "rounds",
         round_number=round_number,
-        config=_resolved(run, config),
+        config=_resolved(run, round_number, config),
         seed=run.config.seed,
         num_samples=[corpus.num_samples(shard) for shard in range(corpus.num_shards)],
         duplicates=duplicates,
         contaminated=samples_to_leave_out(run),
-        num_parts=run.config.rounds.num_parts,
+        num_parts=run.config_at(round_number).rounds.num_parts,
     )
 
 
-def _resolved(run: Run, config: RefineConfig) -> RefineConfig:
-    return config.resolve(run.config.resolved_train.global_batch_size)
+def _resolved(run: Run, round_number: int, config: RefineConfig) -> RefineConfig:
+    return config.resolve(run.config_at(round_number).resolved_train.global_batch_size)
 
 
 def _near_duplicates(run: Run, config: RefineConfig, progress: Progress, folder: Path) -> Path | None:

@@ -54,6 +54,11 @@ class Score(Stage):
         calibration = [calibration_path(folder)] if run.config.score.budget == "auto" else []
         return [*losses, *calibration, budget_path(folder)]
 
+    def has_begun(self, run: Run, round_number: int) -> bool:
+        """Return whether any sample has been scored."""
+        folder = run.round_folder(round_number)
+        return calibration_path(folder).exists() or any((folder / "losses").rglob("*.parquet"))
+
     def can_follow_training(self, config: RunConfig) -> bool:
         """Return whether scoring needs the model; seen losses do not."""
         return config.score.budget != "seen"

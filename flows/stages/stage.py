@@ -3,6 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,6 +15,7 @@ from flows.launch import launcher
 from flows.launch.launcher import KeptRanks
 from flows.run.config import RunConfig
 from flows.run.folder import Run
+from flows.run.fork_record import read_fork
 from flows.stages import verification
 from trainer.job import Job
 
@@ -59,6 +61,10 @@ class Stage(ABC):
     def is_complete(self, stages: "Stages", round_number: int) -> bool:
         """Return whether the stage was completed with the current inputs."""
         return stages.run.recorded(self.name, round_number) == stages.fingerprint(self.name, round_number)
+
+    def has_begun(self, run: Run, round_number: int) -> bool:
+        """Return whether a change of inputs would discard what the stage has done: by default, if it is complete."""
+        return run.record_path(self.name, round_number).exists()
 
     def can_follow_training(self, config: RunConfig) -> bool:
         """Return whether the ranks that have trained the round can do this stage's work right after it."""
@@ -108,11 +114,11 @@ class Stages:
 
     def fingerprint(self, name: str, round_number: int) -> str:
         """Return the fingerprint of a stage's inputs."""
-        return fingerprint(name, *self._table[name].inputs(self, round_number))
+        return fingerprint(name, *self._table[name].inputs(self._at(name, round_number), round_number))
 
     def is_complete(self, name: str, round_number: int) -> bool:
         """Return whether a stage was completed with the current inputs."""
-        return self._table[name].is_complete(self, round_number)
+        return self._table[name].is_complete(self._at(name, round_number), round_number)
 
     def require(self, name: str, round_number: int) -> None:
         """Raise ValueError if a stage is not complete; the message says what completes it."""
@@ -142,4 +148,13 @@ class Stages:
 
     def complete(self, name: str, round_number: int, progress: Progress) -> bool:
         """Complete a stage; return whether there was anything left to do."""
-        return self._table[name].do(self, round_number, progress)
+        return self._table[name].do(self._at(name, round_number), round_number, progress)
+
+    def _at(self, name: str, round_number: int) -> "Stages":
+        """Return the stages with the configuration of a stage's round: those that a fork shares may have another."""
+        if read_fork(self.run.folder) is None:
+            return self
+        config, stage = self.run.config, self._table[name]
+        places = range(config.rounds.num_rounds + 2)
+        place = next((each for each in places if stage.round_number(config, each) == round_number), round_number)
+        return Stages(replace(self.run, config=self.run.config_at(place)), [*self._table.values()], self.kept)

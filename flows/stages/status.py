@@ -103,7 +103,8 @@ def read_run_statuses(folder: Path) -> list[RunStatus]:
 
     Raises ValueError if there is none.
     """
-    folders = sorted(path.parent for path in folder.glob("*/run.yaml"))
+    # Folders that begin with a dot are unfinished forks.
+    folders = sorted(path.parent for path in folder.glob("[!.]*/run.yaml"))
     if not folders:
         raise ValueError(f"{folder}: holds no run; start one with `reprise run CONFIG.yaml`")
     return [_status_or_error(each) for each in folders]

@@ -16,7 +16,7 @@ from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.prepare import vocabulary_size
 from flows.stages.stage import Stage, Stages
-from trainer.checkpoint_folder import check_checkpoints, seconds_to_stop
+from trainer.checkpoint_folder import check_checkpoints, list_checkpoints, seconds_to_stop
 from trainer.jobs import TrainJob
 from trainer.records import validation_samples_path
 
@@ -60,6 +60,11 @@ class Train(Stage):
         logs = [folder / "steps.parquet", folder / "validation.parquet", *list_seen_losses(folder)]
         samples = validation_samples_path(folder)
         return [*logs, samples] if samples.exists() else logs
+
+    def has_begun(self, run: Run, round_number: int) -> bool:
+        """Return whether there is a checkpoint, or the record of one that was deleted."""
+        folder = run.round_folder(round_number) / "checkpoint"
+        return bool(list_checkpoints(folder)) or run.record_path(self.name, round_number).exists()
 
     def how_to_repeat(self, run: Run, round_number: int, record: Path) -> str:
         """Return that the round's folder has to be deleted: its logs were written during training."""

@@ -1,13 +1,18 @@
 """What tests of flows share."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flows.run.config import RunConfig, parse_config
+from flows.run.folder import Run, read_run
+from tests.conftest import MakeOnce
+from tests.flows.complete_runs import complete_run, config_of
 from tests.flows.fakes import FakeRanks, fake_ranks, values, write_texts
 from tests.flows.orchestration.place import Place
+from tests.forked_ranks import forking
 
 
 @pytest.fixture
@@ -36,3 +41,34 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     yield place
     place.stop()
     assert [" ".join(process.cmdline()) for process in place.processes()] == []
+
+
+@pytest.fixture
+def scored(make_once: MakeOnce, tmp_path: Path, fakes: FakeRanks) -> Run:
+    """A copy of a run of three rounds that fake ranks have trained."""
+
+    def fill(folder: Path) -> None:
+        write_texts(folder)
+        complete_run(config_of(folder, rounds={"num_rounds": 3}))
+
+    shutil.copytree(make_once("run-of-three-rounds", fill) / "run", tmp_path / "run")
+    return read_run(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained_run(make_once: MakeOnce) -> Path:
+    """The folder of texts and of a run of two rounds over them, trained on real ranks."""
+
+    def fill(folder: Path) -> None:
+        write_texts(folder)
+        with forking():
+            complete_run(config_of(folder))
+
+    return make_once("forked-run", fill)
+
+
+@pytest.fixture
+def original(trained_run: Path, tmp_path: Path) -> Run:
+    """A copy of that run in a folder of its own."""
+    shutil.copytree(trained_run / "run", tmp_path / "run")
+    return read_run(tmp_path / "run")

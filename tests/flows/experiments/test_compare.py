@@ -29,9 +29,9 @@ from flows.experiments.compare import compare
 from flows.experiments.compare_report import write_comparison
 from flows.experiments.compare_results import BASE, RESULTS, open_results
 from flows.experiments.equal_arms import needs_losses
-from flows.experiments.trials import share
 from flows.run.config import RunConfig
 from flows.run.folder import read_run
+from flows.run.sharing import share
 from flows.stages.status import read_status
 from tests.conftest import read_rows
 from tests.flows.fakes import BATCH, LOSSES, FakeRanks, values
