@@ -11,11 +11,12 @@ from data_scoring.config import EvalConfig
 from data_scoring.evaluation.tasks import ABLATION_AVERAGE, TASKS
 from data_scoring.ledger import open_ledger
 from flows.cli.options import path
+from flows.cli.round_option import trained_rounds
 from flows.evaluation.results_table import Row
 from flows.run.config import parse_config
 from flows.run.folder import Run, read_run
 from flows.run.locks import locked
-from flows.stages.stage_order import complete, is_complete, stages_of
+from flows.stages.stage_order import complete, stages_of
 
 
 def add_evaluate(commands: Any) -> None:
@@ -54,7 +55,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from flows.evaluation.results_table import render_table
 
     runs = [read_run(folder) for folder in options.runs]
-    chosen = [(run, _rounds(run, options.round)) for run in runs]
+    chosen = [(run, trained_rounds(run, options.round)) for run in runs]
     with TerminalProgress() as progress:
         for run, numbers in chosen:
             config = _config(run, options)
@@ -75,21 +76,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         has_ablation = any(ABLATION_AVERAGE in row.scores for row in rows)
         rows += [*paper_rows(), *(inheritance_rows() if has_ablation else [])]
     print(render_table(rows, columns_of(rows), options.format))
-
-
-def _rounds(run: Run, wanted: str) -> list[int]:
-    """Return the numbers of the requested rounds. Raises ValueError if one has no model."""
-    trained = [number for number in range(1, run.config.rounds.num_rounds + 1) if is_complete(run, "train", number)]
-    if not trained:
-        raise ValueError(f"{run.folder}: no round has been trained; `reprise run {quote(str(run.folder))}` trains them")
-    if wanted in ("last", "all"):
-        return trained if wanted == "all" else trained[-1:]
-    if not wanted.isdecimal() or int(wanted) not in trained:
-        places = ", ".join(map(str, trained))
-        raise ValueError(
-            f"--round: {wanted!r} is not a trained round of {run.folder}; choose from {places}, last and all"
-        )
-    return [int(wanted)]
 
 
 def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
