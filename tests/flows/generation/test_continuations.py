@@ -156,7 +156,7 @@ class TestCommand:
     @pytest.fixture(autouse=True)
     def complete(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The run's folder has the model, but no records of stages."""
-        monkeypatch.setattr("flows.cli.round_option.is_complete", lambda *_: True)
+        monkeypatch.setattr("flows.cli.round_option.is_complete", lambda _, stage, number: number == 1)
         monkeypatch.setattr("flows.stages.stage.Stages.verify", lambda *_: None)
 
     def test_prompts_are_printed_with_their_continuations(
