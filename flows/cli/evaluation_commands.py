@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
-from data_scoring.evaluation.tasks import ABLATION_AVERAGE, TASKS
+from data_scoring.evaluation.tasks import ABLATION_AVERAGE, TASKS, Column
 from data_scoring.ledger import open_ledger
 from flows.cli.options import path
 from flows.cli.round_option import trained_rounds
@@ -29,7 +29,8 @@ def add_evaluate(commands: Any) -> None:
     command.add_argument(
         "--tasks",
         metavar="NAMES",
-        help=f"paper, ablation, or a comma-separated list of {', '.join(TASKS)} "
+        help="paper, ablation, or a comma-separated list of tasks: of "
+        f"{', '.join(TASKS)}, of lm-eval's by its names, or paths of task files and folders "
         "(default: the run's eval.tasks, or paper)",
     )
     command.add_argument(
@@ -75,7 +76,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.reference == "paper":
         has_ablation = any(ABLATION_AVERAGE in row.scores for row in rows)
         rows += [*paper_rows(), *(inheritance_rows() if has_ablation else [])]
-    print(render_table(rows, columns_of(rows), options.format))
+    print(render_table(rows, columns_of(rows, _other_columns(chosen)), options.format))
 
 
 def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
@@ -119,16 +120,26 @@ def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:
     return [*chance_rows(chances), *rows]
 
 
+def _other_columns(chosen: list[tuple[Run, list[int]]]) -> list[Column]:
+    from flows.evaluation.results import read_other_columns
+
+    found: dict[str, Column] = {}
+    for run, _ in chosen:
+        with open_ledger(run.folder) as ledger:
+            found |= {column.name: column for column in read_other_columns(ledger)}
+    return [*found.values()]
+
+
 def _print_details(run: Run, numbers: list[int], stream: TextIO) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from flows.evaluation.results import read_details
+    from flows.evaluation.results import read_details, read_other_metrics
     from flows.evaluation.results_table import print_wide
 
     for number in numbers:
         with open_ledger(run.folder) as ledger:
-            details = read_details(ledger, number)
+            details, metrics = read_details(ledger, number), read_other_metrics(ledger, number)
             reasons = ledger.sql(
                 f"""select task, reason, count(*), min(item) from unscorable where round = {number}
                 and step in (select step from scores where round = {number} and is_end)
@@ -141,6 +152,8 @@ def _print_details(run: Run, numbers: list[int], stream: TextIO) -> None:
         for row in details:
             table.add_row(*(Text("" if value is None else str(value)) for value in row.values()))
         print(print_wide(table), file=stream)
+        for task, text in metrics:
+            print(f"  {task}: {text}", file=stream)
         for task, reason, count, first in reasons:
             print(f"  {task}: {count} unscorable, {reason} (such as {first})", file=stream)
         print(file=stream)

@@ -80,7 +80,7 @@ class Continuer:
 
         Raises ValueError for a prompt that the tokenizer cannot encode, or that is longer than the model's length.
         """
-        found: list[Continuation] = []
+        found: list[list[int]] = []
         for number, ids in enumerate(encode_each(self._tokenizer, [*prompts]), start=1):
             if not isinstance(ids, list):
                 raise ValueError(f"prompt {number}: {ids}")

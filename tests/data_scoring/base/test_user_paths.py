@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from data_scoring.base.user_paths import LocatedPath, UserPath, expand_home, locate, user_paths
-from flows.run.config import RunConfig, check_paths, parse_config
+from flows.run.allowed_paths import check_paths
+from flows.run.config import RunConfig, parse_config
 
 
 @pytest.fixture(autouse=True)
