@@ -13,6 +13,7 @@ from data_scoring.ledger import open_ledger
 from flows.cli.options import path
 from flows.cli.round_option import trained_rounds
 from flows.evaluation.results_table import Row
+from flows.evaluation.task_index import check_names
 from flows.run.config import parse_config
 from flows.run.folder import Run, read_run
 from flows.run.locks import locked
@@ -94,7 +95,9 @@ def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
     if options.data is not None:
         # A relative path in the run's configuration counts from where the run was started.
         values["eval"]["data"] = str(options.data if run.config.base == Path.cwd() else options.data.absolute())
-    return parse_config(values, "evaluate", run.config.base).eval
+    config = parse_config(values, "evaluate", run.config.base).eval
+    check_names(config.asked)
+    return config
 
 
 def _score(run: Run, number: int, config: EvalConfig, progress: Progress) -> list[str]:

@@ -46,17 +46,19 @@ def patched_harness() -> Iterator[None]:
     Unpatched, it compiles a prompt's templates for each item and each of its examples, which takes most of the time,
     shows a bar for each subject, and warns of every task with a default aggregation or a custom data set.
     """
-    env, logger = lm_eval.utils.env, logging.getLogger("lm_eval")
+    env, loggers = lm_eval.utils.env, [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
     with _patching, _without_processes():
-        before = env.from_string, lm_eval.api.task.tqdm, logger.level
+        before = env.from_string, lm_eval.api.task.tqdm, [logger.level for logger in loggers]
         env.from_string = functools.lru_cache(_NUM_TEMPLATES)(env.from_string)
         lm_eval.api.task.tqdm = lambda iterable, **_: iterable
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            env.from_string, lm_eval.api.task.tqdm, level = before
-            logger.setLevel(level)
+            env.from_string, lm_eval.api.task.tqdm, levels = before
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @contextmanager

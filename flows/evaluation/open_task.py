@@ -41,10 +41,6 @@ class OpenTask(ConfigurableTask):
                 raise UnusableTaskError(
                     f"eval.tasks: {name}: asks about {what}, which models here cannot read; leave it out"
                 )
-        if config.get("unsafe_code"):
-            raise UnusableTaskError(
-                f"eval.tasks: {name}: would execute code that the model writes (unsafe_code); leave it out"
-            )
         super().__init__(**arguments)
         if self.config.num_fewshot is None:
             self.set_config("num_fewshot", 0)

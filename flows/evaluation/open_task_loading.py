@@ -50,6 +50,7 @@ def _load(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what an entry names, with what lm-eval loads for it: tasks and groups by name."""
     if not is_task_path(entry):
         manager = find_manager(entry)
+        _check_safe(entry, manager.task_index[entry].cfg or {})
         yield entry, _load_spec(manager, entry, entry)
         return
     found = [(path, read_task_file(path)) for path in task_definitions(Path(entry))]
@@ -58,9 +59,12 @@ def _load(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
         name = content.get("group", content.get("task"))
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"eval.tasks: {path}: its task has no name; set `task` or `group` to one")
+        _check_safe(name, content)
         # The members of a folder's groups are asked as parts of these.
         if len(found) == 1 or name not in members:
-            yield name, _load_spec(_manager_of(path, name, content), str(path), name)
+            # Of a group in a file, lm-eval takes the list of its members for its name.
+            spec = name if "group" in content else str(path)
+            yield name, _load_spec(_manager_of(path, name, content), spec, f"{path}: {name}")
 
 
 def _named(content: dict[str, Any]) -> Iterator[str]:
@@ -80,13 +84,19 @@ def _manager_of(path: Path, name: str, content: dict[str, Any]) -> "TaskManager"
     return open_folder(path.parent.resolve(), True) if is_group and lacks_members(manager, name) else manager
 
 
-def _load_spec(manager: "TaskManager", spec: str, name: str) -> dict[str, Any]:
+def _check_safe(name: str, content: dict[str, Any]) -> None:
+    """Raise ValueError for a task that lm-eval marks as unsafe."""
+    if content.get("unsafe_code"):
+        raise ValueError(f"eval.tasks: {name}: executes code that the model writes (unsafe_code); leave it out")
+
+
+def _load_spec(manager: "TaskManager", spec: str, place: str) -> dict[str, Any]:
     try:
         return dict(manager.load(spec))
     except UnusableTaskError:
         raise
     except Exception as error:  # noqa: BLE001 - functions of task files raise anything
-        raise load_error(spec if spec == name else f"{spec}: {name}", error) from None
+        raise load_error(place, error) from None
 
 
 def _arrange(
@@ -122,6 +132,8 @@ def _check(name: str, task: Any) -> None:
         raise ValueError(f"eval.tasks: the task {name!r} has the name of one of Reprise's own; give it another")
     if "/" in name or not name.isprintable() or len(name.encode()) > 200:
         raise ValueError(f"eval.tasks: the task {name!r} has a name that no file can have; give it another")
+    if getattr(task, "UNSAFE_CODE", False):
+        _check_safe(name, {"unsafe_code": True})
     if task.OUTPUT_TYPE not in _KINDS:
         raise ValueError(
             f"eval.tasks: {name}: has the type {task.OUTPUT_TYPE!r}, but only {', '.join(_KINDS)} can be evaluated; "

@@ -31,7 +31,7 @@ def check_names(names: Sequence[str]) -> None:
         if is_task_path(name):
             task_definitions(Path(name))
         elif name not in _places():
-            near = difflib.get_close_matches(name, [*task_names(), *_places()], _MOST_NEAR)
+            near = difflib.get_close_matches(name, {*task_names(), *_places()}, _MOST_NEAR)
             meant = f"did you mean {' or '.join(near)}?" if near else "give a path to use a task file of your own"
             raise ValueError(
                 f"eval.tasks: unknown task {name!r}, neither Reprise's ({', '.join(task_names())}) nor lm-eval's; "
@@ -110,11 +110,20 @@ def _members(config: dict[str, Any]) -> Iterator[str]:
 
 def load_error(name: str, error: BaseException) -> ValueError:
     """Return the error, in one line, for a task that cannot be loaded."""
+    # Importing it takes a second.
+    from datasets.exceptions import DatasetsError
+
     reason = one_line(error) or type(error).__name__
     if isinstance(error, ImportError) and error.name:
         return ValueError(
             f"eval.tasks: {name}: needs the package {error.name.partition('.')[0]}; install it ({reason})"
         )
+    if isinstance(error, OSError | DatasetsError):
+        return ValueError(
+            f"eval.tasks: {name}: cannot read its data ({reason}); try again, or correct where the task looks for it"
+        )
     if isinstance(error, KeyError):
-        reason = f"no field or name {reason}"
-    return ValueError(f"eval.tasks: {name}: cannot be loaded: {reason} ({type(error).__name__}); repair its definition")
+        # lm-eval's registry returns None for a metric that it does not know.
+        is_metric = error.args == (None,)
+        reason = "lm-eval does not know a metric that it names" if is_metric else f"no field or name {reason}"
+    return ValueError(f"eval.tasks: {name}: cannot be loaded: {reason} ({type(error).__name__}); repair or omit it")

@@ -249,7 +249,7 @@ def test_the_command_prints_the_table(
     assert duckdb.sql(f"select count(*) from '{folder}/rounds/1/evaluation/*/scores/*.parquet'").fetchall() == [(5,)]
     for arguments, message in (
         (["--round", "3"], "--round: '3' is not a trained round of"),
-        (["--tasks", "mmlu,squad"], "evaluate: eval.tasks.1: input should be 'paper', 'ablation', 'ceval'"),
+        (["--tasks", "mmlu,squad"], "eval.tasks: unknown task 'squad', neither Reprise's (paper, ablation, ceval"),
         (["--data", str(tmp_path / "nowhere")], "nowhere"),
     ):
         assert main(["evaluate", folder, *chosen, *arguments]) == 1

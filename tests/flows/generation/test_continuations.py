@@ -13,8 +13,9 @@ from flows.cli.main import main
 from flows.generation.continuations import Continuation, Continuer
 from flows.models.hugging_face_models import export_model
 from flows.run.config import parse_config
-from flows.run.folder import Run, open_run
-from tests.conftest import TINY_MODEL, Ranks
+from flows.run.folder import Run
+from tests.conftest import Ranks
+from tests.flows.trained_run import make_run
 from tests.forked_ranks import forking
 from trainer.sampling import Sampling
 
@@ -25,19 +26,7 @@ LENGTH = 32
 @pytest.fixture(scope="module")
 def run(ranks: Ranks, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with the trained tiny model as its first round."""
-    parent = tmp_path_factory.mktemp("runs")
-    fields = {
-        "name": "tiny",
-        "output": str(parent),
-        "corpus": {"sources": [{"name": "one", "path": "x"}], "seq_length": LENGTH, "num_shards": 3},
-        "model": TINY_MODEL.model_dump(),
-        "train": {"precision": "float32"},
-    }
-    run = open_run(parse_config(fields, "test"))
-    (run.folder / "corpus").symlink_to(ranks.corpus.folder)
-    (run.folder / "rounds" / "1").mkdir(parents=True)
-    (run.folder / "rounds" / "1" / "checkpoint").symlink_to(trained / "checkpoint")
-    return run
+    return make_run(tmp_path_factory.mktemp("runs"), ranks.corpus, trained)
 
 
 @pytest.fixture(autouse=True)
