@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ def add_generate(commands: Any) -> None:
     command.add_argument(
         "--samples", type=count, default=1, metavar="N", help="continuations of each prompt (default: 1)"
     )
-    command.add_argument("--json", action="store_true", help="print a line of JSON for each continuation")
+    command.add_argument("--json", action="store_true", help="print one JSON document instead, a list of continuations")
     command.set_defaults(command=_generate, is_resumable=False)
 
 
@@ -138,24 +137,21 @@ def _continuer(options: argparse.Namespace, progress: "Progress", kept: "KeptRan
 
 
 def _continue_all(options: argparse.Namespace, sampling: "Sampling", prompts: list[str]) -> None:
-    from flows.display.terminal_progress import TerminalProgress
-
-    with ExitStack() as stack:
-        progress = TerminalProgress()
-        continuer = stack.enter_context(_continuer(options, progress, None))
+    bar = _Bar()
+    with _continuer(options, bar, None) as continuer:
         continuer.encode(prompts)
-        _continue(continuer, options, sampling, prompts, stack.enter_context(_Bar(progress)))
+        with bar:
+            _continue(continuer, options, sampling, prompts, bar)
 
 
 def _converse(options: argparse.Namespace, sampling: "Sampling") -> None:
     """Continue the prompts that the user types, until the end of input; the model stays loaded."""
     import readline  # noqa: F401 - `input` then edits lines
 
-    from flows.display.terminal_progress import TerminalProgress
     from flows.launch.launcher import KeptRanks
 
-    progress = TerminalProgress()
-    with _continuer(options, progress, KeptRanks()) as continuer:
+    bar = _Bar()
+    with _continuer(options, bar, KeptRanks()) as continuer:
         print("Type the beginning of a text; Ctrl-D ends.", file=sys.stderr)
         while True:
             try:
@@ -170,7 +166,7 @@ def _converse(options: argparse.Namespace, sampling: "Sampling") -> None:
             except ValueError as error:
                 print(f"error: {error}", file=sys.stderr)
                 continue
-            with _Bar(progress) as bar:
+            with bar:
                 _continue(continuer, options, sampling, [prompt], bar)
 
 
@@ -187,8 +183,7 @@ def _continue(
     found = continuer.continue_prompts(prompts, options.samples, options.max_tokens, sampling, show)
     bar.end()
     if options.json:
-        for each in found:
-            print(json.dumps(asdict(each), ensure_ascii=False))
+        print(json.dumps([asdict(each) for each in found], indent=2, ensure_ascii=False))
     num_cut = sum(each.ended_by == "model length" for each in found)
     if num_cut:
         which = "the continuation" if len(found) == 1 else f"{num_cut} of {len(found)} continuations"
@@ -196,24 +191,33 @@ def _continue(
 
 
 class _Bar:
-    """The progress bar until the first text is printed, over which it would be drawn; a context manager."""
+    """A progress callback with a bar, until the first text is printed, over which it would be drawn.
 
-    def __init__(self, progress: "TerminalProgress") -> None:
-        self._progress, self._is_shown = progress, False
+    A context manager, which can be entered again.
+    """
+
+    def __init__(self) -> None:
+        self._progress: TerminalProgress | None = None
 
     def __enter__(self) -> "_Bar":
-        self._progress.__enter__()
-        self._is_shown = True
+        from flows.display.terminal_progress import TerminalProgress
+
+        self._progress = TerminalProgress().__enter__()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.end()
 
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        """Show progress; see `TerminalProgress`."""
+        if self._progress is not None:
+            self._progress(what, done, total)
+
     def end(self) -> None:
         """Leave the screen to text."""
-        if self._is_shown:
-            self._progress.__exit__(None, None, None)
-            self._is_shown = False
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.__exit__(None, None, None)
 
 
 class _Screen:

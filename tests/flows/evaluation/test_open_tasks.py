@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from data_scoring.base.progress import silent
 from data_scoring.config import EvalConfig
 from data_scoring.evaluation.task_files import files_of_task
 from data_scoring.ledger import open_ledger
+from flows.evaluation.harness_model import open_reader
+from flows.evaluation.harness_requests import ask
 from flows.evaluation.open_task_loading import load_open_tasks, open_task_texts
 from flows.evaluation.questions import check_items
 from flows.evaluation.results import columns_of, read_details, read_other_columns, read_other_metrics, read_rows
@@ -340,3 +343,14 @@ def test_answers_change_with_the_files_of_a_task(tasks: Path, tmp_path: Path) ->
     assert {path.name for path in files_of_task(tasks / "next_word.yaml")} == {
         "next_word.yaml", "items.jsonl", "shots.jsonl"
     }  # fmt: skip
+
+
+def test_what_cannot_be_scored_is_named_by_its_place_in_the_data_set(run: Run, tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    rows[2]["question"] = "the model " * 20
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [task] = load_open_tasks(str(tmp_path / "last_word.yaml"), None, None, fits)
+    # lm-eval numbers the items that it is asked for: 0, 1, 2.
+    asked = ask(replace(task, samples={"last_word": [0, 2, 3]}), open_reader(run))
+    assert list(asked.unscorable) == [("last_word", 2)]

@@ -162,7 +162,7 @@ class TestCommand:
     ) -> None:
         (tmp_path / "prompts").write_bytes("\ufeffthe model learns\r\n\n12: a text".encode())
         assert main(["generate", str(run.folder), "--prompts", str(tmp_path / "prompts"), "--json"]) == 0
-        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        rows = json.loads(capsys.readouterr().out)
         assert [row["text"] for row in rows] == [greedy[0].text, greedy[4].text]
         assert rows[0].keys() == {"prompt", "sample", "text", "num_tokens", "ended_by"}
 
