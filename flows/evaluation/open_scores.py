@@ -6,6 +6,7 @@ from typing import Any
 
 from flows.evaluation.harness_model import score_answers
 from flows.evaluation.questions import Question
+from flows.evaluation.task_index import explaining
 from trainer.requests import Answer
 
 # Metrics whose scores are shares, 0 to 1. Others, of another scale or of a user's own making, are shown as they are.
@@ -30,7 +31,8 @@ def score_open_question(question: Question, answers: Sequence[Answer]) -> tuple[
     }
     if not question.asked.requests:
         return [{**whole, "num_items": 0}], [], []
-    found = score_answers(task, question.asked, answers)
+    with explaining(task.name, "scored"):
+        found = score_answers(task, question.asked, answers)
     names = [task.name, *(name for name in task.subtasks if name != task.name)]
     rows, items, metrics = [], [], []
     for name in names:

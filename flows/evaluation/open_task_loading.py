@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.models.utils import normalize_gen_kwargs
+
 from data_scoring.evaluation.items import ItemText
 from data_scoring.evaluation.task_files import is_task_path, read_task_file, task_definitions
 from data_scoring.evaluation.tasks import TASKS
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 # Metrics by which guessing has a known score.
 _CHOICES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
+_MOST_NAME_BYTES = 200
 _KINDS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until")
 
 
@@ -104,7 +107,7 @@ def _arrange(
 ) -> Iterator[EvaluationTask]:
     """Yield one task for a group that aggregates a metric; of another group, and of a tag, one for each member."""
     for task_name, task in tasks.items():
-        _check(task_name, task)
+        _check_kind(task_name, task)
     group = groups.get(name)
     if group is None:
         for task_name, task in tasks.items():
@@ -126,12 +129,18 @@ def _first_metric(name: str, task: Any) -> str:
     return str(metrics[0])
 
 
-def _check(name: str, task: Any) -> None:
-    """Raise ValueError for a task that cannot be evaluated."""
+def _check_name(name: str) -> None:
+    """Raise ValueError if answers of a task cannot be stored under its name."""
     if name in TASKS:
-        raise ValueError(f"eval.tasks: the task {name!r} has the name of one of Reprise's own; give it another")
-    if "/" in name or not name.isprintable() or len(name.encode()) > 200:
+        raise ValueError(
+            f"eval.tasks: the task {name!r} has the name of one of Reprise's own; give it another, or omit it"
+        )
+    if "/" in name or not name.isprintable() or len(name.encode()) > _MOST_NAME_BYTES:
         raise ValueError(f"eval.tasks: the task {name!r} has a name that no file can have; give it another")
+
+
+def _check_kind(name: str, task: Any) -> None:
+    """Raise ValueError for a task that cannot be evaluated."""
     if getattr(task, "UNSAFE_CODE", False):
         _check_safe(name, {"unsafe_code": True})
     if task.OUTPUT_TYPE not in _KINDS:
@@ -139,11 +148,17 @@ def _check(name: str, task: Any) -> None:
             f"eval.tasks: {name}: has the type {task.OUTPUT_TYPE!r}, but only {', '.join(_KINDS)} can be evaluated; "
             "leave it out"
         )
+    if task.OUTPUT_TYPE == "generate_until" and normalize_gen_kwargs(task.config.generation_kwargs or {})["do_sample"]:
+        raise ValueError(
+            f"eval.tasks: {name}: draws its answers, but only greedy generation can be evaluated; set do_sample: false "
+            "in its generation_kwargs, or omit it"
+        )
 
 
 def _make(
     entry: str, name: str, tasks: dict[str, Any], groups: dict[str, Any], metric: str, limit: int | None
 ) -> EvaluationTask:
+    _check_name(name)
     samples, places, chances = {}, {}, {}
     for subtask, task in tasks.items():
         docs = task.eval_docs

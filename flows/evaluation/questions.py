@@ -1,6 +1,7 @@
 """The questions of an evaluation: the items of tasks, and the requests that ranks answer."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
 from data_scoring.evaluation.items import ItemText, evaluation_texts
 from data_scoring.evaluation.tasks import TASKS, other_tasks, resolve_names
-from flows.evaluation.task_index import check_names
+from flows.evaluation.task_index import check_names, explaining
 from flows.run.folder import Run
 from trainer.jobs import Evaluation
 from trainer.requests import requests_path, write_requests
@@ -70,11 +71,12 @@ def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress:
         else:
             tasks = _load_open(name, config, reader.fits)
         for task in tasks:
-            question = Question(task, ask(task, reader))
-            if question.asked.unscorable:
-                # A task's scores are over the items that it asks for.
-                left = task.without(question.asked.unscorable)
-                question = Question(left, ask(left, reader))
+            with explaining(task.name, "asked") if task.entry else nullcontext():
+                question = Question(task, ask(task, reader))
+                if question.asked.unscorable:
+                    # A task's scores are over the items that it asks for.
+                    left = task.without(question.asked.unscorable)
+                    question = Question(left, ask(left, reader))
             write_requests(requests_path(requests_folder(run), task.name), question.asked.requests)
             questions.append(question)
     _check_distinct([question.task for question in questions])

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +109,17 @@ def _members(config: dict[str, Any]) -> Iterator[str]:
             yield member["task"]
 
 
-def load_error(name: str, error: BaseException) -> ValueError:
-    """Return the error, in one line, for a task that cannot be loaded."""
+@contextmanager
+def explaining(name: str, what: str) -> Iterator[None]:
+    """Raise ValueError, in one line, for whatever functions or templates of a task raise: it cannot be `what`."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - functions of task files raise anything
+        raise load_error(name, error, what) from None
+
+
+def load_error(name: str, error: BaseException, what: str = "loaded") -> ValueError:
+    """Return the error, in one line, for a task that cannot be loaded, or whatever `what` says."""
     # Importing it takes a second.
     from datasets.exceptions import DatasetsError
 
@@ -126,4 +136,4 @@ def load_error(name: str, error: BaseException) -> ValueError:
         # lm-eval's registry returns None for a metric that it does not know.
         is_metric = error.args == (None,)
         reason = "lm-eval does not know a metric that it names" if is_metric else f"no field or name {reason}"
-    return ValueError(f"eval.tasks: {name}: cannot be loaded: {reason} ({type(error).__name__}); repair or omit it")
+    return ValueError(f"eval.tasks: {name}: cannot be {what}: {reason} ({type(error).__name__}); repair or omit it")

@@ -94,8 +94,8 @@ def read_score_curves(ledger: duckdb.DuckDBPyConnection) -> dict[str, ScoreCurve
             tokens, score, error = (np.asarray(found[name][mine], float) for name in ("tokens", "score", "error"))
             ends = np.asarray(found["is_end"][mine], bool)
             metric, is_share, is_higher = (found[name][mine][-1] for name in ("metric", "is_share", "higher_is_better"))
-            title = task_title(task) if task in TASKS else f"{task} ({metric})"
-            title += "" if is_share else ", lower is better" if not is_higher else ", not percent"
+            scale = "" if is_share else f" {'' if is_higher else '↓'} (not percent)"
+            title = legend_label(task_title(task)) + ("" if task in TASKS else f"\n{legend_label(metric)}{scale}")
             chance = float(found["chance"][mine][0])
             curves[task] = ScoreCurve(title, tokens, score, error, ends, None if chance < 0 else chance)
     return curves
@@ -105,7 +105,7 @@ def score_axes(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Return a figure of scores against tokens, and its axes, one for each task; call `tight_layout` at the end."""
     figure, chosen = panels(len(titles), height=3)
     for axes, title in zip(chosen, titles, strict=True):
-        axes.set_title(legend_label(title))
+        axes.set_title(title)
     figure.supxlabel("tokens trained on (millions)")
     figure.supylabel("score (percent)")
     return figure, chosen

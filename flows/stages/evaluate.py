@@ -1,6 +1,7 @@
 """The stage `evaluate`: the task scores of a round's final model."""
 
 import importlib.metadata
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ class Evaluate(Stage):
         files = [] if config.data is None else item_files(own, Path(config.data))
         prompts = importlib.metadata.version("lm_eval")
         for name in filter(is_task_path, names):
-            files += files_of_task(Path(name))
+            # The evaluation tells of files that are missing or broken.
+            with suppress(ValueError):
+                files += files_of_task(Path(name))
         contents = [[path.name, checksum(path)] for path in files]
         written = tuple(map(typed, names))
         return [stages.fingerprint("train", round_number), _FORMAT, prompts, written, config.limit, contents]

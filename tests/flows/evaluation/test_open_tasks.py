@@ -1,14 +1,12 @@
 """Tasks of lm-eval's format: the figures are those of lm-eval's own backend, and mistakes are told in one line."""
 
 import json
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from data_scoring.base.progress import silent
 from data_scoring.config import EvalConfig
@@ -24,66 +22,10 @@ from flows.evaluation.task_index import check_names
 from flows.models.hugging_face_models import export_model
 from flows.run.allowed_paths import check_section
 from flows.run.folder import Run
-from tests.conftest import WORDS, Ranks, make_documents
+from tests.conftest import Ranks
+from tests.flows.evaluation.task_folder import CHOICES, GENERATED, LAST, ROLLING, UTILS, write_task, write_tasks
 from tests.flows.trained_run import make_run
 from tests.forked_ranks import forking
-
-CHOICES = {
-    "task": "next_word", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{choices}}", "doc_to_target": "answer", "num_fewshot": 1, "fewshot_split": "shots",
-    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
-}  # fmt: skip
-ROLLING = {
-    "task": "texts", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text",
-    "metric_list": [
-        {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
-        {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
-    ],
-}  # fmt: skip
-LAST = {
-    "task": "last_word", "output_type": "loglikelihood", "doc_to_text": "{{question}}",
-    "doc_to_target": "{{' ' + word}}",
-    "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-                    {"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}  # fmt: skip
-GENERATED = {
-    "task": "copy", "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "word",
-    "process_docs": "utils.shorten",
-    "generation_kwargs": {"until": ["."], "max_gen_toks": 6, "do_sample": False},
-    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True},
-                    {"metric": "chrf", "aggregation": "chrf", "higher_is_better": True}],
-}  # fmt: skip
-UTILS = 'def shorten(docs):\n    return docs.map(lambda doc: {"question": " ".join(doc["question"].split()[:4])})\n'
-
-
-def write_task(folder: Path, task: dict[str, Any], /, **more: Any) -> Path:
-    """Write a task whose data lie beside it, and return its file."""
-    files = {"test": "items.jsonl", **({"shots": "shots.jsonl"} if "fewshot_split" in task else {})}
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
-    text = yaml.safe_dump({**data, **task, **more}, sort_keys=False).replace("utils.shorten", "!function utils.shorten")
-    path = folder / f"{task['task']}.yaml"
-    path.write_text(text)
-    return path
-
-
-def write_tasks(folder: Path) -> Path:
-    """Write items, and tasks of every type that ask about them."""
-    generator = random.Random(0)
-    rows = []
-    for number in range(24):
-        words = generator.choices(WORDS, k=9)
-        others = generator.choices(WORDS, k=3)
-        choices = list(dict.fromkeys([words[-1], *others]))
-        generator.shuffle(choices)
-        question = " ".join(words[:-1])
-        rows.append({"question": question, "word": words[-1], "choices": choices, "answer": choices.index(words[-1]),
-                     "text": make_documents(1, number)[0]})  # fmt: skip
-    for name, part in (("items", rows[:16]), ("shots", rows[16:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    (folder / "utils.py").write_text(UTILS)
-    for task in (CHOICES, ROLLING, LAST, GENERATED):
-        write_task(folder, task)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +190,10 @@ ERRORS = {
     "code": ({"unsafe_code": True}, "executes code that the model writes"),
     "own name": ({"task": "piqa"}, "the task 'piqa' has the name of one of Reprise's own"),
     "slash": ({"task": "a/b"}, "the task 'a/b' has a name that no file can have"),
+    "sampling": (
+        {"output_type": "generate_until", "generation_kwargs": {"do_sample": True, "temperature": 1.0}},
+        "only greedy generation",
+    ),
     "unknown field": ({"metrics": "acc"}, "metrics"),
 }
 
@@ -354,3 +300,22 @@ def test_what_cannot_be_scored_is_named_by_its_place_in_the_data_set(run: Run, t
     # lm-eval numbers the items that it is asked for: 0, 1, 2.
     asked = ask(replace(task, samples={"last_word": [0, 2, 3]}), open_reader(run))
     assert list(asked.unscorable) == [("last_word", 2)]
+
+
+LATE = {
+    "cannot be asked: division by zero": "def ask(doc):\n    return doc['question'] if doc['answer'] == 0 else 1 / 0\n",
+    "cannot be scored: no field or name": "def score(doc, results):\n    raise KeyError('x')\n",
+}
+
+
+@pytest.mark.parametrize("said", LATE)
+def test_functions_of_a_task_that_fail_later_are_one_line(run: Run, said: str, tmp_path: Path) -> None:
+    rows = [{"question": "a", "answer": number, "choices": ["a", "the"]} for number in (0, 1)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "utils.py").write_text(LATE[said])
+    field, name = ("doc_to_text", "ask") if "ask" in LATE[said] else ("process_results", "score")
+    path = write_task(tmp_path, {**CHOICES, "num_fewshot": 0, field: "FUNCTION"})
+    path.write_text(path.read_text().replace("FUNCTION", f"!function utils.{name}").replace("fewshot_split: shots", ""))
+    with pytest.raises(ValueError, match=f"^eval.tasks: next_word: {said}") as error:
+        evaluate(run, path)
+    assert "\n" not in str(error.value)
