@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks._factory as factory
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from lm_eval.api.task import ConfigurableTask
 
 from data_scoring.base.messages import one_line
@@ -70,7 +70,9 @@ class OpenTask(ConfigurableTask):
             with without_bars():
                 self.dataset = datasets.load_dataset(place, self.DATASET_NAME, **arguments)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-            reason = one_line(error) or type(error).__name__
+            # That an error has occurred is not its reason.
+            cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+            reason = one_line(cause or error) or type(error).__name__
             if is_file or is_here or self.data is not None:
                 remedy = "correct dataset_path and data_files" if is_file else "put the whole data set there"
                 raise UnusableTaskError(

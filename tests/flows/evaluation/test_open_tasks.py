@@ -18,7 +18,7 @@ from flows.evaluation.open_task_loading import load_open_tasks, open_task_texts
 from flows.evaluation.questions import check_items
 from flows.evaluation.results import columns_of, read_details, read_other_columns, read_other_metrics, read_rows
 from flows.evaluation.rounds import RoundEvaluation
-from flows.evaluation.task_index import check_names
+from flows.evaluation.task_index import check_names, load_error
 from flows.models.hugging_face_models import export_model
 from flows.run.allowed_paths import check_section
 from flows.run.folder import Run
@@ -183,7 +183,6 @@ ERRORS = {
     "no data": ({"dataset_kwargs": {"data_files": {"test": "nothing.jsonl"}}}, "cannot read its data"),
     "hub": ({"dataset_path": "some/set", "dataset_kwargs": None}, "put the data set's repository some/set there"),
     "type": ({"output_type": "multi_round"}, "Got invalid output_type"),
-    "metric": ({"metric_list": [{"metric": "no_such_metric"}]}, "lm-eval does not know a metric"),
     "split": ({"test_split": "train"}, "no field or name"),
     "template": ({"doc_to_text": "{{question.nothing.more}}"}, "UndefinedError"),
     "images": ({"doc_to_image": ["image"]}, "asks about images"),
@@ -314,8 +313,17 @@ def test_functions_of_a_task_that_fail_later_are_one_line(run: Run, said: str, t
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "utils.py").write_text(LATE[said])
     field, name = ("doc_to_text", "ask") if "ask" in LATE[said] else ("process_results", "score")
-    path = write_task(tmp_path, {**CHOICES, "num_fewshot": 0, field: "FUNCTION"})
-    path.write_text(path.read_text().replace("FUNCTION", f"!function utils.{name}").replace("fewshot_split: shots", ""))
+    without_examples = {key: value for key, value in CHOICES.items() if "fewshot" not in key}
+    path = write_task(tmp_path, {**without_examples, field: "FUNCTION"})
+    path.write_text(path.read_text().replace("FUNCTION", f"!function utils.{name}"))
     with pytest.raises(ValueError, match=f"^eval.tasks: next_word: {said}") as error:
         evaluate(run, path)
     assert "\n" not in str(error.value)
+
+
+def test_a_metric_that_lm_eval_does_not_know_is_told() -> None:
+    # Its registry then asks the hub, and returns None, which is no key.
+    error = load_error("mine", KeyError(None))
+    assert str(error).startswith("eval.tasks: mine: cannot be loaded: lm-eval does not know a metric that it names")
+    missing = load_error("mine", ModuleNotFoundError("No module named 'langdetect.x'", name="langdetect.x"))
+    assert str(missing).startswith("eval.tasks: mine: needs the package langdetect; install it")
