@@ -7,7 +7,9 @@ from shlex import quote
 from typing import Any, TextIO
 
 from data_scoring.base.progress import Progress
+from data_scoring.base.user_paths import expand_home
 from data_scoring.config import EvalConfig
+from data_scoring.evaluation.task_files import is_task_path
 from data_scoring.evaluation.tasks import ABLATION_AVERAGE, TASKS, Column
 from data_scoring.ledger import open_ledger
 from flows.cli.options import path
@@ -85,7 +87,7 @@ def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
     tasks = options.tasks
     if tasks is None and not run.config.eval.asked:
         tasks = "paper"
-    names = None if tasks is None else [name.strip() for name in tasks.split(",")]
+    names = None if tasks is None else [_entry(name.strip(), run) for name in tasks.split(",")]
     overrides = {"tasks": names, "limit": options.limit}
     values = run.config.model_dump()
     values["eval"] |= {field: value for field, value in overrides.items() if value is not None}
@@ -98,6 +100,12 @@ def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
     config = parse_config(values, "evaluate", run.config.base).eval
     check_names(config.asked)
     return config
+
+
+def _entry(name: str, run: Run) -> str:
+    """Return an entry of `eval.tasks` that means the same for the run as here, where relative paths may differ."""
+    is_other = is_task_path(name) and run.config.base != Path.cwd()
+    return str(expand_home(name).absolute()) if is_other else name
 
 
 def _score(run: Run, number: int, config: EvalConfig, progress: Progress) -> list[str]:

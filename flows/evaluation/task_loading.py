@@ -24,7 +24,7 @@ from data_scoring.evaluation.items import (
     read_items,
 )
 from data_scoring.evaluation.rows import item_text
-from data_scoring.evaluation.tasks import TASKS, Task, resolve_names
+from data_scoring.evaluation.tasks import TASKS, Task, other_tasks, resolve_names, task_names
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -118,10 +118,12 @@ def load_tasks(
         the largest number of new tokens.
     num_tokens: `num_tokens(texts)` returns each text's number of tokens, by which OpenCompass divides losses.
 
-    Raises ValueError, in one line, for files that are missing or broken.
+    Raises ValueError, in one line, for a task that is not in the table, and for files that are missing or broken.
     """
     if data is not None and not data.is_dir():
         raise ValueError(f"eval.data: no folder {data}; give the folder of the tasks' files, or remove it")
+    if unknown := other_tasks(names):
+        raise ValueError(f"eval.tasks: unknown task {unknown[0]!r}; choose from {', '.join(task_names())}")
     resolved, ours = resolve_names(names), {"fits": fits, "num_tokens": num_tokens}
     # Importing lm-eval takes a second.
     from flows.evaluation.harness_task import patched_harness
