@@ -131,8 +131,11 @@ def test_an_unknown_user_is_named_but_does_not_bar_a_stored_configuration(tmp_pa
 
 
 def test_entries_of_tasks_are_names_or_paths(tmp_path: Path) -> None:
-    config = parse_config({"eval": {"tasks": ["piqa", "tasks/mine.yaml", "mine.yaml"]}}, "test", tmp_path)
-    assert config.eval.tasks == ("piqa", f"{tmp_path}/tasks/mine.yaml", f"{tmp_path}/mine.yaml")
+    config = parse_config({"eval": {"tasks": ["piqa", "tasks/mine.yaml", "mine.yaml"]}}, "test", tmp_path / "other")
+    assert config.eval.tasks == ("piqa", f"{tmp_path}/other/tasks/mine.yaml", f"{tmp_path}/other/mine.yaml")
     assert config.model_dump()["eval"]["tasks"] == ("piqa", "tasks/mine.yaml", "mine.yaml")
     found = [(field, str(path)) for field, path in user_paths(config) if "tasks" in field]
-    assert found == [("eval.tasks.1", f"{tmp_path}/tasks/mine.yaml"), ("eval.tasks.2", f"{tmp_path}/mine.yaml")]
+    assert found == [
+        ("eval.tasks.1", f"{tmp_path}/other/tasks/mine.yaml"),
+        ("eval.tasks.2", f"{tmp_path}/other/mine.yaml"),
+    ]
