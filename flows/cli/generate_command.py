@@ -1,21 +1,21 @@
 """`reprise generate`: a model's continuations of prompts."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.json_output import print_json
 from flows.cli.options import count, path
+from flows.cli.round_option import trained_rounds
+from flows.run.folder import Run, read_run
+from flows.stages.stage_order import stages_of
 
 if TYPE_CHECKING:
-    from data_scoring.base.progress import Progress
     from flows.display.terminal_progress import TerminalProgress
     from flows.generation.continuations import Continuer
-    from flows.launch.launcher import KeptRanks
     from trainer.sampling import Sampling
 
 _KEPT = "\n\t"
@@ -55,11 +55,14 @@ def add_generate(commands: Any) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     sampling = _sampling(options)
+    # Before standard input is read.
+    run = read_run(options.run)
+    [number] = trained_rounds(run, "last" if options.round is None else str(options.round))
     prompts = _prompts(options)
     if prompts is None:
-        _converse(options, sampling)
+        _converse(run, number, options, sampling)
     else:
-        _continue_all(options, sampling, prompts)
+        _continue_all(run, number, options, sampling, prompts)
 
 
 def _sampling(options: argparse.Namespace) -> "Sampling":
@@ -123,35 +126,27 @@ def _is_text(prompt: str) -> bool:
     return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in prompt)
 
 
-def _continuer(options: argparse.Namespace, progress: "Progress", kept: "KeptRanks | None") -> "Continuer":
-    """Return the model of the chosen round."""
-    from flows.cli.round_option import trained_rounds
+def _continue_all(run: Run, number: int, options: argparse.Namespace, sampling: "Sampling", prompts: list[str]) -> None:
     from flows.generation.continuations import Continuer
-    from flows.run.folder import read_run
-    from flows.stages.stage_order import stages_of
 
-    run = read_run(options.run)
-    [number] = trained_rounds(run, "last" if options.round is None else str(options.round))
     stages_of(run).verify()
-    return Continuer(run, number, progress, kept)
-
-
-def _continue_all(options: argparse.Namespace, sampling: "Sampling", prompts: list[str]) -> None:
     bar = _Bar()
-    with _continuer(options, bar, None) as continuer:
+    with Continuer(run, number, bar) as continuer:
         continuer.encode(prompts)
         with bar:
             _continue(continuer, options, sampling, prompts, bar)
 
 
-def _converse(options: argparse.Namespace, sampling: "Sampling") -> None:
+def _converse(run: Run, number: int, options: argparse.Namespace, sampling: "Sampling") -> None:
     """Continue the prompts that the user types, until the end of input; the model stays loaded."""
     import readline  # noqa: F401 - `input` then edits lines
 
+    from flows.generation.continuations import Continuer
     from flows.launch.launcher import KeptRanks
 
+    stages_of(run).verify()
     bar = _Bar()
-    with _continuer(options, bar, KeptRanks()) as continuer:
+    with Continuer(run, number, bar, KeptRanks()) as continuer:
         print("Type the beginning of a text; Ctrl-D ends.", file=sys.stderr)
         while True:
             try:
@@ -183,7 +178,7 @@ def _continue(
     found = continuer.continue_prompts(prompts, options.samples, options.max_tokens, sampling, show)
     bar.end()
     if options.json:
-        print(json.dumps([asdict(each) for each in found], indent=2, ensure_ascii=False))
+        print_json(found)
     num_cut = sum(each.ended_by == "model length" for each in found)
     if num_cut:
         which = "the continuation" if len(found) == 1 else f"{num_cut} of {len(found)} continuations"
