@@ -131,8 +131,9 @@ class EvalConfig(Config):
 
     tasks: tuple[TaskName, ...] = Field(
         default=(),
-        description="Tasks on which the model of every round is evaluated; paper stands for the ten of the paper's "
-        "table, ablation for the three of its comparison of inheritance strategies. Empty: none.",
+        description="Tasks on which the model of every round is evaluated: names of Reprise's or lm-eval's tasks, or "
+        "paths of task files (.yaml) and folders; paper stands for the ten of the paper's table, ablation for the "
+        "three of its comparison of inheritance strategies. Empty: none.",
     )
     data: Annotated[PathText | None, USER_PATH] = Field(
         default=None,

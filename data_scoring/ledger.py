@@ -43,6 +43,11 @@ _IDENTITY = {
     "sample": ("integer", "Number of the sample in its shard, from 0."),
 }
 
+_SCALE = {
+    "higher_is_better": ("boolean", "Whether a higher score is better."),
+    "is_share": ("boolean", "Whether the score is a share, 0 to 1, which tables show in percent."),
+}
+
 VIEWS = {
     "samples": View(
         "Every training sample of the corpus.",
@@ -180,17 +185,37 @@ VIEWS = {
             "is_end": ("boolean", "Whether the model is the one at the end of the round, not one during training."),
             "task": ("varchar", "Task."),
             "subject": ("varchar", "Subject of the task; null for the task as a whole: the mean over its subjects."),
-            "metric": ("varchar", "Metric: acc, acc_norm, acc_text, rouge1."),
-            "score": ("double", "Score, 0 to 1."),
-            "stderr": ("double", "Standard error of the score over items; null if there are too few items."),
-            "chance": ("double", "Score of guessing; null for a subject."),
+            "metric": ("varchar", "Metric: acc, acc_norm, acc_text, rouge1, or another of lm-eval's."),
+            "score": ("double", "Score: 0 to 1 if is_share, else in the metric's own unit."),
+            "stderr": ("double", "Standard error of the score over items; null if it is unknown."),
+            "chance": ("double", "Score of guessing; null for a subject, or if it is unknown."),
             "num_items": ("bigint", "Items that were scored."),
             "num_unscorable": ("bigint", "Items that could not be scored; the view unscorable lists them."),
             "num_fewshot": ("integer", "Few-shot examples before each question."),
             "num_shortened": ("bigint", "Items with fewer examples, to fit the model's length; null for a subject."),
+            **_SCALE,
         },
         f"{_ROUND}, {_STEP}, is_end, task, subject, metric, score, stderr, chance, num_items, num_unscorable, "
-        "num_fewshot, num_shortened",
+        "num_fewshot, num_shortened, coalesce(higher_is_better, true) as higher_is_better, "
+        "coalesce(is_share, true) as is_share",
+        (("higher_is_better", "boolean"), ("is_share", "boolean")),
+    ),
+    "metrics": View(
+        "All metrics that lm-eval computes of models in tasks that are not Reprise's own.",
+        "rounds/*/evaluation/step-*/metrics/*.parquet",
+        {
+            **_ROUND_COLUMN,
+            "step": ("integer", "Step of the round after which the model was evaluated."),
+            "is_end": ("boolean", "Whether the model is the one at the end of the round, not one during training."),
+            "task": ("varchar", "Task."),
+            "subject": ("varchar", "Task of a group; null for the task or group as a whole."),
+            "metric": ("varchar", "Metric, by lm-eval's name."),
+            "filter": ("varchar", "What was applied to the model's answers, by lm-eval's name; none: nothing."),
+            "score": ("double", "Score, in the metric's own unit."),
+            "stderr": ("double", "Standard error of the score; null if it is unknown."),
+            "higher_is_better": ("boolean", "Whether a higher score is better."),
+        },
+        f"{_ROUND}, {_STEP}, is_end, task, subject, metric, filter, score, stderr, higher_is_better",
     ),
     "scored_items": View(
         "Scores of models in each item of evaluation tasks.",
@@ -202,7 +227,7 @@ VIEWS = {
             "task": ("varchar", "Task."),
             "subject": ("varchar", "Subject of the task, by lm-eval's name."),
             "item": ("varchar", "Location of the item: file and line, or place on the hub."),
-            "score": ("double", "Score, 0 to 1."),
+            "score": ("double", "Score, as the task's; null if an item has none."),
         },
         f"{_ROUND}, {_STEP}, is_end, task, subject, item, score",
     ),
@@ -266,14 +291,16 @@ DERIVED = {
         {
             **_ROUND_COLUMN,
             "task": ("varchar", "Task."),
-            "metric": ("varchar", "Metric: acc, acc_norm, acc_text, rouge1."),
-            "score": ("double", "Score, 0 to 1."),
-            "stderr": ("double", "Standard error of the score over items; null if there are too few items."),
-            "chance": ("double", "Score of guessing."),
+            "metric": ("varchar", "Metric: acc, acc_norm, acc_text, rouge1, or another of lm-eval's."),
+            "score": ("double", "Score: 0 to 1 if is_share, else in the metric's own unit."),
+            "stderr": ("double", "Standard error of the score over items; null if it is unknown."),
+            "chance": ("double", "Score of guessing; null if it is unknown."),
             "num_items": ("bigint", "Items that were scored."),
             "num_unscorable": ("bigint", "Items that could not be scored."),
+            **_SCALE,
         },
-        """select round, task, metric, score, stderr, chance, num_items, num_unscorable from scores
+        """select round, task, metric, score, stderr, chance, num_items, num_unscorable, higher_is_better, is_share
+        from scores
         where is_end and subject is null qualify step = max(step) over (partition by round) and score is not null""",
     ),
     "rounds": (

@@ -21,7 +21,8 @@ from flows.orchestration.flow_progress import FlowProgress, RunCancelledError, a
 from flows.planning.auto import resolve_auto
 from flows.report.run_report import write_report
 from flows.report.tables import evaluation_page, summary
-from flows.run.config import RunConfig, check_path, check_paths
+from flows.run.allowed_paths import check_path, check_paths, check_section
+from flows.run.config import RunConfig
 from flows.run.folder import Run, open_run, read_run
 from flows.run.locks import locked
 from flows.stages import stage_order
@@ -84,8 +85,8 @@ def evaluate_tasks(
 ) -> str | State[Any]:
     """Return the paper's table as Markdown, after evaluating the final model of a round of an existing run."""
     run = _open(run_folder)
-    if (allowed := allowed_folders()) and evaluation.data is not None:
-        check_path("evaluation.data", evaluation.data, allowed)
+    if allowed := allowed_folders():
+        check_section(evaluation, "evaluation.", allowed)
     try:
         with FlowProgress(run.folder) as progress, locked(run.folder):
             evaluate_otherwise(stages_of(run), round_number, evaluation, progress)

@@ -21,7 +21,8 @@ from flows.experiments.sweep_results import read_trials, write_views
 from flows.experiments.trials import TRIAL_ERRORS, check_trained, named, run_all, run_trial
 from flows.orchestration.flow_progress import FlowProgress, RunCancelledError, allowed_folders
 from flows.planning.auto import resolve_auto
-from flows.run.config import RunConfig, check_paths
+from flows.run.allowed_paths import check_paths
+from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.run.locks import locked
 

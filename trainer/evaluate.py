@@ -1,4 +1,4 @@
-"""Answers of the model to evaluation requests, on any layout: likelihoods over prefix trees, and greedy generations."""
+"""Answers of the model to requests, on any layout: likelihoods over prefix trees, and generations."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from torch import Tensor
 from data_scoring.base.progress import Progress, silent
 from data_scoring.tokenizer.tokenizer import Tokenizer
 from trainer.attention import ScaledDotProductAttention
-from trainer.generate import Endings, generate
+from trainer.generate import Endings, generate, greedy
 from trainer.model_chunks import ModelChunks, pass_through
 from trainer.prefix_trees import PrefixTree, build_prefix_trees
 from trainer.requests import (
@@ -29,6 +29,7 @@ from trainer.requests import (
     requests_path,
     write_answers,
 )
+from trainer.sampling import Sampler
 from trainer.score import is_writer
 from trainer.stopping import StoppedError, StopRequest
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from trainer.jobs import Evaluation
 
 _Item = TypeVar("_Item")
+# Receives the number of a generation among all, its tokens so far, and whether it goes on.
+Tell = Callable[[int, list[int], bool], None]
 
 # Trees or batches between two checks whether any rank was asked to stop.
 _TURNS = 8
@@ -87,12 +90,15 @@ def answer_requests(
     tokenizer: Tokenizer,
     progress: Progress = silent,
     stop: StopRequest | None = None,
+    samplers: Sequence[Sampler] = (),
+    tell: Tell | None = None,
 ) -> list[Answer] | None:
     """Return the answers of `model` to `requests`, in their order, on the rank that `is_writer`; None on others.
 
     Every rank calls this with the same requests, which have passed `check_requests`; they are divided among
-    data-parallel ranks. The model is left unchanged, including its training mode. Raises StoppedError if any rank was
-    asked to stop.
+    data-parallel ranks. samplers: draw the tokens of the generations, one each; without them, generation is greedy.
+    tell: called after each token of the generations that this rank's replica answers. The model is left unchanged,
+    including its training mode. Raises StoppedError if any rank was asked to stop.
     """
     likelihoods = [request for request in requests if isinstance(request, Likelihood)]
     generations = [request for request in requests if isinstance(request, Generation)]
@@ -104,7 +110,9 @@ def answer_requests(
     with _evaluating(model), torch.no_grad():
         log_likelihoods = iter(_answer_likelihoods(model, likelihoods, note, stop))
         generated = iter(
-            _answer_generations(model, generations, tokenizer, lambda done: note(len(likelihoods) + done), stop)
+            _answer_generations(
+                model, generations, tokenizer, lambda done: note(len(likelihoods) + done), stop, samplers, tell
+            )
         )
     if not is_writer():
         return None
@@ -201,17 +209,26 @@ def _answer_generations(
     tokenizer: Tokenizer,
     note: Callable[[int], None],
     stop: StopRequest | None,
+    samplers: Sequence[Sampler],
+    tell: Tell | None,
 ) -> list[list[int]]:
     """Return the generated token ids of each request, on every rank."""
     if not requests:
         return []
     local: dict[int, list[int]] = {}
     for batch in _own_items(model, _cut_batches(requests, model.max_sequence_length), len, note, stop):
-        local |= zip(batch, _generate(model, [requests[number] for number in batch], tokenizer), strict=True)
+        chosen = [samplers[number] for number in batch] if samplers else []
+
+        def tell_row(row: int, tokens: list[int], is_open: bool, batch: list[int] = batch) -> None:
+            if tell is not None:
+                tell(batch[row], tokens, is_open)
+
+        found = _generate(model, [requests[number] for number in batch], tokenizer, chosen, tell_row)
+        local |= zip(batch, found, strict=True)
     replicas: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
     torch.distributed.all_gather_object(replicas, local, parallel_state.get_data_parallel_group())
-    found = {number: tokens for part in replicas for number, tokens in part.items()}
-    return [found[number] for number in range(len(requests))]
+    gathered = {number: tokens for part in replicas for number, tokens in part.items()}
+    return [gathered[number] for number in range(len(requests))]
 
 
 def _cut_batches(requests: Sequence[Generation], seq_length: int) -> list[list[int]]:
@@ -230,7 +247,13 @@ def _cut_batches(requests: Sequence[Generation], seq_length: int) -> list[list[i
     return batches
 
 
-def _generate(model: ModelChunks, requests: Sequence[Generation], tokenizer: Tokenizer) -> list[list[int]]:
+def _generate(
+    model: ModelChunks,
+    requests: Sequence[Generation],
+    tokenizer: Tokenizer,
+    samplers: Sequence[Sampler],
+    tell_row: Tell,
+) -> list[list[int]]:
     """Return the continuations, token ids, of a batch of prompts."""
     longest = max(len(request.prompt) for request in requests)
     prompts = np.zeros((len(requests), longest), np.int64)
@@ -238,9 +261,26 @@ def _generate(model: ModelChunks, requests: Sequence[Generation], tokenizer: Tok
     for row, request in enumerate(requests):
         prompts[row, num_pads[row] :] = request.prompt
     endings = Endings(requests, model.max_sequence_length, tokenizer)
+
+    def take(next_b: Tensor) -> bool:
+        are_over = endings.take(next_b)
+        for row, tokens in enumerate(endings.tokens):
+            tell_row(row, tokens, endings.is_open(row))
+        return are_over
+
+    def draw(logits_bv: Tensor) -> Tensor:
+        rows = logits_bv.double().cpu().numpy()
+        # The same on tensor-parallel ranks: they have the same logits, and samplers draw the same numbers.
+        drawn = [
+            sampler.choose(row) if endings.is_open(number) else 0
+            for number, (sampler, row) in enumerate(zip(samplers, rows, strict=True))
+        ]
+        return torch.tensor(drawn, device=logits_bv.device)
+
     if endings.num_new_tokens:
         prompts_bs, num_pads_b = (torch.from_numpy(each).to(model.device) for each in (prompts, num_pads))
-        generate(model, prompts_bs, endings.num_new_tokens, tokenizer.vocab_size, num_pads_b, endings.take)
+        choose = draw if samplers else greedy
+        generate(model, prompts_bs, endings.num_new_tokens, tokenizer.vocab_size, num_pads_b, take, choose)
     return endings.tokens
 
 

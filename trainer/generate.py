@@ -1,4 +1,4 @@
-"""Greedy generation with a key-value cache, on any layout, and its throughput."""
+"""Generation with a key-value cache, on any layout, and its throughput."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +15,11 @@ from trainer.model_chunks import ModelChunks, pass_through
 from trainer.requests import Generation
 
 
+def greedy(logits_bv: Tensor) -> Tensor:
+    """Return the most probable tokens, [batch], given logits, [batch, vocabulary]."""
+    return logits_bv.argmax(dim=-1)
+
+
 def generate(
     model: ModelChunks,
     prompts_bs: Tensor,
@@ -22,12 +27,15 @@ def generate(
     vocab_size: int,
     num_pads_b: Tensor | None = None,
     take: Callable[[Tensor], bool] | None = None,
+    choose: Callable[[Tensor], Tensor] = greedy,
 ) -> Tensor:
-    """Return the greedy continuations, [batch, at most num_new_tokens] int64, on every rank of the replica.
+    """Return the continuations, [batch, at most num_new_tokens] int64, on every rank of the replica.
 
     prompts_bs: [batch, prompt] int64, on the model's device, the same on all ranks. Ids from `vocab_size` on, which pad
     the embedding, are never generated. num_pads_b: [batch] int64, the number of padding tokens before each prompt.
-    take: receives each prompt's next token, [batch], and returns whether to stop. The caller must disable gradients.
+    take: receives each prompt's next token, [batch], and returns whether to stop. choose: returns each prompt's next
+    token, [batch], given the logits, [batch, vocab_size]; tensor-parallel ranks, which get the same logits, must agree.
+    The caller must disable gradients.
     """
     batch_size, num_prompt_tokens = prompts_bs.shape
     context = StaticInferenceContext(batch_size, num_prompt_tokens + num_new_tokens)
@@ -37,7 +45,7 @@ def generate(
         logits_bv = _next_logits(model, tokens_bs, context, num_pads_b)
         next_b = prompts_bs.new_empty(batch_size)
         if logits_bv is not None:
-            next_b = logits_bv[:, :vocab_size].argmax(dim=-1)
+            next_b = choose(logits_bv[:, :vocab_size])
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             torch.distributed.broadcast(next_b, last, parallel_state.get_pipeline_model_parallel_group())
@@ -99,6 +107,10 @@ class Endings:
             if token == self._tokenizer.end_of_document or is_full or self._is_stopped(row):
                 self._is_open[row] = False
         return not any(self._is_open)
+
+    def is_open(self, row: int) -> bool:
+        """Return whether a request's continuation goes on."""
+        return self._is_open[row]
 
     def _is_stopped(self, row: int) -> bool:
         """Return whether a stop string has just been completed."""

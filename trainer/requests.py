@@ -74,6 +74,13 @@ def _parts(request: Request) -> tuple[Tokens, ...]:
     return (request.context, request.continuation) if isinstance(request, Likelihood) else (request.prompt,)
 
 
+def count_inputs(request: Request) -> int:
+    """Return how many tokens the model reads to answer a request; a generation reads more as it goes on."""
+    if isinstance(request, Likelihood):
+        return len(request.context) + len(request.continuation) - 1
+    return len(request.prompt)
+
+
 def requests_path(folder: Path, task: str) -> Path:
     """Return the path of a task's requests, or of its answers, in `folder`."""
     return folder / f"{task}.parquet"
@@ -139,12 +146,12 @@ def check_requests(name: object, requests: Sequence[Request], seq_length: int, v
     seq_length: the model's context length; vocab_size: the number of valid token ids.
     """
     for number, request in enumerate(requests):
-        path, parts = request.path if isinstance(request, Likelihood) else request.prompt, _parts(request)
+        num_inputs, parts = count_inputs(request), _parts(request)
         if any(len(part) == 0 for part in parts):
             raise ValueError(f"{name}: request {number} has an empty part; leave its item out")
-        if len(path) > seq_length:
+        if num_inputs > seq_length:
             raise ValueError(
-                f"{name}: request {number} has {len(path)} tokens, but the model's context is {seq_length} "
+                f"{name}: request {number} has {num_inputs} tokens, but the model's context is {seq_length} "
                 "(corpus.seq_length); leave its item out, or give it fewer examples"
             )
         if any(part.min() < 0 or part.max() >= vocab_size for part in parts):

@@ -110,6 +110,8 @@ def user_paths(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Loca
         for number, part in enumerate(value if isinstance(value, tuple) else [value]):
             if isinstance(part, BaseModel):
                 yield from user_paths(part, f"{place}.{number}." if isinstance(value, tuple) else f"{place}.")
+            elif isinstance(value, tuple) and isinstance(part, LocatedPath):
+                yield f"{place}.{number}", part
         marks = [mark for mark in field.metadata if isinstance(mark, UserPath)]
         # A default is not validated, and is a path as it is.
         if marks and value is not None and (isinstance(value, LocatedPath) or value == field.default):

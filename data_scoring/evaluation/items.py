@@ -44,6 +44,9 @@ class Unscorable:
     reason: str
 
 
+# Why an item that the model cannot read cannot be scored.
+TOO_LONG = "longer than the model's length, even without examples"
+
 # Errors that conversion raises for a record that is not an item of its task.
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 

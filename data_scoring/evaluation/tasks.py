@@ -3,16 +3,23 @@
 To add a task, add a row: `TASKS[mine.name] = mine`. docs/evaluation.md describes the tasks.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from data_scoring.base.names import OneOf
+from pydantic import GetJsonSchemaHandler, ValidationInfo
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from data_scoring.base.user_paths import UserPath
 from data_scoring.evaluation import opencompass, rows
 from data_scoring.evaluation.rows import Schema
+from data_scoring.evaluation.task_files import is_task_path
 
 AVERAGE = "average"
 ABLATION_AVERAGE = "ablation_average"
+# The group of the columns of tasks that are not in the table of tasks.
+OTHER = "Other"
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Column:
     name: str
     title: str
     group: str
+    is_share: bool = True  # whether scores are shares, 0 to 1, which are shown in percent
+    higher_is_better: bool = True
 
 
 _MMLU_HEADER = ("question", "A", "B", "C", "D", "answer")
@@ -137,19 +146,44 @@ def columns() -> list[Column]:
     return [*found[:first], Column(AVERAGE, "Average", ""), *found[first:second], average, *found[second:]]
 
 
+def task_title(name: str) -> str:
+    """Return a task's title in tables: that of its row, or its name."""
+    return TASKS[name].title if name in TASKS else name
+
+
 def task_names() -> tuple[str, ...]:
-    """Return the values that `eval.tasks` accepts: `paper`, `ablation`, and the tasks."""
+    """Return the names of `eval.tasks` that are Reprise's own: `paper`, `ablation`, and the tasks of the table."""
     return (*_SETS, *TASKS)
 
 
 def resolve_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the distinct task names, with `paper` and `ablation` expanded. Raises ValueError for unknown names."""
-    resolved = [task for name in names for task in _SETS.get(name, (name,))]
-    unknown = [name for name in resolved if name not in TASKS]
-    if unknown:
-        raise ValueError(f"eval.tasks: unknown task {unknown[0]!r}; choose from {', '.join(task_names())}")
-    return tuple(dict.fromkeys(resolved))
+    """Return the distinct tasks, with `paper` and `ablation` expanded: of the table, of lm-eval's, or paths."""
+    return tuple(dict.fromkeys(task for name in names for task in _SETS.get(name, (name,))))
 
 
-# The values of the configuration field, including tasks added at run time.
-TaskName = Annotated[str, OneOf(task_names)]
+def other_tasks(names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of `resolve_names(names)` that are not in the table: lm-eval's names, and paths of task files."""
+    return tuple(name for name in resolve_names(names) if name not in TASKS)
+
+
+class TaskEntry(UserPath):
+    """The mark of an entry of `eval.tasks`: a name, or the path of a task file or of a folder of them."""
+
+    def _validate(self, value: Any, handler: Callable[[Any], str | None], info: ValidationInfo) -> str | None:
+        if isinstance(value, str) and not is_task_path(value):
+            if not _NAME.fullmatch(value):
+                raise PydanticCustomError(
+                    "task_name", "Name a task, of letters, digits and _ + - . ( ), or give the path of a .yaml file"
+                )
+            return value
+        return super()._validate(value, handler, info)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Return the schema of a string, with our own names as examples."""
+        return {"type": "string", "examples": list(task_names())}
+
+
+# Also what names of files may consist of.
+_NAME = re.compile(r"[\w.+()-]+")
+# The values of the configuration field.
+TaskName = Annotated[str, TaskEntry()]

@@ -7,15 +7,19 @@ from shlex import quote
 from typing import Any, TextIO
 
 from data_scoring.base.progress import Progress
+from data_scoring.base.user_paths import expand_home
 from data_scoring.config import EvalConfig
-from data_scoring.evaluation.tasks import ABLATION_AVERAGE, TASKS
+from data_scoring.evaluation.task_files import is_task_path
+from data_scoring.evaluation.tasks import ABLATION_AVERAGE, TASKS, Column
 from data_scoring.ledger import open_ledger
 from flows.cli.options import path
+from flows.cli.round_option import trained_rounds
 from flows.evaluation.results_table import Row
+from flows.evaluation.task_index import check_names
 from flows.run.config import parse_config
 from flows.run.folder import Run, read_run
 from flows.run.locks import locked
-from flows.stages.stage_order import complete, is_complete, stages_of
+from flows.stages.stage_order import complete, stages_of
 
 
 def add_evaluate(commands: Any) -> None:
@@ -28,7 +32,8 @@ def add_evaluate(commands: Any) -> None:
     command.add_argument(
         "--tasks",
         metavar="NAMES",
-        help=f"paper, ablation, or a comma-separated list of {', '.join(TASKS)} "
+        help="paper, ablation, or a comma-separated list of tasks: of "
+        f"{', '.join(TASKS)}, of lm-eval's by its names, or paths of task files and folders "
         "(default: the run's eval.tasks, or paper)",
     )
     command.add_argument(
@@ -54,7 +59,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from flows.evaluation.results_table import render_table
 
     runs = [read_run(folder) for folder in options.runs]
-    chosen = [(run, _rounds(run, options.round)) for run in runs]
+    chosen = [(run, trained_rounds(run, options.round)) for run in runs]
     with TerminalProgress() as progress:
         for run, numbers in chosen:
             config = _config(run, options)
@@ -74,22 +79,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.reference == "paper":
         has_ablation = any(ABLATION_AVERAGE in row.scores for row in rows)
         rows += [*paper_rows(), *(inheritance_rows() if has_ablation else [])]
-    print(render_table(rows, columns_of(rows), options.format))
-
-
-def _rounds(run: Run, wanted: str) -> list[int]:
-    """Return the numbers of the requested rounds. Raises ValueError if one has no model."""
-    trained = [number for number in range(1, run.config.rounds.num_rounds + 1) if is_complete(run, "train", number)]
-    if not trained:
-        raise ValueError(f"{run.folder}: no round has been trained; `reprise run {quote(str(run.folder))}` trains them")
-    if wanted in ("last", "all"):
-        return trained if wanted == "all" else trained[-1:]
-    if not wanted.isdecimal() or int(wanted) not in trained:
-        places = ", ".join(map(str, trained))
-        raise ValueError(
-            f"--round: {wanted!r} is not a trained round of {run.folder}; choose from {places}, last and all"
-        )
-    return [int(wanted)]
+    print(render_table(rows, columns_of(rows, _other_columns(chosen)), options.format))
 
 
 def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
@@ -97,7 +87,7 @@ def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
     tasks = options.tasks
     if tasks is None and not run.config.eval.asked:
         tasks = "paper"
-    names = None if tasks is None else [name.strip() for name in tasks.split(",")]
+    names = None if tasks is None else [_entry(name.strip(), run) for name in tasks.split(",")]
     overrides = {"tasks": names, "limit": options.limit}
     values = run.config.model_dump()
     values["eval"] |= {field: value for field, value in overrides.items() if value is not None}
@@ -107,7 +97,15 @@ def _config(run: Run, options: argparse.Namespace) -> EvalConfig:
     if options.data is not None:
         # A relative path in the run's configuration counts from where the run was started.
         values["eval"]["data"] = str(options.data if run.config.base == Path.cwd() else options.data.absolute())
-    return parse_config(values, "evaluate", run.config.base).eval
+    config = parse_config(values, "evaluate", run.config.base).eval
+    check_names(config.asked)
+    return config
+
+
+def _entry(name: str, run: Run) -> str:
+    """Return an entry of `eval.tasks` that means the same for the run as here, where relative paths may differ."""
+    is_other = is_task_path(name) and run.config.base != Path.cwd()
+    return str(expand_home(name).absolute()) if is_other else name
 
 
 def _score(run: Run, number: int, config: EvalConfig, progress: Progress) -> list[str]:
@@ -133,16 +131,26 @@ def _rows(chosen: list[tuple[Run, list[int]]]) -> list[Row]:
     return [*chance_rows(chances), *rows]
 
 
+def _other_columns(chosen: list[tuple[Run, list[int]]]) -> list[Column]:
+    from flows.evaluation.results import read_other_columns
+
+    found: dict[str, Column] = {}
+    for run, _ in chosen:
+        with open_ledger(run.folder) as ledger:
+            found |= {column.name: column for column in read_other_columns(ledger)}
+    return [*found.values()]
+
+
 def _print_details(run: Run, numbers: list[int], stream: TextIO) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from flows.evaluation.results import read_details
+    from flows.evaluation.results import read_details, read_other_metrics
     from flows.evaluation.results_table import print_wide
 
     for number in numbers:
         with open_ledger(run.folder) as ledger:
-            details = read_details(ledger, number)
+            details, metrics = read_details(ledger, number), read_other_metrics(ledger, number)
             reasons = ledger.sql(
                 f"""select task, reason, count(*), min(item) from unscorable where round = {number}
                 and step in (select step from scores where round = {number} and is_end)
@@ -155,6 +163,8 @@ def _print_details(run: Run, numbers: list[int], stream: TextIO) -> None:
         for row in details:
             table.add_row(*(Text("" if value is None else str(value)) for value in row.values()))
         print(print_wide(table), file=stream)
+        for task, text in metrics:
+            print(f"  {task}: {text}", file=stream)
         for task, reason, count, first in reasons:
             print(f"  {task}: {count} unscorable, {reason} (such as {first})", file=stream)
         print(file=stream)

@@ -13,6 +13,7 @@ from data_scoring.base.files import explain
 from flows.cli.completion_command import add_completion
 from flows.cli.evaluation_commands import add_evaluate
 from flows.cli.experiment_commands import add_trial_commands
+from flows.cli.generate_command import add_generate
 from flows.cli.hugging_face_commands import add_hugging_face
 from flows.cli.inheritance_commands import add_inherit
 from flows.cli.init_command import add_init
@@ -22,7 +23,7 @@ from flows.cli.options import path
 from flows.cli.plan_command import add_plan
 from flows.cli.run_commands import add_run
 from flows.cli.sample_commands import add_samples
-from flows.cli.sql_command import add_sql, answer
+from flows.cli.sql_command import add_sql
 from flows.cli.tokenizer_commands import add_tokenizer
 from flows.cli.upkeep_commands import add_upkeep
 from flows.run.errors import RanksFailedError
@@ -72,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {explanation}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        remedy = "" if options.command is answer else "; the same command resumes from here"
-        print(f"stopped{remedy}", file=sys.stderr)
+        is_resumable = getattr(options, "is_resumable", True)
+        print("stopped; the same command resumes from here" if is_resumable else "stopped", file=sys.stderr)
         return 130
     return 0
 
@@ -118,6 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(command=_report)
     add_samples(commands)
+    add_generate(commands)
     add_sql(commands)
     add_completion(commands, parser)
     return parser

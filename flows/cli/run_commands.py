@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
 from flows.cli.options import check_text, path, read_resolved
+from flows.evaluation.task_index import check_names
 from flows.run.config import RunConfig, override
 from flows.run.folder import VERIFIED, Run, open_run, read_run
 from flows.run.locks import is_locked, locked
@@ -91,6 +92,7 @@ def _run(options: argparse.Namespace) -> None:
         print(launch_plan(config))
         return
 
+    check_names(config.eval.asked)
     if not (config.folder / "corpus" / "manifest.json").exists():
         check_text(config)
     else:

@@ -27,7 +27,7 @@ def add_sql(commands: Any) -> None:
     sql.add_argument(
         "--unrestricted", action="store_true", help="allow all statements and files, and more than 4 GB of memory"
     )
-    sql.set_defaults(command=answer)
+    sql.set_defaults(command=answer, is_resumable=False)
 
 
 def answer(options: argparse.Namespace) -> None:

@@ -8,6 +8,8 @@ There are two ways to evaluate a model. Either `flows.evaluation.harness_request
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from lm_eval.evaluator import evaluate
 from data_scoring.base.files import checksum, fingerprint
 from data_scoring.base.progress import Progress
 from data_scoring.tokenizer.tokenizer import open_tokenizer
-from flows.evaluation.harness_requests import Asked, HarnessTasks, Reader, Response
+from flows.evaluation.harness_requests import Asked, HarnessTasks, Reader, Response, seed_examples
 from flows.evaluation.harness_task import patched_harness
 from flows.launch import launcher
 from flows.launch.job_fields import device_kind, job_fields
@@ -63,13 +65,15 @@ def score_answers(task: HarnessTasks, asked: Asked, answers: Sequence[Answer]) -
     """Return lm-eval's results for a task, given the answers to its requests `asked`, in their order.
 
     results: by subtask, its metrics ("acc,none") with standard errors ("acc_stderr,none"); samples: by subtask, its
-    items with their scores.
+    items with their scores. `task.groups` are in results, too.
     """
     model = HarnessModel(lambda instances: asked.respond(instances, answers))
-    with patched_harness():
+    seed_examples(task)
+    # What lm-eval and functions of task files print is no output of ours.
+    with patched_harness(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         found: Any = evaluate(
             model,
-            {"tasks": dict(task.subtasks)},
+            {"tasks": dict(task.subtasks), "groups": dict(task.groups)},
             samples=dict(task.samples),
             bootstrap_iters=_RESAMPLINGS,
             log_samples=True,

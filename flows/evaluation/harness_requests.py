@@ -13,14 +13,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from data_scoring.evaluation.items import TOO_LONG
 from data_scoring.tokenizer.tokenizer import Tokenizer, encode_each
 from flows.evaluation.options import UNENCODABLE, Options, question_of
-from trainer.requests import Answer, Generation, Likelihood, LogLikelihood, Request
+from trainer.requests import Answer, Generation, Likelihood, LogLikelihood, Request, count_inputs
 
 # The responses that lm-eval expects: (log-likelihood, is greedy), rolling log-likelihood, or generated text.
 Response = tuple[float, bool] | float | str
 
 _INSTANCES_AT_ONCE = 1000
+# What lm-eval's command line seeds the draw of examples with; the same each time, so that requests are the same.
+_EXAMPLES_SEED = 1234
 
 
 class HarnessTasks(Protocol):
@@ -33,6 +36,10 @@ class HarnessTasks(Protocol):
     @property
     def samples(self) -> Mapping[str, list[int]]:
         """Return, by task, the indices of the items to evaluate."""
+
+    @property
+    def groups(self) -> Mapping[str, Any]:
+        """Return lm-eval's groups, of all or some of the tasks, that have scores of their own, by name."""
 
 
 @dataclass
@@ -114,7 +121,11 @@ class Reader:
                 if any(text not in tokens for text in _texts(instance)):
                     asked.unscorable[item] = UNENCODABLE
                     continue
-                asked.add(instance, self._make_requests(instance, tokens))
+                requests = [*self._make_requests(instance, tokens)]
+                if any(count_inputs(request) > self.seq_length for request in requests):
+                    asked.unscorable[item] = TOO_LONG
+                    continue
+                asked.add(instance, requests)
                 if instance.request_type == "loglikelihood" and (reason := options.find_defect(instance, tokens)):
                     asked.unscorable.setdefault(item, reason)
         return asked
@@ -141,10 +152,20 @@ class Reader:
 def ask(task: HarnessTasks, reader: Reader) -> Asked:
     """Return the requests of all items of a task. Needs no model; tokenisation dominates the time."""
     instances: list[Instance] = []
+    seed_examples(task)
     for name, subtask in task.subtasks.items():
         subtask.build_all_requests(samples=task.samples[name], rank=0, world_size=1)
         instances += subtask.instances
-    return reader.read(instances)
+    asked = reader.read(instances)
+    # lm-eval numbers the items that are asked, not those of the data set.
+    asked.unscorable = {(name, task.samples[name][number]): why for (name, number), why in asked.unscorable.items()}
+    return asked
+
+
+def seed_examples(task: HarnessTasks) -> None:
+    """Make lm-eval draw the same few-shot examples whenever it builds a task's requests."""
+    for subtask in task.subtasks.values():
+        subtask.set_fewshot_seed(_EXAMPLES_SEED)
 
 
 def _texts(instance: Instance) -> tuple[str, ...]:

@@ -5,6 +5,7 @@
 
 import functools
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ Fits = Callable[[str, Sequence[str]], bool]
 # Keys of a task's configuration that lm-eval does not know.
 _OURS = ("class", "fits", "num_tokens")
 
+# lm-eval's switch.
+_NO_PROCESSES = "DISABLE_MULTIPROC"
 # Number of compiled templates to cache: a few for each subject of a task, and MMLU has 57.
 _NUM_TEMPLATES = 512
 # The patches change lm-eval's global state, which all threads share.
@@ -43,17 +46,33 @@ def patched_harness() -> Iterator[None]:
     Unpatched, it compiles a prompt's templates for each item and each of its examples, which takes most of the time,
     shows a bar for each subject, and warns of every task with a default aggregation or a custom data set.
     """
-    env, logger = lm_eval.utils.env, logging.getLogger("lm_eval.api.task")
-    with _patching:
-        before = env.from_string, lm_eval.api.task.tqdm, logger.level
+    env, loggers = lm_eval.utils.env, [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    with _patching, _without_processes():
+        before = env.from_string, lm_eval.api.task.tqdm, [logger.level for logger in loggers]
         env.from_string = functools.lru_cache(_NUM_TEMPLATES)(env.from_string)
         lm_eval.api.task.tqdm = lambda iterable, **_: iterable
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            env.from_string, lm_eval.api.task.tqdm, level = before
-            logger.setLevel(level)
+            env.from_string, lm_eval.api.task.tqdm, levels = before
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _without_processes() -> Iterator[None]:
+    """Make lm-eval compute bootstrapped standard errors here: forking a process with threads may deadlock."""
+    before = os.environ.get(_NO_PROCESSES)
+    os.environ[_NO_PROCESSES] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_PROCESSES]
+        else:
+            os.environ[_NO_PROCESSES] = before
 
 
 class HarnessTask(ConfigurableTask):
@@ -80,7 +99,7 @@ class HarnessTask(ConfigurableTask):
         """Return the processed items, cached: lm-eval would process HellaSwag's at each call, with a progress bar."""
         if self._validation is None and self.has_validation_docs():
             docs, process = self.dataset[self.config.validation_split], self.config.process_docs
-            with _quiet():
+            with without_bars():
                 self._validation = process(docs) if process else docs
         return self._validation
 
@@ -182,7 +201,8 @@ def _join(prompt: str, continuations: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
+    """Switch the progress bars of `datasets` off."""
     was_on = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -1,6 +1,7 @@
 """The questions of an evaluation: the items of tasks, and the requests that ranks answer."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,13 +9,15 @@ from typing import TYPE_CHECKING
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
 from data_scoring.evaluation.items import ItemText, evaluation_texts
-from data_scoring.evaluation.tasks import resolve_names
+from data_scoring.evaluation.tasks import TASKS, other_tasks, resolve_names
+from flows.evaluation.task_index import check_names, explaining
 from flows.run.folder import Run
 from trainer.jobs import Evaluation
 from trainer.requests import requests_path, write_requests
 
 if TYPE_CHECKING:
     from flows.evaluation.harness_requests import Asked
+    from flows.evaluation.harness_task import Fits
     from flows.evaluation.task_loading import EvaluationTask
 
 
@@ -30,7 +33,14 @@ def check_items(config: EvalConfig) -> None:
     """Raise ValueError, in one line, if a file that the tasks need is missing or broken."""
     from flows.evaluation.task_loading import load_tasks
 
-    load_tasks(config.asked, data_of(config), config.limit, _fits_all, _one_token_each)
+    names = resolve_names(config.asked)
+    # Cheap, and first.
+    check_names(names)
+    own = [name for name in names if name in TASKS]
+    tasks = load_tasks(own, data_of(config), config.limit, _fits_all, _one_token_each)
+    for name in other_tasks(names):
+        tasks += _load_open(name, config, _fits_all)
+    _check_distinct(tasks)
 
 
 def evaluation_folder(run: Run, round_number: int) -> Path:
@@ -56,16 +66,40 @@ def read_questions(run: Run, names: Sequence[str], config: EvalConfig, progress:
     questions = []
     for number, name in enumerate(resolved):
         progress("reading evaluation tasks", number, len(resolved))
-        [task] = load_tasks([name], data_of(config), config.limit, reader.fits, count_tokens)
-        question = Question(task, ask(task, reader))
-        if question.asked.unscorable:
-            # A task's scores are over the items that it asks for.
-            task = task.without(question.asked.unscorable)
-            question = Question(task, ask(task, reader))
-        write_requests(requests_path(requests_folder(run), name), question.asked.requests)
-        questions.append(question)
+        if name in TASKS:
+            tasks = load_tasks([name], data_of(config), config.limit, reader.fits, count_tokens)
+        else:
+            tasks = _load_open(name, config, reader.fits)
+        for task in tasks:
+            with explaining(task.name, "asked") if task.entry else nullcontext():
+                question = Question(task, ask(task, reader))
+                if question.asked.unscorable:
+                    # A task's scores are over the items that it asks for.
+                    left = task.without(question.asked.unscorable)
+                    question = Question(left, ask(left, reader))
+            write_requests(requests_path(requests_folder(run), task.name), question.asked.requests)
+            questions.append(question)
+    _check_distinct([question.task for question in questions])
     progress("reading evaluation tasks", len(resolved), len(resolved))
     return questions
+
+
+def _load_open(name: str, config: EvalConfig, fits: "Fits") -> "list[EvaluationTask]":
+    from flows.evaluation.open_task_loading import load_open_tasks
+
+    return load_open_tasks(name, data_of(config), config.limit, fits)
+
+
+def _check_distinct(tasks: "Sequence[EvaluationTask]") -> None:
+    """Raise ValueError if two entries of `eval.tasks` stand for the same task."""
+    entries: dict[str, str] = {}
+    for task in tasks:
+        if task.name in entries:
+            raise ValueError(
+                f"eval.tasks: {entries[task.name]} and {task.entry or task.name} both have the task {task.name!r}; "
+                "leave one out, or rename the task"
+            )
+        entries[task.name] = task.entry or task.name
 
 
 def item_texts(run: Run) -> Iterator[ItemText]:
@@ -74,10 +108,16 @@ def item_texts(run: Run) -> Iterator[ItemText]:
 
     config = run.config.eval
     names, data = resolve_names(config.asked), data_of(config)
+    own = [name for name in names if name in TASKS]
     if data is not None:
-        yield from evaluation_texts(names, data)
+        yield from evaluation_texts(own, data)
     else:
-        yield from task_texts(load_tasks(names, None, config.limit, _fits_all, _one_token_each))
+        yield from task_texts(load_tasks(own, None, config.limit, _fits_all, _one_token_each))
+    for name in other_tasks(names):
+        from flows.evaluation.open_task_loading import open_task_texts
+
+        for task in _load_open(name, config, _fits_all):
+            yield from open_task_texts(task)
 
 
 def data_of(config: EvalConfig) -> Path | None:

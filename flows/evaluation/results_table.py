@@ -23,7 +23,10 @@ _NOTE = "Percent. Chance is the score of guessing; quoted rows are as published,
 
 @dataclass(frozen=True)
 class Row:
-    """A model's scores by column, in percent, with known standard errors; kind: our own, quoted, or chance scores."""
+    """A model's scores by column, in percent if they are shares, with known standard errors.
+
+    kind: our own, quoted, or chance scores.
+    """
 
     label: str
     scores: dict[str, float]
@@ -55,19 +58,19 @@ def with_common_average(rows: Sequence[Row]) -> list[Row]:
     return [with_average(row, common) for row in rows] if len(common) > 1 else list(rows)
 
 
-def rank(rows: Sequence[Row], column: str) -> dict[int, Literal["best", "second"]]:
+def rank(rows: Sequence[Row], column: Column) -> dict[int, Literal["best", "second"]]:
     """Return the indices of the rows with a column's best and second-best score; chance is not ranked.
 
-    Scores that are equal when rounded to a tenth share a place. A single score is not ranked.
+    Scores that are displayed alike share a place. A single score is not ranked.
     """
     shown = {
-        number: round(row.scores[column], 1)
+        number: round(row.scores[column.name], _digits(column))
         for number, row in enumerate(rows)
-        if column in row.scores and row.kind != "chance"
+        if column.name in row.scores and row.kind != "chance"
     }
     if len(shown) < 2:
         return {}
-    first, *rest = sorted(set(shown.values()), reverse=True)
+    first, *rest = sorted(set(shown.values()), reverse=column.higher_is_better)
     places: dict[int, Literal["best", "second"]] = {number: "best" for number, score in shown.items() if score == first}
     if rest and len(places) == 1:
         places |= {number: "second" for number, score in shown.items() if score == rest[0]}
@@ -92,22 +95,39 @@ def _cells(
     label: Callable[[Row], str],
 ) -> list[list[str]]:
     """Return the table's cells, the label first; `mark` formats a column's best and second-best scores."""
-    places = {column.name: rank(rows, column.name) for column in columns}
+    places = {column.name: rank(rows, column) for column in columns}
     table = []
     for number, row in enumerate(rows):
         line = [label(row)]
         for column in columns:
             place = places[column.name].get(number)
-            line.append(_cell(row, column.name, mark[place] if place else str, plus_minus))
+            line.append(_cell(row, column, mark[place] if place else str, plus_minus))
         table.append(line)
     return table
 
 
-def _cell(row: Row, column: str, mark: Callable[[str], str], plus_minus: str) -> str:
-    if column not in row.scores:
+def _cell(row: Row, column: Column, mark: Callable[[str], str], plus_minus: str) -> str:
+    if column.name not in row.scores:
         return "–"
-    score = mark(f"{row.scores[column]:.1f}")
-    return f"{score}{plus_minus}{row.errors[column]:.1f}" if column in row.errors else score
+    digits = _digits(column)
+    score = mark(f"{row.scores[column.name]:.{digits}f}")
+    return f"{score}{plus_minus}{row.errors[column.name]:.{digits}f}" if column.name in row.errors else score
+
+
+def _digits(column: Column) -> int:
+    return 1 if column.is_share else 3
+
+
+def column_title(column: Column) -> str:
+    """Return a column's title, with an arrow where a lower score is better."""
+    return column.title if column.higher_is_better else f"{column.title} ↓"
+
+
+def _note(columns: Sequence[Column]) -> str:
+    if all(column.is_share for column in columns):
+        return _NOTE
+    others = ", ".join(column.title for column in columns if not column.is_share)
+    return f"{_NOTE} Not in percent: {others}; ↓: lower is better."
 
 
 def _label(row: Row) -> str:
@@ -128,14 +148,14 @@ def _terminal(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     for column in columns:
         # A group's name is above its first column.
         group, last = ("" if column.group == last else column.group), column.group
-        table.add_column(f"{group}\n{column.title}", justify="right", no_wrap=True)
+        table.add_column(f"{group}\n{column_title(column)}", justify="right", no_wrap=True)
     mark: dict[str, Callable[[str], str]] = {
         "best": lambda text: f"\x1b[1m{text}\x1b[0m",
         "second": lambda text: f"\x1b[4m{text}\x1b[0m",
     }
     for cells in _cells(rows, columns, mark, " ±", _label):
         table.add_row(*(Text.from_ansi(cell) for cell in cells))
-    return f"{print_wide(table)}\n{_NOTE}"
+    return f"{print_wide(table)}\n{_note(columns)}"
 
 
 def print_wide(table: "Table") -> str:
@@ -149,10 +169,12 @@ def print_wide(table: "Table") -> str:
 
 
 def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    heads = [f"{column.group}: {column.title}" if column.group else column.title for column in columns]
+    heads = [
+        markdown_text(f"{column.group}: {column_title(column)}" if column.group else column.title) for column in columns
+    ]
     mark: dict[str, Callable[[str], str]] = {"best": "**{}**".format, "second": "<u>{}</u>".format}
     lines = [["model", *heads], ["---", *["---:"] * len(columns)], *_cells(rows, columns, mark, " ± ", _plain)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{_NOTE}"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{_note(columns)}"
 
 
 def _plain(row: Row) -> str:
@@ -165,7 +187,7 @@ def _latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     groups = " & ".join(
         [""] + [rf"\multicolumn{{{count}}}{{c}}{{{_escaped(group)}}}" for group, count in _spans(columns)]
     )
-    heads = " & ".join(["Model", *(_escaped(column.title) for column in columns)])
+    heads = " & ".join(["Model", *(_escaped(column_title(column)) for column in columns)])
     body = _cells(rows, columns, mark, r"\,$\pm$\,", lambda row: _escaped(_label(row)))
     lines = [
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
@@ -176,14 +198,20 @@ def _latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
         *(" & ".join(cell.replace("–", "--") for cell in line) + r" \\" for line in body),
         r"\bottomrule",
         r"\end{tabular}",
-        f"% {_NOTE} Needs the packages booktabs and, for names in other scripts, fontspec.",
+        f"% {_note(columns)} Needs the packages booktabs and, for names in other scripts, fontspec.",
     ]
     return "\n".join(lines)
 
 
 def _escaped(text: str) -> str:
     """Return `text`, escaped for LaTeX."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "π": r"$\pi$"}
+    special = {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "π": r"$\pi$",
+        "↓": r"$\downarrow$",
+    }
     special |= {character: rf"\{character}" for character in "&%$#_{}"}
     return "".join(special.get(character, character) for character in text)
 
@@ -193,11 +221,11 @@ def _html(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     groups = "".join(
         f'<th colspan="{count}" style="text-align:center">{html.escape(group)}</th>' for group, count in _spans(columns)
     )
-    heads = "".join(f"<th>{html.escape(column.title)}</th>" for column in columns)
+    heads = "".join(f"<th>{html.escape(column_title(column))}</th>" for column in columns)
     body = _cells(rows, columns, mark, " ± ", lambda row: html.escape(_label(row)))
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in body)
     style = "font-size: 13px; white-space: nowrap"
     return (
         f'<table style="{style}"><tr><th></th>{groups}</tr><tr><th>Model</th>{heads}</tr>{lines}</table>'
-        f"<p>{html.escape(_NOTE)}</p>"
+        f"<p>{html.escape(_note(columns))}</p>"
     )

@@ -26,6 +26,8 @@ SCORES = pa.schema(
         ("num_unscorable", pa.int64()),
         ("num_fewshot", pa.int32()),
         ("num_shortened", pa.int64()),
+        ("higher_is_better", pa.bool_()),
+        ("is_share", pa.bool_()),
     ]
 )
 ITEMS = pa.schema(
@@ -37,8 +39,21 @@ ITEMS = pa.schema(
         ("score", pa.float64()),
     ]
 )
-# Folders next to the answers, with one file per task each.
-WORTH = ("items", "unscorable", "scores")
+# Every metric that lm-eval computes of a task, for tasks that are not in the table.
+METRICS = pa.schema(
+    [
+        ("is_end", pa.bool_()),
+        ("task", pa.string()),
+        ("subject", pa.string()),
+        ("metric", pa.string()),
+        ("filter", pa.string()),
+        ("score", pa.float64()),
+        ("stderr", pa.float64()),
+        ("higher_is_better", pa.bool_()),
+    ]
+)
+# Folders next to the answers, with one file per task each; "metrics" has files of tasks that are not in the table only.
+WORTH = ("items", "unscorable", "metrics", "scores")
 UNSCORABLE = pa.schema([("task", pa.string()), ("item", pa.string()), ("reason", pa.string())])
 
 
@@ -46,19 +61,26 @@ def write_scores(question: Question, folder: Path, is_end: bool) -> None:
     """Write the scores of the answers to a task in `folder`; always again, since labels may have been corrected."""
     name = question.task.name
     answers = read_answers(requests_path(folder, name)) if question.asked.requests else []
-    rows, items = score_question(question, answers)
+    if question.task.entry:
+        from flows.evaluation.open_scores import score_open_question
+
+        rows, items, metrics = score_open_question(question, answers)
+    else:
+        (rows, items), metrics = score_question(question, answers), None
     unscorable = [{"task": item.task, "item": item.item, "reason": item.reason} for item in question.task.unscorable]
-    for kind, found, schema in zip(
-        WORTH,
-        ([{"is_end": is_end, **item} for item in items], unscorable, [{"is_end": is_end, **row} for row in rows]),
-        (ITEMS, UNSCORABLE, SCORES),
-        strict=True,
-    ):
+    written = [("items", [{"is_end": is_end, **item} for item in items], ITEMS), ("unscorable", unscorable, UNSCORABLE)]
+    if metrics is not None:
+        written.append(("metrics", [{"is_end": is_end, **row} for row in metrics], METRICS))
+    written.append(("scores", [{"is_end": is_end, **row} for row in rows], SCORES))
+    for kind, found, schema in written:
         write_parquet(requests_path(folder / kind, name), pa.Table.from_pylist(found, schema), "")
 
 
 def score_question(question: Question, answers: Sequence[Answer]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the scores of answers to a task: rows of the view scores, the whole task first, and of scored_items."""
+    """Return the scores of answers to a task of the table.
+
+    Rows of the view scores, the whole task first, and of scored_items.
+    """
     from flows.evaluation.harness_model import score_answers
 
     task = question.task
@@ -81,6 +103,7 @@ def score_question(question: Question, answers: Sequence[Answer]) -> tuple[list[
 def _rows(task: "EvaluationTask", results: dict[str, Any], items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for the task (the mean over its subjects) and, if it has several subjects, one for each."""
     common = {"task": task.name, "metric": task.metric, "num_fewshot": task.num_fewshot}
+    common |= {"higher_is_better": True, "is_share": True}
     subjects: list[dict[str, Any]] = []
     for subject in task.subtasks:
         scores = [item["score"] for item in items if item["subject"] == subject]

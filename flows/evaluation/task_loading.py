@@ -1,4 +1,4 @@
-"""Loading of evaluation tasks: lm-eval's definitions or the table's own, over local files or the hub's data sets.
+"""Loading of the table's tasks: lm-eval's definitions or the table's own, over local files or the hub's data sets.
 
 docs/evaluation.md lists their prompts, shots and metrics, with sources.
 """
@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from datasets.exceptions import DatasetsError
 
-from data_scoring.evaluation.items import Item, ItemText, Unscorable, make_item, read_examples, read_items
+from data_scoring.evaluation.items import (
+    TOO_LONG,
+    Item,
+    ItemText,
+    Unscorable,
+    make_item,
+    read_examples,
+    read_items,
+)
 from data_scoring.evaluation.rows import item_text
-from data_scoring.evaluation.tasks import TASKS, Task, resolve_names
+from data_scoring.evaluation.tasks import TASKS, Task, other_tasks, resolve_names, task_names
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -25,9 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """A task of the benchmark table: lm-eval's tasks, one per subject, and the items that they score.
+    """A task, of the benchmark table or another one: lm-eval's tasks, one per subject, and the items that they score.
 
-    A task's score is the unweighted mean of its subtasks' scores (OpenCompass' naive average).
+    The score of a task of the table is the unweighted mean of its subtasks' scores (OpenCompass' naive average);
+    another one's is lm-eval's own.
     """
 
     name: str
@@ -39,10 +48,18 @@ class EvaluationTask:
     chances: dict[str, list[float]]  # by subtask: right options / options of each of its `eval_docs`; 0 for generation
     num_examples: dict[str, list[int]]  # by subtask: examples in the prompt of each of its `samples`
     unscorable: list[Unscorable]
+    # Of a task that is not in the table: the entry of `eval.tasks` that stands for it, and lm-eval's group, by name.
+    entry: str = ""
+    groups: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def chance(self) -> float:
-        """Return the expected score of guessing, 0 to 1: the mean over items of right options / options."""
+    def chance(self) -> float | None:
+        """Return the expected score of guessing, 0 to 1: the mean over items of right options / options.
+
+        None if it is unknown.
+        """
+        if self.entry and not all(self.chances[subtask] for subtask in self.samples):
+            return None
         means = [
             sum(self.chances[subtask][index] for index in indices) / len(indices)
             for subtask, indices in self.samples.items()
@@ -52,6 +69,13 @@ class EvaluationTask:
     @property
     def num_shortened(self) -> int:
         """Return how many items have fewer examples than `num_fewshot`, because their prompt was too long."""
+        if self.entry:
+            # Known once the requests are made.
+            return sum(
+                count < (task.config.num_fewshot or 0)
+                for task in self.subtasks.values()
+                for count in getattr(task, "num_examples", ())
+            )
         return sum(count < self.num_fewshot for counts in self.num_examples.values() for count in counts)
 
     def without(self, reasons: Mapping[tuple[str, int], str]) -> EvaluationTask:
@@ -70,7 +94,9 @@ class EvaluationTask:
             subtasks={subtask: self.subtasks[subtask] for subtask in kept},
             samples={subtask: [self.samples[subtask][number] for number in kept[subtask]] for subtask in kept},
             num_examples={
-                subtask: [self.num_examples[subtask][number] for number in kept[subtask]] for subtask in kept
+                subtask: [self.num_examples[subtask][number] for number in kept[subtask]]
+                for subtask in kept
+                if subtask in self.num_examples
             },
             unscorable=[*self.unscorable, *listed],
         )
@@ -83,7 +109,7 @@ def load_tasks(
     fits: Callable[[str, Sequence[str]], bool],
     num_tokens: Callable[[Sequence[str]], Sequence[int]],
 ) -> list[EvaluationTask]:
-    """Return the named tasks (`paper` and `ablation` expand to several), ready for evaluation.
+    """Return the named tasks of the table (`paper` and `ablation` expand to several), ready for evaluation.
 
     data: the folder of the items' files (data_scoring.evaluation.items); None reads them from the hub.
     limit: use only the first `limit` items of each subject.
@@ -92,10 +118,12 @@ def load_tasks(
         the largest number of new tokens.
     num_tokens: `num_tokens(texts)` returns each text's number of tokens, by which OpenCompass divides losses.
 
-    Raises ValueError, in one line, for an unknown task, and for files that are missing or broken.
+    Raises ValueError, in one line, for a task that is not in the table, and for files that are missing or broken.
     """
     if data is not None and not data.is_dir():
         raise ValueError(f"eval.data: no folder {data}; give the folder of the tasks' files, or remove it")
+    if unknown := other_tasks(names):
+        raise ValueError(f"eval.tasks: unknown task {unknown[0]!r}; choose from {', '.join(task_names())}")
     resolved, ours = resolve_names(names), {"fits": fits, "num_tokens": num_tokens}
     # Importing lm-eval takes a second.
     from flows.evaluation.harness_task import patched_harness
@@ -208,8 +236,7 @@ def _load(rows: _Rows, ours: dict[str, Any]) -> EvaluationTask:
             continue
         subtasks[subtask], samples[subtask] = task, fitting
         num_examples[subtask] = [count for count in counts if count is not None]
-    reason = "longer than the model's length, even without examples"
-    unscorable = [*rows.unscorable, *(Unscorable(row.name, place, reason) for place in too_long)]
+    unscorable = [*rows.unscorable, *(Unscorable(row.name, place, TOO_LONG) for place in too_long)]
     return EvaluationTask(
         name=row.name,
         metric=row.metric,

@@ -9,7 +9,7 @@ from data_scoring.base.field_effects import deciding
 from data_scoring.base.files import write_record
 from data_scoring.base.progress import Progress
 from data_scoring.base.validation import read_record
-from data_scoring.evaluation.tasks import resolve_names
+from data_scoring.evaluation.tasks import other_tasks, resolve_names
 from data_scoring.ledger import read_rows
 from flows.evaluation.questions import check_items
 from flows.evaluation.results import SCORE
@@ -105,9 +105,12 @@ def score(config: RunConfig, progress: Progress) -> bool:
     with _on_record(config), locked(config.folder):
         complete(open_run(config), "evaluate", 1, progress)
     asked, names = resolve_names(config.eval.asked), [part.name for part in SCORE]
-    found = read_rows(config.folder, f"select {', '.join(names)} from final_scores where round = 1")
-    found.sort(key=lambda entry: asked.index(entry[0]))
-    scores = [dict(zip(names, entry, strict=True)) for entry in found if entry[0] in asked]
+    found = read_rows(config.folder, f"select {', '.join(names)} from final_scores where round = 1 and is_share")
+    # Task files and groups stand for tasks of other names, which follow.
+    place = {name: number for number, name in enumerate(asked)}
+    found.sort(key=lambda entry: (place.get(entry[0], len(asked)), entry[0]))
+    has_others = bool(other_tasks(asked))
+    scores = [dict(zip(names, entry, strict=True)) for entry in found if entry[0] in place or has_others]
     if scores == row["scores"]:
         return False
     add_result(config, scores=scores, reason=None)

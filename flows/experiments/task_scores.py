@@ -17,14 +17,17 @@ from flows.stages.stage_order import complete
 
 
 def read_task_scores(run: Run, progress: Progress) -> list[dict[str, Any]]:
-    """Return a row for each evaluation task of the configuration: the final model's score, after evaluating it."""
+    """Return a row for each evaluation task of the configuration: the final model's score, after evaluating it.
+
+    Without scores that are no shares, which tables of comparisons average and show in percent.
+    """
     if not run.config.eval.asked:
         return []
     last = run.config.rounds.num_rounds
     with locked(run.folder):
         complete(run, "evaluate", last, named(run.config, progress))
     names = SCORES.names[2:]
-    found = read_rows(run.folder, f"select {', '.join(names)} from final_scores where round = {last}")
+    found = read_rows(run.folder, f"select {', '.join(names)} from final_scores where round = {last} and is_share")
     return [dict(zip(names, row, strict=True)) for row in found]
 
 

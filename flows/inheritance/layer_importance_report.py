@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from data_scoring.evaluation.tasks import TASKS
+from data_scoring.evaluation.tasks import task_title
 from flows.display.figures import render_figure
 from flows.display.result_page import Page, Picture, Section, write_page
 from flows.evaluation.results import describe_items
@@ -58,7 +58,7 @@ def _scores(rows: list[dict[str, Any]]) -> Section:
     cells.append(["chance", *(f"{100 * chance:.1f}" for chance in chances), f"{100 * sum(chances) / len(chances):.1f}"])
     counts = [(row["task"], row["num_items"], row["num_unscorable"]) for row in rows]
     notes = ["Percent, ± standard error over items, before any training.", describe_items(counts)]
-    head = ["skipped layers", *(TASKS[task].title for task in tasks), "average"]
+    head = ["skipped layers", *(task_title(task) for task in tasks), "average"]
     return Section("Scores in tasks", notes, head, cells)
 
 

@@ -8,6 +8,7 @@ from data_scoring.base.files import fingerprint
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import Progress
 from data_scoring.config import EvalConfig
+from data_scoring.evaluation.tasks import other_tasks, task_names
 from flows.evaluation.questions import evaluation_of, read_questions
 from flows.evaluation.results import SCORE
 from flows.evaluation.scores import score_question
@@ -30,6 +31,10 @@ def measure_scores(run: Run, teacher: StoredModel, folder: Path, config: EvalCon
     Blocks have zero to three layers. One launch evaluates them one after the other, in the layout of `run`. Existing
     answers are used again. Raises ValueError if a task cannot be read.
     """
+    if others := other_tasks(config.tasks):
+        raise ValueError(
+            f"--tasks: {others[0]} is none of {', '.join(task_names())}, whose scores are averaged; omit it"
+        )
     read = read_questions(run, config.tasks, config, progress)
     questions = [question for question in read if question.asked.requests]
     names = tuple(question.task.name for question in questions)

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from data_scoring.evaluation.tasks import TASKS
-from flows.display.figures import COLORS, Plot, panels, smooth
+from data_scoring.evaluation.tasks import TASKS, task_title
+from flows.display.figures import COLORS, Plot, legend_label, panels, smooth
+from flows.evaluation.results import shown
 from flows.report.round_facts import forgetting_parts
 
 matplotlib.use("Agg")
@@ -62,42 +63,49 @@ def loss_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
 
 @dataclass(frozen=True)
 class ScoreCurve:
-    """The scores of a run in a task, [num_points] each, against tokens trained on; scores and errors in percent.
+    """The scores of a run in a task, [num_points] each, against tokens trained on.
 
-    is_end: whether the model is the one at the end of a round; chance: the score of guessing.
+    Scores and errors are in percent, unless the title says otherwise. is_end: whether the model is the one at the end
+    of a round; chance: the score of guessing, None if it is unknown.
     """
+
+    title: str
 
     tokens: NDArray[np.float64]
     scores: NDArray[np.float64]
     errors: NDArray[np.float64]
     is_end: NDArray[np.bool_]
-    chance: float
+    chance: float | None
 
 
 def read_score_curves(ledger: duckdb.DuckDBPyConnection) -> dict[str, ScoreCurve]:
     """Return the scores in each task, over all rounds, in the order of the table of tasks."""
     found = ledger.sql(
-        """select task, t.tokens::double as tokens, 100 * score as score, 100 * coalesce(stderr, 0) as error,
-            100 * chance as chance, is_end
+        f"""select task, metric, is_share, higher_is_better, t.tokens::double as tokens, {shown("score")} as score,
+            {shown("coalesce(stderr, 0)")} as error, coalesce(100 * chance, -1) as chance, is_end
         from scores join (select round, step, sum(num_tokens) over (order by round, step) as tokens from steps) as t
             using (round, step)
         where subject is null and score is not null order by task, tokens, is_end"""
     ).fetchnumpy()
     curves = {}
-    for task in TASKS:
-        if task in found["task"]:
-            mine = found["task"] == task
+    for task in dict.fromkeys([*TASKS, *map(str, found["task"])]):
+        mine = found["task"] == task
+        if mine.any():
             tokens, score, error = (np.asarray(found[name][mine], float) for name in ("tokens", "score", "error"))
             ends = np.asarray(found["is_end"][mine], bool)
-            curves[task] = ScoreCurve(tokens, score, error, ends, float(found["chance"][mine][0]))
+            metric, is_share, is_higher = (found[name][mine][-1] for name in ("metric", "is_share", "higher_is_better"))
+            scale = "" if is_share else f" {'' if is_higher else '↓'} (not percent)"
+            title = legend_label(task_title(task)) + ("" if task in TASKS else f"\n{legend_label(metric)}{scale}")
+            chance = float(found["chance"][mine][0])
+            curves[task] = ScoreCurve(title, tokens, score, error, ends, None if chance < 0 else chance)
     return curves
 
 
-def score_axes(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
+def score_axes(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Return a figure of scores against tokens, and its axes, one for each task; call `tight_layout` at the end."""
-    figure, chosen = panels(len(tasks), height=3)
-    for axes, task in zip(chosen, tasks, strict=True):
-        axes.set_title(TASKS[task].title)
+    figure, chosen = panels(len(titles), height=3)
+    for axes, title in zip(chosen, titles, strict=True):
+        axes.set_title(title)
     figure.supxlabel("tokens trained on (millions)")
     figure.supylabel("score (percent)")
     return figure, chosen
@@ -109,14 +117,15 @@ def score_curves(ledger: duckdb.DuckDBPyConnection) -> Figure | None:
     # A single model is one point, which the table shows better.
     if len({tokens for curve in curves.values() for tokens in curve.tokens}) < 2:
         return None
-    figure, grid = score_axes([*curves])
+    figure, grid = score_axes([curve.title for curve in curves.values()])
     for axes, curve in zip(grid, curves.values(), strict=True):
         tokens, low, high = curve.tokens / 1e6, curve.scores - curve.errors, curve.scores + curve.errors
         axes.fill_between(tokens, low, high, color=KEPT_COLOR, alpha=0.2, linewidth=0)
         axes.plot(tokens, curve.scores, color=KEPT_COLOR)
         ends = curve.is_end
         axes.plot(tokens[ends], curve.scores[ends], "o", color=KEPT_COLOR, markeredgecolor="black")
-        axes.axhline(curve.chance, color="gray", linestyle=":")
+        if curve.chance is not None:
+            axes.axhline(curve.chance, color="gray", linestyle=":")
     figure.tight_layout()
     return figure
 

@@ -4,7 +4,14 @@ import duckdb
 
 from flows.display.figures import render
 from flows.display.html import html_figure, html_table
-from flows.evaluation.results import chance_rows, columns_of, read_chance, read_items, read_rows
+from flows.evaluation.results import (
+    chance_rows,
+    columns_of,
+    read_chance,
+    read_items,
+    read_other_columns,
+    read_rows,
+)
 from flows.evaluation.results_table import render_table
 from flows.report.curves import score_curves
 from flows.report.pictures import Pictures
@@ -22,7 +29,10 @@ def evaluation(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) 
     png = render(score_curves, ledger)
     sections = ["<h2>Evaluation</h2>"] if rows or png else []
     if rows:
-        sections += [render_table(rows, columns_of(rows), "html"), f"<p>{read_items(ledger)}</p>"]
+        sections += [
+            render_table(rows, columns_of(rows, read_other_columns(ledger)), "html"),
+            f"<p>{read_items(ledger)}</p>",
+        ]
     if png:
         pictures["scores"] = png
         sections.append(html_figure(png, _CAPTION))

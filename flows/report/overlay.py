@@ -9,11 +9,12 @@ from pathlib import Path
 import duckdb
 
 from data_scoring.base.files import checksum
+from data_scoring.evaluation.tasks import Column
 from data_scoring.ledger import open_ledger
 from flows.display.figures import render_optional
 from flows.display.result_page import Page, Picture, Section, write_page
-from flows.evaluation.results import columns_of, score_rows
-from flows.evaluation.results_table import table_cells
+from flows.evaluation.results import columns_of, read_other_columns, score_rows, shown
+from flows.evaluation.results_table import column_title, table_cells
 from flows.report.overlay_plots import Curves, read_curves, task_scores, training_losses, validation_losses
 from flows.run.folder import Run
 
@@ -39,7 +40,8 @@ class _Final:
     """The last results of a run so far.
 
     losses: validation loss (nats per token) and its number of tokens by source; scores: (task, score, standard error,
-    chance), percent; text: what identifies the tokenizer and the held-out text; None: there is no corpus yet.
+    chance), as tables show them; columns: of tasks that are not in the table of tasks; text: what identifies the
+    tokenizer and the held-out text; None: there is no corpus yet.
     """
 
     run: Run
@@ -49,7 +51,8 @@ class _Final:
     num_tokens: int
     train_loss: float | None
     losses: dict[str, tuple[float, int]]
-    scores: list[tuple[str, float, float | None, float]]
+    scores: list[tuple[str, float, float | None, float | None]]
+    columns: list[Column]
     text: tuple[str, str] | None
 
     @property
@@ -130,7 +133,7 @@ def _read_final(ledger: duckdb.DuckDBPyConnection, run: Run, label: str) -> _Fin
         qualify (round, step) = max((round, step)) over () order by source"""
     ).fetchall()
     scores = ledger.sql(
-        """select task, 100 * score, 100 * stderr, 100 * chance from final_scores
+        f"""select task, {shown("score")}, {shown("stderr")}, 100 * chance from final_scores
         qualify round = max(round) over (partition by task)"""
     ).fetchall()
     text = None
@@ -139,7 +142,8 @@ def _read_final(ledger: duckdb.DuckDBPyConnection, run: Run, label: str) -> _Fin
         held_out = [part["checksums"] for part in corpus.manifest["validation"]["parts"]]
         text = (checksum(corpus.tokenizer_path), str([corpus.manifest["validation"]["sources"], held_out]))
     by_source = {source: (loss, count) for source, loss, count in losses}
-    return _Final(run, label, num_rounds, num_steps, num_tokens, train_loss, by_source, scores, text)
+    columns = read_other_columns(ledger)
+    return _Final(run, label, num_rounds, num_steps, num_tokens, train_loss, by_source, scores, columns, text)
 
 
 def _notes(finals: Sequence[_Final]) -> list[str]:
@@ -200,6 +204,10 @@ def _scores(finals: Sequence[_Final]) -> Section:
     if not found:
         return Section("Scores in tasks", [])
     rows = score_rows(found)
-    columns = columns_of(rows)
-    notes = ["Percent, after the last round that was evaluated; the highest of a column is bold."]
-    return Section("Scores in tasks", notes, ["run", *(each.title for each in columns)], table_cells(rows, columns))
+    others = {column.name: column for final in finals for column in final.columns}
+    columns = columns_of(rows, [*others.values()])
+    notes = [
+        "Percent, unless a column names a metric of another scale; after the last round that was evaluated. "
+        "The best of a column is bold; ↓: lower is better."
+    ]
+    return Section("Scores in tasks", notes, ["run", *map(column_title, columns)], table_cells(rows, columns))

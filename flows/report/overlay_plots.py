@@ -104,12 +104,15 @@ def task_scores(runs: Sequence[Curves]) -> Figure | None:
     tasks = list(dict.fromkeys(task for run in runs for task in run.scores))
     if not tasks:
         return None
-    figure, grid = score_axes(tasks)
+    first = {task: next(run.scores[task] for run in runs if task in run.scores) for task in tasks}
+    figure, grid = score_axes([curve.title for curve in first.values()])
     for axes, task in zip(grid, tasks, strict=True):
         for number, run in enumerate(runs):
             if task in run.scores:
                 _draw_scores(axes, run.scores[task], number, legend_label(run.label))
-        axes.axhline(next(run.scores[task].chance for run in runs if task in run.scores), color="gray", linestyle=":")
+        chance = first[task].chance
+        if chance is not None:
+            axes.axhline(chance, color="gray", linestyle=":")
     _add_legend(figure, grid)
     return figure
 

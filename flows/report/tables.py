@@ -7,7 +7,14 @@ from data_scoring.ledger import open_ledger
 from data_scoring.refine.selection_summary import SelectionSummary
 from flows.display.figures import Plot, render
 from flows.display.markdown import markdown_table
-from flows.evaluation.results import chance_rows, columns_of, read_chance, read_items, read_rows
+from flows.evaluation.results import (
+    chance_rows,
+    columns_of,
+    read_chance,
+    read_items,
+    read_other_columns,
+    read_rows,
+)
 from flows.evaluation.results_table import render_table
 from flows.report.curves import loss_curves, score_curves
 from flows.report.shard_histograms import selection_histograms
@@ -46,7 +53,7 @@ def inheritance(run: Run) -> list[dict[str, Any]]:
 
 
 def scores(run: Run, round_number: int) -> dict[str, Any]:
-    """Return the score, 0 to 1, of a round's model in each evaluated task."""
+    """Return the score of a round's model in each evaluated task: 0 to 1, or as the metric has it."""
     query = f"select task, score from final_scores where round = {round_number}"
     return {row["task"]: row["score"] for row in _rows(run, query)}
 
@@ -55,7 +62,8 @@ def evaluation_page(run: Run) -> str:
     """Return the paper's table for the rounds so far, and the curves of their scores, as Markdown."""
     with open_ledger(run.folder) as ledger:
         rows, items = [*chance_rows(read_chance(ledger)), *read_rows(ledger, run.folder.name)], read_items(ledger)
-    table = render_table(rows, columns_of(rows), "markdown")
+        columns = columns_of(rows, read_other_columns(ledger))
+    table = render_table(rows, columns, "markdown")
     return f"{table}\n\n{items}\n\n{_picture(run, score_curves, 'scores against tokens')}"
 
 

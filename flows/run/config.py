@@ -10,7 +10,7 @@ from data_scoring.base.field_effects import FREE, Decides, Neutral, is_free, is_
 from data_scoring.base.field_types import Integer, Name, Number, PathText, Pattern
 from data_scoring.base.files import fingerprint
 from data_scoring.base.names import OneOf
-from data_scoring.base.user_paths import BASE, USER_PATH, typed, user_paths
+from data_scoring.base.user_paths import BASE, USER_PATH
 from data_scoring.base.validation import validated
 from data_scoring.base.yaml_text import read_yaml
 from data_scoring.config import (
@@ -22,7 +22,6 @@ from data_scoring.config import (
     TokenizerConfig,
     prefix_of,
 )
-from data_scoring.corpus.source_files import match_path
 from data_scoring.refine.policies import SEEN_LOSS
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.launcher_kinds import LAUNCHER_KINDS, LauncherKind
@@ -447,30 +446,3 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         for key, entry in items
         for name, leaf in flatten(entry, f"{prefix}.{key}" if prefix else str(key)).items()
     }
-
-
-def check_paths(config: RunConfig, allowed: list[Path]) -> None:
-    """Raise ValueError where `config` reads or writes a path outside the `allowed` folders."""
-    for field, path in user_paths(config):
-        check_path(field, path, allowed)
-
-
-def check_path(field: str, path: str, allowed: list[Path]) -> None:
-    """Raise ValueError where `path`, the value of `field`, lies outside the `allowed` folders, links resolved."""
-    if "://" in path or "::" in path or str(typed(path)).startswith("~"):
-        raise ValueError(
-            f"{field}: {typed(path)!r} is not a plain path; deployed flows may only use plain paths; give one"
-        )
-    # A source's path may be a pattern, or a folder with linked ones in it.
-    files = match_path(path) if field.startswith("corpus.sources.") else []
-    for place in [path, *files]:
-        _check_inside(field, str(typed(path)), Path(place).resolve(), allowed)
-
-
-def _check_inside(field: str, path: str, resolved: Path, allowed: list[Path]) -> None:
-    if not any(resolved.is_relative_to(folder.resolve()) for folder in allowed):
-        places = ", ".join(str(folder.resolve()) for folder in allowed)
-        raise ValueError(
-            f"{field}: {path!r} lies outside the folders that flows may use ({places}); choose a path inside, "
-            "or allow the folder when starting the worker (`reprise serve --allow FOLDER`)"
-        )

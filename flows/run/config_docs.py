@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from data_scoring.base.field_effects import Decides, find_mark, section_of
 from data_scoring.base.names import OneOf
+from data_scoring.evaluation.tasks import TaskEntry, task_names
 from flows.run.config import RunConfig
 
 PATH = Path("docs/configuration.md")
@@ -132,8 +133,9 @@ def _plain(annotation: Any) -> Any:
 def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     for entry in metadata:
-        if isinstance(entry, OneOf):
-            return "one of " + ", ".join(entry.names())
+        if isinstance(entry, OneOf | TaskEntry):
+            names = ", ".join(entry.names() if isinstance(entry, OneOf) else task_names())
+            return f"one of {names}" + (", a task of lm-eval's, or a path" if isinstance(entry, TaskEntry) else "")
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is Annotated:

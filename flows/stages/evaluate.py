@@ -1,14 +1,17 @@
 """The stage `evaluate`: the task scores of a round's final model."""
 
 import importlib.metadata
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data_scoring.base.files import checksum
 from data_scoring.base.progress import Progress
+from data_scoring.base.user_paths import typed
 from data_scoring.config import EvalConfig
 from data_scoring.evaluation.items import item_files
-from data_scoring.evaluation.tasks import resolve_names
+from data_scoring.evaluation.task_files import files_of_task, is_task_path
+from data_scoring.evaluation.tasks import TASKS, resolve_names
 from flows.evaluation.rounds import RoundEvaluation
 from flows.run.config import RunConfig
 from flows.run.folder import Run
@@ -40,10 +43,16 @@ class Evaluate(Stage):
         """Return the model, the tasks, and the files that they are read from."""
         config = stages.run.config.eval
         names = resolve_names(config.asked)
-        files = [] if config.data is None else item_files(names, Path(config.data))
+        own = [name for name in names if name in TASKS]
+        files = [] if config.data is None else item_files(own, Path(config.data))
         prompts = importlib.metadata.version("lm_eval")
+        for name in filter(is_task_path, names):
+            # The evaluation tells of files that are missing or broken.
+            with suppress(ValueError):
+                files += files_of_task(Path(name))
         contents = [[path.name, checksum(path)] for path in files]
-        return [stages.fingerprint("train", round_number), _FORMAT, prompts, names, config.limit, contents]
+        written = tuple(map(typed, names))
+        return [stages.fingerprint("train", round_number), _FORMAT, prompts, written, config.limit, contents]
 
     def files(self, run: Run, round_number: int) -> list[Path]:
         """Return nothing: answers and scores have a record in each step's folder (`flows.evaluation.rounds`)."""
@@ -73,7 +82,9 @@ def evaluate_otherwise(stages: Stages, round_number: int, config: EvalConfig, pr
     replaced: list[str] = []
     if (config.data, config.limit) != (own.data, own.limit):
         asked = resolve_names(own.asked)
-        replaced = [question.task.name for question in questions if question.task.name in asked]
+        replaced = [
+            question.task.name for question in questions if (question.task.entry or question.task.name) in asked
+        ]
     if replaced:
         run.forget("evaluate", round_number)
     evaluation.score(questions, progress)

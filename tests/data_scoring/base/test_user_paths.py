@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from data_scoring.base.user_paths import LocatedPath, UserPath, expand_home, locate, user_paths
-from flows.run.config import RunConfig, check_paths, parse_config
+from flows.run.allowed_paths import check_paths
+from flows.run.config import RunConfig, parse_config
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ def test_no_field_that_holds_a_path_is_without_its_mark() -> None:
         found = []
         for name, field in model.model_fields.items():
             annotation = str(field.annotation)
-            is_path = any(isinstance(mark, UserPath) for mark in field.metadata)
+            is_path = any(isinstance(mark, UserPath) for mark in field.metadata) or "TaskEntry" in annotation
             if "str" in annotation and "Literal" not in annotation and not is_path:
                 description = (field.description or "").lower()
                 found += [name] if any(word in description for word in words) and name not in plain else []
@@ -127,3 +128,14 @@ def test_an_unknown_user_is_named_but_does_not_bar_a_stored_configuration(tmp_pa
     with pytest.raises(ValueError, match=r"^test: corpus\.sources\.0\.path: no such user; write \./~"):
         parse_config(values, "test")
     assert parse_config(values, "test", tmp_path).corpus.sources[0].path == "~nobody-of-this-name/x"
+
+
+def test_entries_of_tasks_are_names_or_paths(tmp_path: Path) -> None:
+    config = parse_config({"eval": {"tasks": ["piqa", "tasks/mine.yaml", "mine.yaml"]}}, "test", tmp_path / "other")
+    assert config.eval.tasks == ("piqa", f"{tmp_path}/other/tasks/mine.yaml", f"{tmp_path}/other/mine.yaml")
+    assert config.model_dump()["eval"]["tasks"] == ("piqa", "tasks/mine.yaml", "mine.yaml")
+    found = [(field, str(path)) for field, path in user_paths(config) if "tasks" in field]
+    assert found == [
+        ("eval.tasks.1", f"{tmp_path}/other/tasks/mine.yaml"),
+        ("eval.tasks.2", f"{tmp_path}/other/mine.yaml"),
+    ]

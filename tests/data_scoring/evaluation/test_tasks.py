@@ -11,6 +11,7 @@ from data_scoring.evaluation.items import evaluation_texts, item_files, read_ite
 from data_scoring.evaluation.tasks import ABLATION_AVERAGE, AVERAGE, PAPER, TASKS, Task, columns, resolve_names
 from data_scoring.sandboxed_query import ask
 from flows.cli.main import main
+from flows.evaluation.questions import check_items
 from flows.run.config import parse_config
 from flows.run.folder import open_run
 from flows.stages.stage_order import complete
@@ -47,7 +48,7 @@ def test_the_configuration_takes_it_and_lists_it(added: Task) -> None:
     assert "weather" not in PAPER
     schema = EvalConfig.model_json_schema()["properties"]
     for field in ("tasks", "training_tasks"):
-        assert schema[field]["items"]["enum"] == ["paper", "ablation", *TASKS]
+        assert schema[field]["items"]["examples"] == ["paper", "ablation", *TASKS]
     assert [column.name for column in columns()] == [
         *PAPER, AVERAGE, "arc_easy_opencompass", "hellaswag_opencompass", ABLATION_AVERAGE, "hellaswag", "arc_easy",
         "weather",
@@ -55,9 +56,12 @@ def test_the_configuration_takes_it_and_lists_it(added: Task) -> None:
 
 
 def test_without_it_the_name_is_refused() -> None:
-    message = r"eval\.tasks\.0: input should be 'paper', 'ablation', .* or 'arc_easy' \(it is 'weather'\); correct it"
-    with pytest.raises(ValueError, match=message):
-        parse_config({"eval": {"tasks": ["weather"]}}, "test")
+    with pytest.raises(ValueError, match=r"eval\.tasks: unknown task 'weather', neither Reprise's \(paper, ablation, "):
+        check_items(EvalConfig(tasks=("weather",)))
+    with pytest.raises(
+        ValueError, match=r"eval\.tasks\.0: name a task, of letters, digits and _ \+ - \. \( \), or give"
+    ):
+        parse_config({"eval": {"tasks": ["the weather"]}}, "test")
 
 
 def test_its_items_are_read_and_what_is_broken_is_named(added: Task, tmp_path: Path) -> None:

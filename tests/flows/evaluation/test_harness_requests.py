@@ -1,6 +1,6 @@
 """lm-eval's requests in token ids, what fits into a model, and lm-eval's results from answers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,7 @@ class Tasks:
 
     subtasks: dict[str, ConfigurableTask]
     samples: dict[str, list[int]]
+    groups: dict[str, Any] = field(default_factory=dict)
 
 
 def make_task(name: str, correct: list[int]) -> ConfigurableTask:

@@ -32,10 +32,10 @@ def test_the_average_is_of_all_tasks_or_not_there() -> None:
 
 def test_places_are_of_what_is_shown_and_chance_has_none() -> None:
     # Both are shown as 26.0, so that nobody is second.
-    assert rank(ROWS, "mmlu") == {1: "best", 2: "best"}
-    assert rank(ROWS, "ceval") == {2: "best", 1: "second"}
-    assert rank(ROWS, "boolq") == {1: "best", 3: "second"}
-    assert rank(ROWS[:2], "mmlu") == {}
+    assert rank(ROWS, COLUMNS[0]) == {1: "best", 2: "best"}
+    assert rank(ROWS, COLUMNS[1]) == {2: "best", 1: "second"}
+    assert rank(ROWS, COLUMNS[2]) == {1: "best", 3: "second"}
+    assert rank(ROWS[:2], COLUMNS[0]) == {}
 
 
 def test_markdown_marks_the_best_bold_and_the_second_underlined() -> None:
@@ -66,3 +66,18 @@ def test_html_and_latex_escape_names() -> None:
     assert lines[2] == r" & \multicolumn{2}{c}{Examination} & \multicolumn{1}{c}{Knowledge} & \multicolumn{1}{c}{} \\"
     assert lines[6].startswith(r"a\_1 \& b, round 1 & \textbf{26.0}\,$\pm$\,3.0 & \underline{30.0}")
     assert lines[8] == r"PanGu-$\pi$ (quoted) & -- & -- & \underline{55.2} & \textbf{60.6} \\"
+
+
+def test_of_perplexities_the_lowest_is_best_and_none_is_percent() -> None:
+    columns = [COLUMNS[0], Column("wiki", "wiki (word_perplexity)", "Other", is_share=False, higher_is_better=False)]
+    rows = [
+        Row("chance", {"mmlu": 25}, {}, "chance"),
+        *(Row(name, {"wiki": value}, {}) for name, value in (("a", 1234.5678), ("b", 12.3454), ("c", 12.3456))),
+    ]
+    assert rank(rows, columns[1]) == {2: "best", 3: "second"}
+    lines = render_table(rows, columns, "markdown").splitlines()
+    assert lines[0] == "| model | Examination: MMLU | Other: wiki (word\\_perplexity) ↓ |"
+    assert [line.rsplit("|", 2)[1].strip() for line in lines[2:6]] == ["–", "1234.568", "**12.345**", "<u>12.346</u>"]
+    assert "Not in percent: wiki (word_perplexity); ↓: lower is better." in lines[-1]
+    assert r"$\downarrow$" in render_table(rows, columns, "latex")
+    assert "Not in percent" not in render_table(ROWS, COLUMNS, "html")

@@ -9,7 +9,7 @@ import pytest
 
 from data_scoring.base.progress import silent
 from data_scoring.config import EvalConfig
-from data_scoring.ledger import refresh_ledger
+from data_scoring.ledger import open_ledger, refresh_ledger
 from data_scoring.sandboxed_query import ask
 from flows.cli.main import main
 from flows.evaluation import rounds
@@ -18,6 +18,7 @@ from flows.evaluation.scores import _combine, _standard_error
 from flows.experiments.arms import init_comparison
 from flows.experiments.compare import compare
 from flows.launch import launcher
+from flows.report.curves import read_score_curves
 from flows.report.run_report import write_report
 from flows.report.tables import evaluation_page
 from flows.run.config import RunConfig, parse_config
@@ -26,6 +27,7 @@ from flows.stages.evaluate import evaluate_otherwise
 from flows.stages.stage_order import complete, fingerprint_of, stages_of
 from flows.stages.status import read_status
 from tests.evaluation_data import write_items
+from tests.flows.evaluation.task_folder import write_tasks
 from tests.flows.fakes import FakeRanks, values
 
 # Of the made-up items, what a model scores that takes the option with the fewest tokens, of equal ones the first.
@@ -249,7 +251,7 @@ def test_the_command_prints_the_table(
     assert duckdb.sql(f"select count(*) from '{folder}/rounds/1/evaluation/*/scores/*.parquet'").fetchall() == [(5,)]
     for arguments, message in (
         (["--round", "3"], "--round: '3' is not a trained round of"),
-        (["--tasks", "mmlu,squad"], "evaluate: eval.tasks.1: input should be 'paper', 'ablation', 'ceval'"),
+        (["--tasks", "mmlu,squad"], "eval.tasks: unknown task 'squad', neither Reprise's (paper, ablation, ceval"),
         (["--data", str(tmp_path / "nowhere")], "nowhere"),
     ):
         assert main(["evaluate", folder, *chosen, *arguments]) == 1
@@ -290,3 +292,37 @@ def test_compared_arms_are_scored(texts: Path, tmp_path: Path, data: Path, fakes
     lines = " ".join(compare(config, init_comparison("constant,gpt2"), 1, None, silent).text.split())
     assert "with standard errors over items" in lines
     assert "| constant | **50.0** ± 50.0 | **100.0** ± 0.0 | **75.0** ± 25.0 |" in lines
+
+
+def test_tasks_of_files_are_in_tables_report_and_curves_on_their_own_scale(
+    texts: Path, tmp_path: Path, data: Path, fakes: FakeRanks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    folder = write_tasks(tmp_path / "tasks")
+    chosen = [str(folder / "next_word.yaml"), str(folder / "texts.yaml")]
+    run = train(configure(texts, tmp_path, data, tasks=["piqa", *chosen], every_steps=2, training_tasks=chosen))
+    complete(run, "evaluate", 1, silent)
+    assert fakes.asked[-3:] == ["piqa", "next_word", "texts"]
+    assert not complete(run, "evaluate", 1, silent)
+    [(perplexity, chance)] = ask(run.folder, "select score, chance from final_scores where task = 'texts'").fetchall()
+    assert perplexity > 1 and chance is None
+    page = evaluation_page(run)
+    head, _, guess, row, *_ = page.splitlines()
+    assert head == "| model | Reasoning: PIQA | Other: next\\_word (acc) | Other: texts (word\\_perplexity) ↓ |"
+    assert guess.endswith("| – |") and row.endswith(f"| {perplexity:.3f} |")
+    with open_ledger(run.folder) as ledger:
+        curves = read_score_curves(ledger)
+    assert [*curves] == ["piqa", "next_word", "texts"]
+    assert curves["texts"].scores[-1] == perplexity and curves["texts"].chance is None
+    assert curves["texts"].title == "texts\nword_perplexity ↓ (not percent)"
+    assert curves["next_word"].title == "next_word\nacc"
+    assert len(curves["next_word"].scores) > 1
+    report = write_report(run).read_text()
+    assert "texts (word_perplexity) ↓" in report and "Not in percent: texts (word_perplexity)" in report
+    # The stage is repeated when a file of a task changes, and status does not mind one that is gone.
+    (folder / "items.jsonl").write_text((folder / "items.jsonl").read_text().replace("model", "text"))
+    assert [row.state for row in read_status(run.folder) if row.name == "evaluate 1"] != ["done"]
+    (folder / "texts.yaml").unlink()
+    assert [row.state for row in read_status(run.folder) if row.name == "train 1"] == ["done"]
+    assert main(["evaluate", str(run.folder)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("texts.yaml: no such file or folder; correct the path")

@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from data_scoring.base.field_effects import section_of
 from data_scoring.base.files import fingerprint
 from flows.cli.main import main
+from flows.run.allowed_paths import check_paths
 from flows.run.config import (
     LaunchConfig,
     RunConfig,
-    check_paths,
     differences,
     flatten,
     override,
