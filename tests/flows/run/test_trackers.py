@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 
 from data_scoring.base.user_paths import typed
-from flows.run.config import RunConfig, check_paths, differences, override, parse_config
+from flows.run.allowed_paths import check_paths
+from flows.run.config import RunConfig, differences, override, parse_config
 from flows.run.trackers import TRACKER_KINDS, TrackerConfig, check_trackers
 from tests import ROOT
 
