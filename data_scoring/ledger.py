@@ -156,8 +156,10 @@ VIEWS = {
             "chance_overlap": ("double", "The same for a draw with the same random numbers that ignores the loss."),
             "cost_tokens": ("bigint", "Cost of scoring all samples, in training tokens; a forward pass costs a third."),
             "chosen": ("boolean", "Whether the samples were scored with this budget."),
+            "seconds": ("double", "Seconds that scoring took, with calibration and all attempts; null if not chosen."),
         },
-        f"{_ROUND}, candidate, correlation, overlap, chance_overlap, cost_tokens, chosen",
+        f"{_ROUND}, candidate, correlation, overlap, chance_overlap, cost_tokens, chosen, seconds",
+        (("seconds", "double"),),
     ),
     "lineage": View(
         "The parts of a larger model that round 1 starts from, one row per layer; empty without inheritance.",
@@ -255,8 +257,11 @@ VIEWS = {
             "num_samples": ("integer", "Samples in the batch."),
             "num_tokens": ("bigint", "Predicted tokens in the batch."),
             "tokens_per_second": ("float", "Predicted tokens per second, all ranks together."),
+            "seconds": ("double", "Seconds of the round's training up to the end of the step, all attempts together."),
+            "ended_at": ("timestamp", "Time at the end of the step, UTC."),
         },
-        f"{_ROUND}, step, loss, lr, grad_norm, num_samples, num_tokens, tokens_per_second",
+        f"{_ROUND}, step, loss, lr, grad_norm, num_samples, num_tokens, tokens_per_second, seconds, ended_at",
+        (("seconds", "double"), ("ended_at", "timestamp")),
     ),
     "validation": View(
         "Validation loss of each source during the rounds.",
@@ -312,17 +317,26 @@ DERIVED = {
             "num_tokens": ("bigint", "Predicted tokens trained on."),
             "train_loss": ("double", "Mean loss of the last tenth of the steps, nats per token."),
             "validation_loss": ("double", "Loss over all validation tokens after the last step, nats per token."),
+            "training_seconds": ("double", "Seconds of training up to the end of the last step, all attempts."),
+            "scoring_seconds": ("double", "Seconds of scoring after the round, all attempts; null if not scored."),
+            "training_cost": ("bigint", "Cost of training, in training tokens: num_tokens."),
+            "scoring_cost": ("bigint", "Cost of scoring, with calibration, in training tokens; null if not scored."),
         },
-        """select s.round, s.num_steps, s.num_samples, s.num_tokens, s.train_loss, v.validation_loss
+        """select s.round, s.num_steps, s.num_samples, s.num_tokens, s.train_loss, v.validation_loss,
+            s.training_seconds, b.scoring_seconds, s.num_tokens as training_cost, b.scoring_cost
         from (
             select round, count(*) as num_steps, sum(num_samples)::bigint as num_samples,
-                sum(num_tokens)::bigint as num_tokens, avg(loss) filter (step > 0.9 * last) as train_loss
+                sum(num_tokens)::bigint as num_tokens, avg(loss) filter (step > 0.9 * last) as train_loss,
+                max(seconds) as training_seconds
             from (select *, max(step) over (partition by round) as last from steps) group by round
         ) s left join (
             select round, sum(loss * num_tokens) / sum(num_tokens) as validation_loss
             from (select *, max(step) over (partition by round) as last from validation)
             where step = last group by round
-        ) v using (round) order by s.round""",
+        ) v using (round) left join (
+            select round, sum(seconds) as scoring_seconds, sum(cost_tokens)::bigint as scoring_cost
+            from budgets where chosen or candidate = 'calibration' group by round
+        ) b using (round) order by s.round""",
     ),
     "forgetting": (
         "Loss of each sample when it was trained on and its loss after the round. Unless samples were scored in full "

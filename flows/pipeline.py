@@ -30,6 +30,7 @@ from flows.stages.changes import check_changes
 from flows.stages.evaluate import evaluate_otherwise
 from flows.stages.refine import preview
 from flows.stages.stage_order import keeps_ranks, stages_of, steps_of, with_next
+from flows.tracking.followers import followed
 
 complete = task(cache_policy=NO_CACHE)(stage_order.complete)
 report = task(name="report", task_run_name="report", cache_policy=NO_CACHE)(write_report)
@@ -52,15 +53,16 @@ def multi_round(config: RunConfig = _DEFAULT) -> Path | State[Any]:
     try:
         with FlowProgress(config.folder) as progress, locked(config.folder), KeptRanks() as kept:
             run = open_run(config, check_changes)
-            for step, following in with_next(steps_of(config)):
-                if step.stage.waits_for(run, step.round_number) and ask(run, step.round_number):
-                    # The approval may have changed the policy or the rate.
-                    _complete(run, "refine", step.round_number, progress)
-                _complete(run, step.stage.name, step.round_number, progress, kept)
-                if not keeps_ranks(config, following):
-                    kept.close()
-            stages_of(run).verify(progress)
-            return report(run)
+            with followed(run):
+                for step, following in with_next(steps_of(config)):
+                    if step.stage.waits_for(run, step.round_number) and ask(run, step.round_number):
+                        # The approval may have changed the policy or the rate.
+                        _complete(run, "refine", step.round_number, progress)
+                    _complete(run, step.stage.name, step.round_number, progress, kept)
+                    if not keeps_ranks(config, following):
+                        kept.close()
+                stages_of(run).verify(progress)
+                return report(run)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
 

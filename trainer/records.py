@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_scoring.base.files import checksum
+from data_scoring.base.live_rows import LiveRows
 from data_scoring.base.parquet import parquet_fingerprint, read_parquet, write_parquet
 from data_scoring.corpus.corpus import VALIDATION as VALIDATION_SHARD
 from data_scoring.corpus.corpus import Corpus
@@ -24,6 +25,8 @@ STEPS = pa.schema(
         ("num_samples", pa.int32()),
         ("num_tokens", pa.int64()),
         ("tokens_per_second", pa.float32()),
+        ("seconds", pa.float64()),
+        ("ended_at", pa.timestamp("us")),
     ]
 )
 VALIDATION = pa.schema(
@@ -38,6 +41,9 @@ _SEEN = pa.schema([("step", pa.int32()), ("shard", pa.int32()), ("sample", pa.in
 class RowLog:
     """A Parquet file with a few rows per step, which one rank rewrites completely on each flush.
 
+    Between flushes, the new rows are in a file beside it, for processes that follow training; see
+    `data_scoring.base.live_rows`.
+
     Raises ValueError if it lacks rows of the steps up to `up_to_step`, from which training resumes: `digest` is what
     `flush` returned after that step, or None if a version before 0.9 saved the checkpoint.
     """
@@ -46,25 +52,42 @@ class RowLog:
         self, path: Path, schema: pa.Schema, fingerprint: str, up_to_step: int, digest: str | None = None
     ) -> None:
         self._path, self._schema, self._fingerprint = path, schema, fingerprint
-        self._old = schema.empty_table()
+        self._live = LiveRows(path, fingerprint)
+        old = schema.empty_table()
         if up_to_step and parquet_fingerprint(path) == fingerprint:
             table = read_parquet(path)
             # Rows after the checkpoint that training resumes from will be recomputed.
-            self._old = table.filter(pc.less_equal(table["step"], up_to_step)).cast(schema)
-        if digest is not None and _digest(self._old) != digest:
+            old = table.filter(pc.less_equal(table["step"], up_to_step))
+        if digest is not None and _digest(old) != digest:
             raise _damaged(path, up_to_step)
+        self._old = _with_columns(old, schema)
         self._new: list[dict[str, Any]] = []
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row, to be written by the next flush."""
         self._new.append(row)
+        # In the types of the file, so that a number is the same in both.
+        self._live.append(pa.Table.from_pylist([row], self._schema).to_pylist()[0])
+
+    def last(self, column: str) -> Any:
+        """Return the value of `column` in the last row that was written, or None if there is none."""
+        return self._old[column][-1].as_py() if len(self._old) else None
 
     def flush(self) -> str:
         """Return a digest of all rows, after writing them."""
         self._old = pa.concat_tables([self._old, pa.Table.from_pylist(self._new, self._schema)])
         self._new = []
         write_parquet(self._path, self._old, self._fingerprint)
+        self._live.clear()
         return _digest(self._old)
+
+
+def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return `table` with the columns of `schema`; those that an earlier version did not write are null."""
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type) for field in schema
+    ]
+    return pa.table(columns, names=schema.names).cast(schema)
 
 
 def _digest(table: pa.Table) -> str:

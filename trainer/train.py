@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from data_scoring.base.files import fingerprint
 from data_scoring.base.progress import ProgressFile, silent
 from data_scoring.base.read_ahead import read_ahead
+from data_scoring.base.spent_time import SpentTime
 from data_scoring.corpus.corpus import Batch, Corpus
 from data_scoring.refine.training_mix import Mix
 from data_scoring.tokenizer.tokenizer import open_tokenizer
@@ -95,6 +97,8 @@ def train_round(job: "TrainJob", corpus: Corpus, model: ModelChunks, bf16: bool,
             raise StoppedError
         run.train_from(step)
     remove_hooks(state.model)
+    if run.logs.time is not None:
+        run.logs.time.forget()
     if torch.distributed.get_rank() == 0:
         # The round is complete: only its result is needed.
         for old in [*list_checkpoints(checkpoints)[:-1], *checkpoints.glob("damaged-*")]:
@@ -151,7 +155,7 @@ class _Logs:
         if torch.distributed.get_rank() == 0:
             prepare_seen(folder, step, known.get("seen"))
         torch.distributed.barrier()
-        self.steps = self.validation = self.seen = self.progress = None
+        self.steps = self.validation = self.seen = self.progress = self.time = None
         if is_writer():
             self.steps = RowLog(folder / "steps.parquet", STEPS, job.fingerprint, step, known.get("steps"))
             # A validation that is due after the checkpoint's step may have been recorded since.
@@ -159,6 +163,8 @@ class _Logs:
             path = folder / "validation.parquet"
             self.validation = RowLog(path, VALIDATION, job.fingerprint, before, known.get("validation"))
             self.progress = ProgressFile(job.progress)
+            path = folder / "training-time.json"
+            self.time = SpentTime(path, job.fingerprint, self.steps.last("seconds") or 0.0)
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
             self.seen = SeenLog(folder / "seen", parallel_state.get_data_parallel_rank(), job.fingerprint)
 
@@ -312,7 +318,7 @@ class _Round:
     def _record(
         self, step: int, loss: float, grad_norm: float, num_samples: int, num_tokens: int, seconds: float
     ) -> None:
-        assert self.logs.steps is not None and self.logs.progress is not None
+        assert self.logs.steps is not None and self.logs.progress is not None and self.logs.time is not None
         speed = num_tokens / seconds
         lr = self.state.optimizer.param_groups[0]["lr"]
         self.logs.steps.append(
@@ -324,8 +330,11 @@ class _Round:
                 "num_samples": num_samples,
                 "num_tokens": num_tokens,
                 "tokens_per_second": speed,
+                "seconds": self.logs.time.seconds,
+                "ended_at": datetime.now(UTC).replace(tzinfo=None),
             }
         )
+        self.logs.time.note()
         samples = min(step * self.job.train.global_batch_size, len(self.mix))
         self.logs.progress.details = {"samples": samples, "loss": loss, "tokens_per_second": speed}
         self.logs.progress("training (steps)", step, self.num_steps)

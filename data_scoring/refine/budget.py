@@ -14,7 +14,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from data_scoring.base.parquet import write_parquet
+from data_scoring.base.parquet import is_intact, read_parquet, write_parquet
 from data_scoring.base.sql import parquet_rows, random_bits
 from data_scoring.config import prefix_of
 from data_scoring.corpus.corpus import Corpus
@@ -33,6 +33,7 @@ _BUDGET = pa.schema(
         ("chance_overlap", pa.float64()),
         ("cost_tokens", pa.int64()),
         ("chosen", pa.bool_()),
+        ("seconds", pa.float64()),
     ]
 )
 
@@ -161,14 +162,39 @@ def budget_path(round_folder: Path) -> Path:
 
 
 def write_budget(
-    round_folder: Path, candidates: Iterable[Candidate], chosen: str, calibration_tokens: int | None, fingerprint: str
+    round_folder: Path,
+    candidates: Iterable[Candidate],
+    chosen: str,
+    calibration_tokens: int | None,
+    seconds: float,
+    fingerprint: str,
 ) -> None:
-    """Write the candidates and the choice to budget.parquet, and the cost of calibration, if any, as another row."""
-    rows = [{**vars(candidate), "candidate": candidate.name, "chosen": candidate.name == chosen}
-            for candidate in candidates]  # fmt: skip
+    """Write the candidates and the choice to budget.parquet, and the cost of calibration, if any, as another row.
+
+    seconds: what scoring took, calibration included.
+    """
+    rows = [
+        {
+            **vars(candidate),
+            "candidate": candidate.name,
+            "chosen": candidate.name == chosen,
+            "seconds": seconds if candidate.name == chosen else None,
+        }
+        for candidate in candidates
+    ]
     if calibration_tokens is not None:
         rows.append({"candidate": CALIBRATION, "cost_tokens": calibration_tokens, "chosen": False})
     write_parquet(budget_path(round_folder), pa.Table.from_pylist(rows, _BUDGET), fingerprint)
+
+
+def recorded_seconds(round_folder: Path, fingerprint: str) -> float:
+    """Return the seconds that budget.parquet says scoring took; 0 if it is missing, or of other scoring."""
+    path = budget_path(round_folder)
+    if not is_intact(path, fingerprint):
+        return 0.0
+    table = read_parquet(path)
+    # Versions before 0.12 did not write them.
+    return max(table["seconds"].drop_null().to_pylist(), default=0.0) if "seconds" in table.column_names else 0.0
 
 
 def calibration_cost(round_folder: Path) -> int:

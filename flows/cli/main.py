@@ -25,7 +25,9 @@ from flows.cli.run_commands import add_run
 from flows.cli.sample_commands import add_samples
 from flows.cli.sql_command import add_sql
 from flows.cli.tokenizer_commands import add_tokenizer
+from flows.cli.track_command import add_track
 from flows.cli.upkeep_commands import add_upkeep
+from flows.cli.watch_command import add_watch
 from flows.run.errors import RanksFailedError
 from flows.run.folder import read_run
 from flows.run.versions import version_line
@@ -121,6 +123,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_samples(commands)
     add_generate(commands)
     add_sql(commands)
+    add_watch(commands)
+    add_track(commands)
     add_completion(commands, parser)
     return parser
 

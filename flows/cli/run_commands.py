@@ -15,6 +15,7 @@ from flows.evaluation.task_index import check_names
 from flows.run.config import RunConfig, override
 from flows.run.folder import VERIFIED, Run, open_run, read_run
 from flows.run.locks import is_locked, locked
+from flows.run.trackers import check_trackers
 from flows.stages.changes import check_changes
 from flows.stages.stage_order import STAGES, Step, is_complete, steps_at, steps_of_command
 from trainer.checkpoint_folder import list_checkpoints
@@ -93,6 +94,7 @@ def _run(options: argparse.Namespace) -> None:
         return
 
     check_names(config.eval.asked)
+    check_trackers(config.track)
     if not (config.folder / "corpus" / "manifest.json").exists():
         check_text(config)
     else:
@@ -100,9 +102,13 @@ def _run(options: argparse.Namespace) -> None:
     _forget_verified(options, config)
 
     from flows.orchestration.here import run_here
+    from flows.tracking.followers import undelivered
 
     report = run_here(_import_flow, config)
-    _print_notes(read_run(config.folder))
+    run = read_run(config.folder)
+    _print_notes(run)
+    for line in undelivered(run):
+        print(f"note: {line}; `reprise track {quote(str(config.folder))}` sends the rest")
     print(f"report: {report}")
 
 
@@ -138,6 +144,7 @@ def _print_notes(run: Run) -> None:
 def _stage(options: argparse.Namespace) -> None:
     from flows.display.terminal_progress import TerminalProgress
     from flows.stages.stage_order import complete
+    from flows.tracking.followers import followed
 
     if options.stage == "refine":
         if options.dry_run:
@@ -150,11 +157,13 @@ def _stage(options: argparse.Namespace) -> None:
             )
     config = _config(options)
     _forget_verified(options, config)
+    check_trackers(config.track)
     with locked(config.folder), TerminalProgress() as progress:
         run = open_run(config, check_changes)
         number, steps = _steps(run, options.stage, getattr(options, "round", None))
-        for step in steps:
-            complete(run, step.stage.name, step.round_number, progress)
+        with followed(run):
+            for step in steps:
+                complete(run, step.stage.name, step.round_number, progress)
     if number:
         print(f"{options.stage} of round {number} is complete")
     else:

@@ -7,7 +7,6 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from data_scoring.refine.budget import CALIBRATION
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 
@@ -139,10 +138,8 @@ def forgetting_parts(number: int, num_parts: int) -> str:
 
 def scoring_cost(ledger: duckdb.DuckDBPyConnection, number: int) -> int:
     """Return the cost of scoring a round, including calibration, in training-token equivalents."""
-    [(cost,)] = ledger.sql(
-        f"select sum(cost_tokens) from budgets where round = {number} and (chosen or candidate = '{CALIBRATION}')"
-    ).fetchall()
-    return int(cost or 0)
+    rows = ledger.sql(f"select coalesce(scoring_cost, 0) from rounds where round = {number}").fetchall()
+    return int(rows[0][0]) if rows else 0
 
 
 def _forgotten(

@@ -70,7 +70,9 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) -
         _table(
             ledger,
             """select round as "Round", num_steps as "Steps", num_samples as "Samples", num_tokens as "Tokens",
-            train_loss as "Training loss (last tenth)", validation_loss as "Validation loss" from rounds""",
+            train_loss as "Training loss (last tenth)", validation_loss as "Validation loss",
+            round(training_seconds, 1) as "Training (s)", round(scoring_seconds, 1) as "Scoring (s)",
+            scoring_cost as "Scoring (cost in training tokens)" from rounds""",
         ),
         figure(pictures, "loss", loss_curves, ledger, "Training loss, smoothed and raw, and validation loss."),
         "<h3>Validation loss by source, at the end of each round</h3>",

@@ -26,6 +26,7 @@ from data_scoring.refine.policies import SEEN_LOSS
 from data_scoring.refine.refine_config import RefineConfig
 from flows.run.launcher_kinds import LAUNCHER_KINDS, LauncherKind
 from flows.run.overrides import apply_override, with_lists
+from flows.run.trackers import TrackerConfig
 from trainer.config import AUTO, SET_A_NUMBER, CheckpointConfig, ModelConfig, TrainConfig
 from trainer.parallel_config import ParallelConfig, check_layout
 
@@ -214,6 +215,9 @@ class RunConfig(Config):
     rounds: RoundsConfig = RoundsConfig()
     # A change only repeats the evaluation, unless contamination is `remove`: then the items decide the mix.
     eval: Annotated[EvalConfig, Decides(unless=("contamination", "remove"))] = EvalConfig()
+    track: Annotated[tuple[TrackerConfig, ...], FREE] = Field(
+        default=(), description="Experiment trackers that receive what the run records."
+    )
     _base: Path | None = PrivateAttr(default=None)
 
     def model_post_init(self, context: Any) -> None:
@@ -246,6 +250,7 @@ class RunConfig(Config):
                 "corpus.sources[].max_documents instead"
             )
         self._check_budget()
+        self._check_track()
         names = [source.name for source in self.corpus.sources]
         for rule in self.refine.sources:
             if rule.name not in names:
@@ -271,6 +276,12 @@ class RunConfig(Config):
                 "set cuda, npu or cpu"
             )
         return self
+
+    def _check_track(self) -> None:
+        names = [tracker.name for tracker in self.track]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"track: {name} is listed more than once; leave the others out")
 
     def _check_budget(self) -> None:
         budget = self.score.budget

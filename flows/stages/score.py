@@ -8,6 +8,7 @@ from data_scoring.base.field_effects import deciding
 from data_scoring.base.files import checksum, fingerprint
 from data_scoring.base.parquet import is_intact
 from data_scoring.base.progress import Progress
+from data_scoring.base.spent_time import SpentTime
 from data_scoring.config import prefix_of
 from data_scoring.losses.calibration import calibration_path
 from data_scoring.losses.origin import Origin
@@ -19,6 +20,7 @@ from data_scoring.refine.budget import (
     calibration_cost,
     choose,
     measure_candidates,
+    recorded_seconds,
     scoring_cost,
     write_budget,
 )
@@ -75,15 +77,24 @@ class Score(Stage):
             stages.fingerprint("train", round_number),
             stages.fingerprint(self.name, round_number),
         )
+        time = SpentTime(
+            scoring.folder / "scoring-time.json", scoring.identity, recorded_seconds(scoring.folder, scoring.identity)
+        )
+
+        def timed(what: str, done: int, total: int | None) -> None:
+            time.note()
+            progress(what, done, total)
+
         budget, calibration_tokens = run.config.score.budget, None
         if budget == "auto":
-            candidates = scoring.calibrate(progress)
+            candidates = scoring.calibrate(timed)
             budget = choose(candidates, run.config.score.min_correlation).name
             calibration_tokens = calibration_cost(scoring.folder)
         else:
             candidates = [Candidate(budget, scoring_cost(run.corpus(), budget))]
-        write_budget(scoring.folder, candidates, budget, calibration_tokens, scoring.identity)
-        scoring.score(budget, progress)
+        scoring.score(budget, timed)
+        write_budget(scoring.folder, candidates, budget, calibration_tokens, time.seconds, scoring.identity)
+        time.forget()
 
 
 @dataclass(frozen=True)

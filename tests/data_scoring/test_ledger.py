@@ -1,4 +1,5 @@
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import duckdb
@@ -9,7 +10,9 @@ import pytest
 from data_scoring.base.parquet import write_parquet
 from data_scoring.ledger import DERIVED, VIEWS, open_ledger, refresh_ledger
 from data_scoring.losses.shard_scoring import losses_path
+from data_scoring.refine.budget import Candidate, write_budget
 from data_scoring.sandboxed_query import ask
+from trainer.records import STEPS
 
 
 def test_an_empty_run_has_every_view_with_every_column_documented(tmp_path: Path) -> None:
@@ -54,10 +57,8 @@ def _write_row(run: Path, name: str) -> None:
     view = VIEWS[name]
     path = run / view.files.replace("*", "1")
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = ", ".join(
-        f"{f'[1]::{kind}' if kind.endswith('[]') else f'1::{kind}'} as {column}"
-        for column, (kind, _) in view.columns.items()
-    )
+    ones = {"integer[]": "[1]", "timestamp": "'2001-01-01'"}
+    columns = ", ".join(f"{ones.get(kind, '1')}::{kind} as {column}" for column, (kind, _) in view.columns.items())
     duckdb.sql(f"select {columns}").write_parquet(str(path))
 
 
@@ -112,3 +113,31 @@ def test_mistakes_in_a_query_are_value_errors(tmp_path: Path) -> None:
     refresh_ledger(tmp_path)
     with pytest.raises(ValueError, match="lists the views"):
         ask(tmp_path, "select nothing from nowhere")
+
+
+STEP = {"loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "num_samples": 2, "num_tokens": 300, "tokens_per_second": 3.0}
+
+
+def test_rounds_say_what_they_cost(tmp_path: Path) -> None:
+    one, two = (tmp_path / "rounds" / number for number in "12")
+    times = [datetime(2026, 1, 2, 3, 4, second) for second in (1, 2)]
+    steps = [{"step": n + 1, **STEP, "seconds": 10.0 * n + 5, "ended_at": times[n]} for n in range(2)]
+    write_parquet(one / "steps.parquet", pa.Table.from_pylist(steps, STEPS), "f")
+    candidates = [Candidate("prefix:8", 50), Candidate("full", 200)]
+    write_budget(one, candidates, "prefix:8", 7, 12.5, "f")
+    # Written by a version that did not measure time.
+    older = pa.schema([field for field in STEPS if field.name in ("step", *STEP)])
+    write_parquet(two / "steps.parquet", pa.Table.from_pylist([{"step": 1, **STEP}], older), "f")
+    cost = "training_seconds, scoring_seconds, training_cost, scoring_cost"
+    assert ask(tmp_path, f"select round, {cost} from rounds").fetchall() == [
+        (1, 15.0, 12.5, 600, 57),
+        (2, None, None, 300, None),
+    ]
+    assert ask(tmp_path, "select round, step, seconds, ended_at from steps order by all").fetchall() == [
+        (1, 1, 5.0, times[0]),
+        (1, 2, 15.0, times[1]),
+        (2, 1, None, None),
+    ]
+    assert ask(tmp_path, "select candidate, seconds from budgets order by 1").fetchall() == [
+        ("calibration", None), ("full", None), ("prefix:8", 12.5),
+    ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Checkpoints: intact or refused, saved on a stop request, and identical whether saved synchronously or not."""
 
+import json
 import pickle
 import shutil
 import threading
@@ -186,11 +187,16 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return [read_checkpoint_record(path)["step"] for path in list_checkpoints(folder / "checkpoint")]
 
 
+def last_second(folder: Path) -> float:
+    return float(read_rows(folder / "steps.parquet", "step", "seconds")[-1][1])
+
+
 def test_a_run_that_is_stopped_twice_and_loses_a_checkpoint_equals_an_unbroken_one(ranks: Ranks) -> None:
     unbroken = train(ranks, "unbroken")
     background = CheckpointConfig(every_minutes=1000, every_steps=2, keep_last=100, asynchronous="always")
     first = ranks.folder / "stopped" / "checkpoint" / "step-00000002"
     folder = stop_training(ranks, "stopped", background, first.exists)
+    spent = [last_second(folder)]
     *regular, last = checkpoint_steps(folder)
     assert regular == list(range(2, last, 2))
     # The newest is damaged: training goes on from the one before, which was written while training went on.
@@ -203,6 +209,12 @@ def test_a_run_that_is_stopped_twice_and_loses_a_checkpoint_equals_an_unbroken_o
     *before, last = checkpoint_steps(folder)
     assert before == regular
     assert last < len(read_rows(unbroken / "steps.parquet", "step"))
+    spent.append(last_second(folder) - spent[0])
+    assert spent[1] > 0
+    # A killed attempt would have lost these seconds with its steps.
+    note = folder / "training-time.json"
+    note.write_text(json.dumps({"identity": "f", "seconds": last_second(folder) + 100}))
+    spent.append(100.0)
     train(ranks, "stopped")
     for file, columns in (
         ("steps.parquet", ("step", "loss", "lr", "grad_norm", "num_samples", "num_tokens")),
@@ -211,6 +223,11 @@ def test_a_run_that_is_stopped_twice_and_loses_a_checkpoint_equals_an_unbroken_o
         ("validation-samples.parquet", ("sample", "source", "num_tokens", "loss")),
     ):
         assert read_rows(folder / file, *columns) == read_rows(unbroken / file, *columns)
+    seconds = [row[1] for row in read_rows(folder / "steps.parquet", "step", "seconds")]
+    assert seconds == sorted(set(seconds))
+    # All attempts count, and so does what a killed one noted.
+    assert seconds[-1] >= sum(spent)
+    assert not [*folder.glob("*.json*")]
     [found], [expected] = (list((place / "checkpoint").iterdir()) for place in (folder, unbroken))
     weights = read_checkpoint(expected)
     assert weights.keys() == (found_weights := read_checkpoint(found)).keys()

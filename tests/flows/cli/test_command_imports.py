@@ -51,6 +51,7 @@ def run(folder: Path, *arguments: str) -> tuple["subprocess.CompletedProcess[str
         (["--version"], "megatron-core"),
         (["status", "runs/begun", "--json"], '"stage": "prepare"'),
         (["runs"], "begun"),
+        (["watch", "runs/begun"], "prepare: stopped"),
         (["sql", "runs/begun", "select 41 + 1 as answer"], "42"),
         (["model"], "pangu"),
         (["join", "--help"], "RUN"),

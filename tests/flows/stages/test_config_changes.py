@@ -21,6 +21,7 @@ BASE: dict[str, Any] = {
     "train.lr": {"rule": "scaled", "base_lr": 0.01},
     "refine.sources": [{"name": "b"}],
     "eval": {"tasks": ["piqa"], "data": "items"},
+    "track": ["tensorboard"],
 }
 # A valid value of each field other than that of BASE, and what both configurations have besides.
 CHANGES: dict[str, Any] = {
@@ -65,6 +66,7 @@ CHANGES: dict[str, Any] = {
     "rounds.keep_optimizer": True, "rounds.first_order": "sources",
     "eval.tasks": ["piqa", "boolq"], "eval.data": None, "eval.limit": 2, "eval.every_steps": 5,
     "eval.training_tasks": ["boolq"], "eval.contamination": "report", "eval.contamination_ngram": 8,
+    "track[].name": "wandb", "track[].project": "other", "track[].uri": "elsewhere",
 }  # fmt: skip
 BESIDES: dict[str, dict[str, Any]] = {
     "model.start_from": {"model.inherit": None},

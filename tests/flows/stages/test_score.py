@@ -127,11 +127,27 @@ def test_auto_goes_on_after_its_calibration(prepared: Path, folder: Path, monkey
     with pytest.raises(InterruptedScoringError):
         complete(run, "score", 1, silent)
     assert launches.jobs[1].saved_work() == (0, 3)
+    # What a killed attempt notes.
+    note = run.round_folder(1) / "scoring-time.json"
+    note.write_text(json.dumps({"identity": fingerprint_of(run, "score", 1), "seconds": 100.0}))
     again = Launches()
     monkeypatch.setattr(launcher, "launch", again)
     assert complete(run, "score", 1, silent)
     assert [type(job) for job in again.jobs] == [ScoreJob]
     assert counted(run)[2] == 32
+    [first] = scoring_seconds(run)
+    assert 100 < first < 160
+    assert not note.exists()
+    # Killed between the budget and the stage's record.
+    run.forget("score", 1)
+    assert complete(run, "score", 1, silent)
+    [second] = scoring_seconds(run)
+    assert first < second < 160
+
+
+def scoring_seconds(run: Run) -> list[float]:
+    """Return the seconds of the rows of `budgets` that have some."""
+    return [row["seconds"] for row in budgets(run, 1) if row["seconds"] is not None]
 
 
 def test_seen_launches_nothing(prepared: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +157,9 @@ def test_seen_launches_nothing(prepared: Path, folder: Path, monkeypatch: pytest
     total = len(everything(run.corpus()))
     assert counted(run)[0] == total
     assert ask(run.folder, "select count(*) from seen join losses using (shard, sample, loss)").fetchall() == [(total,)]
-    assert budgets(run, 1) == [
+    [row] = budgets(run, 1)
+    assert 0 < row.pop("seconds") < 60
+    assert [row] == [
         {"candidate": "seen", "correlation": None, "overlap": None, "chance_overlap": None, "cost_tokens": 0,
          "chosen": True}
     ]  # fmt: skip
