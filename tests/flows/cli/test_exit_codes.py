@@ -16,8 +16,8 @@ _VALUES = {
     "batch_tokens": ["--batch-tokens", "4096"],
     "policies": ["--policies", "loss"],
 }
-# It reads nothing.
-_WITHOUT_INPUT = {"completion"}
+# They read nothing.
+_WITHOUT_INPUT = {"completion", "init"}
 
 
 def leaves(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
