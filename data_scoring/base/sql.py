@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_scoring.base.files import disk_error
+from data_scoring.base.files import disk_error, fingerprint
 from data_scoring.base.messages import shown
 
 if TYPE_CHECKING:
@@ -104,17 +104,30 @@ def rows_beside(path: Path, pattern: str, *, options: str) -> str:
 
 
 def condition_of_files(path: Path) -> str:
-    """Return the SQL condition that the files of `rows_beside` are those of the database; else, the query fails."""
-    several = f"several databases called {path.name} are open; open another one, or none, and attach these to it"
+    """Return the SQL condition that the files of `rows_beside` are those of the database; else, the query fails.
+
+    A view does not know which open database it is in. So it looks for the others that have views like it, whatever
+    they are called: each contains this condition, by whose literals they are found.
+    """
+    several = f"several databases called {path.name}, or copies of one, are open; open another, and attach these to it"
+    copied = f"a copy of this database, which was written as {path}, is attached, too; detach it, or open it by itself"
     elsewhere = (
         f"this database was written as {path}, and reads the files there while it is attached; attach it from there, "
         "open it by itself, or run `reprise report`, or `reprise sweep`, again"
     )
+    # Without quotes, which the text of a view doubles.
+    like_it, same = f"views beside {fingerprint(path.name)}", f"views of {fingerprint(str(path))}"
     return f"""(select case
             when {_is_opened_by_itself(path)} then case when count(*) = 1 then true else error({literal(several)}) end
-            when bool_or(path = {literal(path)}) then true
-            else error({literal(elsewhere)})
-        end from duckdb_databases() where {_is_called("path", path, "")})"""
+            when not coalesce(bool_or(path = {literal(path)}), false) then error({literal(elsewhere)})
+            when bool_or(is_same and path <> {literal(path)}) then error({literal(copied)})
+            else true
+        end from (
+            select path, coalesce(bool_or(contains(sql, {literal(same)})), false) as is_same
+            from duckdb_databases() left join duckdb_views() using (database_name)
+            where {_is_called("path", path, "")} or contains(sql, {literal(like_it)})
+            group by database_name, path
+        ))"""
 
 
 def _is_opened_by_itself(path: Path) -> str:

@@ -62,8 +62,7 @@ def _clean(options: argparse.Namespace) -> None:
     if not (options.yes or _is_confirmed(total)):
         print(f"nothing was deleted; --yes deletes all of this, {total:,} bytes; --only chooses categories")
         return
-    delete(options.run, [offer.category.name for offer in offers])
-    print(f"freed {total:,} bytes")
+    print(f"freed {delete(options.run, offers):,} bytes")
 
 
 def _is_confirmed(total: int) -> bool:

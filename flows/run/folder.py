@@ -23,6 +23,7 @@ from data_scoring.refine.refine_config import RefineConfig
 from flows.run.config import RunConfig, differences, parse_config
 from flows.run.fork_record import config_at
 from flows.run.versions import package_versions
+from trainer.checkpoint_folder import list_checkpoints
 
 # Format of run.yaml: from 2 on, it ends with its checksum.
 _FORMAT = 2
@@ -93,6 +94,11 @@ class Run:
     def corpus(self) -> Corpus:
         """Return the prepared corpus, opened. Raises ValueError if it is not complete."""
         return Corpus(self.corpus_folder)
+
+    def has_trained(self, round_number: int) -> bool:
+        """Return whether a round's training has begun: there is a checkpoint, or the record of one that was deleted."""
+        checkpoints = list_checkpoints(self.round_folder(round_number) / "checkpoint")
+        return bool(checkpoints) or self.record_path("train", round_number).exists()
 
     def config_at(self, place: int) -> RunConfig:
         """Return the configuration of the stages at `place`: 0 before the first round, then the round's number.

@@ -7,12 +7,14 @@ from typing_extensions import TypedDict
 
 from data_scoring.base.field_effects import is_free
 from data_scoring.base.field_types import Count, PathText
-from data_scoring.base.validation import read_record
-from flows.run.config import RunConfig, parse_config
+from data_scoring.base.user_paths import BASE
+from data_scoring.base.validation import read_record, validated
+from flows.run.config import RunConfig
 
 FORK = "fork.json"
 # The sections that may differ between the rounds of a run.
 SECTIONS = ("train", "score", "refine", "rounds")
+_REMEDY = "restore it from a copy, or delete the run folder and fork again"
 
 
 class Earlier(TypedDict):
@@ -32,8 +34,7 @@ class ForkRecord(TypedDict):
 
 def read_fork(folder: Path) -> ForkRecord | None:
     """Return the record of the forked run in `folder`, or None if the run is not a fork."""
-    remedy = "restore it from a copy, or delete the run folder and fork again"
-    return read_record(folder / FORK, ForkRecord, remedy)
+    return read_record(folder / FORK, ForkRecord, _REMEDY)
 
 
 def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -54,10 +55,13 @@ def config_at(config: RunConfig, folder: Path, place: int) -> RunConfig:
     earlier = [] if record is None else [entry for entry in record["earlier"] if place < entry["before"]]
     if not earlier:
         return config
-    values = config.model_dump()
-    for section, fields in earlier[0]["sections"].items():
-        values[section] |= fields
-    return parse_config(values, str(folder / FORK), config.base)
+    # Fields that say how a run computes, such as the layout, need not go with earlier settings: these rounds are done.
+    sections = {}
+    for name, fields in earlier[0]["sections"].items():
+        values = {**getattr(config, name).model_dump(), **fields}
+        kind, origin = type(getattr(config, name)), f"{folder / FORK}: {name}"
+        sections[name] = validated(kind, values, origin, _REMEDY, {BASE: config.base})
+    return config.model_copy(update=sections)
 
 
 def describe_fork(folder: Path) -> str | None:

@@ -8,7 +8,6 @@ from data_scoring.base.progress import Progress
 from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.stage import Stage, Stages
-from trainer.checkpoint_folder import list_checkpoints
 
 
 class Inherit(Stage):
@@ -36,8 +35,7 @@ class Inherit(Stage):
         """Write the checkpoint; write it again if the larger model has changed and training has not begun."""
         from flows.inheritance.initial_checkpoint import is_current
 
-        has_begun = bool(list_checkpoints(stages.run.round_folder(1) / "checkpoint"))
-        if not has_begun and self.is_complete(stages, round_number) and not is_current(stages.run):
+        if not stages.run.has_trained(1) and self.is_complete(stages, round_number) and not is_current(stages.run):
             stages.run.forget(self.name, round_number)
         return super().do(stages, round_number, progress)
 

@@ -17,7 +17,6 @@ from flows.run.config import RunConfig
 from flows.run.folder import Run, forget_start
 from flows.stages.refine import check_reference
 from flows.stages.stage import Stage, Stages
-from trainer.checkpoint_folder import list_checkpoints
 
 
 class Prepare(Stage):
@@ -114,7 +113,7 @@ class Prepare(Stage):
 
 
 def _has_trained(run: Run) -> bool:
-    return any(list_checkpoints(folder) for folder in run.folder.glob("rounds/*/checkpoint"))
+    return any(run.has_trained(int(folder.name)) for folder in run.folder.glob("rounds/[0-9]*"))
 
 
 def check_machine(config: RunConfig) -> None:

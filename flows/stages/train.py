@@ -16,7 +16,7 @@ from flows.run.config import RunConfig
 from flows.run.folder import Run
 from flows.stages.prepare import vocabulary_size
 from flows.stages.stage import Stage, Stages
-from trainer.checkpoint_folder import check_checkpoints, list_checkpoints, seconds_to_stop
+from trainer.checkpoint_folder import check_checkpoints, seconds_to_stop
 from trainer.jobs import TrainJob
 from trainer.records import validation_samples_path
 
@@ -63,18 +63,23 @@ class Train(Stage):
 
     def has_begun(self, run: Run, round_number: int) -> bool:
         """Return whether there is a checkpoint, or the record of one that was deleted."""
-        folder = run.round_folder(round_number) / "checkpoint"
-        return bool(list_checkpoints(folder)) or run.record_path(self.name, round_number).exists()
+        return run.has_trained(round_number)
 
     def how_to_repeat(self, run: Run, round_number: int, record: Path) -> str:
         """Return that the round's folder has to be deleted: its logs were written during training."""
         return f"delete {run.round_folder(round_number)} to train the round again"
 
     def check(self, stages: Stages, round_number: int) -> None:
-        """Raise ValueError if the round has a checkpoint of other training."""
-        check_checkpoints(
-            stages.run.round_folder(round_number) / "checkpoint", stages.fingerprint(self.name, round_number)
-        )
+        """Raise ValueError if the round has a checkpoint of other training, or had one before it was cleaned."""
+        run, identity = stages.run, stages.fingerprint(self.name, round_number)
+        folder, record = run.round_folder(round_number) / "checkpoint", run.record_path(self.name, round_number)
+        check_checkpoints(folder, identity)
+        # Cleaning leaves the folder; a person who wants to train the round again has moved it away.
+        if folder.exists() and run.recorded(self.name, round_number) not in (None, identity):
+            raise ValueError(
+                f"{record}: the round was trained with another configuration, corpus, mix or initial checkpoint; "
+                f"restore these, or delete {record}, and the same command trains the round again"
+            )
 
     def work(self, stages: Stages, round_number: int, progress: Progress) -> None:
         """Train on the run's ranks."""

@@ -50,9 +50,13 @@ def find_offers(folder: Path, names: Sequence[str]) -> list[Offer]:
     unknown = [name for name in names if name not in CATEGORIES]
     if unknown:
         raise ValueError(f"--only: {unknown[0]!r} is not a category; choose from {', '.join(CATEGORIES)}")
-    if not _trials(folder):
-        # Raises ValueError if this is no run.
+    if (folder / "run.yaml").exists():
+        # Raises ValueError if it is damaged.
         read_run(folder)
+    elif not _holds_trials(folder):
+        raise ValueError(
+            f"{folder}: not a run folder, nor one of trials (NAME{', NAME'.join(_EXPERIMENTS)}); give one of these"
+        )
     for place in _places(folder, names):
         _check_idle(place)
     found = {name: _paths(folder, name) for name in names}
@@ -64,21 +68,36 @@ def find_offers(folder: Path, names: Sequence[str]) -> list[Offer]:
     ]
 
 
-def delete(folder: Path, names: Sequence[str]) -> None:
-    """Delete what the categories `names` offer. Raises ValueError if a process works in a folder."""
+def delete(folder: Path, offers: Sequence[Offer]) -> int:
+    """Return the freed bytes, after deleting what was offered, except what is needed or gone by now.
+
+    Raises ValueError if a process works in a folder.
+    """
+    total = 0
+    names = [offer.category.name for offer in offers]
     with ExitStack() as stack:
         for place in _places(folder, names):
             _check_idle(place)
             stack.enter_context(locked(place))
-        for name in names:
-            for path in _paths(folder, name):
-                _delete(path)
+        for offer in offers:
+            still_offered = {*_paths(folder, offer.category.name)}
+            for path, freed in zip(offer.paths, offer.freed, strict=True):
+                if path in still_offered:
+                    _delete(path)
+                    total += freed
+    return total
 
 
 def _paths(folder: Path, name: str) -> list[Path]:
     """Return what a category can delete, in order, without what lies in a folder that is deleted as a whole."""
-    found = {*CATEGORIES[name].find(folder)}
+    found = {path for path in CATEGORIES[name].find(folder) if _is_inside(path)}
     return sorted(path for path in found if not found & {*path.parents})
+
+
+def _is_inside(path: Path) -> bool:
+    """Return whether a path of a run is in the run's folder: what is behind a link may be another run's."""
+    run_folder = next(parent for parent in path.parents if (parent / "run.yaml").exists())
+    return path.parent.resolve().is_relative_to(run_folder.resolve())
 
 
 def _places(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -147,11 +166,17 @@ def _is_finished(trial: Path, experiment: Path) -> bool:
     return not is_start and is_measured and is_done(trial)
 
 
+def _holds_trials(folder: Path) -> bool:
+    """Return whether a folder of runs is one of trials; in others, such as runs/, are runs of their own."""
+    return folder.absolute().name.endswith(_EXPERIMENTS) and bool(_trials(folder))
+
+
 def _experiments(folder: Path) -> list[Path]:
     """Return the folders of trials beside a run, or the folder itself if it holds trials."""
     if not (folder / "run.yaml").exists():
-        return [folder]
-    beside = (folder.with_name(f"{folder.name}{suffix}") for suffix in _EXPERIMENTS)
+        return [folder] if _holds_trials(folder) else []
+    place = folder.absolute()
+    beside = (place.with_name(f"{place.name}{suffix}") for suffix in _EXPERIMENTS)
     return [place for place in beside if place.is_dir()]
 
 
@@ -167,13 +192,13 @@ CATEGORIES = {
         Category(
             "checkpoints",
             "checkpoints of earlier rounds",
-            "these rounds cannot be evaluated anew, exported, forked after, or inherited from",
+            "these rounds cannot be evaluated or scored anew, exported, forked after, started from, or inherited from",
             _checkpoints,
         ),
         Category(
             "trials",
             "checkpoints of finished trials of comparisons, ladders, searches and grids",
-            "these trials cannot be evaluated anew or exported",
+            "these trials cannot be evaluated anew, exported, forked, started from, or inherited from",
             _checkpoints_of_trials,
         ),
     )

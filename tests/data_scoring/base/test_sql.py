@@ -159,14 +159,55 @@ def test_an_attached_database_reads_its_own_files_or_none(tmp_path: Path) -> Non
     first, second = _database(tmp_path / "first", 1), _database(tmp_path / "second", 2)
     shutil.copytree(first.parent, tmp_path / "copy")
     with duckdb.connect(str(tmp_path / "mine.duckdb")) as connection:
-        for name, path in {"a": first, "b": second, "c": tmp_path / "copy" / first.name}.items():
+        for name, path in {"a": first, "b": second}.items():
             connection.execute(f"attach {literal(path)} as {name} (read_only)")
         assert connection.sql("from a.v union all from b.v order by 1").fetchall() == [(1,), (2,)]
         connection.execute("detach a")
+        connection.execute(f"attach {literal(tmp_path / 'copy' / first.name)} as c (read_only)")
         with pytest.raises(duckdb.InvalidInputException, match=f"written as {first}, and reads the files there while"):
             connection.sql("from c.v").fetchall()
     with duckdb.connect(str(first), read_only=True) as connection:
         assert connection.sql("from v").fetchall() == [(1,)]
         connection.execute(f"attach {literal(second)} as b (read_only)")
-        with pytest.raises(duckdb.InvalidInputException, match=r"several databases called views\.duckdb are open"):
+        with pytest.raises(duckdb.InvalidInputException, match=r"several databases called views\.duckdb, or copies"):
             connection.sql("from b.v").fetchall()
+
+
+@pytest.mark.parametrize(("opened", "attached", "setting"), [
+    ("mine", ("original", "copy"), ""),
+    ("mine", ("copy", "original"), ""),
+    ("copy", ("original",), "set temp_directory = '/tmp/elsewhere'"),
+    ("second", ("renamed",), ""),
+    ("mine", ("second", "renamed"), ""),
+    ("unrelated", ("renamed",), ""),
+])  # fmt: skip
+def test_a_copy_never_reads_the_files_of_another(
+    opened: str, attached: tuple[str, ...], setting: str, tmp_path: Path
+) -> None:
+    """Each view gives the number in its own folder, or an error: no copy, renamed or not, is taken for its original."""
+    places = {name: _database(tmp_path / name, number) for number, name in enumerate(("original", "second"))}
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    write(tmp_path / "copy" / "part=1.parquet", 2)
+    (tmp_path / "renamed").mkdir()
+    places |= {"copy": tmp_path / "copy" / "views.duckdb", "mine": tmp_path / "mine.duckdb"}
+    places["unrelated"] = tmp_path / "views.duckdb"
+    places["renamed"] = shutil.copy(places["original"], tmp_path / "renamed" / "first.duckdb")
+    for name in ("mine", "unrelated"):
+        duckdb.connect(str(places[name])).close()
+    write(tmp_path / "renamed" / "part=1.parquet", 3)
+    write(tmp_path / "part=1.parquet", 4)
+    right = {"original": 0, "second": 1, "copy": 2, "renamed": 3}
+    with duckdb.connect(str(places[opened]), read_only=True) as connection:
+        connection.execute(setting or "select 1")
+        for name in attached:
+            connection.execute(f"attach {literal(places[name])} as {name} (read_only)")
+        for name in attached:
+            try:
+                rows = connection.sql(f"from {name}.v").fetchall()
+            except duckdb.InvalidInputException as error:
+                assert re.search("a copy of this database|several databases called|was written as", str(error))
+            else:
+                assert rows == [(right[name],)]
+        if opened in right:
+            with pytest.raises(duckdb.InvalidInputException):
+                connection.sql("from views.v").fetchall()

@@ -144,6 +144,11 @@ def test_what_was_cut_from_another_model_is_cut_anew_until_training_begins(confi
     assert complete(run, "inherit", 1, silent)
     assert not torch.equal(read_checkpoint(inheritance.inherited_checkpoint(run))[HEAD], before[HEAD])
     assert not complete(run, "inherit", 1, silent)
+    # Training has begun, although its checkpoint was deleted since: the lineage is that of what was trained.
+    run.record("train", 1, "trained", 0.0, [])
+    shutil.rmtree(checkpoint)
+    write_random_weights(teacher.config.model, teacher.corpus().vocab_size, checkpoint, seed=5)
+    assert not complete(run, "inherit", 1, silent)
 
 
 def test_a_model_that_inherited_itself_teaches_as_any_other(config: RunConfig, teacher: Run, fakes: FakeRanks) -> None:

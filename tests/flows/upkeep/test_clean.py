@@ -16,6 +16,7 @@ from flows.experiments.generation_speed import generation_speed
 from flows.run.config import override
 from flows.run.folder import Run, open_run, read_run
 from flows.run.locks import locked
+from flows.stages.stage_order import complete
 from flows.stages.status import read_status
 from flows.upkeep import clean
 from flows.upkeep.clean import find_offers
@@ -85,7 +86,7 @@ def test_what_is_offered_is_what_the_disk_gets_back(littered: Run, capsys: pytes
     out = capsys.readouterr().out
     total = sum(found.values())
     assert f"nothing was deleted; --yes deletes all of this, {total:,} bytes; --only chooses categories" in out
-    assert "lost with them: these rounds cannot be evaluated anew, exported, forked after, or inherited from" in out
+    assert "lost with them: these rounds cannot be evaluated or scored anew, exported, forked after" in out
     assert main(["clean", str(folder), "--only", "checkpoints", "--yes"]) == 0
     freed = found[os.path.relpath(step_1, folder)] + found[os.path.relpath(step_2, folder)]
     assert f"freed {freed:,} bytes" in capsys.readouterr().out
@@ -170,12 +171,74 @@ def test_a_measured_generation_speed_needs_no_checkpoint(scored: Run, fakes: Fak
     assert generation_speed(scored, 1, silent) == speed
 
 
+def test_runs_of_their_own_are_not_trials(littered: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of runs is not one of trials: nothing of its runs is offered."""
+    before = used_bytes(littered.folder)
+    message = error_of(capsys, "clean", str(littered.folder.parent), "--yes")
+    assert "not a run folder, nor one of trials (NAME-compare, NAME-ladder, NAME-sweep, NAME-grid)" in message
+    assert used_bytes(littered.folder) == before
+
+
+@pytest.mark.parametrize("part", ["rounds", "rounds/1", "rounds/1/checkpoint", "corpus"])
+def test_what_is_behind_a_link_is_left_alone(littered: Run, tmp_path: Path, part: str) -> None:
+    """It may be another run's, which needs it."""
+    other = tmp_path / "other"
+    shutil.move(littered.folder / part, other)
+    (littered.folder / part).symlink_to(other)
+    before = used_bytes(other)
+    assert not any(name.startswith(f"{part}/") for name in offered(littered.folder))
+    assert main(["clean", str(littered.folder), "--yes"]) == 0
+    assert used_bytes(other) == before
+
+
+def test_only_what_was_shown_is_deleted(littered: Run) -> None:
+    """A run that has gone on since has more to delete, which nobody has agreed to."""
+    record = littered.record_path("train", 3)
+    content = record.read_bytes()
+    record.unlink()
+    offers = find_offers(littered.folder, [*clean.CATEGORIES])
+    record.write_bytes(content)
+    # The first round's checkpoint is gone by now.
+    [gone] = littered.folder.glob("rounds/1/checkpoint/step-*")
+    shutil.rmtree(gone)
+    before = used_bytes(littered.folder)
+    freed = clean.delete(littered.folder, offers)
+    assert before - used_bytes(littered.folder) == freed > 0
+    assert [*littered.folder.glob("rounds/2/checkpoint/step-*")]
+
+
+@pytest.mark.parametrize("folder", [".", "link"])
+def test_a_run_is_found_by_any_path(
+    littered: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    found = offered(littered.folder)
+    (tmp_path / "link").symlink_to(littered.folder)
+    monkeypatch.chdir(littered.folder if folder == "." else tmp_path)
+    assert offered(Path(folder)) == found
+
+
+def test_a_cleaned_round_is_not_trained_over(scored: Run) -> None:
+    """Its records say what it was trained with, as its checkpoint did."""
+    assert main(["clean", str(scored.folder), "--yes"]) == 0
+    # As if evaluation items that are removed from the corpus had changed.
+    scored.record("train", 1, "another", 0.0, [scored.round_folder(1) / "steps.parquet"])
+    before = used_bytes(scored.folder / "rounds")
+    with pytest.raises(ValueError, match=r"train.json: the round was trained with another .*, or delete .*train.json"):
+        complete(scored, "train", 1, silent)
+    assert used_bytes(scored.folder / "rounds") == before
+    (scored.corpus_folder / "manifest.json").unlink()
+    for folder in scored.folder.glob("rounds/*/checkpoint"):
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="missing, but rounds were trained on this corpus"):
+        complete(scored, "prepare", 0, silent)
+
+
 def test_refusals_are_one_line(scored: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(scored.folder)
     assert "--only: 'caches' is not a category; choose from leftovers, checkpoints, trials" in error_of(
         capsys, "clean", folder, "--only", "trials,caches"
     )
-    assert "not a run folder" in error_of(capsys, "clean", str(scored.folder / "corpus"))
+    assert "not a run folder, nor" in error_of(capsys, "clean", str(scored.folder / "corpus"))
     with locked(scored.folder):
         assert "in use by a running process" in error_of(capsys, "clean", folder, "--yes")
     with (scored.folder / ".ranks.lock").open("w") as lock:

@@ -1,5 +1,7 @@
 """Forks on real ranks and on fake ones: what they share, what they train, what they refuse, and what a kill leaves."""
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from data_scoring.base.files import checksum
 from data_scoring.base.progress import silent
 from flows.cli.main import main
 from flows.report.run_report import write_report
-from flows.run.folder import Run
+from flows.run.folder import Run, read_run
 from flows.run.fork_record import read_fork, settings_of
 from flows.run.locks import locked
 from flows.stages.refine import selection_of
@@ -163,6 +165,32 @@ def test_round_1_may_have_another_model(scored: Run, fakes: FakeRanks) -> None:
     assert read_fork(made.folder) is not None
     complete_run(made.config)
     assert set(states(made.folder).values()) == {"done"}
+
+
+@pytest.mark.parametrize("sets", [
+    ["train.global_batch_size=64", "train.micro_batch_size=64"],
+    ["train.global_batch_size=64", "parallel.data=4"],
+    ["rounds.num_rounds=100"],
+])  # fmt: skip
+def test_how_a_fork_computes_need_not_go_with_earlier_rounds(scored: Run, fakes: FakeRanks, sets: list[str]) -> None:
+    """Earlier rounds had a smaller batch, or a learning rate that grows too high in so many rounds."""
+    first = fork(scored, 2, ["rounds.lr_factor=1.5"], "first", silent).run
+    complete_run(first.config)
+    made = fork(first, 3, [*sets, "rounds.lr_factor=1"], "second", silent).run
+    assert [made.config_at(place).rounds.lr_factor for place in (1, 2, 3)] == [1.0, 1.5, 1.0]
+    assert [name for name, state in states(made.folder).items() if state == "done"][-1] == "score 2"
+    assert fingerprint_of(made, "train", 2) == fingerprint_of(first, "train", 2)
+    stages_of(made).verify()
+
+
+@pytest.mark.parametrize("name", ["mega (copy)", "\u5b9e\u9a8c \u4e00", "it's"])
+def test_a_renamed_run_is_forked(scored: Run, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    folder = scored.folder.rename(scored.folder.with_name(name))
+    assert "give another --name" in error_of(capsys, "fork", str(folder), "--round", "2")
+    assert main(["fork", str(folder), "--round", "2", "--name", "made"]) == 0
+    [command] = re.findall("go on by: reprise (.*)", capsys.readouterr().out)
+    assert Path(shlex.split(command)[1]).resolve() == folder.with_name("made")
+    assert read_run(folder.with_name("made")).config.name == "made"
 
 
 def test_a_run_in_use_is_not_forked(scored: Run, capsys: pytest.CaptureFixture[str]) -> None:
