@@ -24,7 +24,7 @@ _MOST_POINTS = 1000
 
 
 class _Record(TypedDict):
-    """What was sent to a tracker: `target` is the tracker's settings, `config` and `report` identify what they held."""
+    """What was sent to a tracker: `target` is where, `config` and `report` identify what they held."""
 
     target: str
     memory: dict[str, Any]
@@ -115,7 +115,9 @@ class Sender:
         self._unsent = Unsent(self._run, self._record["rounds"])
 
     def _read(self) -> _Record:
-        target = fingerprint(self._settings.model_dump(mode="json"))
+        # A copy of a run folder, with its records, is another run where both are sent.
+        name = [] if self._settings.uri is None else [self._run.folder.name]
+        target = fingerprint(self._settings.model_dump(mode="json"), *name)
         found = read_record(self._path, _Record, "delete it to send the run once more")
         if found is not None and found["target"] == target:
             return found

@@ -160,6 +160,19 @@ def test_runs_of_the_same_name_have_folders_of_their_own(rounds: Rounds, send: S
     assert read_tensorboard(logs / f"{name}-2")["train/loss"] == [(1, 5.0)]
 
 
+def test_a_copy_of_a_run_is_another_run(rounds: Rounds, send: Send, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    steps, _ = rounds.open(1, "f")
+    steps.append(step_row(1, 5.0))
+    assert send(rounds.run, "tensorboard", uri=str(logs)) == 1
+    copy = read_run(Path(shutil.copytree(rounds.run.folder, tmp_path / "copy")))
+    steps.append(step_row(2, 4.0))
+    assert send(rounds.run, "tensorboard", uri=str(logs)) == 1
+    assert send(copy, "tensorboard", uri=str(logs)) == 1
+    assert read_tensorboard(logs / rounds.run.folder.name)["train/loss"] == [(1, 5.0), (2, 4.0)]
+    assert read_tensorboard(logs / "copy")["train/loss"] == [(1, 5.0)]
+
+
 def test_an_empty_variable_counts_as_unset(rounds: Rounds, tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = tracker_class(tracker)
     monkeypatch.setenv(kind.variable, "")
