@@ -69,9 +69,10 @@ class RowLog:
         # In the types of the file, so that a number is the same in both.
         self._live.append(pa.Table.from_pylist([row], self._schema).to_pylist()[0])
 
-    def last(self, column: str) -> Any:
-        """Return the value of `column` in the last row that was written, or None if there is none."""
-        return self._old[column][-1].as_py() if len(self._old) else None
+    @property
+    def written(self) -> pa.Table:
+        """Return the rows up to the last flush."""
+        return self._old
 
     def flush(self) -> str:
         """Return a digest of all rows, after writing them."""
@@ -80,6 +81,18 @@ class RowLog:
         write_parquet(self._path, self._old, self._fingerprint)
         self._live.clear()
         return _digest(self._old)
+
+
+def training_seconds(steps: pa.Table) -> float:
+    """Return the seconds of a round's training up to its last step.
+
+    steps: rows of steps.parquet. Of steps that a version before 0.12 wrote, only the time of the steps themselves is
+    known, from their speed.
+    """
+    known = [seconds for seconds in steps["seconds"].to_pylist() if seconds is not None]
+    return (
+        known[-1] if known else float(pc.sum(pc.divide(steps["num_tokens"], steps["tokens_per_second"])).as_py() or 0)
+    )
 
 
 def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -37,8 +37,10 @@ class Sampler:
         if sampling.temperature == 0:
             return int(logits_v.argmax())
         order_v = np.argsort(-logits_v, kind="stable")[: sampling.top_k]
-        scaled_k = logits_v[order_v] / sampling.temperature
-        weight_k = np.exp(scaled_k - scaled_k[0])
+        logits_k = logits_v[order_v]
+        # The difference first: logits over a tiny temperature are infinite, and so are their differences from it.
+        with np.errstate(over="ignore"):
+            weight_k = np.exp((logits_k - logits_k[0]) / sampling.temperature)
         total_k = weight_k.cumsum() / weight_k.sum()
         if sampling.top_p is not None:
             # The token with which the sum reaches top_p is included.

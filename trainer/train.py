@@ -49,6 +49,7 @@ from trainer.records import (
     RowLog,
     SeenLog,
     prepare_seen,
+    training_seconds,
     validation_samples_path,
     write_validation_samples,
 )
@@ -164,7 +165,7 @@ class _Logs:
             self.validation = RowLog(path, VALIDATION, job.fingerprint, before, known.get("validation"))
             self.progress = ProgressFile(job.progress)
             path = folder / "training-time.json"
-            self.time = SpentTime(path, job.fingerprint, self.steps.last("seconds") or 0.0)
+            self.time = SpentTime(path, job.fingerprint, training_seconds(self.steps.written))
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
             self.seen = SeenLog(folder / "seen", parallel_state.get_data_parallel_rank(), job.fingerprint)
 

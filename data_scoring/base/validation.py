@@ -84,7 +84,9 @@ def _explain(detail: Any, model: Any, remedy: str) -> str:
     if detail["type"] == "value_error":
         return (f"{field}." if field else "") + one_line(detail["ctx"]["error"], _MOST_CHARACTERS)
     value = "" if detail["type"] == "missing" else f" (it is {shown(detail['input'])})"
-    message = one_line(detail["msg"], _MOST_CHARACTERS)
+    # Users write lists, in YAML and JSON.
+    said = "input should be a list" if detail["type"] == "tuple_type" else detail["msg"]
+    message = one_line(said, _MOST_CHARACTERS)
     return f"{f'{field}: ' if field else ''}{message[0].lower()}{message[1:]}{value}; {remedy}"
 
 

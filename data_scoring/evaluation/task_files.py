@@ -3,6 +3,7 @@
 Nothing is executed here: a `!function` stays a name.
 """
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,14 @@ def files_of_task(path: Path) -> list[Path]:
         # A group names other files of its folder by their tasks.
         members = sorted(folder.rglob("*.yaml")) if "group" in read_task_file(definition) else []
         for file in [definition, *members]:
-            found |= dict.fromkeys(_files(file))
+            found |= dict.fromkeys(_files(file, file.parent))
     return list(found)
 
 
 def locate_data(name: str, folder: Path) -> Path:
-    """Return the path of a data file that a task file in `folder` names: beside it, or else in the working folder."""
-    return folder / name if (folder / name).exists() else Path(name)
+    """Return the path, or pattern, of data that a task file in `folder` names: beside it, or in the working folder."""
+    beside = folder / name
+    return beside if beside.exists() or _matching(beside) else Path(name)
 
 
 def read_task_file(path: Path) -> dict[str, Any]:
@@ -90,19 +92,22 @@ def _defines_task(path: Path) -> bool:
     return "task" in content or "group" in content
 
 
-def _files(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[Path]:
+def _files(path: Path, folder: Path, seen: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield a file and those that it reads. folder: of the task, where data lie, also those an included file names."""
     if path in seen:
         raise ValueError(f"{path}: includes itself; remove the circle")
     yield path
     content = read_task_file(path)
     included = content.get("include", [])
     for name in included if isinstance(included, list) else [included]:
-        yield from _files(path.parent / str(name), (*seen, path))
+        yield from _files(path.parent / str(name), folder, (*seen, path))
     for function in _functions(content):
-        module = path.parent / f"{function.rpartition('.')[0].replace('.', '/')}.py"
+        # lm-eval resolves links first.
+        module = path.resolve().parent / f"{function.rpartition('.')[0].replace('.', '/')}.py"
         if module.is_file():
             yield module
-    yield from _data(content, path.parent)
+    for name in _data(content):
+        yield from _matches(locate_data(name.removeprefix("file://"), folder))
 
 
 def _functions(value: Any) -> Iterator[_Function]:
@@ -113,18 +118,31 @@ def _functions(value: Any) -> Iterator[_Function]:
             yield from _functions(part)
 
 
-def _data(content: dict[str, Any], folder: Path) -> Iterator[Path]:
-    arguments = content.get("dataset_kwargs")
-    named = arguments.get("data_files") if isinstance(arguments, dict) else None
-    names = [content.get("dataset_path"), *_strings(named)]
-    for name in names:
-        if not isinstance(name, str) or "://" in name or name in FILE_LOADERS:
-            continue
-        place = locate_data(name, folder)
-        if place.is_file():
-            yield place
-        elif place.is_dir():
-            yield from sorted(file for file in place.rglob("*") if file.is_file())
+def _data(value: Any) -> Iterator[str]:
+    """Yield the local paths of data that a task file names, for itself or for the tasks of its group."""
+    if isinstance(value, dict):
+        arguments = value.get("dataset_kwargs")
+        named = [arguments.get(key) for key in ("data_files", "data_dir")] if isinstance(arguments, dict) else []
+        for name in _strings([value.get("dataset_path"), *named]):
+            if name not in FILE_LOADERS and ("://" not in name or name.startswith("file://")):
+                yield name
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _data(part)
+
+
+def _matches(place: Path) -> Iterator[Path]:
+    """Yield the files at a path, or at those that it matches as a pattern, and below folders."""
+    for found in [place] if place.exists() else _matching(place):
+        if found.is_file():
+            yield found
+        elif found.is_dir():
+            yield from sorted(file for file in found.rglob("*") if file.is_file())
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """Return the paths that match a pattern, which may be absolute."""
+    return sorted(map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute one
 
 
 def _strings(value: Any) -> Iterator[str]:

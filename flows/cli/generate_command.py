@@ -98,7 +98,11 @@ def _prompts(options: argparse.Namespace) -> list[str] | None:
     place: str | Path = "standard input"
     if options.prompts is not None:
         place = options.prompts
-        prompts += _lines(options.prompts.read_bytes(), place)
+        try:
+            content = options.prompts.read_bytes()
+        except OSError as error:
+            raise ValueError(f"--prompts {place}: cannot be read ({error.strerror}); correct the path") from None
+        prompts += _lines(content, place)
     elif not prompts:
         if sys.stdin.isatty():
             return None

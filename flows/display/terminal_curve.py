@@ -15,11 +15,15 @@ def draw_curve(
 ) -> list[Text]:
     """Return `height` lines of `width` characters that show `values`, [n], from left to right, each place by its mean.
 
+    There are none in less than 9 characters.
+
     groups: a number for each value, [n], from 1; groups have different colours. The axis on the left shows the highest
     and the lowest mean. is_ascii: the terminal has only ASCII's characters.
     """
     across, down = (1, 1) if is_ascii else (2, 4)
     labels = 8
+    if width <= labels:
+        return []
     columns, rows = (width - labels) * across, height * down
     places = np.arange(len(values)) * min(columns, len(values)) // max(len(values), 1)
     # Few values are spread over the width.

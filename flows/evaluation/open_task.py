@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from lm_eval.api.task import ConfigurableTask
 
 from data_scoring.base.messages import one_line
-from data_scoring.evaluation.task_files import FILE_LOADERS, locate_data
+from data_scoring.evaluation.task_files import FILE_LOADERS, SUFFIXES, locate_data
 from flows.evaluation.harness_task import Fits, patched_harness, without_bars
 
 
@@ -27,6 +27,8 @@ class OpenTask(ConfigurableTask):
 
     fits: Fits
     data: Path | None
+    # Of the file that is being loaded.
+    folder = Path()
 
     def __init__(self, **arguments: Any) -> None:
         self.num_examples: list[int] = []
@@ -50,11 +52,12 @@ class OpenTask(ConfigurableTask):
         if callable(self.config.custom_dataset):
             super().download(dataset_kwargs, **kwargs)
             return
-        path, source = str(self.DATASET_PATH), self.config.metadata.get("config_source", "")
-        folder = Path(source).parent
+        path, source = str(self.DATASET_PATH), str(self.config.metadata.get("config_source", ""))
+        # lm-eval does not say which group's file describes a task.
+        folder = Path(source).parent if source.endswith(SUFFIXES) else self.folder
         arguments = {key: value for key, value in (dataset_kwargs or {}).items() if key != "trust_remote_code"}
-        if "data_files" in arguments:
-            arguments["data_files"] = _located(arguments["data_files"], folder)
+        for key in arguments.keys() & {"data_files", "data_dir"}:
+            arguments[key] = _located(arguments[key], folder)
         place = path
         is_file, is_here = path in FILE_LOADERS, locate_data(path, folder).is_dir()
         if is_here:
@@ -132,20 +135,20 @@ class OpenTask(ConfigurableTask):
 
 
 @contextmanager
-def opened_tasks(fits: Fits, data: Path | None) -> Iterator[None]:
-    """Make lm-eval build each task that its files describe as an `OpenTask`."""
+def opened_tasks(fits: Fits, data: Path | None) -> Iterator[type[OpenTask]]:
+    """Make lm-eval build each task that its files describe as an `OpenTask`, of the yielded class."""
     kind = type("OpenTask", (OpenTask,), {"fits": staticmethod(fits), "data": data})
     with patched_harness():
         before = factory.ConfigurableTask
         factory.ConfigurableTask = kind
         try:
-            yield
+            yield kind
         finally:
             factory.ConfigurableTask = before
 
 
 def _located(files: Any, folder: Path) -> Any:
-    """Return `data_files` with paths that can be opened from here."""
+    """Return `data_files` or `data_dir` with paths that can be opened from here."""
     if isinstance(files, str):
         return files if "://" in files else str(locate_data(files, folder))
     if isinstance(files, dict):

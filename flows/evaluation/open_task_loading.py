@@ -10,7 +10,7 @@ from data_scoring.evaluation.items import ItemText
 from data_scoring.evaluation.task_files import is_task_path, read_task_file, task_definitions
 from data_scoring.evaluation.tasks import TASKS
 from flows.evaluation.harness_task import Fits
-from flows.evaluation.open_task import UnusableTaskError, opened_tasks
+from flows.evaluation.open_task import OpenTask, UnusableTaskError, opened_tasks
 from flows.evaluation.task_index import find_manager, lacks_members, load_error, open_folder
 from flows.evaluation.task_loading import EvaluationTask
 
@@ -31,9 +31,9 @@ def load_open_tasks(entry: str, data: Path | None, limit: int | None, fits: Fits
 
     Raises ValueError, in one line, for a task that is unknown or cannot be loaded or evaluated.
     """
-    with opened_tasks(fits, data):
+    with opened_tasks(fits, data) as kind:
         found: list[EvaluationTask] = []
-        for name, loaded in _load(entry):
+        for name, loaded in _load(entry, kind):
             found += _arrange(entry, name, loaded["tasks"], loaded.get("groups", {}), limit)
         return found
 
@@ -49,7 +49,7 @@ def open_task_texts(task: EvaluationTask) -> Iterator[ItemText]:
             yield ItemText(task.name, task.places[subtask][index], text)
 
 
-def _load(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _load(entry: str, kind: type[OpenTask]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what an entry names, with what lm-eval loads for it: tasks and groups by name."""
     if not is_task_path(entry):
         manager = find_manager(entry)
@@ -67,6 +67,7 @@ def _load(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if len(found) == 1 or name not in members:
             # Of a group in a file, lm-eval takes the list of its members for its name.
             spec = name if "group" in content else str(path)
+            kind.folder = path.parent
             yield name, _load_spec(_manager_of(path, name, content), spec, f"{path}: {name}")
 
 

@@ -27,8 +27,14 @@ class StreamedText:
         whole = self._tokenizer.decode([*self._prompt, *self.tokens])
         # Unless a decoder changes the prompt's text, which then cannot be taken away.
         is_kept = whole.startswith(self._before)
-        text = (whole[len(self._before) :] if is_kept else self._tokenizer.decode(self.tokens)).rstrip(_INCOMPLETE)
-        if not text.startswith(self.text):
+        whole = whole[len(self._before) :] if is_kept else self._tokenizer.decode(self.tokens)
+        text = whole.rstrip(_INCOMPLETE)
+        if not text.startswith(self.text) and text != whole:
+            # Decoders with byte fallback take back the bytes before an incomplete character until it is whole.
             return ""
-        new, self.text = text[len(self.text) :], text
+        # What was returned cannot be taken back, if the decoder has changed it.
+        num_kept = next(
+            (n for n, pair in enumerate(zip(text, self.text, strict=False)) if pair[0] != pair[1]), len(self.text)
+        )
+        new, self.text = text[num_kept:], text
         return new

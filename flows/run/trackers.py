@@ -4,10 +4,11 @@ To add a tracker, write a subclass of `flows.tracking.tracker.Tracker` in a new 
 the same name to pyproject.toml.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -37,6 +38,10 @@ TRACKER_KINDS = {
 }
 
 
+_CREDENTIALS = re.compile(r"://[^\s/?#]*@")
+_PASSWORD = re.compile(r"://[^\s/?#]*:[^\s/?#]*@")
+
+
 def _or_name(schema: dict[str, Any]) -> None:
     section = dict(schema)
     schema.clear()
@@ -61,6 +66,21 @@ class TrackerConfig(Config):
     @classmethod
     def _from_name(cls, values: Any) -> Any:
         return {"name": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _check_uri(self) -> Self:
+        # The configuration is written to the run folder, and sent to every tracker.
+        if self.uri is not None and _PASSWORD.search(self.uri):
+            raise ValueError(
+                "uri: holds a password, which would be stored with the run; omit it, and set the tracker's environment "
+                "variable"
+            )
+        return self
+
+
+def without_password(text: str) -> str:
+    """Return `text` without user names and passwords in its URLs."""
+    return _CREDENTIALS.sub("://***@", text)
 
 
 def check_trackers(trackers: Sequence[TrackerConfig]) -> None:

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_scoring.base.exits import exit_with
-from data_scoring.base.files import writing
 from flows.run.folder import read_run
-from flows.tracking.sender import Sender, TrackerAwayError, error_path, sending
+from flows.tracking.sender import Sender, TrackerAwayError, note_error, sending
 
 _SECONDS_BETWEEN_PASSES = 2.0
 # Passes over long runs take seconds: most of the time, the processor is left to the ranks.
@@ -64,12 +63,6 @@ class _Watch:
                 if now - ended > SECONDS_AFTER_RUN:
                     note_error(self._folder, self._name, f"not done {SECONDS_AFTER_RUN:.0f} seconds after the run")
                     os._exit(1)
-
-
-def note_error(folder: Path, name: str, reason: str) -> None:
-    """Write down why a tracker is away."""
-    with writing(error_path(folder, name)) as temporary:
-        temporary.write_text(reason, encoding="utf-8")
 
 
 def follow(folder: Path, name: str) -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from flows.run.folder import Run
 from flows.run.trackers import check_trackers
-from flows.tracking.sender import error_path
+from flows.tracking.sender import error_path, note_error
 
 # After a run that has ended well, trackers that answer get this time to receive the rest.
 _SECONDS_TO_WAIT = 15.0
@@ -27,12 +27,31 @@ def followed(run: Run) -> Iterator[None]:
         yield
     except BaseException:
         _tell_end(followers)
+        _note_failed(run, followers)
         raise
     _tell_end(followers)
     deadline = time.monotonic() + _SECONDS_TO_WAIT
     for name, follower in followers.items():
         while follower.poll() is None and time.monotonic() < deadline and not error_path(run.folder, name).exists():
             time.sleep(0.1)
+    _note_failed(run, followers)
+    _note_slow(run, followers)
+
+
+def _note_failed(run: Run, followers: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Write down which processes have failed, if they could not do so themselves."""
+    for name, follower in followers.items():
+        if follower.poll() not in (None, 0) and not error_path(run.folder, name).exists():
+            note_error(run.folder, name, f"its process failed: see logs/track-{name}.log")
+
+
+def _note_slow(run: Run, followers: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Write down which processes have not ended yet; they delete it once everything is sent."""
+    for name, follower in followers.items():
+        if follower.poll() is None and not error_path(run.folder, name).exists():
+            note_error(run.folder, name, "its process is still sending")
+            if follower.poll() == 0:
+                error_path(run.folder, name).unlink(missing_ok=True)
 
 
 def undelivered(run: Run) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from data_scoring.base.files import checksum
 from data_scoring.base.live_rows import live_path, read_live_rows
 from data_scoring.ledger import read_rows
 from flows.run.folder import Run
@@ -78,7 +79,10 @@ class Unsent:
             )
             for row, time in zip(rows[cursor["steps"] :], times[cursor["steps"] :], strict=True)
         ]
-        _, measured = read_live_rows(folder / "validation.parquet", cursor["validation"])
+        owner, measured = read_live_rows(folder / "validation.parquet", cursor["validation"])
+        if owner != identity:
+            # Those of earlier training, until the first validation of this one.
+            measured = []
         points += [
             Point(
                 f"{number}-{identity}-validation-{row['step']}-{row['source']}",
@@ -115,7 +119,8 @@ class Unsent:
         for folder in sorted(self._run.round_folder(number).glob("evaluation/step-*/scores")):
             step = int(folder.parent.name.removeprefix("step-"))
             prefix = f"{number}-{cursor['identity']}-scores-{step}"
-            keys = {path.stem: f"{prefix}-{path.stem}" for path in folder.glob("*.parquet")}
+            # Another evaluation, such as of more items, is sent anew.
+            keys = {path.stem: f"{prefix}-{path.stem}-{checksum(path)}" for path in folder.glob("*.parquet")}
             new = {task: key for task, key in keys.items() if key not in cursor["others"]}
             if not new:
                 continue

@@ -11,12 +11,12 @@ from typing import Any, cast
 import yaml
 from typing_extensions import TypedDict
 
-from data_scoring.base.files import checksum, fingerprint, remove_leftovers, write_record
+from data_scoring.base.files import checksum, fingerprint, remove_leftovers, write_record, writing
 from data_scoring.base.messages import one_line
 from data_scoring.base.validation import read_record
 from flows.run.config import flatten
 from flows.run.folder import Run
-from flows.run.trackers import TrackerConfig
+from flows.run.trackers import TrackerConfig, without_password
 from flows.tracking.recorded_points import RoundCursor, Unsent
 from flows.tracking.tracker import Tracker, tracker_class
 
@@ -24,7 +24,7 @@ _MOST_POINTS = 1000
 
 
 class _Record(TypedDict):
-    """What was sent to a tracker: `target` is the tracker's settings, `config` and `report` identify what they held."""
+    """What was sent to a tracker: `target` is where, `config` and `report` identify what they held."""
 
     target: str
     memory: dict[str, Any]
@@ -59,7 +59,7 @@ class Sender:
             count = self._send(is_over)
         except Exception as error:  # whatever a tracker's package raises
             self._forget_tracker()
-            raise TrackerAwayError(f"{type(error).__name__}: {one_line(error)}") from error
+            raise TrackerAwayError(f"{type(error).__name__}: {without_password(one_line(error))}") from error
         error_path(self._run.folder, self._name).unlink(missing_ok=True)
         return count
 
@@ -115,7 +115,9 @@ class Sender:
         self._unsent = Unsent(self._run, self._record["rounds"])
 
     def _read(self) -> _Record:
-        target = fingerprint(self._settings.model_dump(mode="json"))
+        # A copy of a run folder, with its records, is another run where both are sent.
+        name = [] if self._settings.uri is None else [self._run.folder.name]
+        target = fingerprint(self._settings.model_dump(mode="json"), *name)
         found = read_record(self._path, _Record, "delete it to send the run once more")
         if found is not None and found["target"] == target:
             return found
@@ -135,6 +137,12 @@ def record_path(folder: Path, name: str) -> Path:
 def error_path(folder: Path, name: str) -> Path:
     """Return the path of the text that says why a tracker is away; it exists only while it is."""
     return folder / "tracking" / f"{name}.error"
+
+
+def note_error(folder: Path, name: str, reason: str) -> None:
+    """Write down why a tracker is away, unless the disk is full: then nothing can say so."""
+    with suppress(OSError), writing(error_path(folder, name)) as temporary:
+        temporary.write_text(reason, encoding="utf-8")
 
 
 @contextmanager

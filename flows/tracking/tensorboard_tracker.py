@@ -1,9 +1,10 @@
 """TensorBoard: event files, written without TensorFlow or torch."""
 
+import itertools
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from flows.tracking.tracker import Point, Tracker
 class TensorBoardTracker(Tracker):
     """Writes event files to `uri`/<run>, or to the run folder.
 
+    If another run of the same name has files there, the folder is <run>-2, and so on.
+
     What was written but not recorded as sent is cut off the last file, so that no point is there twice.
     """
 
@@ -29,7 +32,10 @@ class TensorBoardTracker(Tracker):
     def __init__(self, settings: TrackerConfig, run_name: str, folder: Path, memory: dict[str, Any]) -> None:
         """Start a new file: TensorBoard may have the last one open."""
         super().__init__(settings, run_name, folder, memory)
-        logs = folder if settings.uri is None else Path(settings.uri) / run_name
+        logs = folder if settings.uri is None else Path(settings.uri) / memory.get("folder", run_name)
+        if settings.uri is not None and "file" not in memory:
+            logs = next(place for place in _numbered(logs) if not any(place.glob("events.out.tfevents.*")))
+            memory["folder"] = logs.name
         logs.mkdir(parents=True, exist_ok=True)
         last = logs / memory.get("file", "")
         if last.is_file() and last.stat().st_size > memory["bytes"]:
@@ -87,3 +93,9 @@ class TensorBoardTracker(Tracker):
         self._file.flush()
         os.fsync(self._file.fileno())
         self.memory["bytes"] = self._file.tell()
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    """Yield a folder, and those with its name and a number from 2."""
+    yield folder
+    yield from (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))

@@ -57,7 +57,8 @@ class Tracker(ABC):
     @classmethod
     def located(cls, settings: TrackerConfig) -> TrackerConfig:
         """Return `settings` with what the environment says, and with an absolute path."""
-        uri = settings.uri or os.environ.get(cls.variable)
+        # An empty variable counts as unset.
+        uri = settings.uri or os.environ.get(cls.variable) or None
         if uri is not None and "://" not in uri:
             uri = str(Path(uri).absolute())
         return settings.model_copy(update={"uri": uri})

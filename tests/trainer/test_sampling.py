@@ -35,9 +35,12 @@ def test_temperature_zero_is_greedy() -> None:
     assert {Sampler(Sampling(), (0, key)).choose(LOGITS) for key in range(9)} == {int(LOGITS.argmax())}
 
 
-def test_very_unequal_logits_do_not_overflow() -> None:
-    logits = np.array([0.0, 1e4, -1e4])
-    assert Sampler(Sampling(temperature=1e-3), (0, 0)).choose(logits) == 1
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300, 5e-324])
+@pytest.mark.parametrize("more", [{}, {"top_k": 2}, {"top_p": 0.9}])
+@pytest.mark.filterwarnings("error")
+def test_the_smallest_temperatures_are_greedy(temperature: float, more: dict[str, float]) -> None:
+    logits = np.array([0.0, 1e4, -1e4, 9.9e3])
+    assert Sampler(Sampling(temperature=temperature, **more), (0, 0)).choose(logits) == 1
 
 
 def test_draws_depend_on_seed_and_key_alone() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from data_scoring.base.live_rows import live_path, read_live_rows
 from data_scoring.base.parquet import read_parquet
-from trainer.records import STEPS, RowLog
+from trainer.records import STEPS, RowLog, training_seconds
 
 SCHEMA = pa.schema([("step", pa.int32()), ("loss", pa.float32()), ("ended_at", pa.timestamp("us"))])
 
@@ -81,10 +81,12 @@ def test_training_goes_on_from_a_file_without_the_newer_columns(tmp_path: Path) 
     digest = log.flush()
     # The digest is of the columns that there were.
     log = RowLog(path, STEPS, "f", 1, digest)
-    assert log.last("seconds") is None
+    # 9 tokens at 3 per second.
+    assert training_seconds(log.written) == 3.0
     log.append({"step": 2, **values, "seconds": 4.5, "ended_at": datetime(2026, 1, 2)})
     digest = log.flush()
-    assert log.last("seconds") == 4.5
+    assert training_seconds(log.written) == 4.5
+    assert training_seconds(STEPS.empty_table()) == 0.0
     rows = read_parquet(path).to_pylist()
     assert [[each[name] for name in names] for each in rows] == [[None, None], [4.5, datetime(2026, 1, 2)]]
     RowLog(path, STEPS, "f", 2, digest)

@@ -40,3 +40,10 @@ def test_rounds_have_colours_and_no_line_is_too_wide() -> None:
     assert {line.cell_len for line in lines} == {80}
     colors = {span.style for line in lines for span in line.spans if span.style}
     assert colors == {"cyan", "magenta"}
+
+
+@pytest.mark.parametrize("width", range(14))
+@pytest.mark.parametrize("is_ascii", [False, True])
+def test_no_terminal_is_too_narrow(width: int, is_ascii: bool) -> None:
+    lines = draw_curve(np.linspace(5, 1, 30), np.repeat([1, 2], 15), width, 8, is_ascii)
+    assert [line.cell_len for line in lines] == ([] if width < 9 else 8 * [width])

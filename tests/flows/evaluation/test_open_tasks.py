@@ -261,7 +261,7 @@ def test_two_entries_for_one_task_are_refused(tmp_path: Path) -> None:
         check_items(EvalConfig(tasks=(str(tmp_path), str(tmp_path / "texts.yaml"))))
 
 
-@pytest.mark.parametrize("outside", ["task", "include", "function", "data"])
+@pytest.mark.parametrize("outside", ["task", "include", "function", "data", "URL", "pattern", "folder"])
 def test_flows_of_a_deployment_use_no_task_file_outside_of_their_folders(outside: str, tmp_path: Path) -> None:
     inside, other = tmp_path / "inside", tmp_path / "other"
     for folder in (inside, other):
@@ -278,7 +278,14 @@ def test_flows_of_a_deployment_use_no_task_file_outside_of_their_folders(outside
         (inside / "utils.py").symlink_to(other / "utils.py")
         path = inside / "copy.yaml"
     else:
-        write_task(inside, ROLLING, dataset_kwargs={"data_files": {"test": str(other / "items.jsonl")}})
+        data = str(other / "items.jsonl")
+        named = {
+            "data": {"data_files": {"test": data}},
+            "URL": {"data_files": {"test": f"file://{data}"}},
+            "pattern": {"data_files": {"test": "../other/items*"}},
+            "folder": {"data_dir": "../other"},
+        }
+        write_task(inside, ROLLING, dataset_kwargs=named[outside])
     with pytest.raises(ValueError, match=r"evaluation\.tasks\.0: .* lies outside the folders that flows may use"):
         check_section(EvalConfig(tasks=(str(path),)), "evaluation.", [inside])
 

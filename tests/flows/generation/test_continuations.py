@@ -181,6 +181,8 @@ class TestCommand:
             (["--round", "7"], "'7' is not a trained round"),
             (["--prompt", "the model " * 40], "prompt 2: has "),
             (["--prompt", "a\udcff"], "prompt 2: not UTF-8"),
+            (["--prompts", "absent"], "--prompts absent: cannot be read (No such file or directory); correct"),
+            (["--prompts", "/"], "--prompts /: cannot be read (Is a directory); correct"),
         ],
     )
     def test_what_cannot_be_done_is_one_line(

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import tokenizers
 from sentencepiece import SentencePieceTrainer
+from tokenizers import decoders
+from tokenizers.models import BPE
 
 from data_scoring.config import TokenizerConfig
 from data_scoring.tokenizer.tokenizer import Tokenizer, install_tokenizer, open_tokenizer
@@ -69,3 +72,21 @@ def test_a_text_that_begins_after_the_end_of_a_document(tokenizer: Tokenizer) ->
     streamed = StreamedText(tokenizer, [tokenizer.end_of_document])
     streamed.add(text)
     assert streamed.text == "plain words"
+
+
+def test_nothing_is_lost_after_bytes_that_change_what_is_before_them(tmp_path: Path) -> None:
+    vocabulary = {"<|endoftext|>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}, "plain": 257}
+    own = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    own.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    own.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json", "<|endoftext|>")
+    moon = [1 + byte for byte in "月".encode()]
+    streamed = StreamedText(tokenizer, [257])
+    pieces = [streamed.add([token]) for token in [*moon, *moon]]
+    assert "".join(pieces) == streamed.text == "月月"
+    # A first byte without the others: the decoder then shows none of the six.
+    streamed.add(moon[:1])
+    assert streamed.text == "月月"
+    assert streamed.add([257]).endswith("plain")
+    streamed.add([257], is_over=True)
+    assert streamed.text == tokenizer.decode([257, *moon, *moon, moon[0], 257, 257]).removeprefix("plain")

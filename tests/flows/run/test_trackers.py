@@ -33,9 +33,15 @@ def test_a_name_stands_for_default_settings() -> None:
     ("track", "error"),
     [
         (["neptune"], "c.yaml: track.0.name: input should be 'tensorboard', 'wandb', 'mlflow' or 'trackio' (it is 'n"),
-        ("wandb", "c.yaml: track: input should be a valid tuple (it is 'wandb'); correct it"),
+        ("wandb", "c.yaml: track: input should be a list (it is 'wandb'); correct it"),
         (["wandb", {"name": "wandb", "project": "p"}], "c.yaml: track: wandb is listed more than once; leave the"),
         ([{"name": "wandb", "url": "x"}], "c.yaml: track.0.url: unknown field; did you mean uri?"),
+        ({}, "c.yaml: track: input should be a list (it is {}); correct it"),
+        ([{"name": "mlflow", "uri": "http://me:secret@host"}], "c.yaml: track.0.uri: holds a password, which would"),
+        (
+            [{"name": "mlflow", "uri": "postgresql://me:s@secret@host/db"}],
+            "c.yaml: track.0.uri: holds a password, which",
+        ),
         ([{"project": "p"}], "c.yaml: track.0.name: field required; correct it"),
         ([{"name": "wandb", "project": "a/b"}], "c.yaml: track.0.project: should begin with a letter or digit"),
     ],
@@ -45,6 +51,7 @@ def test_mistakes_are_one_line(track: Any, error: str) -> None:
         parse(track)
     assert str(raised.value).startswith(error)
     assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)
 
 
 def test_neither_name_nor_results_depend_on_it() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,27 @@ def test_a_tracker_that_fails_holds_up_nothing(
     assert capsys.readouterr().out == "tensorboard: 1 points sent\n"
     assert read_tensorboard(blocked / "x")["train/loss"] == [(1, 5.0)]
     assert undelivered(run) == []
+
+
+@pytest.mark.parametrize("way", ["killed", "damaged record"])
+@pytest.mark.parametrize("is_failed", [False, True])
+def test_a_process_that_fails_is_told(rounds: Rounds, way: str, is_failed: bool) -> None:
+    run = tracked(rounds, "tensorboard")
+    record = run.folder / "tracking" / "tensorboard.json"
+    if way == "damaged record":
+        record.parent.mkdir()
+        record.write_text("[]")
+    with suppress(KeyError), followed(run):
+        if way == "killed":
+            wait_until(record.exists)
+            followers(run.folder)[0].kill()
+        wait_until(lambda: not followers(run.folder))
+        # Its status may come a little later.
+        time.sleep(0.5)
+        if is_failed:
+            raise KeyError
+    [line] = undelivered(run)
+    assert line == ("tensorboard did not receive everything (its process failed: see logs/track-tensorboard.log)")
 
 
 @pytest.fixture

@@ -6,12 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from data_scoring.base.parquet import write_parquet
 from data_scoring.ledger import read_rows
-from flows.run.folder import Run
+from flows.evaluation.scores import SCORES
+from flows.run.folder import Run, read_run
+from flows.run.trackers import TrackerConfig
 from flows.tracking import sender
 from flows.tracking.sender import TrackerAwayError, record_path
+from flows.tracking.tracker import tracker_class
 from tests.flows.tracking.conftest import Rounds, step_row
 from tests.flows.tracking.stores import READERS, read_tensorboard
 
@@ -111,6 +116,79 @@ def test_a_round_that_is_trained_anew_is_sent_anew(rounds: Rounds, send: Send) -
     assert send(rounds.run, "tensorboard") == 1
     found = read_tensorboard(rounds.run.folder / "tracking" / "tensorboard")
     assert found["train/loss"] == [(1, 5.0), (1, 6.0)]
+
+
+def test_validation_of_earlier_training_is_not_the_new_one_s(rounds: Rounds, send: Send) -> None:
+    def measure(fingerprint: str, loss: float) -> None:
+        steps, validation = rounds.open(1, fingerprint)
+        steps.append(step_row(1, loss))
+        send(rounds.run, "tensorboard")
+        validation.append({"step": 1, "source": "a", "loss": loss, "num_tokens": 9})
+        steps.flush()
+        validation.flush()
+        send(rounds.run, "tensorboard")
+
+    measure("f", 5.0)
+    measure("other", 6.0)
+    found = read_tensorboard(rounds.run.folder / "tracking" / "tensorboard")
+    assert found["validation/a"] == [(1, 5.0), (1, 6.0)]
+
+
+def test_scores_that_are_measured_anew_are_sent_anew(rounds: Rounds, send: Send) -> None:
+    steps, _ = rounds.open(1, "f")
+    steps.append(step_row(1, 5.0))
+    folder = rounds.run.round_folder(1) / "evaluation" / "step-00000001" / "scores"
+    for score in (0.25, 0.25, 0.5):
+        row = {"is_end": True, "task": "boolq", "subject": None, "metric": "acc", "score": score}
+        write_parquet(folder / "boolq.parquet", pa.Table.from_pylist([row], SCORES), "")
+        send(rounds.run, "tensorboard")
+    found = read_tensorboard(rounds.run.folder / "tracking" / "tensorboard")
+    assert found["scores/boolq"] == [(1, 0.25), (1, 0.5)]
+
+
+def test_runs_of_the_same_name_have_folders_of_their_own(rounds: Rounds, send: Send, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    steps, _ = rounds.open(1, "f")
+    steps.append(step_row(1, 5.0))
+    other = read_run(Path(shutil.copytree(rounds.run.folder, tmp_path / "other" / rounds.run.folder.name)))
+    for run in (rounds.run, other):
+        assert send(run, "tensorboard", uri=str(logs)) == 1
+    steps.append(step_row(2, 4.0))
+    assert send(rounds.run, "tensorboard", uri=str(logs)) == 1
+    name = rounds.run.folder.name
+    assert read_tensorboard(logs / name)["train/loss"] == [(1, 5.0), (2, 4.0)]
+    assert read_tensorboard(logs / f"{name}-2")["train/loss"] == [(1, 5.0)]
+
+
+def test_a_copy_of_a_run_is_another_run(rounds: Rounds, send: Send, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    steps, _ = rounds.open(1, "f")
+    steps.append(step_row(1, 5.0))
+    assert send(rounds.run, "tensorboard", uri=str(logs)) == 1
+    copy = read_run(Path(shutil.copytree(rounds.run.folder, tmp_path / "copy")))
+    steps.append(step_row(2, 4.0))
+    assert send(rounds.run, "tensorboard", uri=str(logs)) == 1
+    assert send(copy, "tensorboard", uri=str(logs)) == 1
+    assert read_tensorboard(logs / rounds.run.folder.name)["train/loss"] == [(1, 5.0), (2, 4.0)]
+    assert read_tensorboard(logs / "copy")["train/loss"] == [(1, 5.0)]
+
+
+def test_an_empty_variable_counts_as_unset(rounds: Rounds, tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = tracker_class(tracker)
+    monkeypatch.setenv(kind.variable, "")
+    assert kind.located(TrackerConfig(name=tracker)).uri is None
+
+
+def test_no_password_is_in_what_is_said(rounds: Rounds, send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("POST https://me:secret@host:1/api failed, and https://key@host")
+
+    steps, _ = rounds.open(1, "f")
+    steps.append(step_row(1, 5.0))
+    monkeypatch.setattr(tracker_class("tensorboard"), "send", fail)
+    with pytest.raises(TrackerAwayError) as raised:
+        send(rounds.run, "tensorboard")
+    assert str(raised.value) == "OSError: POST https://***@host:1/api failed, and https://***@host"
 
 
 def test_another_place_gets_everything(
