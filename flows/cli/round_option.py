@@ -18,7 +18,5 @@ def trained_rounds(run: Run, wanted: str) -> list[int]:
         return trained if wanted == "all" else trained[-1:]
     if not wanted.isdecimal() or int(wanted) not in trained:
         places = ", ".join(map(str, trained))
-        raise ValueError(
-            f"--round: {wanted!r} is not a trained round of {run.folder}; choose from {places}, last and all"
-        )
+        raise ValueError(f"--round: {wanted!r} is not a trained round of {run.folder}; choose from {places}")
     return [int(wanted)]
