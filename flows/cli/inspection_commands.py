@@ -36,6 +36,9 @@ def add_inspection(commands: Any) -> None:
     advise.set_defaults(command=_advise)
     doctor = commands.add_parser("doctor", help="check this machine, and what it lacks for a configuration")
     doctor.add_argument("config", type=path, nargs="?", metavar="CONFIG", help="YAML configuration")
+    doctor.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the configuration"
+    )
     add_assume(doctor)
     add_json(doctor)
     doctor.set_defaults(command=_doctor)
@@ -123,10 +126,12 @@ def _doctor(options: argparse.Namespace) -> None:
     if options.config is None:
         if options.assume is not None:
             raise ValueError("--assume: needs a configuration; give one")
+        if options.set:
+            raise ValueError("--set: needs a configuration; give one")
         findings = examine(None)
     else:
         hardware = None if options.assume is None else assumed_hardware(options.assume)
-        config = read_config(options.config, [])
+        config = read_config(options.config, options.set)
         config = config if hardware is None else with_devices(config, hardware)
         findings = examine(resolve_auto(config, hardware)[0], hardware)
     missing = sum(finding.state == "missing" for finding in findings)

@@ -61,19 +61,14 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) -
     sections = [
         *verdict_section(run, ledger),
         *([f'<p class="lead">This run was {html.escape(forked)}.</p>'] if forked else []),
-        f'<p class="lead">{tokens:,} training tokens from {len(sources)} sources in {config.corpus.num_shards} shards; '
-        f"{config.rounds.num_rounds} rounds, policy {config.refine.policy}, sampling rate "
+        f'<p class="lead">{tokens:,} training tokens from {len(sources)} {_plural(len(sources), "source")} in '
+        f"{config.corpus.num_shards} {_plural(config.corpus.num_shards, 'shard')}; {config.rounds.num_rounds} "
+        f"{_plural(config.rounds.num_rounds, 'round')}, policy {config.refine.policy}, sampling rate "
         f"{config.refine.sampling_rate:g}, temperature {config.refine.draw_temperature:g}.</p>",
         f'<p class="lead">{_model(config, int(manifest["vocab_size"]))}</p>',
         *_inheritance(run, ledger, pictures),
         "<h2>Rounds</h2>",
-        _table(
-            ledger,
-            """select round as "Round", num_steps as "Steps", num_samples as "Samples", num_tokens as "Tokens",
-            train_loss as "Training loss (last tenth)", validation_loss as "Validation loss",
-            round(training_seconds, 1) as "Training (s)", round(scoring_seconds, 1) as "Scoring (s)",
-            scoring_cost as "Scoring (cost in training tokens)" from rounds""",
-        ),
+        rounds_table(ledger),
         figure(pictures, "loss", loss_curves, ledger, "Training loss, smoothed and raw, and validation loss."),
         "<h3>Validation loss by source, at the end of each round</h3>",
         _table(
@@ -95,6 +90,21 @@ def _sections(run: Run, ledger: duckdb.DuckDBPyConnection, pictures: Pictures) -
         f"<pre>{html.escape(yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False))}</pre>",
     ]
     return sections
+
+
+def rounds_table(ledger: duckdb.DuckDBPyConnection) -> str:
+    """Return the table of the rounds in HTML, with times in whole seconds."""
+    return _table(
+        ledger,
+        """select round as "Round", num_steps as "Steps", num_samples as "Samples", num_tokens as "Tokens",
+        train_loss as "Training loss (last tenth)", validation_loss as "Validation loss",
+        round(training_seconds)::bigint as "Training (s)", round(scoring_seconds)::bigint as "Scoring (s)",
+        scoring_cost as "Scoring (cost in training tokens)" from rounds""",
+    )
+
+
+def _plural(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{noun}s"
 
 
 def _model(config: RunConfig, vocab_size: int) -> str:

@@ -1,6 +1,7 @@
 """The configuration of a run: its sections, reading it from YAML, and its validation."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -438,10 +439,15 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         for config in (old, new)
     )
     return [
-        f"{name}: {before.get(name)!r} there, {after.get(name)!r} here"
+        f"{name}: {_as_in_yaml(before.get(name))} there, {_as_in_yaml(after.get(name))} here"
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name) and not (is_free(old, name) and is_free(new, name))
     ]
+
+
+def _as_in_yaml(value: Any) -> str:
+    """Return a value as a configuration or --set gives it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

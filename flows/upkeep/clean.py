@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_scoring.refine.near_duplicates import SCRATCH
 from flows.run.folder import read_run
+from flows.run.fork_record import FORK
 from flows.run.locks import is_locked, locked, wait_for_ranks_to_end
 from flows.stages.stage_order import steps_of
 from flows.stages.status import is_done, status_of
@@ -153,7 +154,8 @@ def _checkpoints_of_trials(folder: Path) -> Iterator[Path]:
     """Yield the final checkpoints of finished trials; those that other trials start from are kept."""
     for experiment in _experiments(folder):
         for trial in _trials(experiment):
-            if _is_finished(trial, experiment):
+            # A fork of a trial is made beside it, but is a run of its own.
+            if not (trial / FORK).exists() and _is_finished(trial, experiment):
                 yield from sorted(trial.glob("rounds/*/checkpoint/step-*"))
 
 

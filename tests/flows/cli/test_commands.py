@@ -152,6 +152,8 @@ def test_a_moved_run_folder_is_still_a_run(config: Path, capsys: pytest.CaptureF
 def test_doctor_names_what_is_missing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(config)]) == 0
     assert "missing" not in capsys.readouterr().out
+    assert main(["doctor", str(config), "--set", "name=other", "--set", "corpus.sources.0.path=nothing.jsonl"]) == 1
+    assert "nothing.jsonl" in capsys.readouterr().out
     text = config.read_text()
     config.write_text(text + "device: npu\nmodel: {layers: transformer_engine, num_layers: 1000, hidden_size: 65536}\n")
     (config.parent / "a.jsonl").unlink()

@@ -33,6 +33,13 @@ def leaves(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[st
 COMMANDS = dict(leaves(make_parser()))
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_a_configuration_can_set_its_fields(command: str) -> None:
+    actions = COMMANDS[command]._actions
+    reads = any("CONFIG" in str(action.metavar) for action in actions if not action.option_strings)
+    assert not reads or any("--set" in action.option_strings for action in actions)
+
+
 def arguments_of(command: str, target: Path) -> list[str]:
     """Return arguments with which every path that a command needs is `target`."""
     parser, found = COMMANDS[command], command.split()

@@ -1,12 +1,16 @@
 """The report and the ledger are written beside a run that goes on, and read where nothing can be written."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from flows.cli.main import main
+from flows.report.run_report import rounds_table
+from flows.run.folder import read_run
 from flows.run.locks import locked
 from tests import ROOT
 from tests.conftest import MakeOnce
@@ -58,5 +62,23 @@ def test_a_run_that_cannot_be_written_to_is_reported_elsewhere(run_folder: Path,
 
     before = files()
     assert main(["report", str(run_folder), "--output", str(tmp_path / "page.html")]) == 0
-    assert (tmp_path / "page.html").read_text().count("data:image/png;base64,") >= 2
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png;base64,") >= 2
     assert files() == before
+
+
+def test_counts_agree_with_their_nouns(run_folder: Path) -> None:
+    assert main(["report", str(run_folder)]) == 0
+    page = (run_folder / "report.html").read_text()
+    config = read_run(run_folder).config
+    for number, noun in ((len(config.corpus.sources), "source"), (config.corpus.num_shards, "shard")):
+        assert re.search(rf" {number} {noun}{'s' * (number != 1)}\b", page)
+
+
+def test_times_of_rounds_are_whole_seconds() -> None:
+    ledger = duckdb.connect()
+    ledger.execute("""create table rounds as select 1 as round, 10 as num_steps, 78 as num_samples, 19968 as num_tokens,
+        6.5 as train_loss, 6.25 as validation_loss, 1030.6 as training_seconds, null::double as scoring_seconds,
+        34420 as scoring_cost""")
+    cells = re.findall(r"<td[^>]*>([^<]*)", rounds_table(ledger))
+    assert cells[-3:] == ["1,031", "", "34,420"]

@@ -176,6 +176,20 @@ def test_the_readme_s_own_example_is_valid() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("train.max_tokens=20000", "train.max_tokens: 20000 there, null here"),
+        ("rounds.keep_optimizer=true", "rounds.keep_optimizer: true there, false here"),
+        ("model.num_layers=1", "model.num_layers: 1 there, 4 here"),
+        ("refine.policy=top", "refine.policy: 'top' there, 'loss' here"),
+    ],
+)
+def test_values_that_differ_are_named_as_a_configuration_gives_them(setting: str, line: str) -> None:
+    config = parse_config({**VALUES, "model": {"num_layers": 4}}, "test")
+    assert line in differences(override(config, [setting]), config)
+
+
 def test_every_field_is_documented() -> None:
     assert PATH.read_text() == page(), "run `python -m flows.run.config_docs`"
     for field in flatten(parse_config(VALUES, "x").model_dump()):

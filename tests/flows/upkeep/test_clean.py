@@ -16,8 +16,8 @@ from flows.experiments.generation_speed import generation_speed
 from flows.run.config import override
 from flows.run.folder import Run, open_run, read_run
 from flows.run.locks import locked
-from flows.stages.stage_order import complete
-from flows.stages.status import read_status
+from flows.stages.stage_order import complete, complete_all, steps_of
+from flows.stages.status import is_done, read_status
 from flows.upkeep import clean
 from flows.upkeep.clean import find_offers
 from flows.upkeep.fork import fork
@@ -152,6 +152,10 @@ def test_trials_keep_what_others_start_from(tmp_path: Path, texts: Path, fakes: 
     folder = tmp_path / "mine-compare"
     # An arm of two rounds, from which one of three would start.
     shutil.copytree(folder / "rate-0.5-seed-0", folder / "rounds-2-seed-0")
+    # A fork of an arm, which no comparison trains again.
+    own = fork(read_run(folder / "rate-0.5-seed-0"), 2, [], "own", silent).run
+    complete_all(own, steps_of(own.config), silent)
+    assert is_done(own.folder)
     done = len(fakes.jobs)
     found = offered(config.folder, "trials")
     arm = "../mine-compare/rate-0.5-seed-0/rounds"
