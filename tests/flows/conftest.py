@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture
-def scored(make_once: MakeOnce, tmp_path: Path, fakes: FakeRanks) -> Run:
+def three_rounds(make_once: MakeOnce, tmp_path: Path, fakes: FakeRanks) -> Run:
     """A copy of a run of three rounds that fake ranks have trained."""
 
     def fill(folder: Path) -> None:

@@ -22,7 +22,7 @@ _COUNTS = (
     "select round, shard, count(*), count(*) filter (kept), min(reason) from selection group by all order by all",
     "select round, count(*), sum(sample), max(place) from mix group by all order by all",
     "select source, shard, count(*) from samples group by all order by all",
-    "from rounds",
+    "select * exclude (training_seconds, scoring_seconds) from rounds",
 )
 
 

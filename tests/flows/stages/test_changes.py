@@ -51,11 +51,11 @@ def undo(run: Run, stage: str) -> None:
 
 
 @pytest.mark.parametrize(("stage", "change"), CASES)
-def test_what_has_not_begun_may_change(scored: Run, stage: str, change: str) -> None:
-    new = changed(scored, change)
+def test_what_has_not_begun_may_change(three_rounds: Run, stage: str, change: str) -> None:
+    new = changed(three_rounds, change)
     with pytest.raises(ValueError, match="created by another configuration"):
         open_run(new, check_changes)
-    undo(scored, stage)
+    undo(three_rounds, stage)
     with pytest.raises(ValueError, match="created by another configuration"):
         # Trials are never changed.
         open_run(new)
@@ -68,47 +68,47 @@ def test_what_has_not_begun_may_change(scored: Run, stage: str, change: str) -> 
     }
 
 
-def test_a_changed_run_is_completed(scored: Run, fakes: FakeRanks) -> None:
-    undo(scored, "score 1")
-    run = open_run(changed(scored, "score.budget=prefix:8"), check_changes)
+def test_a_changed_run_is_completed(three_rounds: Run, fakes: FakeRanks) -> None:
+    undo(three_rounds, "score 1")
+    run = open_run(changed(three_rounds, "score.budget=prefix:8"), check_changes)
     complete_all(run, steps_of(run.config), silent)
     assert {row.state for row in read_status(run.folder)} == {"done"}
 
 
 @pytest.mark.parametrize(("stage", "change"), CASES)
-def test_a_refusal_names_the_fork_that_does_it(scored: Run, stage: str, change: str) -> None:
-    new = changed(scored, change)
+def test_a_refusal_names_the_fork_that_does_it(three_rounds: Run, stage: str, change: str) -> None:
+    new = changed(three_rounds, change)
     with pytest.raises(ValueError, match="created by another configuration") as refused:
-        check_changes(scored, new)
+        check_changes(three_rounds, new)
     [command] = re.findall("`([^`]+)`", str(refused.value))
     number = ROUNDS[stage]
-    assert command.startswith(f"reprise fork {scored.folder} --round {number} --set ")
+    assert command.startswith(f"reprise fork {three_rounds.folder} --round {number} --set ")
     assert main(shlex.split(command)[1:]) == 0
-    made = read_run(scored.folder.with_name(f"run-fork-{number}"))
+    made = read_run(three_rounds.folder.with_name(f"run-fork-{number}"))
     assert differences(made.config, new) == []
     for place in (1, 2, 3):
         # The run is that which has had this configuration from the start.
-        assert fingerprint_of(made, "train", place) == fingerprint_of(replace(scored, config=new), "train", place)
+        assert fingerprint_of(made, "train", place) == fingerprint_of(replace(three_rounds, config=new), "train", place)
 
 
-def test_scoring_that_has_begun_is_not_changed(scored: Run) -> None:
+def test_scoring_that_has_begun_is_not_changed(three_rounds: Run) -> None:
     """Losses of one shard, without a record, are work that another budget would discard."""
-    undo(scored, "refine 2")
-    scored.forget("score", 1)
-    (scored.round_folder(1) / "losses" / "shard=0001.parquet").unlink()
+    undo(three_rounds, "refine 2")
+    three_rounds.forget("score", 1)
+    (three_rounds.round_folder(1) / "losses" / "shard=0001.parquet").unlink()
     with pytest.raises(ValueError, match=r"\(score.budget: 'full' there, 'seen' here\); restore the fields, or fork"):
-        check_changes(scored, changed(scored, "score.budget=seen"))
+        check_changes(three_rounds, changed(three_rounds, "score.budget=seen"))
 
 
-def test_several_changes_are_one_fork(scored: Run) -> None:
-    new = override(scored.config, ["refine.policy=top", "score.budget=auto", "rounds.num_rounds=4", "device=npu"])
+def test_several_changes_are_one_fork(three_rounds: Run) -> None:
+    new = override(three_rounds.config, ["refine.policy=top", "score.budget=auto", "rounds.num_rounds=4", "device=npu"])
     sets = "--set score.budget=auto --set refine.policy=top --set rounds.num_rounds=4`"
     with pytest.raises(ValueError, match=re.escape(f"--round 2 {sets}")):
-        check_changes(scored, new)
+        check_changes(three_rounds, new)
 
 
 @pytest.mark.parametrize("change", ["seed=1", "corpus.seq_length=8", "tokenizer.vocab_size=290"])
-def test_another_corpus_needs_another_name(scored: Run, change: str) -> None:
-    undo(scored, "mix 1")
+def test_another_corpus_needs_another_name(three_rounds: Run, change: str) -> None:
+    undo(three_rounds, "mix 1")
     with pytest.raises(ValueError, match="; set another name, restore the fields, or delete the folder"):
-        check_changes(scored, changed(scored, change))
+        check_changes(three_rounds, changed(three_rounds, change))

@@ -185,7 +185,7 @@ def test_batches_are_those_of_training_unless_set(run: Run) -> None:
 def test_a_run_goes_on_with_what_is_free_and_names_the_rest(run: Run) -> None:
     config = read_run(run.folder).config
     assert open_run(changed(config, {"parallel.data": 2})).folder == run.folder
-    with pytest.raises(ValueError, match=r"another configuration \(model\.tied_embeddings: False there, True here\)"):
+    with pytest.raises(ValueError, match=r"another configuration \(model\.tied_embeddings: false there, true here\)"):
         open_run(changed(config, {"model.tied_embeddings": True}))
 
 

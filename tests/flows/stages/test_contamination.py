@@ -102,8 +102,11 @@ def test_what_is_removed_is_in_no_round_and_the_report_says_so(texts: Path, tmp_
     # The same again does nothing; neither do more items that overlap with nothing.
     assert run_rounds(run) == []
     assert run_rounds(run, [*ITEMS, ItemText("c3", "c3.jsonl:2", "nowhere to be found " * 5)]) == ["contamination"]
-    # Without the item, its samples are there to be trained on.
-    assert run_rounds(run, ITEMS[1:])[:3] == ["contamination", "mix 1", "train 1"]
+    # Without the item, its samples are there to be trained on, by whoever gives up what was trained without them.
+    with pytest.raises(ValueError, match=r"trained with another configuration, corpus, mix .*delete"):
+        run_rounds(run, ITEMS[1:])
+    run.record_path("train", 1).unlink()
+    assert run_rounds(run, ITEMS[1:])[:1] == ["train 1"]
     assert set(ask(run.folder, "select shard, sample from mix where round = 1").fetchall()) == everything
     assert "None of 2 evaluation items shares 13 words" in section(run)
 

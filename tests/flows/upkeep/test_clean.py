@@ -49,20 +49,20 @@ def offered(folder: Path, *names: str) -> dict[str, int]:
 
 
 @pytest.fixture
-def littered(scored: Run) -> Run:
+def littered(three_rounds: Run) -> Run:
     """A run with what kills and stages leave, and with checkpoints of known sizes."""
     for number in (1, 2, 3):
-        [checkpoint] = (scored.round_folder(number) / "checkpoint").glob("step-*")
+        [checkpoint] = (three_rounds.round_folder(number) / "checkpoint").glob("step-*")
         fill(checkpoint, 1000 * number)
         (checkpoint / "reprise.json").write_text('{"step": 9, "num_steps": 9}')
-    fill(scored.round_folder(1) / "checkpoint" / "damaged-step-00000001", 11)
-    fill(scored.round_folder(2) / "checkpoint" / ".step-00000002.tmp", 12)
+    fill(three_rounds.round_folder(1) / "checkpoint" / "damaged-step-00000001", 11)
+    fill(three_rounds.round_folder(2) / "checkpoint" / ".step-00000002.tmp", 12)
     shutil.copytree(checkpoint, checkpoint.with_name("step-00000000"))
-    fill(scored.folder / "corpus" / "staging", 13)
-    fill(scored.round_folder(1) / "losses" / "parts", 14)
-    fill(scored.folder / ".ledger.sharing" / ".inner.tmp", 15)
-    (scored.round_folder(3) / "selection" / ".shard=0000.parquet.77.tmp").write_bytes(bytes(16))
-    return scored
+    fill(three_rounds.folder / "corpus" / "staging", 13)
+    fill(three_rounds.round_folder(1) / "losses" / "parts", 14)
+    fill(three_rounds.folder / ".ledger.sharing" / ".inner.tmp", 15)
+    (three_rounds.round_folder(3) / "selection" / ".shard=0000.parquet.77.tmp").write_bytes(bytes(16))
+    return three_rounds
 
 
 def test_what_is_offered_is_what_the_disk_gets_back(littered: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,10 +169,10 @@ def test_trials_keep_what_others_start_from(tmp_path: Path, texts: Path, fakes: 
     assert len(fakes.jobs) == done
 
 
-def test_a_measured_generation_speed_needs_no_checkpoint(scored: Run, fakes: FakeRanks) -> None:
-    speed = generation_speed(scored, 1, silent)
-    assert main(["clean", str(scored.folder), "--yes"]) == 0
-    assert generation_speed(scored, 1, silent) == speed
+def test_a_measured_generation_speed_needs_no_checkpoint(three_rounds: Run, fakes: FakeRanks) -> None:
+    speed = generation_speed(three_rounds, 1, silent)
+    assert main(["clean", str(three_rounds.folder), "--yes"]) == 0
+    assert generation_speed(three_rounds, 1, silent) == speed
 
 
 def test_runs_of_their_own_are_not_trials(littered: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,34 +221,34 @@ def test_a_run_is_found_by_any_path(
     assert offered(Path(folder)) == found
 
 
-def test_a_cleaned_round_is_not_trained_over(scored: Run) -> None:
+def test_a_cleaned_round_is_not_trained_over(three_rounds: Run) -> None:
     """Its records say what it was trained with, as its checkpoint did."""
-    assert main(["clean", str(scored.folder), "--yes"]) == 0
+    assert main(["clean", str(three_rounds.folder), "--yes"]) == 0
     # As if evaluation items that are removed from the corpus had changed.
-    scored.record("train", 1, "another", 0.0, [scored.round_folder(1) / "steps.parquet"])
-    before = used_bytes(scored.folder / "rounds")
+    three_rounds.record("train", 1, "another", 0.0, [three_rounds.round_folder(1) / "steps.parquet"])
+    before = used_bytes(three_rounds.folder / "rounds")
     with pytest.raises(ValueError, match=r"train.json: the round was trained with another .*, or delete .*train.json"):
-        complete(scored, "train", 1, silent)
-    assert used_bytes(scored.folder / "rounds") == before
-    (scored.corpus_folder / "manifest.json").unlink()
-    for folder in scored.folder.glob("rounds/*/checkpoint"):
+        complete(three_rounds, "train", 1, silent)
+    assert used_bytes(three_rounds.folder / "rounds") == before
+    (three_rounds.corpus_folder / "manifest.json").unlink()
+    for folder in three_rounds.folder.glob("rounds/*/checkpoint"):
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match="missing, but rounds were trained on this corpus"):
-        complete(scored, "prepare", 0, silent)
+        complete(three_rounds, "prepare", 0, silent)
 
 
-def test_refusals_are_one_line(scored: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(scored.folder)
+def test_refusals_are_one_line(three_rounds: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(three_rounds.folder)
     assert "--only: 'caches' is not a category; choose from leftovers, checkpoints, trials" in error_of(
         capsys, "clean", folder, "--only", "trials,caches"
     )
-    assert "not a run folder, nor" in error_of(capsys, "clean", str(scored.folder / "corpus"))
-    with locked(scored.folder):
+    assert "not a run folder, nor" in error_of(capsys, "clean", str(three_rounds.folder / "corpus"))
+    with locked(three_rounds.folder):
         assert "in use by a running process" in error_of(capsys, "clean", folder, "--yes")
-    with (scored.folder / ".ranks.lock").open("w") as lock:
+    with (three_rounds.folder / ".ranks.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         assert "ranks of an earlier launch are still running" in error_of(capsys, "clean", folder, "--yes")
-    assert read_run(scored.folder).config == scored.config
+    assert read_run(three_rounds.folder).config == three_rounds.config
 
 
 def test_a_terminal_is_asked(

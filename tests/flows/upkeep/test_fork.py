@@ -91,9 +91,9 @@ def test_a_fork_with_another_policy_is_the_run_that_always_had_it(trained_run: P
         assert fingerprint_of(made.run, stage, number) == fingerprint_of(unbroken, stage, number)
 
 
-def test_earlier_rounds_keep_their_settings(scored: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_earlier_rounds_keep_their_settings(three_rounds: Run, capsys: pytest.CaptureFixture[str]) -> None:
     sets = ["refine.policy=top", "score.budget=seen", "train.lr=0.001", "rounds.num_parts=4"]
-    made = fork(scored, 3, sets, "other", silent).run
+    made = fork(three_rounds, 3, sets, "other", silent).run
     assert states(made.folder) == {
         **dict.fromkeys(("prepare", "mix 1", "train 1", "score 1", "refine 2", "mix 2", "train 2"), "done"),
         **{"score 2": "stopped", "refine 3": "waiting", "mix 3": "waiting", "train 3": "waiting"},
@@ -106,17 +106,17 @@ def test_earlier_rounds_keep_their_settings(scored: Run, capsys: pytest.CaptureF
         # What says how a run computes is that of today.
         assert config.rounds.num_rounds == 3
     assert made.refine_config(2).policy == "loss"
-    assert selection_of(made, 2) == selection_of(scored, 2)
+    assert selection_of(made, 2) == selection_of(three_rounds, 2)
     stages_of(made).verify()
     assert main(["status", str(made.folder)]) == 0
-    assert f"forked from {scored.folder} at round 3" in capsys.readouterr().out
+    assert f"forked from {three_rounds.folder} at round 3" in capsys.readouterr().out
     # A dry run of an earlier round with other settings has these.
     assert main(["refine", str(made.folder), "--dry-run", "--round", "2", "--set", "refine.policy=all"]) == 0
     assert "policy all" in capsys.readouterr().out
 
 
-def test_a_fork_of_a_fork_has_the_settings_of_both(scored: Run, fakes: FakeRanks) -> None:
-    first = fork(scored, 3, ["refine.policy=top", "rounds.num_rounds=4"], None, silent).run
+def test_a_fork_of_a_fork_has_the_settings_of_both(three_rounds: Run, fakes: FakeRanks) -> None:
+    first = fork(three_rounds, 3, ["refine.policy=top", "rounds.num_rounds=4"], None, silent).run
     complete_run(first.config)
     expected = {
         1: ["band", "band", "band", "band", "band"],
@@ -152,15 +152,15 @@ def test_a_fork_of_a_fork_has_the_settings_of_both(scored: Run, fakes: FakeRanks
     (["--round", "2", "--set", "parallel=auto"], "parallel: auto is not resolved here"),
 ])  # fmt: skip
 def test_refusals_are_one_line(
-    scored: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    three_rounds: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    before = sorted(scored.folder.parent.iterdir())
-    assert message in error_of(capsys, "fork", str(scored.folder), *arguments)
-    assert sorted(scored.folder.parent.iterdir()) == before
+    before = sorted(three_rounds.folder.parent.iterdir())
+    assert message in error_of(capsys, "fork", str(three_rounds.folder), *arguments)
+    assert sorted(three_rounds.folder.parent.iterdir()) == before
 
 
-def test_round_1_may_have_another_model(scored: Run, fakes: FakeRanks) -> None:
-    made = fork(scored, 1, ["model.num_layers=2", "train.max_tokens=2000"], None, silent).run
+def test_round_1_may_have_another_model(three_rounds: Run, fakes: FakeRanks) -> None:
+    made = fork(three_rounds, 1, ["model.num_layers=2", "train.max_tokens=2000"], None, silent).run
     assert not (made.folder / "rounds").exists()
     assert read_fork(made.folder) is not None
     complete_run(made.config)
@@ -172,9 +172,11 @@ def test_round_1_may_have_another_model(scored: Run, fakes: FakeRanks) -> None:
     ["train.global_batch_size=64", "parallel.data=4"],
     ["rounds.num_rounds=100"],
 ])  # fmt: skip
-def test_how_a_fork_computes_need_not_go_with_earlier_rounds(scored: Run, fakes: FakeRanks, sets: list[str]) -> None:
+def test_how_a_fork_computes_need_not_go_with_earlier_rounds(
+    three_rounds: Run, fakes: FakeRanks, sets: list[str]
+) -> None:
     """Earlier rounds had a smaller batch, or a learning rate that grows too high in so many rounds."""
-    first = fork(scored, 2, ["rounds.lr_factor=1.5"], "first", silent).run
+    first = fork(three_rounds, 2, ["rounds.lr_factor=1.5"], "first", silent).run
     complete_run(first.config)
     made = fork(first, 3, [*sets, "rounds.lr_factor=1"], "second", silent).run
     assert [made.config_at(place).rounds.lr_factor for place in (1, 2, 3)] == [1.0, 1.5, 1.0]
@@ -184,8 +186,8 @@ def test_how_a_fork_computes_need_not_go_with_earlier_rounds(scored: Run, fakes:
 
 
 @pytest.mark.parametrize("name", ["mega (copy)", "\u5b9e\u9a8c \u4e00", "it's"])
-def test_a_renamed_run_is_forked(scored: Run, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    folder = scored.folder.rename(scored.folder.with_name(name))
+def test_a_renamed_run_is_forked(three_rounds: Run, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    folder = three_rounds.folder.rename(three_rounds.folder.with_name(name))
     assert "give another --name" in error_of(capsys, "fork", str(folder), "--round", "2")
     assert main(["fork", str(folder), "--round", "2", "--name", "made"]) == 0
     [command] = re.findall("go on by: reprise (.*)", capsys.readouterr().out)
@@ -193,31 +195,31 @@ def test_a_renamed_run_is_forked(scored: Run, capsys: pytest.CaptureFixture[str]
     assert read_run(folder.with_name("made")).config.name == "made"
 
 
-def test_a_run_in_use_is_not_forked(scored: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    with locked(scored.folder):
-        message = error_of(capsys, "fork", str(scored.folder), "--round", "2")
+def test_a_run_in_use_is_not_forked(three_rounds: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(three_rounds.folder):
+        message = error_of(capsys, "fork", str(three_rounds.folder), "--round", "2")
     assert "in use by process" in message
-    assert not scored.folder.with_name("run-fork-2").exists()
+    assert not three_rounds.folder.with_name("run-fork-2").exists()
 
 
-def test_rounds_that_are_not_complete_are_named(scored: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    scored.forget("train", 2)
-    message = error_of(capsys, "fork", str(scored.folder), "--round", "3")
+def test_rounds_that_are_not_complete_are_named(three_rounds: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    three_rounds.forget("train", 2)
+    message = error_of(capsys, "fork", str(three_rounds.folder), "--round", "3")
     assert "train 2 is not complete, which a fork at round 3 shares; complete it by `reprise run" in message
-    shutil.rmtree(scored.round_folder(1) / "checkpoint")
-    message = error_of(capsys, "fork", str(scored.folder), "--round", "2")
+    shutil.rmtree(three_rounds.round_folder(1) / "checkpoint")
+    message = error_of(capsys, "fork", str(three_rounds.folder), "--round", "2")
     assert "holds no checkpoint for round 2 to start from" in message
 
 
 def test_what_cannot_be_linked_is_copied_and_said(
-    scored: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    three_rounds: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr("os.link", refuse)
-    assert main(["fork", str(scored.folder), "--round", "2", "--name", "copy"]) == 0
-    folder = scored.folder.with_name("copy")
+    assert main(["fork", str(three_rounds.folder), "--round", "2", "--name", "copy"]) == 0
+    folder = three_rounds.folder.with_name("copy")
     size = sum(
         path.stat().st_size for part in ("corpus", "rounds") for path in (folder / part).rglob("*") if path.is_file()
     )
@@ -234,17 +236,17 @@ main(["fork", sys.argv[2], "--round", "2"])
 
 
 @pytest.mark.parametrize("place", ["share", "write_settings", "refresh_ledger"])
-def test_a_killed_fork_is_not_listed(scored: Run, capsys: pytest.CaptureFixture[str], place: str) -> None:
-    command = [sys.executable, "-c", KILLED, place, str(scored.folder)]
+def test_a_killed_fork_is_not_listed(three_rounds: Run, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    command = [sys.executable, "-c", KILLED, place, str(three_rounds.folder)]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -9
-    assert main(["runs", str(scored.folder.parent)]) == 0
+    assert main(["runs", str(three_rounds.folder.parent)]) == 0
     lines = capsys.readouterr().out.splitlines()
     if place == "refresh_ledger":
         # The ledger is made by whoever opens it first.
         assert [line.split()[0] for line in lines] == ["run", "run-fork-2"]
-        assert main(["sql", str(scored.folder.with_name("run-fork-2")), "from rounds"]) == 0
+        assert main(["sql", str(three_rounds.folder.with_name("run-fork-2")), "from rounds"]) == 0
         return
     assert [line.split()[0] for line in lines] == ["run"]
-    assert main(["fork", str(scored.folder), "--round", "2"]) == 0
+    assert main(["fork", str(three_rounds.folder), "--round", "2"]) == 0
     assert "go on by: reprise run " in capsys.readouterr().out
-    assert sorted(path.name for path in scored.folder.parent.iterdir() if path.is_dir()) == ["run", "run-fork-2"]
+    assert sorted(path.name for path in three_rounds.folder.parent.iterdir() if path.is_dir()) == ["run", "run-fork-2"]
