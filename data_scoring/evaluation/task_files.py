@@ -4,7 +4,7 @@ Nothing is executed here: a `!function` stays a name.
 """
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,8 @@ def _files(path: Path, folder: Path, seen: tuple[Path, ...] = ()) -> Iterator[Pa
 def _functions(value: Any) -> Iterator[_Function]:
     if isinstance(value, _Function):
         yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _functions(part)
+    for part in _parts(value):
+        yield from _functions(part)
 
 
 def _data(value: Any) -> Iterator[str]:
@@ -126,9 +125,8 @@ def _data(value: Any) -> Iterator[str]:
         for name in _strings([value.get("dataset_path"), *named]):
             if name not in FILE_LOADERS and ("://" not in name or name.startswith("file://")):
                 yield name
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _data(part)
+    for part in _parts(value):
+        yield from _data(part)
 
 
 def _matches(place: Path) -> Iterator[Path]:
@@ -148,6 +146,10 @@ def _matching(pattern: Path) -> list[Path]:
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
+    for part in _parts(value):
+        yield from _strings(part)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Return the values in a dictionary or list; none for other values."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -6,12 +6,6 @@ from typing import Any
 
 from flows.cli.options import path
 
-_DTYPE: dict[str, Any] = {
-    "default": "keep",
-    "choices": ("keep", "float32", "bfloat16"),
-    "help": "data type of the stored weights (default: unchanged)",
-}
-
 
 def add_hugging_face(commands: Any) -> None:
     """Add the commands to the parser's `commands`."""
@@ -29,21 +23,23 @@ def add_hugging_face(commands: Any) -> None:
     export = commands.add_parser("export", help="convert a trained model for another library")
     formats = export.add_subparsers(required=True, metavar="FORMAT")
     hf = formats.add_parser("hf", help="for Hugging Face transformers")
-    hf.add_argument("place", type=path, metavar="RUN", help="run folder, or a model folder")
-    hf.add_argument("--round", type=int, help="round of the run whose model is exported (default: the last)")
-    hf.add_argument(
-        "--output", type=path, metavar="FOLDER", help="folder to create (default: export/round-N in RUN, or export)"
-    )
-    hf.add_argument("--dtype", **_DTYPE)
+    _add_export(hf, "export/round-N in RUN, or export")
     hf.set_defaults(command=_export)
     megatron = formats.add_parser("megatron", help="for Megatron-LM: iter_…/, its arguments and the weights")
-    megatron.add_argument("place", type=path, metavar="RUN", help="run folder, or a model folder")
-    megatron.add_argument("--round", type=int, help="round of the run whose model is exported (default: the last)")
-    megatron.add_argument(
-        "--output", type=path, metavar="FOLDER", help="folder to create (default: export/megatron-N in RUN)"
-    )
-    megatron.add_argument("--dtype", **_DTYPE)
+    _add_export(megatron, "export/megatron-N in RUN")
     megatron.set_defaults(command=_export_megatron)
+
+
+def _add_export(export: argparse.ArgumentParser, folder: str) -> None:
+    export.add_argument("place", type=path, metavar="RUN", help="run folder, or a model folder")
+    export.add_argument("--round", type=int, help="round of the run whose model is exported (default: the last)")
+    export.add_argument("--output", type=path, metavar="FOLDER", help=f"folder to create (default: {folder})")
+    export.add_argument(
+        "--dtype",
+        default="keep",
+        choices=("keep", "float32", "bfloat16"),
+        help="data type of the stored weights (default: unchanged)",
+    )
 
 
 def _import(options: argparse.Namespace) -> None:
