@@ -101,7 +101,7 @@ def export_model(
         from trainer.hugging_face_weights import SHARD_BYTES, export_weights
         from trainer.weights import Weights
 
-        known = _known(stored)
+        known = known_fields(stored)
         end, barred = give_tokenizer(stored, rows, known.get("max_position_embeddings"), folder)
         known = {"bos_token_id": end, "eos_token_id": end, **known}
         _give_generation(stored, known, folder)
@@ -141,7 +141,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield temporary
 
 
-def _known(stored: StoredModel) -> dict[str, Any]:
+def known_fields(stored: StoredModel) -> dict[str, Any]:
     """Return the fields of `config.json` that weights do not determine: the original's, or the trained positions."""
     original = stored.place / ORIGINAL / "config.json"
     if original.is_file():

@@ -8,15 +8,14 @@ from typing import Any
 
 from data_scoring.base.files import writing
 from data_scoring.config import VOCABULARY_MULTIPLE, padded_vocab_size
-from flows.models.hugging_face_models import Dtype, new_folder, unfinished
+from flows.models.hugging_face_models import Dtype, known_fields, new_folder, unfinished
 from flows.models.hugging_face_tokenizers import give_tokenizer
-from flows.run.folder import read_run
-from flows.run.stored_model import MODEL, StoredModel, find_model
+from flows.run.stored_model import StoredModel, find_model
 from trainer.checkpoint_folder import read_checkpoint_record
 from trainer.config import ModelConfig
 
 TOKENIZER = "tokenizer"
-# The length to which Megatron-LM's training cuts texts of a model that was imported and never trained here.
+# Of sequences, for an imported model whose own configuration gives none.
 _DEFAULT_LENGTH = 2048
 # Since version 3, the rows of linear_qkv are ordered as in ours.
 _CHECKPOINT_VERSION = 3.0
@@ -43,7 +42,7 @@ def export_megatron(
     there is no such model or it is damaged.
     """
     stored = find_model(place, round_number)
-    length = _length(stored)
+    length = known_fields(stored).get("max_position_embeddings", _DEFAULT_LENGTH)
     output = output or _folder(stored)
     with new_folder(output) as folder:
         import torch
@@ -79,11 +78,6 @@ def export_megatron(
 def _folder(stored: StoredModel) -> Path:
     name = "megatron" if stored.round_number is None else f"megatron-{stored.round_number}"
     return stored.place / "export" / name
-
-
-def _length(stored: StoredModel) -> int:
-    """Return the tokens of a sequence in training."""
-    return _DEFAULT_LENGTH if (stored.place / MODEL).is_file() else read_run(stored.place).corpus().seq_length
 
 
 def megatron_arguments(model: ModelConfig, vocab_size: int, length: int) -> dict[str, Any]:
