@@ -179,6 +179,19 @@ class LaunchConfig(Config):
             raise ValueError("launch.rendezvous: not set, but several nodes need it; give this host's HOST:PORT")
 
 
+class EngineConfig(Config):
+    """Where data stages work: prepare, contamination and refine."""
+
+    kind: Literal["local"] = Field(default="local", description="local: processes of this host.")
+    processes: Integer | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Processes, for kind local; null: one for each core, for text that takes a minute or more, else "
+        "none but this one.",
+    )
+
+
 class RunConfig(Config):
     """One run: a corpus, a model, and rounds of training, scoring and refining."""
 
@@ -209,6 +222,7 @@ class RunConfig(Config):
         "devices when the run starts.",
     )
     launch: Annotated[LaunchConfig, FREE] = LaunchConfig()
+    engine: Annotated[EngineConfig, FREE] = EngineConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: Annotated[CheckpointConfig, FREE] = CheckpointConfig()
     score: ScoreConfig = ScoreConfig()

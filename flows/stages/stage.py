@@ -8,9 +8,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from data_scoring.base.engine import Engine
 from data_scoring.base.files import fingerprint
 from data_scoring.base.progress import Progress, silent
 from data_scoring.ledger import refresh_ledger
+from flows.cluster.engines import open_engine
 from flows.launch import launcher
 from flows.launch.launcher import KeptRanks
 from flows.run.config import RunConfig
@@ -141,6 +143,10 @@ class Stages:
     def verify(self, progress: Progress = silent) -> None:
         """Raise ValueError if a file that a stage has written is damaged or missing; see `verification.verify`."""
         verification.verify(self.run, [*self._table.values()], progress)
+
+    def open_engine(self) -> Engine:
+        """Return the run's engine, a context manager: where the stage's work on parts of its input runs."""
+        return open_engine(self.run.config.engine)
 
     def launch(self, job: Job, name: str, progress: Progress) -> None:
         """Run `job` on the run's ranks; see `flows.launch.launcher.launch`."""
