@@ -6,7 +6,7 @@ the place of a sample. Each row group is of one source.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -74,12 +74,7 @@ def name_of_file(name: str) -> str:
 
 def write_documents(path: Path, sources: Iterable[tuple[str, Iterator[Rows]]]) -> None:
     """Write the documents of `sources`, pairs of a name and the documents in reading order, to `path`."""
-    with (
-        writing(path) as temporary,
-        pq.ParquetWriter(
-            temporary, _SCHEMA, compression="zstd", use_dictionary=["source"], column_encoding=_ENCODINGS
-        ) as writer,
-    ):
+    with writing(path) as temporary, _writer(temporary) as writer:
         for name, chunks in sources:
             for rows in chunks:
                 if len(rows.numbers):
@@ -90,6 +85,19 @@ def write_documents(path: Path, sources: Iterable[tuple[str, Iterator[Rows]]]) -
                         pa.array(rows.starts),
                     ]
                     writer.write_table(pa.table(columns, schema=_SCHEMA))
+
+
+def join_documents(tables: Sequence[Path], path: Path) -> None:
+    """Write the documents of several files that `write_documents` wrote to `path`, in order."""
+    with writing(path) as temporary, _writer(temporary) as writer:
+        for table in tables:
+            with pq.ParquetFile(table) as file:
+                for group in range(file.num_row_groups):
+                    writer.write_table(file.read_row_group(group))
+
+
+def _writer(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, _SCHEMA, compression="zstd", use_dictionary=["source"], column_encoding=_ENCODINGS)
 
 
 @dataclass(frozen=True)

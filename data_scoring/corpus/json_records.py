@@ -53,6 +53,12 @@ def read_records(file: IO[str]) -> Iterator[Record]:
         yield Record(number, number, text.removesuffix("\n"))
 
 
+def read_lines(file: IO[str]) -> Iterator[Record]:
+    """Yield the lines of `file`, whatever they hold: a stretch of a file that is no array."""
+    for number, text in enumerate(file, start=1):
+        yield Record(number, number, text.removesuffix("\n"))
+
+
 def _is_complete(line: str) -> bool:
     """Return whether the array that starts on `line` ends there, too."""
     try:

@@ -159,6 +159,19 @@ def open_file(name: str) -> IO[bytes]:
     return file
 
 
+def is_stored_plain(name: str, head: bytes) -> bool:
+    """Return whether the content of a file is what it stores, given its first bytes: it is not compressed."""
+    return _codec_of(name) is None and _codec_in(head) is None
+
+
+def _codec_of(name: str) -> str | None:
+    return _CODECS.get(Path(name).suffix.lower())
+
+
+def _codec_in(head: bytes) -> str | None:
+    return next((each for each, magic in _MAGIC_NUMBERS.items() if re.match(magic, head)), None)
+
+
 def open_contents(name: str) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield names and contents of a file, decompressed, as binary streams: one, or those of a zip archive's members.
 
@@ -166,8 +179,7 @@ def open_contents(name: str) -> Iterator[tuple[str, IO[bytes]]]:
     stream raises an exception if the content is damaged or cut short.
     """
     with io.BufferedReader(open_file(name), _CHUNK_BYTES) as file:  # type: ignore[type-var]
-        codec = _CODECS.get(Path(name).suffix.lower())
-        found = next((each for each, magic in _MAGIC_NUMBERS.items() if re.match(magic, file.peek(16))), None)
+        codec, found = _codec_of(name), _codec_in(file.peek(16))
         if codec is None and found is not None and format_of(name) is not None:
             ending = next(ending for ending, each in _CODECS.items() if each == found)
             raise ValueError(f"it is compressed; rename it so that its name ends in {ending}")
@@ -176,8 +188,7 @@ def open_contents(name: str) -> Iterator[tuple[str, IO[bytes]]]:
                 for member in archive.infolist():
                     if not member.is_dir():
                         with archive.open(member) as content:
-                            inner = _CODECS.get(Path(member.filename).suffix.lower())
-                            yield f"{name}/{member.filename}", _decompressed(content, inner)
+                            yield f"{name}/{member.filename}", _decompressed(content, _codec_of(member.filename))
         else:
             yield name, _decompressed(file, codec or found)
 

@@ -2,20 +2,23 @@
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.documents import Document, name_of_file
 from data_scoring.corpus.indexed import IndexedTokens, open_indexed
-from data_scoring.corpus.json_records import checked_text, decode, read_records, record_text
+from data_scoring.corpus.json_records import checked_text, decode, read_lines, read_records, record_text
 from data_scoring.corpus.python_text import KINDS, read_python_text
 from data_scoring.corpus.source_files import ending_of, format_of, has_wildcards, match_path, open_contents, open_file
+from data_scoring.corpus.source_parts import STREAMS, Piece, StoredFile, open_stretch, stored_file
 
 if TYPE_CHECKING:
     import datasets
@@ -86,12 +89,48 @@ def locate_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator
     A malformed record is passed to `on_bad_record` with its file and line (row, for Parquet), and skipped.
     """
     kind = resolve_format(source)
+    pieces = [Piece(source.path)] if kind in STREAMS else [Piece(file) for file in matching_files(source)]
+    yield from islice(read_pieces(source, kind, pieces, on_bad_record), source.max_documents)
+
+
+def read_pieces(
+    source: SourceConfig, kind: str, pieces: Sequence[Piece], on_bad_record: BadRecord
+) -> Generator[Document, None, int]:
+    """Yield the documents of some pieces of a source's files, of the format `kind`, in order.
+
+    Lines and paragraphs are numbered from the start of the piece, rows from that of the file. Returns how many lines or
+    paragraphs the last piece has, or 0 for rows. `on_bad_record`: see `locate_documents`.
+    """
     if kind == "python":
-        documents = read_python_text(source.path)
-    else:
-        readers = {"jsonl": _read_jsonl, "text": _read_text, "parquet": _read_parquet, "datasets": _read_dataset}
-        documents = readers[kind](source, on_bad_record)
-    yield from islice(documents, source.max_documents)
+        yield from read_python_text(source.path)
+        return 0
+    if kind == "datasets":
+        yield from _read_dataset(source, on_bad_record)
+        return 0
+    readers = {"jsonl": _read_jsonl, "text": _read_text, "parquet": _read_parquet}
+    last = 0
+    for piece in pieces:
+        last = yield from readers[kind](source, piece, on_bad_record)
+    return last
+
+
+def list_files(source: SourceConfig, kind: str) -> list[StoredFile]:
+    """Return the files of a source of the format `kind`, in order, as they are now; none for text without files."""
+    if kind == "python":
+        return []
+    # Files on a hub are not checked.
+    is_on_hub = kind == "datasets" and not Path(source.path).exists()
+    names = [] if is_on_hub else matching_files(source)
+    files = []
+    for name in names:
+        with _naming(source, name):
+            files.append(stored_file(name))
+    return files
+
+
+def unit_of(source: SourceConfig, kind: str) -> str:
+    """Return what the documents of a stretch of a file are: a line or a paragraph."""
+    return source.document if kind == "text" else "line"
 
 
 def batch_documents(documents: Iterable[_D]) -> Iterator[list[_D]]:
@@ -168,49 +207,54 @@ def matching_files(source: SourceConfig) -> list[str]:
     return names
 
 
-def _opened(file: str) -> Iterator[tuple[str, io.TextIOWrapper]]:
-    """Yield name and content of a file, or of each member of an archive, as text whose lines end with a line feed."""
-    for name, content in open_contents(file):
+def _opened(piece: Piece, unit: str) -> Iterator[tuple[str, io.TextIOWrapper]]:
+    """Yield name and content of a piece, or of each member of an archive, as text whose lines end with a line feed."""
+    is_whole = piece.start == 0 and piece.stop is None
+    contents = open_contents(piece.file) if is_whole else iter([(piece.file, open_stretch(piece, unit))])
+    for name, content in contents:
         # Latin-1 maps bytes to characters and back without loss, so that errors can name lines that are not UTF-8.
         yield name_of_file(name), io.TextIOWrapper(content, encoding="latin-1")
 
 
-def _read_jsonl(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[Document]:
-    for file in matching_files(source):
-        records = ((name, record) for name, content in _opened(file) for record in read_records(content))
-        for name, record in _reading(source, file, records):
-            if not record.text.strip():
-                continue
-            try:
-                text = record_text(record.text.encode("latin-1"), source.text_field)
-            except ValueError as error:
-                on_bad_record(file, record.line, str(error))
-            else:
-                yield Document(text, name, record.number)
+def _read_jsonl(source: SourceConfig, piece: Piece, on_bad_record: BadRecord) -> Generator[Document, None, int]:
+    read, last = read_lines if piece.start else read_records, 0
+    records = ((name, record) for name, content in _opened(piece, "line") for record in read(content))
+    for name, record in _reading(source, piece.file, records):
+        last = record.line
+        if not record.text.strip():
+            continue
+        try:
+            text = record_text(record.text.encode("latin-1"), source.text_field)
+        except ValueError as error:
+            on_bad_record(piece.file, record.line, str(error))
+        else:
+            yield Document(text, name, record.number)
+    return last
 
 
-def _read_text(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[Document]:
+def _read_text(source: SourceConfig, piece: Piece, on_bad_record: BadRecord) -> Generator[Document, None, int]:
     splits = {"file": _whole, "paragraph": _paragraphs, "line": _lines}
-    for file in matching_files(source):
-        parts = (
-            (name, place, part.encode("latin-1"))
-            for name, content in _opened(file)
-            for place, part in enumerate(splits[source.document](content), start=1)
-        )
-        for number, (name, place, raw) in enumerate(_reading(source, file, parts), start=1):
-            if len(raw) > LARGEST_DOCUMENT_BYTES and source.document == "file":
-                raise ValueError(
-                    f"{file}: over {LARGEST_DOCUMENT_BYTES >> 20} MB in one document; "
-                    f"set corpus.sources.{source.name}.document to paragraph or line"
-                )
-            try:
-                text = decode(raw)
-            except ValueError as error:
-                # For whole files, report the line of the error; otherwise, the number of the line or paragraph.
-                line = number if source.document != "file" else _line_of_first_bad_byte(raw)
-                on_bad_record(file, line, str(error))
-            else:
-                yield Document(text, name, place)
+    file, number = piece.file, 0
+    parts = (
+        (name, place, part.encode("latin-1"))
+        for name, content in _opened(piece, source.document)
+        for place, part in enumerate(splits[source.document](content), start=1)
+    )
+    for number, (name, place, raw) in enumerate(_reading(source, file, parts), start=1):
+        if len(raw) > LARGEST_DOCUMENT_BYTES and source.document == "file":
+            raise ValueError(
+                f"{file}: over {LARGEST_DOCUMENT_BYTES >> 20} MB in one document; "
+                f"set corpus.sources.{source.name}.document to paragraph or line"
+            )
+        try:
+            text = decode(raw)
+        except ValueError as error:
+            # For whole files, report the line of the error; otherwise, the number of the line or paragraph.
+            line = number if source.document != "file" else _line_of_first_bad_byte(raw)
+            on_bad_record(file, line, str(error))
+        else:
+            yield Document(text, name, place)
+    return number
 
 
 def _whole(content: io.TextIOWrapper) -> Iterator[str]:
@@ -241,35 +285,57 @@ def _line_of_first_bad_byte(raw: bytes) -> int:
     raise AssertionError("every line is UTF-8")
 
 
-def _read_parquet(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[Document]:
-    field = source.text_field
-    for file in matching_files(source):
-        with ExitStack() as stack:
-            with _naming(source, file):
-                opened = stack.enter_context(open_file(file))
-                # With a buffer, and nothing read ahead, memory does not depend on the size of row groups.
-                parquet = pq.ParquetFile(opened, buffer_size=_CHUNK, pre_buffer=False, page_checksum_verification=True)
-                num_rows, names = parquet.metadata.num_rows, parquet.schema_arrow.names
-            if num_rows == 0:
-                continue
-            if names.count(field) != 1:
-                raise _wrong_column(source, file, names)
-            rows = _reading(source, file, _parquet_values(parquet, field))
-            yield from _texts(file, rows, field, on_bad_record)
+def _read_parquet(source: SourceConfig, piece: Piece, on_bad_record: BadRecord) -> Generator[Document, None, int]:
+    field, file = source.text_field, piece.file
+    with ExitStack() as stack:
+        with _naming(source, file):
+            opened = stack.enter_context(open_file(file))
+            # With a buffer, and nothing read ahead, memory does not depend on the size of row groups.
+            parquet = pq.ParquetFile(opened, buffer_size=_CHUNK, pre_buffer=False, page_checksum_verification=True)
+            num_rows, names = parquet.metadata.num_rows, parquet.schema_arrow.names
+        if num_rows == 0:
+            return 0
+        if names.count(field) != 1:
+            raise _wrong_column(source, file, names)
+        with _naming(source, file):
+            groups = _row_groups(parquet.metadata, piece)
+        first = sum(parquet.metadata.row_group(number).num_rows for number in range(groups.start))
+        rows = _reading(source, file, _parquet_values(parquet, groups, field))
+        yield from _texts(file, rows, field, on_bad_record, first + 1)
+    return 0
 
 
-def _parquet_values(parquet: pq.ParquetFile, field: str) -> Iterator[Any]:
-    """Yield the values of the column `field`; for one that is not UTF-8, the error."""
+def _row_groups(metadata: pq.FileMetaData, piece: Piece) -> range:
+    """Return the row groups that begin in the bytes of `piece`."""
+    starts = []
+    for number in range(metadata.num_row_groups):
+        columns = [metadata.row_group(number).column(each) for each in range(metadata.num_columns)]
+        offsets = [
+            min(filter(None, (column.dictionary_page_offset, column.data_page_offset)), default=0) for column in columns
+        ]
+        starts.append(min(offsets))
+    # The first group begins after the magic number, or wherever a damaged footer says.
+    starts[:1] = [0]
+    starts = np.maximum.accumulate(starts).tolist()
+    stop = metadata.num_row_groups if piece.stop is None else bisect_left(starts, piece.stop)
+    return range(bisect_left(starts, piece.start), stop)
+
+
+def _parquet_values(parquet: pq.ParquetFile, groups: range, field: str) -> Iterator[Any]:
+    """Yield the values of the column `field` in some row groups; for one that is not UTF-8, the error."""
     num_rows = 0
-    for batch in parquet.iter_batches(_BATCH_ROWS, columns=[field], use_threads=False):
+    for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[*groups], columns=[field], use_threads=False):
         for scalar in batch.column(batch.schema.names.index(field)):
             try:
                 yield scalar.as_py()
             except UnicodeDecodeError as error:
                 yield error
         num_rows += len(batch)
-    if num_rows != parquet.metadata.num_rows:
-        raise ValueError(f"it has {num_rows} rows, but its footer says {parquet.metadata.num_rows}")
+    listed = sum(parquet.metadata.row_group(number).num_rows for number in groups)
+    if len(groups) == parquet.metadata.num_row_groups:
+        listed = parquet.metadata.num_rows
+    if num_rows != listed:
+        raise ValueError(f"it has {num_rows} rows, but its footer says {listed}")
 
 
 def _read_dataset(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[Document]:
@@ -293,10 +359,10 @@ def _wrong_column(source: SourceConfig, file: str, names: list[str]) -> ValueErr
     )
 
 
-def _texts(file: str, rows: Iterable[Any], field: str, on_bad_record: BadRecord) -> Iterator[Document]:
-    """Yield the values of `rows` that are text."""
+def _texts(file: str, rows: Iterable[Any], field: str, on_bad_record: BadRecord, first: int = 1) -> Iterator[Document]:
+    """Yield the values of `rows` that are text; the first row has the number `first`."""
     name = name_of_file(file)
-    for number, value in enumerate(rows, start=1):
+    for number, value in enumerate(rows, start=first):
         try:
             if isinstance(value, UnicodeDecodeError):
                 raise ValueError(f"field {field!r} is not UTF-8; convert it to UTF-8")
@@ -327,13 +393,6 @@ def _open_dataset(source: SourceConfig) -> "datasets.IterableDataset | datasets.
         ) from None
 
 
-def stamp_files(source: SourceConfig) -> list[tuple[str, int, int]]:
-    """Return name, size and modification time of each local file of a source, to detect changes."""
-    kind = resolve_format(source)
-    if kind == "python":
-        return []
-    # Files on a hub are not checked.
-    is_on_hub = kind == "datasets" and not Path(source.path).exists()
-    names = [] if is_on_hub else matching_files(source)
-    stats = [(name, Path(name).stat()) for name in names if Path(name).exists()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+def stamp_files(source: SourceConfig) -> list[tuple[str, int, str]]:
+    """Return name, size and stamp of each file of a source, to detect changes."""
+    return [(file.name, file.num_bytes, file.stamp) for file in list_files(source, resolve_format(source))]

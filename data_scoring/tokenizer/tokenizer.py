@@ -17,6 +17,7 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
+from data_scoring.base.engine import num_threads
 from data_scoring.base.files import writing
 from data_scoring.config import TokenizerConfig
 from data_scoring.tokenizer.long_texts import can_cut, cut_text
@@ -128,7 +129,7 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text."""
         with _explained(UnencodableTextError):
-            ids: list[list[int]] = self._processor.encode(texts, num_threads=-1)
+            ids: list[list[int]] = self._processor.encode(texts, num_threads=num_threads() or -1)
         return ids
 
     def find_lost(self, texts: list[str], encoded: list[list[int]]) -> list[str]:
@@ -288,29 +289,51 @@ def encode_each(tokenizer: Tokenizer, texts: list[str]) -> list[list[int] | Unen
 
 def install_tokenizer(config: TokenizerConfig, texts: Iterable[str], seed: int, folder: Path) -> Path:
     """Return the path of the tokenizer written to `folder`: a copy of the given one, or one trained on `texts`."""
-    if config.path is not None:
-        target = folder / f"tokenizer{Path(config.path).suffix}"
-        with writing(target) as temporary:
-            temporary.write_bytes(read_tokenizer(Path(config.path)))
-        return target
+    if config.path is None:
+        return train_tokenizer(config, sample_texts(texts, int(config.train_megabytes * 1e6), seed), folder)
+    target = folder / f"tokenizer{Path(config.path).suffix}"
+    with writing(target) as temporary:
+        temporary.write_bytes(read_tokenizer(Path(config.path)))
+    return target
+
+
+def train_tokenizer(config: TokenizerConfig, sample: Iterator[str], folder: Path) -> Path:
+    """Return the path of the tokenizer written to `folder`, trained on all texts of `sample`."""
     target = folder / "tokenizer.json"
-    sample = sample_texts(texts, int(config.train_megabytes * 1e6), seed)
     with writing(target) as temporary:
         _train(sample, config.vocab_size).save(str(temporary))
     return target
 
 
+class TextSample:
+    """A random sample of texts, of at most `num_bytes` unless it is a single one: those with the largest keys.
+
+    With keys that are uniform random numbers, the sample is uniform. Texts are kept in memory.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes, self._total, self._count = num_bytes, 0, 0
+        self._heap: list[tuple[float, int, str]] = []
+
+    def add(self, key: float, text: str) -> None:
+        """Add a text, unless its key is too small, and drop those that have smaller keys if there is no room."""
+        heapq.heappush(self._heap, (key, self._count, text))
+        self._count += 1
+        self._total += len(text.encode())
+        while self._total > self._num_bytes and len(self._heap) > 1:
+            self._total -= len(heapq.heappop(self._heap)[2].encode())
+
+    def entries(self) -> Iterator[tuple[float, str]]:
+        """Yield the keys and texts of the sample, in the order in which they were added."""
+        return ((key, text) for key, _, text in sorted(self._heap, key=lambda entry: entry[1]))
+
+
 def sample_texts(texts: Iterable[str], num_bytes: int, seed: int) -> Iterator[str]:
     """Return a uniform random sample of `texts` of about `num_bytes`, using no more memory than that."""
-    generator = random.Random(seed)  # noqa: S311
-    heap: list[tuple[float, int, str]] = []
-    total = 0
-    for number, text in enumerate(texts):
-        heapq.heappush(heap, (generator.random(), number, text))
-        total += len(text.encode())
-        while total > num_bytes and len(heap) > 1:
-            total -= len(heapq.heappop(heap)[2].encode())
-    return (text for _, _, text in sorted(heap, key=lambda entry: entry[1]))
+    generator, sample = random.Random(seed), TextSample(num_bytes)  # noqa: S311
+    for text in texts:
+        sample.add(generator.random(), text)
+    return (text for _, text in sample.entries())
 
 
 def _train(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:

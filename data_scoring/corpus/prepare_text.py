@@ -1,0 +1,230 @@
+"""Preparing text: tokenised part by part, duplicates dropped, validation text held out, samples moved to shards."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_scoring.base.files import writing
+from data_scoring.config import CorpusConfig
+from data_scoring.corpus.digests import find_duplicates, groups_of_buckets
+from data_scoring.corpus.documents import NAME as DOCUMENTS
+from data_scoring.corpus.documents import join_documents
+from data_scoring.corpus.indexed import token_dtype
+from data_scoring.corpus.packing import ShardAssignment, Stream, join_samples, pack_validation
+from data_scoring.corpus.part_text import read_rejects
+from data_scoring.corpus.preparation import Preparation
+from data_scoring.corpus.roles import DUPLICATE, TRAIN, VALIDATION, Roles, assign_roles, hold_out
+from data_scoring.corpus.shuffle import PlacedPart, assemble_shard, samples_path, scatter_part
+from data_scoring.corpus.source_parts import SourcePart
+from data_scoring.corpus.tokenise import (
+    NUM_EXAMPLES,
+    StagedPart,
+    TokenizerFile,
+    UnencodableDocumentError,
+    tokenise_part,
+)
+
+# More than this is the wrong tokenizer for the text.
+_LARGEST_LOST_SHARE = 0.1
+_ADDED = ("documents", "empty", "rejected", "bytes", "characters", "lost_characters")
+
+
+def prepare_text(
+    corpus: CorpusConfig,
+    sources: Sequence[Sequence[SourcePart]],
+    tokenizer: TokenizerFile,
+    preparation: Preparation,
+) -> dict[str, Any]:
+    """Return the manifest's entries of sources, validation set and shards, after writing them.
+
+    `sources`: the parts of each source. Raises ValueError, naming file and line or field, for unusable input.
+    """
+    folder, names = preparation.folder, [source.name for source in corpus.sources]
+    staged = _tokenise(sources, tokenizer, preparation)
+    totals = [_total(name, parts) for name, parts in zip(names, staged, strict=True)]
+    for source, parts, total in zip(sources, staged, totals, strict=True):
+        _check_text(source, parts, total)
+    _collect_rejects(sources, staged, folder / "rejects.jsonl")
+    roles = _assign_roles(staged, corpus.validation_fraction, preparation)
+    sums = [_sum(parts) for parts in roles]
+    length = corpus.seq_length + 1
+    streams, held_out = (
+        [Stream(name, total.tokens[role], length) for name, total in zip(names, sums, strict=True)]
+        for role in (TRAIN, VALIDATION)
+    )
+    dtype = token_dtype(tokenizer.open().vocab_size)
+    assignment = ShardAssignment(streams, corpus.num_shards, preparation.seed)
+    placed = [*_place(sources, staged, roles)]
+    scatter = partial(scatter_part, assignment=assignment, dtype=dtype)
+    _finish(preparation.map(scatter, placed, "packing samples (tokens)", sum(stream.num_tokens for stream in streams)))
+    parts = [part.staged for part in placed]
+    shards = _assemble(parts, assignment, dtype, preparation)
+    join_documents([part.path("located.parquet") for part in parts], folder / DOCUMENTS)
+    entries = zip(names, totals, sums, strict=True)
+    return {
+        "sources": [_source_entry(name, total, total_roles) for name, total, total_roles in entries],
+        "validation_bytes": {name: total.bytes[VALIDATION] for name, total in zip(names, sums, strict=True)},
+        "validation": pack_validation([part.path("validation") for part in parts], held_out, dtype, folder),
+        "shards": shards,
+    }
+
+
+def _finish(results: Iterator[None]) -> None:
+    """Wait until all parts are done."""
+    for _ in results:
+        pass
+
+
+def _tokenise(
+    sources: Sequence[Sequence[SourcePart]], tokenizer: TokenizerFile, preparation: Preparation
+) -> list[list[StagedPart]]:
+    staging = preparation.staging
+    work = partial(tokenise_part, staging=staging, tokenizer=tokenizer, skip_bad=preparation.skip_bad)
+    results = preparation.map(work, [part for source in sources for part in source], "tokenising (documents)")
+    staged = []
+    for source in sources:
+        read, mine = 0, []
+        for part in source:
+            try:
+                counts = next(results)
+            except UnencodableDocumentError as error:
+                raise ValueError(
+                    f"corpus.sources.{part.source.name}: document {read + error.number} of {part.source.path!r}: "
+                    f"{error.reason}, or set corpus.on_bad_record: skip"
+                ) from None
+            read += counts["read"]
+            mine.append(StagedPart(part.source.name, staging / part.name, counts))
+        staged.append(mine)
+    return staged
+
+
+def _total(source: str, parts: Sequence[StagedPart]) -> dict[str, Any]:
+    """Return the counts of a source. Raises ValueError if the tokenizer loses too many of its characters."""
+    total: dict[str, Any] = {name: sum(part.counts[name] for part in parts) for name in _ADDED}
+    examples = dict.fromkeys("".join(part.counts["lost_examples"] for part in parts))
+    total["lost_examples"] = "".join([*examples][:NUM_EXAMPLES])
+    lost, characters = total["lost_characters"], total["characters"]
+    if lost > _LARGEST_LOST_SHARE * characters:
+        raise ValueError(
+            f"corpus.sources.{source}: the tokenizer cannot represent {lost:,} of its {characters:,} "
+            f"characters, more than {_LARGEST_LOST_SHARE:.0%}, such as {total['lost_examples']!r}; "
+            "give a tokenizer for this text (tokenizer.path), or none to train one"
+        )
+    return total
+
+
+def _lines_before(source: Sequence[SourcePart], staged: Sequence[StagedPart]) -> Iterator[int]:
+    """Yield how many lines or paragraphs are before each part of a source in its file, if it is a stretch of one."""
+    lines = 0
+    for part, each in zip(source, staged, strict=True):
+        lines = lines if part.pieces[0].start else 0
+        yield lines
+        lines += each.counts["num_lines"]
+
+
+def _rejects(source: Sequence[SourcePart], staged: Sequence[StagedPart]) -> Iterator[dict[str, Any]]:
+    """Yield the bad records of a source that were skipped: file, line and reason."""
+    read = 0
+    for part, each, lines in zip(source, staged, _lines_before(source, staged), strict=True):
+        for record in read_rejects(each.path("rejects.jsonl")):
+            yield {**record, "line": lines + record["line"]}
+        for record in read_rejects(each.path("unencodable.jsonl")):
+            number = read + record["number"]
+            yield {"file": part.source.path, "line": number, "reason": f"document {number}: {record['reason']}"}
+        read += each.counts["read"]
+
+
+def _collect_rejects(
+    sources: Sequence[Sequence[SourcePart]], staged: Sequence[Sequence[StagedPart]], target: Path
+) -> None:
+    """List the bad records of all sources in `target`, if there are any."""
+    if any(part.counts["rejected"] for parts in staged for part in parts):
+        with writing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
+            for source, parts in zip(sources, staged, strict=True):
+                for record in _rejects(source, parts):
+                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _check_text(source: Sequence[SourcePart], staged: Sequence[StagedPart], total: dict[str, Any]) -> None:
+    """Raise ValueError if a source has no text."""
+    if total["documents"]:
+        return
+    first = next(_rejects(source, staged), None)
+    skipped = ""
+    if first is not None:
+        where = f"{first['file']}:{first['line']}: {first['reason']}"
+        skipped = f" ({total['rejected']} bad records were skipped, first {where})"
+    raise ValueError(
+        f"corpus.sources.{source[0].source.name}.path: has no text{skipped}; remove the source or correct its path"
+    )
+
+
+def _assign_roles(
+    staged: Sequence[Sequence[StagedPart]],
+    validation_fraction: float,
+    preparation: Preparation,
+) -> list[list[Roles]]:
+    """Return the roles of the documents of the parts of each source, written to their files."""
+    parts = [part for source in staged for part in source]
+    num_documents = sum(part.counts["documents"] for part in parts)
+    groups = groups_of_buckets(num_documents)
+    find = partial(find_duplicates, staging=preparation.staging, parts=[part.prefix for part in parts])
+    _finish(preparation.map(find, groups, "looking for duplicates (documents)", num_documents))
+    assign = partial(
+        assign_roles,
+        staging=preparation.staging,
+        groups=groups,
+        validation_fraction=validation_fraction,
+        seed=preparation.seed,
+    )
+    results = preparation.map(assign, [*enumerate(parts)], "choosing validation text (documents)", num_documents)
+    return hold_out([[next(results) for _ in source] for source in staged])
+
+
+def _sum(parts: Sequence[Roles]) -> Roles:
+    documents, tokens, sizes = (
+        [sum(each) for each in zip(*counts, strict=True)]
+        for counts in ([p.documents for p in parts], [p.tokens for p in parts], [p.bytes for p in parts])
+    )
+    return Roles(documents, tokens, sizes)
+
+
+def _place(
+    sources: Sequence[Sequence[SourcePart]],
+    staged: Sequence[Sequence[StagedPart]],
+    roles: Sequence[Sequence[Roles]],
+) -> Iterator[PlacedPart]:
+    for number, (source, parts, mine) in enumerate(zip(sources, staged, roles, strict=True)):
+        tokens = 0
+        for part, role, lines in zip(parts, mine, _lines_before(source, parts), strict=True):
+            yield PlacedPart(part, number, role.held_out, tokens, lines)
+            tokens += role.tokens[TRAIN]
+
+
+def _assemble(
+    parts: Sequence[StagedPart], assignment: ShardAssignment, dtype: np.dtype, preparation: Preparation
+) -> list[dict[str, Any]]:
+    """Return the manifest's entries of the shards, after writing them and the table of all samples."""
+    folder, shards = preparation.folder, range(assignment.num_shards)
+    work = partial(assemble_shard, parts=parts, assignment=assignment, dtype=dtype, folder=folder)
+    entries = [*preparation.map(work, shards, "writing shards (samples)", assignment.permutation.size)]
+    join_samples([samples_path(preparation.staging, shard) for shard in shards], folder / "samples.parquet")
+    return entries
+
+
+def _source_entry(name: str, total: dict[str, Any], roles: Roles) -> dict[str, Any]:
+    entry = {
+        **{key: total[key] for key in ("documents", "empty", "rejected", "bytes")},
+        "name": name,
+        "duplicates": roles.documents[DUPLICATE],
+        "validation_documents": roles.documents[VALIDATION],
+        "train_tokens": roles.tokens[TRAIN],
+        "validation_tokens": roles.tokens[VALIDATION],
+    }
+    # Nothing is said of lost characters if there are none, as in earlier versions.
+    lost = ("characters", "lost_characters", "lost_examples") if total["lost_characters"] else ()
+    return {**entry, **{key: total[key] for key in lost}}
