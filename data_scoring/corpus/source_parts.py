@@ -142,8 +142,8 @@ def _can_cut(source: SourceConfig, kind: str, file: str) -> bool:
         head = opened.read(_HEAD_BYTES)
     if not is_stored_plain(file, head):
         return False
-    # Elements of a JSON array may be on any number of lines.
-    return kind == "text" or head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    # Elements of a JSON array may be on any number of lines; blank lines may be before one.
+    return kind == "text" or head.removeprefix(b"\xef\xbb\xbf").startswith(b"{")
 
 
 def open_stretch(piece: Piece, unit: str) -> IO[bytes]:

@@ -109,7 +109,9 @@ class Prepare(Stage):
             vocab_size = None if config.tokenizer.path is None else _tokenizer_size(config)
             check_start(Path(config.model.start_from), config.model, vocab_size)
         identity = stages.fingerprint(self.name, 0)
-        prepare_corpus(config.corpus, config.tokenizer, config.seed, stages.run.corpus_folder, identity, progress)
+        folder = stages.run.corpus_folder
+        with stages.open_engine() as engine:
+            prepare_corpus(config.corpus, config.tokenizer, config.seed, folder, identity, progress, engine)
 
 
 def _has_trained(run: Run) -> bool:

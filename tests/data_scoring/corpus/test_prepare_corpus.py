@@ -19,9 +19,7 @@ from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus.corpus import VALIDATION, Corpus
 from data_scoring.corpus.indexed import write_index
-from data_scoring.corpus.packing import assign_roles
 from data_scoring.corpus.prepare_corpus import prepare_corpus
-from data_scoring.corpus.tokenise import DOCUMENT, StagedSource
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from tests.conftest import make_documents
 
@@ -104,31 +102,6 @@ def test_every_document_is_there_once_and_validation_is_apart(tmp_path: Path) ->
         )
     assert a["validation_documents"] + b["validation_documents"] > 5
     assert held_out["a"] >= a["validation_tokens"] - 1
-
-
-def test_every_source_of_two_documents_or_more_has_validation_text(tmp_path: Path) -> None:
-    counts = {"many": 400, "few": 40, "two": 2, "one": 1}
-    generator = np.random.default_rng(1)
-    staged = []
-    for name, count in counts.items():
-        rows = np.zeros(count, DOCUMENT)
-        rows["digest"] = generator.integers(0, 2**64, count, np.uint64)
-        rows["num_tokens"] = 10
-        (tmp_path / f"{name}.documents").write_bytes(rows.tobytes())
-        paths = (tmp_path / f"{name}.{kind}" for kind in ("tokens", "documents", "files"))
-        staged.append(StagedSource(name, *paths, {"documents": count}))
-    for seed in range(100):
-        for result in assign_roles(staged, 0.02, seed):
-            roles = np.fromfile(result.roles_path, np.uint8)
-            assert [int((roles == role).sum()) for role in range(3)] == result.documents
-            assert result.tokens == [10 * number for number in result.documents]
-            if result.source.name != "one":
-                assert result.documents[1] >= 1
-                assert result.documents[0] >= 1
-    # A source that has held-out documents by chance keeps those, whatever the others have.
-    [alone] = assign_roles(staged[:1], 0.02, 7)
-    expected = alone.roles_path.read_bytes()
-    assert assign_roles(staged, 0.02, 7)[0].roles_path.read_bytes() == expected
 
 
 @pytest.mark.parametrize(("seed", "lost"), [(5, "none of its text is held out"), (6, "all of its text is held out")])
@@ -283,25 +256,6 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, name: st
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"corpus.sources.a.path: '.*{name}' cannot be read"):
         prepare(tmp_path / "corpus", [{"name": "a", "path": str(tmp_path / name)}], TokenizerConfig(vocab_size=280))
-
-
-def test_duplicates_are_found_wherever_they_lie(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    digests = generator.integers(0, 100_000, 200_000).astype(np.uint64)
-    staged = []
-    for number, part in enumerate(np.split(digests, [50_000])):
-        rows = np.zeros(len(part), DOCUMENT)
-        rows["digest"], rows["num_tokens"] = part, 3
-        rows.tofile(tmp_path / f"{number}.documents")
-        counts = {"documents": len(part)}
-        staged.append(StagedSource(str(number), tmp_path, tmp_path / f"{number}.documents", tmp_path, counts))
-    results = assign_roles(staged, 0.1, 1)
-    roles = np.concatenate([np.fromfile(result.roles_path, np.uint8) for result in results])
-    first = np.zeros(len(digests), bool)
-    first[np.unique(digests, return_index=True)[1]] = True
-    assert ((roles != 2) == first).all()
-    held_out = (roles == 1).sum() / first.sum()
-    assert abs(held_out - 0.1) < 0.005
 
 
 def test_held_out_text_is_the_same_for_every_tokenizer(tmp_path: Path) -> None:

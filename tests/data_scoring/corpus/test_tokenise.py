@@ -13,8 +13,9 @@ from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.corpus.indexed import token_dtype
 from data_scoring.corpus.prepare_corpus import prepare_corpus
-from data_scoring.corpus.source_text import SourceText
-from data_scoring.corpus.tokenise import stage_source
+from data_scoring.corpus.source_parts import cut_source
+from data_scoring.corpus.sources import list_files
+from data_scoring.corpus.tokenise import StagedPart, TokenizerFile, tokenise_part
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from tests.conftest import make_documents
 from tests.data_scoring.tokenizer.tokenizer_kinds import encode_by_library, make_kind
@@ -41,11 +42,15 @@ def test_a_document_of_a_million_characters_has_the_ids_of_one_text(kind: str, s
     assert len(document) > 1 << 20
     tokenizer = open_tokenizer(path, None)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": document}) + "\n" + json.dumps({"text": "another"}))
-    text = SourceText(SourceConfig(name="a", path=str(tmp_path / "a.jsonl")), tmp_path, skip_bad=False)
-    staged = stage_source(text, tokenizer, "fingerprint", silent)
+    source = SourceConfig(name="a", path=str(tmp_path / "a.jsonl"))
+    [part] = cut_source(source, "jsonl", list_files(source, "jsonl"), 1 << 30)
+    file = TokenizerFile(path, None, "checksum")
+    counts = tokenise_part(part, lambda done: None, staging=tmp_path, tokenizer=file, skip_bad=False)
+    assert (counts["documents"], counts["read"], counts["num_lines"]) == (2, 2, 2)
+    staged = StagedPart("a", tmp_path / part.name, counts)
     end = tokenizer.end_of_document
     expected = [*encode_by_library(path, document), end, *encode_by_library(path, "another"), end]
-    assert np.fromfile(staged.tokens_path, token_dtype(tokenizer.vocab_size)).tolist() == expected
+    assert np.fromfile(staged.path("tokens"), token_dtype(tokenizer.vocab_size)).tolist() == expected
 
 
 def save(folder: Path, model: Any) -> Path:

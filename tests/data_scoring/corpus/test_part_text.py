@@ -5,13 +5,18 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
 from data_scoring.corpus import sources
+from data_scoring.corpus.documents import Document
+from data_scoring.corpus.part_text import PartText
 from data_scoring.corpus.prepare_corpus import prepare_corpus
-from data_scoring.corpus.source_text import SourceText
+from data_scoring.corpus.source_parts import SourcePart, cut_source
+from data_scoring.corpus.sources import list_files, resolve_format
+from data_scoring.tokenizer.tokenizer import TextSample
 from tests.conftest import make_documents
 
 TOKENIZER = TokenizerConfig(vocab_size=300, train_megabytes=0.01)
@@ -77,11 +82,14 @@ def test_sources_are_read_once(texts: CorpusConfig, tmp_path: Path, read: dict[s
 @pytest.mark.parametrize(
     ("progress", "again"),
     [
-        # What is read is kept once all of a source is.
-        (end_at("sampling a", 2000), {"a.jsonl.gz": 2502, "b.txt": 1500}),
-        (end_at("sampling b", 1000), {"b.txt": 1500}),
-        (end_at("tokenising a"), {}),
-        (end_at("tokenising b"), {}),
+        # What is read is kept once all of a part is.
+        (end_at("sampling", 2000), {"a.jsonl.gz": 2502, "b.txt": 1500}),
+        (end_at("sampling", 3501), {"b.txt": 1500}),
+        (end_at("tokenising"), {}),
+        (end_at("tokenising", 2501), {}),
+        (end_at("looking"), {}),
+        (end_at("packing"), {}),
+        (end_at("writing shards"), {}),
     ],
 )
 def test_what_was_read_is_not_read_again_after_a_kill(
@@ -91,7 +99,7 @@ def test_what_was_read_is_not_read_again_after_a_kill(
     with pytest.raises(KeyboardInterrupt):
         prepare_corpus(texts, TOKENIZER, 5, tmp_path / "broken", "f", progress)
     # A kill leaves what an interrupt cleans up.
-    leftover = tmp_path / "broken" / "staging" / ".a.text.arrow.1.tmp"
+    leftover = tmp_path / "broken" / "staging" / ".a.00000.text.arrow.1.tmp"
     leftover.write_bytes(b"half")
     read.clear()
 
@@ -103,11 +111,11 @@ def test_what_was_read_is_not_read_again_after_a_kill(
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("name", ["b.text.arrow", "a.tokens", "a.json"])
+@pytest.mark.parametrize("name", ["b.00000.text.arrow", "a.00000.tokens", "a.00000.digests", "a.00000.json"])
 def test_a_staged_file_that_is_damaged_is_not_used(texts: CorpusConfig, tmp_path: Path, name: str) -> None:
     prepare_corpus(texts, TOKENIZER, 5, tmp_path / "unbroken", "f", silent)
     with pytest.raises(KeyboardInterrupt):
-        prepare_corpus(texts, TOKENIZER, 5, tmp_path / "broken", "f", end_at("tokenising b"))
+        prepare_corpus(texts, TOKENIZER, 5, tmp_path / "broken", "f", end_at("tokenising", 2501))
     path = tmp_path / "broken" / "staging" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 2
@@ -122,26 +130,62 @@ def test_a_staged_file_that_is_damaged_is_not_used(texts: CorpusConfig, tmp_path
 
 def test_kept_text_is_gone_once_it_is_tokenised(texts: CorpusConfig, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        prepare_corpus(texts, TOKENIZER, 5, tmp_path / "corpus", "f", end_at("tokenising b"))
-    assert sorted(path.name for path in (tmp_path / "corpus" / "staging").glob("*.arrow")) == ["b.text.arrow"]
+        prepare_corpus(texts, TOKENIZER, 5, tmp_path / "corpus", "f", end_at("tokenising", 2501))
+    assert sorted(path.name for path in (tmp_path / "corpus" / "staging").glob("*.arrow")) == [
+        "b.00000.sample.arrow", "b.00000.text.arrow",
+    ]  # fmt: skip
+
+
+def part_of(source: SourceConfig) -> SourcePart:
+    kind = resolve_format(source)
+    [part] = cut_source(source, kind, list_files(source, kind), 1 << 30)
+    return part
+
+
+def documents_of(source: SourceConfig, folder: Path) -> list[Document]:
+    return list(PartText(part_of(source), folder, skip_bad=True).documents(folder / "rejects"))
+
+
+def keep(source: SourceConfig, folder: Path) -> None:
+    PartText(part_of(source), folder, skip_bad=True).keep(1000, 10**6, 1, lambda done: None)
 
 
 def test_a_source_that_has_changed_is_read_again(texts: CorpusConfig, tmp_path: Path, read: dict[str, int]) -> None:
-    text = SourceText(texts.sources[1], tmp_path, skip_bad=True)
-    before = list(text.documents(keep=True))
-    assert list(text.documents()) == before
-    assert [document.text for document in before] == make_documents(1500, 2)
-    assert {document.file for document in before} == {str(tmp_path / "b.txt")}
-    assert [document.number for document in before] == list(range(1, 1501))
+    source = texts.sources[1]
+    keep(source, tmp_path)
+    kept = documents_of(source, tmp_path)
+    assert [document.text for document in kept] == make_documents(1500, 2)
+    assert {document.file for document in kept} == {str(tmp_path / "b.txt")}
+    assert [document.number for document in kept] == list(range(1, 1501))
     assert read == {"b.txt": 1500}
     (tmp_path / "b.txt").write_text("another\n\ntext")
-    assert [document.text for document in text.documents()] == ["another", "text"]
-    first = next(SourceText(texts.sources[0], tmp_path, skip_bad=True).documents())
-    assert [first.text] == make_documents(1, 1)
+    assert [document.text for document in documents_of(source, tmp_path)] == ["another", "text"]
 
 
-def test_kept_text_is_compressed(texts: CorpusConfig, tmp_path: Path) -> None:
-    text = SourceText(texts.sources[1], tmp_path, skip_bad=True)
-    num_bytes = sum(len(document.text.encode()) for document in text.documents(keep=True))
-    [kept] = tmp_path.glob("*.arrow")
-    assert kept.stat().st_size < num_bytes
+def test_kept_text_is_compressed_and_bad_records_are_listed_again(texts: CorpusConfig, tmp_path: Path) -> None:
+    keep(texts.sources[0], tmp_path)
+    text = PartText(part_of(texts.sources[0]), tmp_path, skip_bad=True)
+    num_bytes = sum(len(document.text.encode()) for document in text.documents(tmp_path / "rejects"))
+    assert (tmp_path / "a.00000.text.arrow").stat().st_size < num_bytes
+    [reject] = (tmp_path / "rejects").read_text().splitlines()
+    assert json.loads(reject)["line"] == 41
+    assert text.num_lines == 2502
+
+
+def test_a_sample_is_of_all_parts_and_uniform(tmp_path: Path) -> None:
+    """The keys of a part are random numbers, and the largest ones of all parts make the sample."""
+    (tmp_path / "c.txt").write_text("\n".join(f"{number:09d}" for number in range(40_000)))
+    source = SourceConfig(name="c", path=str(tmp_path / "c.txt"), document="line")
+    [file] = list_files(source, "text")
+    parts = cut_source(source, "text", [file], 100_000)
+    assert len(parts) == 4
+    sample = TextSample(90_000)
+    for part in parts:
+        text = PartText(part, tmp_path, skip_bad=False)
+        text.keep(90_000, file.num_bytes, 5, lambda done: None)
+        for key, each in text.sampled():
+            sample.add(key, each)
+    numbers = np.array([int(text) for _, text in sample.entries()])
+    assert len(numbers) == 10_000 and (np.diff(numbers) > 0).all()
+    # Binomial: 2500 of 10 000 in each quarter, deviation 43.
+    assert np.abs(np.histogram(numbers, 4, (0, 40_000))[0] - 2500).max() < 5 * 43
