@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,9 +23,8 @@ _SEAL = "record_checksum"
 def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # In a container, a killed process may have had the same process id.
-    temporary.unlink(missing_ok=True)
+    # Processes of other hosts and containers may have the same id, and write the same file at the same time.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         commit(temporary, path)

@@ -1,7 +1,7 @@
 """An existing Megatron corpus used in place: each shard is a new index file over its `.bin` files."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -11,11 +11,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_scoring.base.engine import Count
 from data_scoring.base.files import checksum, writing
-from data_scoring.base.progress import Progress
+from data_scoring.config import SourceConfig
 from data_scoring.corpus.documents import Rows, name_of_file
 from data_scoring.corpus.indexed import IndexedTokens, write_index
 from data_scoring.corpus.packing import ShardAssignment, Stream
+from data_scoring.corpus.sources import open_megatron
 
 _CHUNK_DOCUMENTS = 1 << 14
 
@@ -41,32 +43,31 @@ class InPlaceSource:
         return {"name": self.name, "train_tokens": self.num_tokens, "first_byte": self.first_byte}
 
 
-def open_in_place(
-    name: str, indexed: IndexedTokens, vocab_size: int, folder: Path, progress: Progress
-) -> InPlaceSource:
-    """Return the source `name`, whose tokens are the sequences of `indexed`, concatenated in the index's order.
+def open_in_place(source: SourceConfig, count: Count, *, vocab_size: int, folder: Path) -> InPlaceSource:
+    """Return a source in Megatron's format, whose tokens are its sequences, concatenated in the index's order.
 
     They stay where they are if they follow each other in the `.bin`. Otherwise, as windows over them would not be
     contiguous, they are copied to `folder`. Raises ValueError if there are none, or if one is outside the vocabulary.
     """
+    name, indexed = source.name, open_megatron(source)
     stretches = list(islice(indexed.stretches(), 2))
     if not stretches:
         raise ValueError(f"corpus.sources.{name}.path: {indexed.prefix}.idx lists no tokens; remove the source")
     if len(stretches) == 1:
         path, first_byte = Path(f"{indexed.prefix}.bin").resolve(), stretches[0][0]
-        digest = _read_all(name, indexed, vocab_size, None, progress)
+        digest = _read_all(name, indexed, vocab_size, None, count)
         if path.stat().st_size != indexed.num_tokens * indexed.dtype.itemsize:
             digest = checksum(path)
     else:
         path, first_byte = folder / f"tokens-{name}.bin", 0
         with writing(path) as temporary, temporary.open("wb") as file:
-            digest = _read_all(name, indexed, vocab_size, file, progress)
+            digest = _read_all(name, indexed, vocab_size, file, count)
     return InPlaceSource(name, path, indexed.dtype, first_byte, indexed.num_tokens, digest)
 
 
-def _read_all(name: str, indexed: IndexedTokens, vocab_size: int, copy: IO[bytes] | None, progress: Progress) -> str:
+def _read_all(name: str, indexed: IndexedTokens, vocab_size: int, copy: IO[bytes] | None, count: Count) -> str:
     """Check every token, write it to `copy` if there is one, and return the checksum of all."""
-    digest, done, total = hashlib.blake2b(digest_size=16), 0, indexed.num_tokens
+    digest, done = hashlib.blake2b(digest_size=16), 0
     for block in indexed.blocks():
         smallest, largest = int(block.min()), int(block.max())
         if smallest < 0 or largest >= vocab_size:
@@ -78,7 +79,7 @@ def _read_all(name: str, indexed: IndexedTokens, vocab_size: int, copy: IO[bytes
         if copy is not None:
             copy.write(block.data)
         done += len(block)
-        progress(f"{'checking' if copy is None else 'copying'} {name} (tokens)", done, total)
+        count(done)
     return digest.hexdigest()
 
 
@@ -106,23 +107,27 @@ def assign_in_place(
     return ShardAssignment(streams, num_shards, seed, max(1, round(total * validation_fraction)))
 
 
-def index_in_place(
-    assignment: ShardAssignment, in_place: list[InPlaceSource], folder: Path
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write one index file per source for each shard; return the manifest entries of validation set and shards."""
-    validation = _index_parts("validation", assignment.held_out, assignment, in_place, folder)
-    shards = []
-    for shard in range(assignment.num_shards):
-        entry = _index_parts(f"shard-{shard:04d}", partial(assignment.samples, shard), assignment, in_place, folder)
-        shards.append({"num_samples": entry["num_samples"], "parts": entry["parts"]})
-    return validation, shards
+def index_shard(
+    shard: int | None,
+    count: Count,
+    *,
+    assignment: ShardAssignment,
+    in_place: Sequence[InPlaceSource],
+    folder: Path,
+) -> dict[str, Any]:
+    """Return the manifest entry of a shard, or of the validation set (None), after writing an index for each source."""
+    if shard is None:
+        return _index_parts("validation", assignment.held_out, assignment, in_place, folder)
+    entry = _index_parts(f"shard-{shard:04d}", partial(assignment.samples, shard), assignment, in_place, folder)
+    count(entry["num_samples"])
+    return {"num_samples": entry["num_samples"], "parts": entry["parts"]}
 
 
 def _index_parts(
     name: str,
     describe: Callable[[], Iterator[_Described]],
     assignment: ShardAssignment,
-    in_place: list[InPlaceSource],
+    in_place: Sequence[InPlaceSource],
     folder: Path,
 ) -> dict[str, Any]:
     parts, sources = [], []

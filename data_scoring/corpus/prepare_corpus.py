@@ -5,6 +5,7 @@ the corpus is the same whatever the engine.
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus.corpus import FORMAT_VERSION
 from data_scoring.corpus.documents import NAME as DOCUMENTS
 from data_scoring.corpus.documents import write_documents
-from data_scoring.corpus.in_place import assign_in_place, index_in_place, locate_in_place, open_in_place
+from data_scoring.corpus.in_place import assign_in_place, index_shard, locate_in_place, open_in_place
 from data_scoring.corpus.packing import ShardAssignment, write_samples
 from data_scoring.corpus.preparation import Preparation
 from data_scoring.corpus.prepare_text import prepare_text
@@ -51,13 +52,16 @@ def prepare_corpus(
     remove_leftovers(folder)
     remove_leftovers(staging)
     sources = [] if in_place else cut_sources(corpus)
-    is_long = sum(part.num_bytes for source in sources for part in source) > _LONG_BYTES
+    num_bytes = sum(part.num_bytes for source in sources for part in source)
+    if in_place:
+        num_bytes = sum(open_megatron(source).data.size for source in corpus.sources)
+    is_long = num_bytes > _LONG_BYTES
     preparation = Preparation(folder, seed, corpus.on_bad_record == "skip", is_long, progress, engine)
     tokenizer_path = make_tokenizer(tokenizer, sources, preparation)
     file = TokenizerFile(tokenizer_path, tokenizer.end_of_document, checksum(tokenizer_path))
     opened = file.open()
     if in_place:
-        entries = _prepare_in_place(corpus, opened, seed, folder, progress)
+        entries = _prepare_in_place(corpus, opened, preparation)
     else:
         entries = prepare_text(corpus, sources, file, preparation)
     shutil.rmtree(staging)
@@ -108,13 +112,16 @@ def check_corpus(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:
     return all(in_place)
 
 
-def _prepare_in_place(
-    corpus: CorpusConfig, tokenizer: Tokenizer, seed: int, folder: Path, progress: Progress
-) -> dict[str, Any]:
-    opened = {source.name: open_megatron(source) for source in corpus.sources}
-    sources = [open_in_place(name, indexed, tokenizer.vocab_size, folder, progress) for name, indexed in opened.items()]
-    assignment = assign_in_place(sources, corpus.seq_length + 1, corpus.validation_fraction, corpus.num_shards, seed)
-    validation, shards = index_in_place(assignment, sources, folder)
+def _prepare_in_place(corpus: CorpusConfig, tokenizer: Tokenizer, preparation: Preparation) -> dict[str, Any]:
+    folder, opened = preparation.folder, {source.name: open_megatron(source) for source in corpus.sources}
+    num_tokens = sum(indexed.num_tokens for indexed in opened.values())
+    check = partial(open_in_place, vocab_size=tokenizer.vocab_size, folder=folder)
+    sources = [*preparation.map(check, corpus.sources, "checking text (tokens)", num_tokens)]
+    length, seed = corpus.seq_length + 1, preparation.seed
+    assignment = assign_in_place(sources, length, corpus.validation_fraction, corpus.num_shards, seed)
+    index = partial(index_shard, assignment=assignment, in_place=sources, folder=folder)
+    numbers = [None, *range(assignment.num_shards)]
+    validation, *shards = preparation.map(index, numbers, "writing shards (samples)", assignment.permutation.size)
     _write_samples(assignment, folder / "samples.parquet")
     write_documents(folder / DOCUMENTS, ((name, locate_in_place(indexed)) for name, indexed in opened.items()))
     return {

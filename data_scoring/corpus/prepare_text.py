@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
-from data_scoring.base.files import writing
+from data_scoring.base.files import fingerprint, write_record, writing
+from data_scoring.base.validation import read_record
 from data_scoring.config import CorpusConfig
 from data_scoring.corpus.digests import find_duplicates, groups_of_buckets
 from data_scoring.corpus.documents import NAME as DOCUMENTS
@@ -18,10 +20,17 @@ from data_scoring.corpus.packing import ShardAssignment, Stream, join_samples, p
 from data_scoring.corpus.part_text import read_rejects
 from data_scoring.corpus.preparation import Preparation
 from data_scoring.corpus.roles import DUPLICATE, TRAIN, VALIDATION, Roles, assign_roles, hold_out
-from data_scoring.corpus.shuffle import PlacedPart, assemble_shard, samples_path, scatter_part
+from data_scoring.corpus.shuffle import (
+    PlacedPart,
+    assemble_shard,
+    samples_path,
+    scatter_part,
+    scattered_checksums,
+)
 from data_scoring.corpus.source_parts import SourcePart
 from data_scoring.corpus.tokenise import (
     NUM_EXAMPLES,
+    STAGING_FORMAT,
     StagedPart,
     TokenizerFile,
     UnencodableDocumentError,
@@ -33,6 +42,15 @@ _LARGEST_LOST_SHARE = 0.1
 _ADDED = ("documents", "empty", "rejected", "bytes", "characters", "lost_characters")
 
 
+class _Scattered(TypedDict):
+    """The record of all parts, scattered: checksums of their files, and of each source the counts and the roles."""
+
+    fingerprint: str
+    checksums: list[list[str]]
+    totals: list[dict[str, Any]]
+    roles: list[dict[str, list[int]]]
+
+
 def prepare_text(
     corpus: CorpusConfig,
     sources: Sequence[Sequence[SourcePart]],
@@ -41,36 +59,74 @@ def prepare_text(
 ) -> dict[str, Any]:
     """Return the manifest's entries of sources, validation set and shards, after writing them.
 
-    `sources`: the parts of each source. Raises ValueError, naming file and line or field, for unusable input.
+    `sources`: the parts of each source. Raises ValueError, naming file and line or field, for unusable input. Takes
+    temporary disk space for twice the tokens of the text, or once while shards are written, and about 60 bytes for each
+    document.
     """
     folder, names = preparation.folder, [source.name for source in corpus.sources]
+    parts = [StagedPart(part.source.name, preparation.staging / part.name) for source in sources for part in source]
+    dtype = token_dtype(tokenizer.open().vocab_size)
+    record = _scatter(corpus, sources, tokenizer, dtype, preparation)
+    roles = [Roles(each["documents"], each["tokens"], each["bytes"]) for each in record["roles"]]
+    streams = _streams(corpus, roles, TRAIN)
+    # What follows reads what was scattered.
+    for part in parts:
+        part.path("tokens").unlink(missing_ok=True)
+    shards = _assemble(parts, ShardAssignment(streams, corpus.num_shards, preparation.seed), dtype, preparation)
+    join_documents([part.path("located.parquet") for part in parts], folder / DOCUMENTS)
+    validation = [part.path("validation") for part in parts]
+    return {
+        "sources": [_source_entry(*each) for each in zip(names, record["totals"], roles, strict=True)],
+        "validation_bytes": {name: each.bytes[VALIDATION] for name, each in zip(names, roles, strict=True)},
+        "validation": pack_validation(validation, _streams(corpus, roles, VALIDATION), dtype, folder),
+        "shards": shards,
+    }
+
+
+def _streams(corpus: CorpusConfig, roles: Sequence[Roles], role: int) -> list[Stream]:
+    return [
+        Stream(source.name, each.tokens[role], corpus.seq_length + 1)
+        for source, each in zip(corpus.sources, roles, strict=True)
+    ]
+
+
+def _scatter(
+    corpus: CorpusConfig,
+    sources: Sequence[Sequence[SourcePart]],
+    tokenizer: TokenizerFile,
+    dtype: np.dtype,
+    preparation: Preparation,
+) -> _Scattered:
+    """Return the record of all parts, after scattering them, unless an earlier attempt has."""
+    # Names of sources do not start with an underscore.
+    path, names = preparation.staging / "_scattered.json", [source.name for source in corpus.sources]
+    identities = [[part.identity for part in source] for source in sources]
+    identity = fingerprint(identities, tokenizer.identity, corpus.model_dump(), preparation.seed, STAGING_FORMAT)
+    known = read_record(path, _Scattered)
+    if known is not None and known["fingerprint"] == identity and _is_intact(sources, known, preparation):
+        return known
     staged = _tokenise(sources, tokenizer, preparation)
     totals = [_total(name, parts) for name, parts in zip(names, staged, strict=True)]
     for source, parts, total in zip(sources, staged, totals, strict=True):
         _check_text(source, parts, total)
-    _collect_rejects(sources, staged, folder / "rejects.jsonl")
+    _collect_rejects(sources, staged, preparation.folder / "rejects.jsonl")
     roles = _assign_roles(staged, corpus.validation_fraction, preparation)
     sums = [_sum(parts) for parts in roles]
-    length = corpus.seq_length + 1
-    streams, held_out = (
-        [Stream(name, total.tokens[role], length) for name, total in zip(names, sums, strict=True)]
-        for role in (TRAIN, VALIDATION)
-    )
-    dtype = token_dtype(tokenizer.open().vocab_size)
+    streams = _streams(corpus, sums, TRAIN)
     assignment = ShardAssignment(streams, corpus.num_shards, preparation.seed)
-    placed = [*_place(sources, staged, roles)]
-    scatter = partial(scatter_part, assignment=assignment, dtype=dtype)
-    _finish(preparation.map(scatter, placed, "packing samples (tokens)", sum(stream.num_tokens for stream in streams)))
-    parts = [part.staged for part in placed]
-    shards = _assemble(parts, assignment, dtype, preparation)
-    join_documents([part.path("located.parquet") for part in parts], folder / DOCUMENTS)
-    entries = zip(names, totals, sums, strict=True)
-    return {
-        "sources": [_source_entry(name, total, total_roles) for name, total, total_roles in entries],
-        "validation_bytes": {name: total.bytes[VALIDATION] for name, total in zip(names, sums, strict=True)},
-        "validation": pack_validation([part.path("validation") for part in parts], held_out, dtype, folder),
-        "shards": shards,
-    }
+    work = partial(scatter_part, assignment=assignment, dtype=dtype)
+    num_tokens = sum(stream.num_tokens for stream in streams)
+    checksums = [*preparation.map(work, [*_place(sources, staged, roles)], "packing samples (tokens)", num_tokens)]
+    counts = [{"documents": each.documents, "tokens": each.tokens, "bytes": each.bytes} for each in sums]
+    record = _Scattered(fingerprint=identity, checksums=checksums, totals=totals, roles=counts)
+    write_record(path, record)
+    return record
+
+
+def _is_intact(sources: Sequence[Sequence[SourcePart]], record: _Scattered, preparation: Preparation) -> bool:
+    """Return whether the files of all parts are as they were scattered."""
+    parts = [StagedPart(part.source.name, preparation.staging / part.name) for source in sources for part in source]
+    return [*preparation.map(scattered_checksums, parts, "checking packed samples (parts)")] == record["checksums"]
 
 
 def _finish(results: Iterator[None]) -> None:

@@ -22,6 +22,8 @@ from data_scoring.corpus.tokenise import StagedPart
 
 # A sample, or what a part has of it: its place in its shard, where the tokens begin in the sample, and their number.
 _ENTRY = np.dtype([("place", "<i8"), ("offset", "<i8"), ("length", "<i8")])
+# The endings of the files of a part that is scattered.
+_SCATTERED = ("validation", "scattered", "entries", "bounds.npy", "located.parquet")
 # Tokens that are sorted at a time, and bytes of a shard that are put together at a time.
 _RUN_TOKENS = 1 << 25
 _WINDOW_BYTES = 1 << 27
@@ -42,8 +44,16 @@ class PlacedPart:
     first_number: int
 
 
-def scatter_part(part: PlacedPart, count: Count, *, assignment: ShardAssignment, dtype: np.dtype) -> None:
-    """Write a part's samples, sorted by shard and place, its validation text, and where its documents come from.
+def scattered_checksums(part: StagedPart, count: Count) -> list[str]:
+    """Return the checksums of the files that `scatter_part` has written; of those that are missing, empty texts."""
+    paths = [part.path(ending) for ending in _SCATTERED]
+    checksums = [checksum(path) if path.exists() else "" for path in paths]
+    count(1)
+    return checksums
+
+
+def scatter_part(part: PlacedPart, count: Count, *, assignment: ShardAssignment, dtype: np.dtype) -> list[str]:
+    """Return the checksums of a part's files: its samples, sorted by shard and place, its validation text, its table.
 
     Sorted runs of entries (`_ENTRY`), with the tokens of each in another file; `bounds`, [num_runs, num_shards + 1, 2]
     int64: the entries, and the tokens, before each shard's in a run.
@@ -69,6 +79,7 @@ def scatter_part(part: PlacedPart, count: Count, *, assignment: ShardAssignment,
         with bounds_path.open("wb") as file:
             np.save(file, np.concatenate(collected))
     write_documents(path("located.parquet"), [(part.staged.source, _locate(part))])
+    return [checksum(path(ending)) for ending in _SCATTERED]
 
 
 def _training(part: PlacedPart, dtype: np.dtype, validation: IO[bytes]) -> Iterator[NDArray[np.integer]]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -31,7 +31,7 @@ DOCUMENT = np.dtype(
     [("digest", "<u8"), ("num_tokens", "<i4"), ("num_bytes", "<i8"), ("file", "<i4"), ("number", "<i8")]
 )
 # Version of the staged files; those of another version are made again.
-_FORMAT = 5
+STAGING_FORMAT = 5
 _ENDINGS = ("tokens", "documents", "files", "digests", "digest-bounds.npy", "rejects.jsonl", "unencodable.jsonl")
 
 _CHUNK_DOCUMENTS = 1 << 14
@@ -48,7 +48,7 @@ class StagedPart:
 
     source: str
     prefix: Path
-    counts: Mapping[str, Any]
+    counts: Mapping[str, Any] = field(default_factory=dict)
 
     def path(self, ending: str) -> Path:
         """Return the path of one of the part's files."""
@@ -72,6 +72,11 @@ class TokenizerFile:
     path: Path
     end_of_document: str | None
     checksum: str
+
+    @property
+    def identity(self) -> str:
+        """Return what distinguishes the tokenizer from others, wherever it is."""
+        return fingerprint(self.checksum, self.end_of_document)
 
     def open(self) -> Tokenizer:
         """Return the tokenizer, opened once in each process."""
@@ -116,7 +121,7 @@ def tokenise_part(part: SourcePart, count: Count, *, staging: Path, tokenizer: T
     """
     text, staged = PartText(part, staging, skip_bad), StagedPart(part.source.name, staging / part.name, {})
     paths = [staged.path(ending) for ending in _ENDINGS]
-    identity = fingerprint(part.identity, skip_bad, tokenizer.checksum, tokenizer.end_of_document, _FORMAT)
+    identity = fingerprint(part.identity, skip_bad, tokenizer.identity, STAGING_FORMAT)
     known: Mapping[str, Any] | None = read_record(staged.path("json"), _Record)
     if known is None or known.get("fingerprint") != identity or _checksums(paths) != known.get("checksums"):
         counts = _stage(text, tokenizer.open(), staged, skip_bad, count)
