@@ -177,9 +177,13 @@ def _naming(source: SourceConfig, file: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 (what libraries raise for damaged files is not documented)
         is_denied = isinstance(error, PermissionError)
         name = error.filename if isinstance(error, PermissionError) and error.filename else file
+        remedy = "repair or replace the file, or set another format"
+        if is_denied:
+            remedy = "give yourself access to it"
+        elif "://" in name:
+            remedy = f"check the address and the access to it, or {remedy}"
         raise ValueError(
-            f"corpus.sources.{source.name}.path: {name!r} cannot be read ({_reason(error)}); "
-            + ("give yourself access to it" if is_denied else "repair or replace the file, or set another format")
+            f"corpus.sources.{source.name}.path: {name!r} cannot be read ({_reason(error)}); {remedy}"
         ) from None
 
 
