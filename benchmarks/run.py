@@ -21,6 +21,7 @@ from benchmarks.head import head
 from benchmarks.measure import TURNS, measure_in_turns, ratio, single_rank, spread, topics
 from benchmarks.operation import prefect_overhead, stopping
 from benchmarks.plain_model import PlainModel, load_megatron_weights, stacked_weights
+from benchmarks.prepare import prepare
 from benchmarks.scale import scale
 from data_scoring.base.files import read_json, write_json
 from data_scoring.losses.shard_scoring import Block
@@ -137,6 +138,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "evaluation": evaluation,
     "demo": demo,
     "scale": scale,
+    "prepare": prepare,
     "contamination": contamination,
     "prefect": prefect_overhead,
     "stopping": stopping,
