@@ -44,6 +44,8 @@ _SBATCH_OPTION = (
 )
 SlurmWord = Annotated[str, Pattern(r"[A-Za-z0-9_.,:=@+-]+", "one word of letters, digits and _ . , : = @ + -")]
 
+# Addresses of Ray's client are left to its own message.
+_RAY_ADDRESS = "auto|local|(ray://)?[A-Za-z0-9_.-]+:[0-9]{1,5}"
 
 FirstOrder = Literal["random", "sources"]
 
@@ -182,13 +184,28 @@ class LaunchConfig(Config):
 class EngineConfig(Config):
     """Where data stages work: prepare, contamination and refine."""
 
-    kind: Literal["local"] = Field(default="local", description="local: processes of this host.")
+    kind: Literal["local", "ray"] = Field(
+        default="local",
+        description="local: processes of this host; ray: tasks on a Ray cluster, all of whose nodes see the run folder "
+        "and the sources at the same paths; needs the extra ray.",
+    )
     processes: Integer | None = Field(
         default=None,
         ge=1,
         le=1024,
         description="Processes, for kind local; null: one for each core, for text that takes a minute or more, else "
         "none but this one.",
+    )
+    address: Annotated[str, Pattern(_RAY_ADDRESS, "auto, local, or HOST:PORT, such as node1:6379")] = Field(
+        default="auto",
+        description="Ray cluster, for kind ray: auto: the one that RAY_ADDRESS names, or that runs on this host; "
+        "HOST:PORT; or local: one that is started on this host and ends with the stage.",
+    )
+    cpus_per_task: Integer = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="CPUs of a task, for kind ray; more of them leave each task more of a node's memory.",
     )
 
 
