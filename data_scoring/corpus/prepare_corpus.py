@@ -65,6 +65,8 @@ def prepare_corpus(
     else:
         entries = prepare_text(corpus, sources, file, preparation)
     shutil.rmtree(staging)
+    # Workers that were lost leave files, too.
+    remove_leftovers(folder)
     manifest = {
         "format_version": FORMAT_VERSION,
         "stage_fingerprint": stage_fingerprint,
