@@ -141,6 +141,38 @@ def test_the_loss_of_the_progress_loses_no_work(joined: RayCluster, tmp_path: Pa
     assert reports[-1] == 6
 
 
+DRIVER = """
+import sys
+from functools import partial
+from pathlib import Path
+from flows.cluster.engines import open_engine
+from flows.run.config import EngineConfig
+from tests.engine_work import beat
+
+folder = Path(sys.argv[2])
+with open_engine(EngineConfig(kind="ray", address=sys.argv[1]), folder) as engine:
+    list(engine.map(partial(beat, folder), [0], lambda units: None))
+"""
+
+
+def test_tasks_end_with_a_driver_that_is_killed(cluster: RayCluster, tmp_path: Path) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, cluster.address, str(tmp_path)])
+    beats = tmp_path / "0"
+    try:
+        wait_for(beats.exists)
+    finally:
+        driver.kill()
+        driver.wait()
+    wait_for(lambda: time.time() - beats.stat().st_mtime > 1)
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 WITHOUT_RAY = """
 import importlib, pkgutil, sys
 from pathlib import Path
