@@ -2,18 +2,21 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_scoring.base.engine import Count, Engine
 from data_scoring.base.files import checksum, read_json, write_record
 from data_scoring.base.progress import Progress, silent
 
 # Hashing releases the GIL; more threads than this only compete for the disk.
 _MOST_THREADS = 8
+# One host reads as much in a minute.
+_MANY_BYTES = 100 << 30
 # A file may change again within one tick of the file system's clock, and then show the same time.
 _TICK_NS = 50_000_000
 
@@ -46,8 +49,17 @@ class FileVerifier:
         self._remember()
         return measured
 
-    def find_damage(self, files: Mapping[Path, WrittenFile], progress: Progress = silent) -> dict[Path, str]:
-        """Return what is wrong with each of `files` that is not as it was written; empty if all are."""
+    def find_damage(
+        self,
+        files: Mapping[Path, WrittenFile],
+        progress: Progress = silent,
+        open_engine: Callable[[], Engine] | None = None,
+    ) -> dict[Path, str]:
+        """Return what is wrong with each of `files` that is not as it was written; empty if all are.
+
+        open_engine: returns an engine of other hosts, which reads the files if there are many bytes to read; None: this
+        process reads them.
+        """
         damage: dict[Path, str] = {}
         unread = []
         for path, written in files.items():
@@ -60,27 +72,31 @@ class FileVerifier:
                 damage[path] = f"it has {state.st_size:,} bytes instead of {written.num_bytes:,}"
             elif self._known.get(_inode(state)) != [written.checksum, *_version(state)]:
                 unread.append(path)
-        for path, (value, _) in self._read_all(unread, progress):
+        for path, (value, _) in self._read_all(unread, progress, open_engine):
             if value != files[path].checksum:
                 damage[path] = "its checksum differs"
         self._remember()
         return damage
 
-    def _read_all(self, paths: list[Path], progress: Progress) -> Iterator[tuple[Path, tuple[str, int]]]:
-        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-            for done, found in enumerate(zip(paths, pool.map(self._read, paths), strict=True), start=1):
+    def _read_all(
+        self, paths: list[Path], progress: Progress, open_engine: Callable[[], Engine] | None = None
+    ) -> Iterator[tuple[Path, tuple[str, int]]]:
+        """Yield the checksum and the size of each file, and remember them for this version of it."""
+        states = [(path.stat(), time.time_ns()) for path in paths]
+        with ExitStack() as stack:
+            if open_engine is not None and sum(state.st_size for state, _ in states) > _MANY_BYTES:
+                engine = stack.enter_context(open_engine())
+                values = engine.map(_checksum_of, paths, lambda done: None)
+            else:
+                pool = stack.enter_context(ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)))
+                values = pool.map(checksum, paths)
+            for done, (path, value, (before, started)) in enumerate(zip(paths, values, states, strict=True), start=1):
+                after = path.stat()
+                if started - before.st_mtime_ns > _TICK_NS and _version(before) == _version(after):
+                    self._known[_inode(after)] = [value, *_version(after)]
+                    self._is_changed = True
                 progress("verifying checksums (files)", done, len(paths))
-                yield found
-
-    def _read(self, path: Path) -> tuple[str, int]:
-        """Return the checksum and the size of a file, and remember them for this version of it."""
-        before, started = path.stat(), time.time_ns()
-        value = checksum(path)
-        after = path.stat()
-        if started - before.st_mtime_ns > _TICK_NS and _version(before) == _version(after):
-            self._known[_inode(after)] = [value, *_version(after)]
-            self._is_changed = True
-        return value, after.st_size
+                yield path, (value, after.st_size)
 
     def _remember(self) -> None:
         if self._is_changed:
@@ -88,6 +104,10 @@ class FileVerifier:
             with suppress(OSError):
                 write_record(self._memory, self._known)
             self._is_changed = False
+
+
+def _checksum_of(path: Path, count: Count) -> str:
+    return checksum(path)
 
 
 def _inode(state: os.stat_result) -> str:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
 from data_scoring.base.checksums import WrittenFile
 from data_scoring.base.progress import Progress, silent
+from flows.cluster.engines import open_engine
 from flows.evaluation.rounds import evaluation_records
 from flows.run.folder import Run
 from trainer.checkpoint_folder import RECORD
@@ -85,7 +87,9 @@ def find_damage(
     reads_all: read files that were verified before, too.
     """
     files = {path: entry for each in written for path, entry in each.files.items()}
-    return run.verifier(reads_all).find_damage(files, progress)
+    engine = run.config.engine
+    other_hosts = None if engine.kind == "local" else partial(open_engine, engine, run.folder)
+    return run.verifier(reads_all).find_damage(files, progress, other_hosts)
 
 
 def verify(run: Run, table: Sequence["Stage"], progress: Progress = silent) -> None:
