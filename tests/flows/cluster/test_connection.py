@@ -166,22 +166,26 @@ with connected("local", "engine"):
 
     assert signal.getsignal(signal.SIGTERM) is handler
     assert ray.get(ray.remote(lambda: 32).remote()) == 32
-    print("up", flush=True)
+    print(ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()
 """
 
 
-def test_a_local_cluster_is_reached_from_this_host_alone_and_ends_quietly() -> None:
+def test_a_local_cluster_is_reached_from_this_host_alone_with_its_token_and_ends_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    # Ray keeps the token in the home.
+    environment = {**os.environ, "HOME": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", LOCAL],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdin is not None
+        [sys.executable, "-c", LOCAL], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     assert process.stdout is not None
-    assert process.stdout.readline() == "up\n"
+    address = process.stdout.readline().strip()
+    assert address.startswith("127.0.0.1:")
+    with pytest.raises(ValueError, match=rf"^engine\.address: {address}: the cluster asks for a token; .*token$"):
+        connect(address, "engine")
     children = psutil.Process(process.pid).children(recursive=True)
     listening = {
         connection.laddr.ip
