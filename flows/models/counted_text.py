@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_scoring.base.field_types import normalised
@@ -13,7 +13,8 @@ from data_scoring.corpus.corpus import Corpus
 from data_scoring.corpus.sources import Rejects, check_source, matching_files, read_documents, resolve_format
 from data_scoring.corpus.token_counts import SourceCounts, count_corpus, count_source, texts_of
 from data_scoring.tokenizer.tokenizer import Tokenizer, read_tokenizer
-from flows.run.config import RunConfig, read_config
+from flows.cluster.engines import open_engine
+from flows.run.config import EngineConfig, RunConfig, read_config
 from flows.run.folder import read_run
 from flows.run.locks import locked
 from trainer.config import ModelConfig
@@ -26,7 +27,7 @@ _MOST_SOURCES = 64
 class CountedText:
     """Text by source: read from `sources` or, if it is already tokenised, from `corpus`.
 
-    model: the model of the text's configuration, None if there is none.
+    model: the model of the text's configuration, None if there is none. engine: that of the configuration.
     """
 
     tokenizer_path: Path
@@ -35,12 +36,13 @@ class CountedText:
     skip_bad: bool = False
     corpus: Corpus | None = None
     model: ModelConfig | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def count(self, folder: Path, progress: Progress) -> list[SourceCounts]:
         """Return the token counts of each source; partial counts are kept in `folder`."""
         if self.corpus is not None:
-            with locked(folder):
-                return count_corpus(self.corpus, self.tokenizer.end_of_document, folder, progress)
+            with locked(folder), open_engine(self.engine) as engine:
+                return count_corpus(self.corpus, self.tokenizer.end_of_document, folder, engine, progress)
         identity = hashlib.blake2b(read_tokenizer(self.tokenizer_path)).hexdigest()
         with locked(folder):
             return [
@@ -82,7 +84,9 @@ def open_text(target: Path, tokenizer_path: Path, tokenizer: Tokenizer) -> Count
     if (target / "corpus" / "manifest.json").is_file():
         corpus = Corpus(target / "corpus")
         _check_tokenizer(corpus, tokenizer_path)
-        return CountedText(tokenizer_path, tokenizer, config.corpus.sources, corpus=corpus, model=config.model)
+        return CountedText(
+            tokenizer_path, tokenizer, config.corpus.sources, corpus=corpus, model=config.model, engine=config.engine
+        )
     return _open_sources(config, tokenizer_path, tokenizer)
 
 
