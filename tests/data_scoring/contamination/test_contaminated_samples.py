@@ -207,9 +207,15 @@ def files_of(order: ReadingOrder) -> list[bytes]:
 
 def in_place(order: ReadingOrder, folder: Path) -> ReadingOrder:
     """Return the same text as a corpus that is used in place, of which samples are held out."""
+    streams = {name: np.concatenate(list(order.blocks(number))) for number, name in enumerate(order.sources)}
+    return use_in_place(streams, order, folder)
+
+
+def use_in_place(streams: dict[str, np.ndarray], order: ReadingOrder, folder: Path) -> ReadingOrder:
+    """Return a corpus that uses the sources `streams` in place, with the tokenizer of `order`."""
     sources = []
-    for number, name in enumerate(order.sources):
-        tokens = np.concatenate(list(order.blocks(number))).astype(np.uint16)
+    for name, stream in streams.items():
+        tokens = stream.astype(np.uint16)
         (folder / f"{name}.bin").write_bytes(tokens.tobytes())
         write_index(folder / f"{name}.idx", tokens.dtype, 1, [(np.array([len(tokens)]), np.array([0]))])
         sources.append(SourceConfig(name=name, path=str(folder / name), format="megatron"))
@@ -249,6 +255,22 @@ def test_the_files_are_the_same_however_the_text_is_divided(
         write(order, items, 5, engine)
         assert files_of(order) == whole
     assert not (order.corpus.folder / SCRATCH).exists()
+
+
+@pytest.mark.parametrize("num_documents", [10, 11])
+def test_documents_at_which_parts_begin_are_counted_once(
+    noisy: tuple[ReadingOrder, list[list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_documents: int
+) -> None:
+    item = ItemText("t", "0", " ".join(WORDS[n % 7] for n in range(20)))
+    tokenizer, end = tokenizer_of(noisy[0]), noisy[0].corpus.manifest["end_of_document"]
+    document = [*tokenizer.encode_batch([f"{item.text}."])[0], end]
+    order = use_in_place({"x": np.array(document * num_documents)}, noisy[0], tmp_path)
+    for size in (len(document), len(document) - 1, len(document) + 1, 2 * len(document), 3, 1 << 20):
+        monkeypatch.setattr(overlaps, "_PART_TOKENS", size)
+        write(order, [item])
+        [(found, common)] = read_rows(contaminated_items_path(order.corpus.folder), "num_found", "num_common")
+        assert (found > 0, common > 0) == (num_documents == 10, num_documents == 11)
+        files_of(order)
 
 
 def test_a_rerun_after_a_lost_worker_has_the_same_result_if_all_is_done_twice(

@@ -40,6 +40,13 @@ def repetitive(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         for place in generator.integers(0, len(again), 60):
             again[place] = "z"
         texts.append("".join(again))
+    # Many that are as similar to the first of them as to the one before.
+    short = texts[1][: 64 * 6]
+    for _ in range(8):
+        again = list(short)
+        for place in generator.integers(0, len(again), 10):
+            again[place] = "z"
+        texts.append("".join(again))
     with (folder / "text.jsonl").open("w") as file:
         for text in texts:
             file.write(json.dumps({"text": text}) + "\n")
