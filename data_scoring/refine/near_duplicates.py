@@ -40,7 +40,7 @@ _MOST_STRETCHES = 1 << 12
 # A bucket has about this many rows of 16 bytes at most.
 _BUCKET_ROWS = 1 << 25
 # From here on, signing takes more than a minute.
-_LONG_TOKENS = 1 << 26
+_LONG_TOKENS = 1 << 28
 _ROW_GROUP = 1 << 20
 # Odd and large, so that products spread over all 64 bits.
 _MULTIPLIER = 0x9E3779B97F4A7C15

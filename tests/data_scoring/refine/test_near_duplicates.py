@@ -149,6 +149,21 @@ def test_a_corpus_without_near_duplicates_has_an_empty_list(
     assert (tmp_path / "near.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
 
 
+@pytest.mark.parametrize("sizes", [(700_000, 500_000, 0, 3), (1 << 20,), (1 << 20, 1 << 20), (0,)])
+def test_a_long_list_is_written_like_one_table(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    empty = np.zeros(len(sizes), np.int64)
+    search = near_duplicates._Search(tmp_path, tmp_path, 0.8, np.append(empty, 0), empty, empty, 1)
+    tables = []
+    for number, size in enumerate(sizes):
+        samples = np.arange(size, dtype=np.int32)
+        columns = [np.full(size, number, np.int32), samples, (samples % 128 / 128).astype(np.float32)]
+        tables.append(pa.table(columns, schema=near_duplicates._SCHEMA))
+        write_parquet(search.path("found", number), tables[-1], "")
+    near_duplicates._merge(search, tmp_path / "found.parquet", "f")
+    write_parquet(tmp_path / "expected.parquet", pa.concat_tables(tables).combine_chunks(), "f")
+    assert (tmp_path / "found.parquet").read_bytes() == (tmp_path / "expected.parquet").read_bytes()
+
+
 def test_a_rerun_after_a_lost_worker_has_the_same_result_if_all_is_done_twice(
     repetitive: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
