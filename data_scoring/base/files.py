@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import resource
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,13 +17,15 @@ from data_scoring.base.messages import one_line
 
 # The key of a record's own checksum.
 _SEAL = "record_checksum"
+# Processes of several hosts write to the same folder, and may have the same process id.
+_HOST = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
     # In a container, a killed process may have had the same process id.
     temporary.unlink(missing_ok=True)
     try:
