@@ -7,11 +7,12 @@ for each stretch compares the signatures of its samples with those that they are
 
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -189,21 +190,52 @@ def _pair_bucket(search: _Search, memory_gb: float, number: int, count: Count) -
     """Write the distinct pairs (id, earlier id) of samples that are equal in the band, by the stretch of the first."""
     with bounded_worker(search.folder, memory_gb) as connection:
         connection.execute("create table bands (digest bigint, id bigint)")
+        connection.execute("create table pairs (id bigint, other bigint)")
         for rows in _gathered(search, "bands", number, search.num_stretches, search.num_buckets):
-            connection.register("found", pa.table({"digest": rows[:, 0], "id": rows[:, 1]}))
-            connection.execute("insert into bands from found")
-            connection.unregister("found")
-        # Each sample is compared with the first one and with the one before it of those that are equal.
-        pairs = connection.sql(
-            """select distinct id, other from (
-                select id, unnest([min(id) over same, lag(id) over (same order by id)]) as other from bands
-                window same as (partition by digest)
-            ) where other < id order by id, other"""
+            _insert(connection, "bands", rows)
+        for rows in _pairs(_sorted(connection, "bands", ("digest", "id"))):
+            _insert(connection, "pairs", rows)
+        chunks = (
+            (np.searchsorted(search.starts, rows[:, 0], side="right") - 1, rows)
+            for rows in _sorted(connection, "pairs", ("id", "other"))
         )
-        batches = pairs.to_arrow_reader(_CHUNK_ROWS)
-        rows_of = (np.stack([batch["id"].to_numpy(), batch["other"].to_numpy()], axis=1) for batch in batches)
-        chunks = ((np.searchsorted(search.starts, rows[:, 0], side="right") - 1, rows) for rows in rows_of)
         write_partitions(search.path("pairs", number), search.num_stretches, chunks)
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: NDArray[np.int64]) -> None:
+    connection.register("found", pa.table({"0": rows[:, 0], "1": rows[:, 1]}))
+    connection.execute(f"insert into {table} from found")
+    connection.unregister("found")
+
+
+def _sorted(connection: duckdb.DuckDBPyConnection, table: str, columns: tuple[str, str]) -> Iterator[NDArray[np.int64]]:
+    """Yield the rows of a table in the order of its two columns, [n, 2] int64, in chunks of bounded size."""
+    # With a cursor of its own, other tables can be written to meanwhile.
+    with connection.cursor() as cursor:
+        for batch in cursor.sql(f"from {table} order by {', '.join(columns)}").to_arrow_reader(_CHUNK_ROWS):
+            yield np.stack([batch[name].to_numpy() for name in columns], axis=1)
+
+
+def _pairs(chunks: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+    """Yield the distinct pairs (id, earlier id) of rows (digest, id), which come in order.
+
+    Of the ids with the same digest, each is paired with the first one and with the one before it. Memory does not
+    depend on how many these are.
+    """
+    rest, first = np.empty((0, 2), np.int64), 0
+    for chunk in chunks:
+        rows = np.concatenate([rest, chunk])
+        is_first = np.ones(len(rows), bool)
+        is_first[1:] = rows[1:, 0] != rows[:-1, 0]
+        places = np.maximum.accumulate(np.where(is_first, np.arange(len(rows)), 0))
+        firsts = rows[places, 1]
+        if len(rest):
+            firsts[places == 0] = first
+        later = np.flatnonzero(~is_first)
+        pairs = np.stack([rows[later, 1], rows[later - 1, 1], firsts[later]], axis=1)
+        yield pairs[:, :2]
+        yield pairs[pairs[:, 1] != pairs[:, 2]][:, ::2]
+        rest, first = rows[-1:], int(firsts[-1])
 
 
 def _gathered(

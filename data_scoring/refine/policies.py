@@ -91,8 +91,12 @@ def _with_policies(
     part: Part,
     count: Count,
 ) -> Result:
-    POLICIES.update(policies)
-    JOINS.update(joins)
+    if (policies, joins) != (POLICIES, JOINS):
+        # A worker may know others from work that it did before.
+        POLICIES.clear()
+        POLICIES.update(policies)
+        JOINS.clear()
+        JOINS.update(joins)
     return work(part, count)
 
 

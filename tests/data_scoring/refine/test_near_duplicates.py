@@ -149,6 +149,22 @@ def test_a_corpus_without_near_duplicates_has_an_empty_list(
     assert (tmp_path / "near.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_pairs_are_those_with_the_first_and_with_the_one_before(size: int) -> None:
+    rows = np.random.default_rng(1).integers([0, 0], [12, 1], (400, 2))
+    # All in one chunk have the same digest, and those in the chunks around it, too.
+    rows[100:180, 0] = 20
+    rows[:, 1] = np.arange(len(rows))
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    expected: set[tuple[int, int]] = set()
+    for digest in set(rows[:, 0].tolist()):
+        same = rows[rows[:, 0] == digest, 1].tolist()
+        expected |= {(later, same[0]) for later in same[1:]} | {*zip(same[1:], same, strict=False)}
+    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    found = np.concatenate(list(near_duplicates._pairs(chunks))).tolist()
+    assert sorted(map(tuple, found)) == sorted(expected)
+
+
 @pytest.mark.parametrize("sizes", [(700_000, 500_000, 0, 3), (1 << 20,), (1 << 20, 1 << 20), (0,)])
 def test_a_long_list_is_written_like_one_table(sizes: tuple[int, ...], tmp_path: Path) -> None:
     empty = np.zeros(len(sizes), np.int64)
