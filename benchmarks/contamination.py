@@ -6,10 +6,12 @@ import re
 import tracemalloc
 import unicodedata
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import measure_in_turns, ratio
+from data_scoring.base.engine import LocalEngine
 from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
 from data_scoring.contamination.contaminated_samples import (
@@ -95,7 +97,8 @@ def _prepare(folder: Path, documents: list[str]) -> ReadingOrder:
 def _search(order: ReadingOrder, items: list[ItemText]) -> None:
     for path in (contamination_path(order.corpus.folder), contaminated_items_path(order.corpus.folder)):
         path.unlink(missing_ok=True)
-    write_contamination(order, open_tokenizer(order.corpus.tokenizer_path, None), items, NGRAM, silent)
+    opening = partial(open_tokenizer, order.corpus.tokenizer_path, None)
+    write_contamination(order, opening, items, NGRAM, LocalEngine(1), silent)
 
 
 def _count_by_tuples(documents: list[str], items: list[ItemText]) -> dict[tuple[str, ...], set[int]]:

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from data_scoring.base.engine import LocalEngine
-from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus.indexed import token_dtype
 from data_scoring.corpus.prepare_corpus import prepare_corpus
@@ -55,6 +54,9 @@ def prepare(folder: Path) -> list[dict[str, Any]]:
     for name in turns[0]:
         speeds = [SIZE / 1e6 / turn[name]["cpu_seconds"] for turn in turns]
         rows.append({"claim": f"MB of text a second and core, {name}", "median": round(statistics.median(speeds), 2)})
+    for phase in turns[0][one]["phases"]:
+        seconds = statistics.median(turn[one]["phases"][phase] for turn in turns)
+        rows.append({"claim": f"MB of text a second and core, {phase}", "median": round(SIZE / 1e6 / seconds, 1)})
     small, large = statistics.median(turn[ours]["seconds"] for turn in turns), _large(folder)
     exponent = math.log(large["seconds"] / small) / math.log(LARGE / SIZE)
     rows.append({"claim": f"growth exponent of seconds, {SIZE:,} to {LARGE:,} bytes", "median": round(exponent, 3)})
@@ -68,13 +70,13 @@ def _contenders() -> list[str]:
     return [*names, "preprocess_data.py"] if "MEGATRON_LM" in os.environ else names
 
 
-def _ratio(turns: list[dict[str, dict[str, float]]], key: str, above: str, below: str, claim: str) -> dict[str, Any]:
+def _ratio(turns: list[dict[str, dict[str, Any]]], key: str, above: str, below: str, claim: str) -> dict[str, Any]:
     ratios = [turn[above][key] / turn[below][key] for turn in turns]
     median, least, most = statistics.median(ratios), min(ratios), max(ratios)
     return {"claim": claim, "median": round(median, 3), "min": round(least, 3), "max": round(most, 3)}
 
 
-def _large(folder: Path) -> dict[str, float]:
+def _large(folder: Path) -> dict[str, Any]:
     path = folder / f"{LARGE}.jsonl"
     _write_text(path, LARGE)
     return _measure("prepare", folder, LARGE)
@@ -102,11 +104,11 @@ def _texts(path: Path) -> Iterator[str]:
         yield from (json.loads(line)["text"] for line in lines)
 
 
-def _measure(name: str, folder: Path, size: int) -> dict[str, float]:
+def _measure(name: str, folder: Path, size: int) -> dict[str, Any]:
     """Return the seconds, the CPU seconds and the peak memory (MB) of one contender, run in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.prepare", name, str(folder), str(size)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
@@ -135,13 +137,23 @@ def _encode(folder: Path, size: int, method: str) -> None:
         write(batch)
 
 
-def _prepare(folder: Path, size: int, processes: int | None) -> None:
+def _prepare(folder: Path, size: int, processes: int | None) -> dict[str, float]:
+    """Return the seconds of each phase, after preparing a corpus."""
+    starts: dict[str, float] = {}
+
+    def note(what: str, done: int, total: int | None) -> None:
+        starts.setdefault(what, time.perf_counter())
+
     sources = [{"name": "python", "path": str(folder / f"{size}.jsonl")}]
     corpus = CorpusConfig.model_validate({"sources": sources, "seq_length": 1024, "validation_fraction": 0.01})
     tokenizer = TokenizerConfig(path=str(folder / "tokenizer.json"))
     shutil.rmtree(folder / "corpus", ignore_errors=True)
     with LocalEngine(processes) as engine:
-        prepare_corpus(corpus, tokenizer, 0, folder / "corpus", "bench", silent, engine)
+        prepare_corpus(corpus, tokenizer, 0, folder / "corpus", "bench", note, engine)
+    return {
+        what: stop - start
+        for (what, start), stop in zip(starts.items(), [*starts.values(), time.perf_counter()][1:], strict=True)
+    }
 
 
 def _preprocess(folder: Path, size: int) -> None:
@@ -159,10 +171,10 @@ def _preprocess(folder: Path, size: int) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "TOKENIZERS_PARALLELISM": "0"})
 
 
-def _run(name: str, folder: Path, size: int) -> dict[str, float]:
+def _run(name: str, folder: Path, size: int) -> dict[str, Any]:
     if name == "prepare, one process":
         os.environ["RAYON_NUM_THREADS"] = "1"
-    works: dict[str, Callable[[], None]] = {
+    works: dict[str, Callable[[], dict[str, float] | None]] = {
         "encode_batch": lambda: _encode(folder, size, "encode_batch"),
         "encode_batch_fast": lambda: _encode(folder, size, "encode_batch_fast"),
         "prepare": lambda: _prepare(folder, size, None),
@@ -170,11 +182,12 @@ def _run(name: str, folder: Path, size: int) -> dict[str, float]:
         "preprocess_data.py": lambda: _preprocess(folder, size),
     }
     started = time.perf_counter()
-    works[name]()
+    phases = works[name]()
     seconds = time.perf_counter() - started
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
         "seconds": seconds,
+        "phases": phases,
         "cpu_seconds": sum(usage.ru_utime + usage.ru_stime for usage in usages),
         "peak_mb": max(usage.ru_maxrss for usage in usages) / 1024,
     }

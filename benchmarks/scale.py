@@ -118,6 +118,7 @@ def _mix(folder: Path) -> list[dict[str, Any]]:
 
 
 def _work(name: str, rounds: Path, size: int) -> dict[str, float]:
+    from data_scoring.base.engine import LocalEngine
     from data_scoring.base.progress import silent
     from data_scoring.base.sql import bounded
     from data_scoring.refine.candidates import Draw, find_limits
@@ -129,11 +130,11 @@ def _work(name: str, rounds: Path, size: int) -> dict[str, float]:
     draw = Draw(rounds, 2, RefineConfig(outlier_z=outlier_z), 0, [size // NUM_SHARDS] * NUM_SHARDS)
 
     def decide() -> None:
+        limits = find_limits(draw, LocalEngine(1), rounds)
         with bounded(rounds, 4.0) as connection:
-            limits = find_limits(connection, draw)
             for shard in range(NUM_SHARDS):
                 connection.sql(
-                    f"select count(*) from ({Selection(connection, draw, limits).query(shard)}) where kept"
+                    f"select count(*) from ({Selection(connection, draw, limits, None).query(shard)}) where kept"
                 ).fetchall()
 
     def scan() -> None:
@@ -143,9 +144,10 @@ def _work(name: str, rounds: Path, size: int) -> dict[str, float]:
     def sort() -> None:
         from data_scoring.refine.candidates import candidates_query
 
+        limits = find_limits(draw, LocalEngine(1), rounds)
         with bounded(rounds, 4.0) as connection:
             for shard in range(NUM_SHARDS):
-                candidates = candidates_query(draw, find_limits(connection, draw), shard)
+                candidates = candidates_query(draw, limits, shard)
                 connection.sql(
                     f"""select count(*) from (select row_number() over (order by key desc, bits desc, sample) as place
                     from ({candidates})) where place <= {size // NUM_SHARDS // 2}"""
@@ -153,8 +155,8 @@ def _work(name: str, rounds: Path, size: int) -> dict[str, float]:
 
     works: dict[str, Callable[[], None]] = {
         "plain avg(loss) scan": scan, "decide": decide, "window sort": sort,
-        "select and write": lambda: refine(draw, str(time.time_ns()), silent),
-        "select and write, outliers put aside": lambda: refine(draw, str(time.time_ns()), silent),
+        "select and write": lambda: refine(draw, str(time.time_ns()), LocalEngine(1), silent),
+        "select and write, outliers put aside": lambda: refine(draw, str(time.time_ns()), LocalEngine(1), silent),
     }  # fmt: skip
     if name == "draws":
         return {"decide": _seconds(decide), **_baselines(rounds)}

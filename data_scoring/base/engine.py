@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
+from data_scoring.base.progress import Progress
+
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
@@ -176,3 +178,8 @@ def _work_on(work: Work[Part, Result], part: Part, number: int, counts_path: Pat
         counts[number] = units
 
     return work(part, count)
+
+
+def reporting(progress: Progress, what: str, total: int | None = None) -> Count:
+    """Return a count that reports to `progress` as `what`."""
+    return lambda done: progress(what, done, total)

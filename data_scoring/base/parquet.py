@@ -1,5 +1,7 @@
 """Parquet files that carry the fingerprint of their inputs, and checksums of their pages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,6 +59,16 @@ def damaged(path: Path, error: Exception) -> ValueError:
 
 def write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
     """Write `table` to `path` atomically, carrying `fingerprint`."""
-    metadata = {**(table.schema.metadata or {}), FINGERPRINT_KEY: fingerprint.encode()}
-    with writing(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(metadata), temporary, write_page_checksum=True)
+    with open_writer(path, table.schema, fingerprint) as writer:
+        writer.write_table(table)
+
+
+@contextmanager
+def open_writer(path: Path, schema: pa.Schema, fingerprint: str) -> Iterator[pq.ParquetWriter]:
+    """Yield a writer of tables to `path`; on success the file is complete, and carries `fingerprint`."""
+    metadata = {**(schema.metadata or {}), FINGERPRINT_KEY: fingerprint.encode()}
+    with (
+        writing(path) as temporary,
+        pq.ParquetWriter(temporary, schema.with_metadata(metadata), write_page_checksum=True) as writer,
+    ):
+        yield writer

@@ -6,11 +6,13 @@ from this module, which makes it literal.
 
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from data_scoring.base.engine import num_threads
 from data_scoring.base.files import disk_error, fingerprint
 from data_scoring.base.messages import shown
 
@@ -43,18 +45,39 @@ def writing_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def bounded(folder: Path, memory_gb: float) -> Iterator["duckdb.DuckDBPyConnection"]:
-    """Yield a connection to an empty database that uses at most `memory_gb` GB and spills to disk under `folder`."""
+    """Yield a connection to an empty database that uses at most `memory_gb` GB and spills to disk under `folder`.
+
+    Only one process at a time may use the same folder. What a killed process has spilled there is deleted.
+    """
     import duckdb
 
     spill = folder / ".spill"
     shutil.rmtree(spill, ignore_errors=True)
     # DuckDB's own limit does not cover its buffers for reading and writing files.
-    limit = f"{round(memory_gb * 0.8 * 1000)}MB"
+    config: dict[str, Any] = {
+        "memory_limit": f"{round(memory_gb * 0.8 * 1000)}MB",
+        "temp_directory": str(spill.absolute()),
+    }
+    if (threads := num_threads()) is not None:
+        config["threads"] = threads
     try:
-        with duckdb.connect(config={"memory_limit": limit, "temp_directory": str(spill.absolute())}) as connection:
+        with duckdb.connect(config=config) as connection:
             yield connection
     finally:
         shutil.rmtree(spill, ignore_errors=True)
+
+
+@contextmanager
+def bounded_worker(scratch: Path, memory_gb: float) -> Iterator["duckdb.DuckDBPyConnection"]:
+    """Yield a connection as `bounded` does, for one of many processes, each of which spills under `scratch`.
+
+    What a killed process has spilled stays there.
+    """
+    with (
+        tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder,
+        bounded(Path(folder), memory_gb) as connection,
+    ):
+        yield connection
 
 
 def check_nesting(sql: str) -> None:

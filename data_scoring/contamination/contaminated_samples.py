@@ -6,7 +6,8 @@ boilerplate and do not count. `ngrams.py` defines units and the normalisation of
 """
 
 import hashlib
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data_scoring.base.engine import Engine
 from data_scoring.base.files import fingerprint
 from data_scoring.base.parquet import is_intact, parquet_fingerprint, write_parquet
 from data_scoring.base.progress import Progress
@@ -29,6 +31,8 @@ from data_scoring.tokenizer.tokenizer import Tokenizer, encode_each
 if TYPE_CHECKING:
     import duckdb
 
+# The folder of temporary files, in the corpus's.
+SCRATCH = ".contamination"
 _FORMAT_VERSION = 1
 # Metadata key of a digest of the overlapping samples, on which a mix without them depends.
 _SAMPLES_KEY = b"reprise.samples"
@@ -56,13 +60,18 @@ def contaminated_items_path(corpus_folder: Path) -> Path:
 
 
 def write_contamination(
-    order: ReadingOrder, tokenizer: Tokenizer, items: Iterable[ItemText], ngram: int, progress: Progress
+    order: ReadingOrder,
+    open_tokenizer: Callable[[], Tokenizer],
+    items: Iterable[ItemText],
+    ngram: int,
+    engine: Engine,
+    progress: Progress,
 ) -> bool:
     """Write which `items` overlap with which training samples to the corpus's folder; return whether it wrote anything.
 
     Two files: one row per overlapping item and sample, and one row per item with the share of its n-grams found.
-    Existing files for the same corpus, items and `ngram` are kept. Memory is that of the items' n-grams. Raises
-    ValueError if there are no items.
+    Existing files for the same corpus, items and `ngram` are kept. Each worker holds the items' n-grams in memory.
+    `open_tokenizer` has to be picklable. Raises ValueError if there are no items.
     """
     import duckdb
 
@@ -73,8 +82,13 @@ def write_contamination(
     identity = f"{_origin(order.corpus.fingerprint, ngram)}-{fingerprint([asdict(item) for item in listed])}"
     if is_intact(pairs_path, identity) and is_intact(items_path, identity):
         return False
-    index = index_items(_as_in_corpus(listed, tokenizer), ngram)
-    overlaps = find_overlaps(order, tokenizer, index, progress)
+    index = index_items(_as_in_corpus(listed, open_tokenizer()), ngram)
+    scratch = folder / SCRATCH
+    # A killed process may have left one.
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    overlaps = find_overlaps(order, open_tokenizer, index.distinct, engine, scratch, progress)
+    shutil.rmtree(scratch, ignore_errors=True)
     with duckdb.connect() as connection:
         connection.register("owned", pa.table({"ngram": index.ngrams, "item": index.owners, "place": index.places}))
         connection.register("found", _found(order, overlaps))
@@ -154,7 +168,7 @@ def _pairs_table(connection: "duckdb.DuckDBPyConnection", index: ItemIndex, sour
     # Grouped by item, so that each item is split into units once.
     numbers, starts = np.unique(pairs["item"], return_index=True)
     for number, start, stop in zip(numbers, starts, [*starts[1:], len(pairs["item"])], strict=False):
-        excerpts += _excerpts(index.items[number].text, pairs["place"][start:stop], index.longest)
+        excerpts += _excerpts(index.items[number].text, pairs["place"][start:stop], index.distinct.longest)
     owners = [index.items[number] for number in pairs["item"].tolist()]
     columns = {
         "task": [item.task for item in owners],

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,32 +20,58 @@ _CHUNK_CHARACTERS = 1 << 22
 
 
 @dataclass(frozen=True)
-class ItemIndex:
-    """The n-grams of items: distinct `hashes`, [num_ngrams] uint64, ascending, of runs of `lengths` units.
+class Ngrams:
+    """Distinct n-grams: their `hashes`, [num_ngrams] uint64, ascending, of runs of `lengths` units.
 
-    Each row of `ngrams`, `owners` and `places`, [n] int64, is the number of an n-gram, an item that contains it, and
-    the unit of the item at which it first begins. Items that are too short have no row. `longest` is the requested n.
+    `longest` is the requested n.
     """
 
-    items: list[ItemText]
     longest: int
     lengths: frozenset[int]
     hashes: NDArray[np.uint64]
-    ngrams: NDArray[np.int64]
-    owners: NDArray[np.int64]
-    places: NDArray[np.int64]
-    table: NDArray[np.bool_]
+
+    def save(self, path: Path) -> None:
+        """Write the n-grams to the file `path`."""
+        with path.open("wb") as file:
+            np.savez(file, longest=self.longest, lengths=sorted(self.lengths), hashes=self.hashes)
+
+    @classmethod
+    def load(cls, path: Path) -> "Ngrams":
+        """Return the n-grams that `save` wrote."""
+        with np.load(path) as content:
+            return cls(int(content["longest"]), frozenset(content["lengths"].tolist()), content["hashes"])
+
+    @cached_property
+    def _table(self) -> NDArray[np.bool_]:
+        table = np.zeros(1 << _TABLE_BITS, bool)
+        table[self.hashes >> np.uint64(64 - _TABLE_BITS)] = True
+        return table
 
     def find(self, units: Units) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return the n-grams found in `units`: their numbers, and their first and last units, [n] int64 each."""
         found = [np.empty((3, 0), np.int64)]
         for length, hashes, is_within in hash_ngrams(units, self.lengths):
-            firsts = np.flatnonzero(self.table[hashes >> np.uint64(64 - _TABLE_BITS)] & is_within)
+            firsts = np.flatnonzero(self._table[hashes >> np.uint64(64 - _TABLE_BITS)] & is_within)
             ngrams = np.searchsorted(self.hashes[:-1], hashes[firsts])
             is_found = self.hashes[ngrams] == hashes[firsts]
             found.append(np.stack([ngrams, firsts, firsts + length - 1])[:, is_found])
         ngrams, firsts, lasts = np.concatenate(found, axis=1)
         return ngrams, firsts, lasts
+
+
+@dataclass(frozen=True)
+class ItemIndex:
+    """The n-grams of items.
+
+    Each row of `ngrams`, `owners` and `places`, [n] int64, is the number of an n-gram in `distinct`, an item that
+    contains it, and the unit of the item at which it first begins. Items that are too short have no row.
+    """
+
+    items: list[ItemText]
+    distinct: Ngrams
+    ngrams: NDArray[np.int64]
+    owners: NDArray[np.int64]
+    places: NDArray[np.int64]
 
 
 def index_items(items: list[ItemText], ngram: int) -> ItemIndex:
@@ -72,11 +100,8 @@ def index_items(items: list[ItemText], ngram: int) -> ItemIndex:
     ngrams, all_owners, all_places = ngrams[order], all_owners[order], all_places[order]
     is_first = np.ones(len(order), bool)
     is_first[1:] = (ngrams[1:] != ngrams[:-1]) | (all_owners[1:] != all_owners[:-1])
-    table = np.zeros(1 << _TABLE_BITS, bool)
-    table[distinct >> np.uint64(64 - _TABLE_BITS)] = True
-    return ItemIndex(
-        items, ngram, frozenset(lengths), distinct, ngrams[is_first], all_owners[is_first], all_places[is_first], table
-    )
+    found = Ngrams(ngram, frozenset(lengths), distinct)
+    return ItemIndex(items, found, ngrams[is_first], all_owners[is_first], all_places[is_first])
 
 
 def _chunks(items: list[ItemText]) -> Iterator[tuple[int, list[str]]]:

@@ -1,19 +1,24 @@
 """Search for the n-grams of evaluation items in the training text, decoded document by document.
 
 An n-gram may span two samples, so text is read in its own order, not in that of the shards. The samples of an n-gram
-are determined only when it is found.
+are determined only when it is found. The text is divided into parts, with a task for each: it searches the documents
+that begin in its part, of which the last may end in a later one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_scoring.base.engine import Count, Engine, reporting
 from data_scoring.base.progress import Progress
-from data_scoring.contamination.item_ngrams import ItemIndex
+from data_scoring.contamination.item_ngrams import Ngrams
 from data_scoring.contamination.ngrams import Units, split_units
+from data_scoring.corpus.corpus import Corpus
 from data_scoring.corpus.reading_order import ReadingOrder
 from data_scoring.tokenizer.tokenizer import Tokenizer
 
@@ -23,6 +28,8 @@ MOST_DOCUMENTS = 10
 _PIECE_TOKENS = 1 << 13
 _TOKENS_PER_UNIT = 32
 _CONTEXT_TOKENS = 16
+# A part of the text, which takes about a minute to search.
+_PART_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -50,29 +57,98 @@ class _Piece:
     is_tail: bool
 
 
-def find_overlaps(order: ReadingOrder, tokenizer: Tokenizer, index: ItemIndex, progress: Progress) -> Overlaps:
-    """Return which samples of the corpus contain which n-grams of `index`."""
-    search = _Search(tokenizer, index, order.sample_length)
-    documents = done = 0
-    for source in range(len(order.sources)):
-        for pieces in _cut(order, source, documents, index.longest * _TOKENS_PER_UNIT):
+@dataclass(frozen=True)
+class _Part:
+    """The documents of a source that begin at its tokens `start` to `stop` - 1."""
+
+    source: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found in a part: n-grams, ascending, with the number of documents of each, [n] int64, and `rows`.
+
+    rows: [n, 3] int64, distinct: n-gram, source, sample, of the n-grams that are not common in the part alone.
+    """
+
+    ngrams: NDArray[np.int64]
+    num_documents: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
+def find_overlaps(
+    order: ReadingOrder,
+    open_tokenizer: Callable[[], Tokenizer],
+    ngrams: Ngrams,
+    engine: Engine,
+    scratch: Path,
+    progress: Progress,
+) -> Overlaps:
+    """Return which samples of the corpus contain which of `ngrams`, which workers read from the folder `scratch`."""
+    path = scratch / "ngrams.npz"
+    ngrams.save(path)
+    parts = [
+        _Part(source, start, min(start + _PART_TOKENS, num_tokens))
+        for source, num_tokens in enumerate(map(order.num_source_tokens, range(len(order.sources))))
+        for start in range(0, num_tokens, _PART_TOKENS)
+    ]
+    work = partial(_search_part, order.corpus.folder, order.seed, open_tokenizer, path)
+    report = reporting(progress, "looking for evaluation items (tokens)", order.num_tokens)
+    num_documents = np.zeros(len(ngrams.hashes), np.int64)
+    rows = [np.empty((0, 3), np.int64)]
+    for found in engine.map(work, parts, report, is_long=order.num_tokens > _PART_TOKENS):
+        # No document is in two parts.
+        num_documents[found.ngrams] += found.num_documents
+        # Rows of n-grams that are common by now are of no use; so what is kept does not grow with the text.
+        rows.append(found.rows[num_documents[found.rows[:, 0]] <= MOST_DOCUMENTS])
+    is_common = np.asarray(num_documents > MOST_DOCUMENTS)
+    distinct = np.unique(np.concatenate(rows), axis=0)
+    distinct = distinct[~is_common[distinct[:, 0]]]
+    return Overlaps(distinct[:, 0], distinct[:, 1], distinct[:, 2], is_common)
+
+
+def _search_part(
+    folder: Path, seed: int, open_tokenizer: Callable[[], Tokenizer], ngrams: Path, part: _Part, count: Count
+) -> _Found:
+    """Return what of the n-grams in the file `ngrams` is in a part."""
+    order, known = ReadingOrder(Corpus(folder), seed), Ngrams.load(ngrams)
+    first = _first_document(order, part)
+    search = _Search(open_tokenizer(), known, order.sample_length)
+    if first is not None:
+        for pieces in _cut(order, part, first, known.longest * _TOKENS_PER_UNIT):
             if pieces:
-                search.look(source, pieces)
-                documents = pieces[-1].document
-                progress("looking for evaluation items (tokens)", done + pieces[-1].start, order.num_tokens)
-        documents += 1
-        done += order.num_source_tokens(source)
-    progress("looking for evaluation items (tokens)", done, order.num_tokens)
+                search.look(part.source, pieces)
+                count(min(pieces[-1].start, part.stop) - part.start)
+    count(part.stop - part.start)
     return search.result()
 
 
-def _cut(order: ReadingOrder, source: int, document: int, overlap: int) -> Iterator[list[_Piece]]:
-    """Yield lists of pieces of a source's documents; documents are numbered from `document` upward."""
+def _first_document(order: ReadingOrder, part: _Part) -> int | None:
+    """Return the place at which the first document of a part begins, or None if none does."""
+    if part.start == 0:
+        return 0
+    end = int(order.corpus.manifest["end_of_document"])
+    # A document begins after the last token of another.
+    place = part.start - 1
+    for block in order.blocks(part.source, place):
+        ends = np.flatnonzero(block[: part.stop - 1 - place] == end)
+        if len(ends):
+            return place + int(ends[0]) + 1
+        place += len(block)
+        if place >= part.stop - 1:
+            break
+    return None
+
+
+def _cut(order: ReadingOrder, part: _Part, first: int, overlap: int) -> Iterator[list[_Piece]]:
+    """Yield lists of pieces of the documents of a part, the first of which begins at `first`."""
     end = int(order.corpus.manifest["end_of_document"])
     rest: NDArray[np.integer] = np.empty(0, np.int64)
     # Position of the rest in the source, and whether a document begins there.
-    position, is_head = 0, True
-    for block in chain(order.blocks(source), [None]):
+    position, is_head, document = first, True, 0
+    for block in chain(order.blocks(part.source, first), [None]):
         tokens = rest if block is None else np.concatenate([rest, block])
         stops = np.flatnonzero(tokens == end).tolist()
         is_over = [True] * len(stops)
@@ -89,6 +165,9 @@ def _cut(order: ReadingOrder, source: int, document: int, overlap: int) -> Itera
             if ends:
                 pieces.append(_Piece(document, position + start, tokens[start:stop], is_head, is_tail=True))
                 start, is_head, document = stop + 1, True, document + 1
+                if position + start >= part.stop:
+                    yield pieces
+                    return
         rest, position = tokens[start:], position + start
         yield pieces
 
@@ -96,17 +175,17 @@ def _cut(order: ReadingOrder, source: int, document: int, overlap: int) -> Itera
 class _Search:
     """The state of a search: the overlaps found so far."""
 
-    def __init__(self, tokenizer: Tokenizer, index: ItemIndex, sample_length: int) -> None:
-        self._tokenizer, self._index, self._sample_length = tokenizer, index, sample_length
+    def __init__(self, tokenizer: Tokenizer, known: Ngrams, sample_length: int) -> None:
+        self._tokenizer, self._known, self._sample_length = tokenizer, known, sample_length
         # The number of documents that contain each n-gram, and the last such document.
-        self._num_documents = np.zeros(len(index.hashes), np.int64)
-        self._last_document = np.full(len(index.hashes), -1, np.int64)
+        self._num_documents = np.zeros(len(known.hashes), np.int64)
+        self._last_document = np.full(len(known.hashes), -1, np.int64)
         self._found = [np.empty((0, 3), np.int64)]
 
     def look(self, source: int, pieces: list[_Piece]) -> None:
         """Search some pieces of documents; those of one document must come in order."""
         units = split_units(self._tokenizer.decode_batch([piece.tokens.tolist() for piece in pieces]))
-        ngrams, firsts, lasts = self._index.find(_without_fragments(units, pieces))
+        ngrams, firsts, lasts = self._known.find(_without_fragments(units, pieces))
         if not len(ngrams):
             return
         self._count(ngrams, np.array([piece.document for piece in pieces])[units.owners[firsts]])
@@ -152,11 +231,11 @@ class _Search:
         rows = [np.repeat(ngrams, sizes), np.full(len(within), source), np.repeat(firsts, sizes) + within]
         self._found.append(np.unique(np.stack(rows, axis=1), axis=0))
 
-    def result(self) -> Overlaps:
-        """Return all overlaps found, without common n-grams."""
-        found = np.unique(np.concatenate(self._found), axis=0)
-        found = found[~self._is_common[found[:, 0]]]
-        return Overlaps(found[:, 0], found[:, 1], found[:, 2], self._is_common)
+    def result(self) -> _Found:
+        """Return all that was found."""
+        rows = np.unique(np.concatenate(self._found), axis=0)
+        ngrams = np.flatnonzero(self._num_documents)
+        return _Found(ngrams, self._num_documents[ngrams], rows[~self._is_common[rows[:, 0]]])
 
 
 def _without_fragments(units: Units, pieces: list[_Piece]) -> Units:

@@ -1,12 +1,10 @@
 """The text of one part of a source: text that trains a tokenizer is read once, and kept until it is tokenised."""
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pyarrow as pa
 from typing_extensions import TypedDict
@@ -156,10 +154,3 @@ class PartText:
 def _batch(columns: Iterable[Iterable[object]], schema: pa.Schema) -> pa.RecordBatch:
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.record_batch(arrays, schema=schema)
-
-
-def read_rejects(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the bad records that a part's reading listed."""
-    if path.exists():
-        with path.open(encoding="utf-8") as lines:
-            yield from map(json.loads, lines)

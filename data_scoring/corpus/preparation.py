@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_scoring.base.engine import Engine, Part, Result, Work
+from data_scoring.base.engine import Engine, Part, Result, Work, reporting
 from data_scoring.base.progress import Progress
 
 
@@ -31,4 +31,4 @@ class Preparation:
         self, work: Work[Part, Result], parts: Sequence[Part], what: str, total: int | None = None
     ) -> Iterator[Result]:
         """Yield the result of `work` on each part, in order; the units done, of `total`, are reported as `what`."""
-        return self.engine.map(work, parts, lambda done: self.progress(what, done, total), self.is_long)
+        return self.engine.map(work, parts, reporting(self.progress, what, total), self.is_long)

@@ -20,15 +20,13 @@ from data_scoring.corpus.in_place import assign_in_place, index_shard, locate_in
 from data_scoring.corpus.packing import ShardAssignment, write_samples
 from data_scoring.corpus.preparation import Preparation
 from data_scoring.corpus.prepare_text import prepare_text
-from data_scoring.corpus.source_parts import SourcePart, cut_source, part_bytes
-from data_scoring.corpus.sources import check_source, list_files, open_megatron, resolve_format
+from data_scoring.corpus.source_parts import LONG_BYTES
+from data_scoring.corpus.sources import check_source, cut_sources, open_megatron, resolve_format
 from data_scoring.corpus.tokenise import TokenizerFile
 from data_scoring.corpus.tokenizer_text import make_tokenizer
 from data_scoring.tokenizer.tokenizer import Tokenizer, open_tokenizer
 
 _HERE = LocalEngine(1)
-# More text than this takes longer than starting processes.
-_LONG_BYTES = 64 << 20
 
 
 def prepare_corpus(
@@ -51,11 +49,11 @@ def prepare_corpus(
     staging.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     remove_leftovers(staging)
-    sources = [] if in_place else cut_sources(corpus)
+    sources = [] if in_place else cut_sources(corpus.sources)
     num_bytes = sum(part.num_bytes for source in sources for part in source)
     if in_place:
         num_bytes = sum(open_megatron(source).data.size for source in corpus.sources)
-    is_long = num_bytes > _LONG_BYTES
+    is_long = num_bytes > LONG_BYTES
     preparation = Preparation(folder, seed, corpus.on_bad_record == "skip", is_long, progress, engine)
     tokenizer_path = make_tokenizer(tokenizer, sources, preparation)
     file = TokenizerFile(tokenizer_path, tokenizer.end_of_document, checksum(tokenizer_path))
@@ -82,16 +80,6 @@ def prepare_corpus(
         **entries,
     }
     write_record(folder / "manifest.json", manifest)
-
-
-def cut_sources(corpus: CorpusConfig) -> list[list[SourcePart]]:
-    """Return the parts of each source of text."""
-    kinds = [resolve_format(source) for source in corpus.sources]
-    files = [list_files(source, kind) for source, kind in zip(corpus.sources, kinds, strict=True)]
-    size = part_bytes(sum(file.num_bytes for each in files for file in each))
-    return [
-        cut_source(source, kind, each, size) for source, kind, each in zip(corpus.sources, kinds, files, strict=True)
-    ]
 
 
 def check_corpus(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:

@@ -12,12 +12,12 @@ from typing_extensions import TypedDict
 from data_scoring.base.files import fingerprint, write_record, writing
 from data_scoring.base.validation import read_record
 from data_scoring.config import CorpusConfig
+from data_scoring.corpus.bad_records import lines_before, named_by_source, skipped_records
 from data_scoring.corpus.digests import find_duplicates, groups_of_buckets
 from data_scoring.corpus.documents import NAME as DOCUMENTS
 from data_scoring.corpus.documents import join_documents
 from data_scoring.corpus.indexed import token_dtype
 from data_scoring.corpus.packing import ShardAssignment, Stream, join_samples, pack_validation
-from data_scoring.corpus.part_text import read_rejects
 from data_scoring.corpus.preparation import Preparation
 from data_scoring.corpus.roles import DUPLICATE, TRAIN, VALIDATION, Roles, assign_roles, hold_out
 from data_scoring.corpus.shuffle import (
@@ -148,10 +148,7 @@ def _tokenise(
             try:
                 counts = next(results)
             except UnencodableDocumentError as error:
-                raise ValueError(
-                    f"corpus.sources.{part.source.name}: document {read + error.number} of {part.source.path!r}: "
-                    f"{error.reason}, or set corpus.on_bad_record: skip"
-                ) from None
+                raise named_by_source(error, part.source, read) from None
             read += counts["read"]
             mine.append(StagedPart(part.source.name, staging / part.name, counts))
         staged.append(mine)
@@ -173,27 +170,6 @@ def _total(source: str, parts: Sequence[StagedPart]) -> dict[str, Any]:
     return total
 
 
-def _lines_before(source: Sequence[SourcePart], staged: Sequence[StagedPart]) -> Iterator[int]:
-    """Yield how many lines or paragraphs are before each part of a source in its file, if it is a stretch of one."""
-    lines = 0
-    for part, each in zip(source, staged, strict=True):
-        lines = lines if part.pieces[0].start else 0
-        yield lines
-        lines += each.counts["num_lines"]
-
-
-def _rejects(source: Sequence[SourcePart], staged: Sequence[StagedPart]) -> Iterator[dict[str, Any]]:
-    """Yield the bad records of a source that were skipped: file, line and reason."""
-    read = 0
-    for part, each, lines in zip(source, staged, _lines_before(source, staged), strict=True):
-        for record in read_rejects(each.path("rejects.jsonl")):
-            yield {**record, "line": lines + record["line"]}
-        for record in read_rejects(each.path("unencodable.jsonl")):
-            number = read + record["number"]
-            yield {"file": part.source.path, "line": number, "reason": f"document {number}: {record['reason']}"}
-        read += each.counts["read"]
-
-
 def _collect_rejects(
     sources: Sequence[Sequence[SourcePart]], staged: Sequence[Sequence[StagedPart]], target: Path
 ) -> None:
@@ -201,7 +177,7 @@ def _collect_rejects(
     if any(part.counts["rejected"] for parts in staged for part in parts):
         with writing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
             for source, parts in zip(sources, staged, strict=True):
-                for record in _rejects(source, parts):
+                for record in skipped_records(source, parts):
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -209,7 +185,7 @@ def _check_text(source: Sequence[SourcePart], staged: Sequence[StagedPart], tota
     """Raise ValueError if a source has no text."""
     if total["documents"]:
         return
-    first = next(_rejects(source, staged), None)
+    first = next(skipped_records(source, staged), None)
     skipped = ""
     if first is not None:
         where = f"{first['file']}:{first['line']}: {first['reason']}"
@@ -256,7 +232,7 @@ def _place(
 ) -> Iterator[PlacedPart]:
     for number, (source, parts, mine) in enumerate(zip(sources, staged, roles, strict=True)):
         tokens = 0
-        for part, role, lines in zip(parts, mine, _lines_before(source, parts), strict=True):
+        for part, role, lines in zip(parts, mine, lines_before(source, parts), strict=True):
             yield PlacedPart(part, number, role.held_out, tokens, lines)
             tokens += role.tokens[TRAIN]
 

@@ -21,7 +21,7 @@ class ReadingOrder:
     """
 
     def __init__(self, corpus: Corpus, seed: int) -> None:
-        self.corpus = corpus
+        self.corpus, self.seed = corpus, seed
         self.sample_length = corpus.seq_length + 1
         self.sources: list[str] = [source["name"] for source in corpus.manifest["sources"]]
         streams = [
@@ -42,26 +42,28 @@ class ReadingOrder:
         """Return the number of tokens of source number `source`."""
         return self._assignment.streams[source].num_tokens
 
-    def blocks(self, source: int) -> Iterator[NDArray[np.integer]]:
-        """Yield the tokens of source number `source`, in order, in blocks of bounded size.
+    def blocks(self, source: int, place: int = 0) -> Iterator[NDArray[np.integer]]:
+        """Yield the tokens of source number `source` from `place` on, in order, in blocks of bounded size.
 
         Raises ValueError if a token is outside the vocabulary.
         """
         if self.is_in_place:
-            yield from self._blocks_in_place(source)
+            yield from self._blocks_in_place(source, place)
             return
         count = self._assignment.streams[source].num_samples
         step = max(1, _CHUNK_TOKENS // self.sample_length)
-        for start in range(0, count, step):
+        first, before = divmod(place, self.sample_length)
+        for start in range(first, count, step):
             batch = self.corpus.read(*self._place(source, np.arange(start, min(start + step, count), dtype=np.int64)))
             # Only a source's last sample may be shorter than the others.
-            yield batch.tokens.reshape(-1)[: int((batch.num_tokens + 1).sum())]
+            yield batch.tokens.reshape(-1)[before : int((batch.num_tokens + 1).sum())]
+            before = 0
 
-    def _blocks_in_place(self, source: int) -> Iterator[NDArray[np.integer]]:
+    def _blocks_in_place(self, source: int, place: int) -> Iterator[NDArray[np.integer]]:
         # Every part of a source is an index over the file of all its tokens.
         part = self.corpus.parts(0)[source]
         num_tokens, itemsize = self._assignment.streams[source].num_tokens, part.dtype.itemsize
-        for start in range(0, num_tokens, _CHUNK_TOKENS):
+        for start in range(place, num_tokens, _CHUNK_TOKENS):
             count = min(_CHUNK_TOKENS, num_tokens - start)
             tokens = part.read(self._first_byte(source) + start * itemsize, count)
             if tokens.max() >= self.corpus.vocab_size or tokens.min() < 0:

@@ -18,6 +18,8 @@ from data_scoring.base.files import fingerprint
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.source_files import is_stored_plain, open_file
 
+# More text than this takes longer to read than starting processes.
+LONG_BYTES = 64 << 20
 # Formats whose text is one stream, even if it has files.
 STREAMS = ("python", "datasets")
 # A part is worked on by one process: small enough that many processes have work, large enough that there are not too

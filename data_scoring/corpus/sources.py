@@ -18,7 +18,16 @@ from data_scoring.corpus.indexed import IndexedTokens, open_indexed
 from data_scoring.corpus.json_records import checked_text, decode, read_lines, read_records, record_text
 from data_scoring.corpus.python_text import KINDS, read_python_text
 from data_scoring.corpus.source_files import ending_of, format_of, has_wildcards, match_path, open_contents, open_file
-from data_scoring.corpus.source_parts import STREAMS, Piece, StoredFile, open_stretch, stored_file
+from data_scoring.corpus.source_parts import (
+    STREAMS,
+    Piece,
+    SourcePart,
+    StoredFile,
+    cut_source,
+    open_stretch,
+    part_bytes,
+    stored_file,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -400,3 +409,11 @@ def _open_dataset(source: SourceConfig) -> "datasets.IterableDataset | datasets.
 def stamp_files(source: SourceConfig) -> list[tuple[str, int, str]]:
     """Return name, size and stamp of each file of a source, to detect changes."""
     return [(file.name, file.num_bytes, file.stamp) for file in list_files(source, resolve_format(source))]
+
+
+def cut_sources(sources: Sequence[SourceConfig]) -> list[list[SourcePart]]:
+    """Return the parts of each source of text."""
+    kinds = [resolve_format(source) for source in sources]
+    files = [list_files(source, kind) for source, kind in zip(sources, kinds, strict=True)]
+    size = part_bytes(sum(file.num_bytes for each in files for file in each))
+    return [cut_source(source, kind, each, size) for source, kind, each in zip(sources, kinds, files, strict=True)]

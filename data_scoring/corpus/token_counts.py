@@ -1,31 +1,30 @@
 """Token counts of a corpus: streamed, per source, and resumed after a kill."""
 
-import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pyarrow.dataset
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data_scoring.base.engine import Count, Engine, num_threads
 from data_scoring.base.files import fingerprint, writing
 from data_scoring.base.progress import Progress
-from data_scoring.base.read_ahead import read_ahead
-from data_scoring.base.sql import literal
-from data_scoring.config import SourceConfig
+from data_scoring.base.sql import literal, parquet_rows
 from data_scoring.corpus.corpus import Corpus
-from data_scoring.corpus.sources import Rejects, batch_documents, read_documents, stamp_files
-from data_scoring.tokenizer.tokenizer import Tokenizer, UnencodableTextError, encode_each, sample_texts
+from data_scoring.corpus.sources import batch_documents
+from data_scoring.tokenizer.tokenizer import Tokenizer, encode_each, sample_texts
 
-# The most work that a kill loses.
-_SAVE_SECONDS = 20.0
 _SAMPLES_AT_ONCE = 1024
+# Stretches of a corpus are of at least this many tokens; there are about this many of them at most.
+_LEAST_TOKENS = 1 << 24
+_MOST_STRETCHES = 1 << 10
+# From here on, counting takes more than a minute.
+_LONG_TOKENS = 1 << 30
 # Version of the saved counts; counts of another version are computed again.
 _FORMAT = 2
 
@@ -49,43 +48,7 @@ class SourceLength:
     is_sample: bool
 
 
-def count_source(
-    source: SourceConfig, tokenizer: Tokenizer, checksum: str, folder: Path, skip_bad: bool, progress: Progress
-) -> SourceCounts:
-    """Return the token counts of `source`; resumes from what an interrupted call left in `folder`.
-
-    `checksum` identifies the tokenizer. Raises ValueError if the source cannot be read.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    # Format python reads the text of the installation, which changes with every Python version.
-    identity = fingerprint(source.model_dump(), stamp_files(source), skip_bad, checksum, sys.version, _FORMAT)
-    path = folder / f"{source.name}-{identity}.npz"
-    counts, done, is_complete = _read_part(path, identity, (tokenizer.vocab_size,))
-    if is_complete:
-        return SourceCounts(source.name, counts)
-    rejects = Rejects(folder / f"{source.name}.rejects.jsonl", skip_bad)
-    saved = time.monotonic()
-    for batch in read_ahead(batch_documents(islice(read_documents(source, rejects), done, None))):
-        encoded = []
-        for number, ids in enumerate(encode_each(tokenizer, batch), start=done + 1):
-            if isinstance(ids, UnencodableTextError):
-                rejects(source.path, number, str(ids))
-            else:
-                encoded.append(np.asarray(ids, np.int64))
-        if encoded:
-            counts += np.bincount(np.concatenate(encoded), minlength=tokenizer.vocab_size)
-        done += len(batch)
-        progress(f"counting {source.name} (documents)", done, None)
-        if time.monotonic() - saved > _SAVE_SECONDS:
-            _write_part(path, identity, counts, done, is_complete=False)
-            saved = time.monotonic()
-    if not counts.any():
-        raise ValueError(f"corpus.sources.{source.name}.path: holds no text; remove the source or correct its path")
-    _write_part(path, identity, counts, done, is_complete=True)
-    return SourceCounts(source.name, counts)
-
-
-def _read_part(path: Path, identity: str, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], int, bool]:
+def _read_counts(path: Path, identity: str, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], int, bool]:
     try:
         with np.load(path) as part:
             if str(part["identity"]) == identity:
@@ -95,39 +58,94 @@ def _read_part(path: Path, identity: str, shape: tuple[int, ...]) -> tuple[NDArr
     return np.zeros(shape, np.int64), 0, False
 
 
-def _write_part(path: Path, identity: str, counts: NDArray[np.int64], documents: int, is_complete: bool) -> None:
+def _write_counts(path: Path, identity: str, counts: NDArray[np.int64], documents: int, is_complete: bool) -> None:
     with writing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, identity=identity, counts=counts, documents=documents, is_complete=is_complete)
+        np.savez_compressed(file, identity=identity, counts=counts, documents=documents, is_complete=is_complete)
 
 
-def count_corpus(corpus: Corpus, end_of_document: int, folder: Path, progress: Progress) -> list[SourceCounts]:
+@dataclass(frozen=True)
+class _Stretch:
+    """The samples `start` to `stop` - 1 of a shard; number: among all stretches of the corpus."""
+
+    number: int
+    shard: int
+    start: int
+    stop: int
+
+
+def count_corpus(
+    corpus: Corpus, end_of_document: int, folder: Path, engine: Engine, progress: Progress
+) -> list[SourceCounts]:
     """Return the token counts of each source of a prepared corpus, without the validation set.
 
-    Resumes from what an interrupted call left in `folder`.
+    The corpus is divided into stretches, with a task for each, which writes its counts to `folder`. What an interrupted
+    call left there is used.
     """
     names = sorted(source["name"] for source in corpus.manifest["sources"])
-    identity = fingerprint(corpus.fingerprint, _FORMAT)
+    identity, shape = fingerprint(corpus.fingerprint, _FORMAT), (len(names), corpus.vocab_size)
     path = folder / f"corpus-{identity}.npz"
-    counts, done, is_complete = _read_part(path, identity, (len(names), corpus.vocab_size))
-    batches = pq.ParquetFile(corpus.samples_path).iter_batches(_SAMPLES_AT_ONCE, columns=["shard", "sample", "source"])
-    saved = time.monotonic()
-    for batch in () if is_complete else islice(batches, done, None):
-        shards = batch["shard"].to_numpy()
-        read = corpus.read(shards, batch["sample"].to_numpy())
-        is_real = np.arange(corpus.seq_length + 1) <= read.num_tokens[:, None]
-        sources = np.asarray(batch["source"].to_pylist())
-        for row, name in enumerate(names):
-            tokens = read.tokens[is_real & (sources == name)[:, None]]
-            counts[row] += np.bincount(tokens, minlength=corpus.vocab_size)
-        done += 1
-        progress("counting the corpus (shards)", int(shards[-1]), corpus.num_shards)
-        if time.monotonic() - saved > _SAVE_SECONDS:
-            _write_part(path, identity, counts, done, is_complete=False)
-            saved = time.monotonic()
+    counts, _, is_complete = _read_counts(path, identity, shape)
     if not is_complete:
-        _write_part(path, identity, counts, done, is_complete=True)
+        stretches = _divide(corpus)
+        num_samples = sum(stretch.stop - stretch.start for stretch in stretches)
+
+        def report(done: int) -> None:
+            progress("counting the corpus (shards)", done * corpus.num_shards // num_samples, corpus.num_shards)
+
+        work = partial(_count_stretch, corpus.folder, names, identity, folder)
+        counts = np.zeros(shape, np.int64)
+        for part in engine.map(work, stretches, report, is_long=num_samples * corpus.seq_length >= _LONG_TOKENS):
+            counts += _read_counts(part, identity, shape)[0]
+        _write_counts(path, identity, counts, num_samples, is_complete=True)
+        for stretch in stretches:
+            _stretch_path(folder, identity, stretch).unlink(missing_ok=True)
     counts[:, end_of_document] = 0
     return [SourceCounts(name, row) for name, row in zip(names, counts, strict=True)]
+
+
+def _divide(corpus: Corpus) -> list[_Stretch]:
+    sizes = [corpus.num_samples(shard) for shard in range(corpus.num_shards)]
+    step = max(1, _LEAST_TOKENS // corpus.seq_length, sum(sizes) // _MOST_STRETCHES)
+    places = ((shard, start) for shard, size in enumerate(sizes) for start in range(0, size, step))
+    return [
+        _Stretch(number, shard, start, min(start + step, sizes[shard])) for number, (shard, start) in enumerate(places)
+    ]
+
+
+def _stretch_path(folder: Path, identity: str, stretch: _Stretch) -> Path:
+    return folder / f"corpus-{identity}-{stretch.number:05d}.npz"
+
+
+def _count_stretch(
+    corpus_folder: Path, names: list[str], identity: str, folder: Path, stretch: _Stretch, count: Count
+) -> Path:
+    """Write the counts of a stretch, [num_sources, vocab_size] int64, unless they exist; return the file's path."""
+    corpus, path = Corpus(corpus_folder), _stretch_path(folder, identity, stretch)
+    counts, _, is_complete = _read_counts(path, identity, (len(names), corpus.vocab_size))
+    if not is_complete:
+        sources = _sources_of(corpus, stretch)
+        for start in range(stretch.start, stretch.stop, _SAMPLES_AT_ONCE):
+            samples = np.arange(start, min(start + _SAMPLES_AT_ONCE, stretch.stop))
+            read = corpus.read(np.full(len(samples), stretch.shard), samples)
+            is_real = np.arange(corpus.seq_length + 1) <= read.num_tokens[:, None]
+            mine = sources[samples - stretch.start]
+            for row, name in enumerate(names):
+                tokens = read.tokens[is_real & (mine == name)[:, None]]
+                counts[row] += np.bincount(tokens, minlength=corpus.vocab_size)
+            count(int(samples[-1]) + 1 - stretch.start)
+        _write_counts(path, identity, counts, stretch.stop - stretch.start, is_complete=True)
+    count(stretch.stop - stretch.start)
+    return path
+
+
+def _sources_of(corpus: Corpus, stretch: _Stretch) -> NDArray[np.str_]:
+    """Return the source of each sample of a stretch, [n]."""
+    query = f"""select source from {parquet_rows(corpus.samples_path)}
+        where shard = {stretch.shard} and sample >= {stretch.start} and sample < {stretch.stop} order by sample"""
+    with duckdb.connect() as connection:
+        if (threads := num_threads()) is not None:
+            connection.execute(f"set threads = {threads}")
+        return np.asarray(connection.sql(query).fetchnumpy()["source"], np.str_)
 
 
 def texts_of(corpus: Corpus, source: str, tokenizer: Tokenizer, num_bytes: int, seed: int) -> Iterator[str]:

@@ -5,13 +5,15 @@ buckets, which gives the bucket of each source's cut. A second scan reads and so
 stratum is never sorted as a whole, which would need memory for all of it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_scoring.base.messages import shown
+from data_scoring.base.messages import one_line, shown
 from data_scoring.base.sql import literal
 from data_scoring.refine.candidates import LATE
 from data_scoring.refine.draw import inclusion_probability, num_kept
@@ -57,6 +59,19 @@ class Cuts:
 def name_policy(config: RefineConfig) -> str:
     """Return the field that decides the score, and its value, for messages."""
     return f"refine.sql: {shown(config.sql)}" if config.policy_row.score is None else f"refine.policy: {config.policy}"
+
+
+@contextmanager
+def naming_policy(config: RefineConfig) -> Iterator[None]:
+    """Convert DuckDB's errors in computing scores to ValueError."""
+    import duckdb
+
+    try:
+        yield
+    except (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException) as error:
+        raise ValueError(
+            f"{name_policy(config)} cannot be computed for every sample ({one_line(error)}); correct it"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,23 @@ Everything is streaming SQL over the Parquet files of earlier rounds.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_scoring.base.sql import literal, parquet_rows, random_bits
+from data_scoring.base.engine import Count, Engine, reporting
+from data_scoring.base.progress import silent
+from data_scoring.base.sql import bounded_worker, literal, parquet_rows, random_bits
 from data_scoring.losses.shard_scoring import losses_path
 from data_scoring.refine.draw import draw_key, log_weight_of
-from data_scoring.refine.policies import BATCH_LOSS, JOINS, REFERENCE_LOSS
+from data_scoring.refine.policies import BATCH_LOSS, JOINS, REFERENCE_LOSS, keeping_policies
 from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.training_order import TrainingOrder
-
-if TYPE_CHECKING:
-    import duckdb
 
 # Losses are counted in bins of 1/1024 nats, so that medians and quantiles take bounded memory and are reproducible.
 _BINS_PER_NAT = 1024
@@ -39,6 +38,12 @@ CONTAMINATED = "contaminated"
 SHORT, OUTLIER, REPEATED = "too few tokens", "outlier", "near duplicate"
 WORN, HARDEST = "trained on often enough", "among the hardest"
 EXCLUSIONS = (LATE, CONTAMINATED, SHORT, OUTLIER, REPEATED, WORN, HARDEST)
+
+# Scans of this many samples or more take about a minute.
+_LONG_SAMPLES = 100_000_000
+
+# By name of a stratum or a source: bins, ascending, and the numbers of losses in them, [n] int64 each.
+_LossCounts = dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,15 @@ class Draw:
         """Return the training order of the round whose losses are used."""
         return TrainingOrder.open(self.scored, self.num_parts)
 
+    @property
+    def is_long(self) -> bool:
+        """Return whether scans of all samples take so long that starting processes for them pays."""
+        return sum(self.num_samples) >= _LONG_SAMPLES
+
+    def memory_gb(self, engine: Engine, num_parts: int) -> float:
+        """Return the share of the memory limit, GB, that each worker has for a map of `num_parts` parts."""
+        return self.config.memory_gb / engine.num_workers(num_parts, self.is_long)
+
     def losses(self, shard: int) -> str:
         """Return the SQL relation of a shard's losses."""
         return parquet_rows(losses_path(self.scored, shard))
@@ -122,45 +136,77 @@ class Limits:
     hardest: dict[int, float] = field(default_factory=dict)
 
 
-def find_limits(connection: "duckdb.DuckDBPyConnection", draw: Draw) -> Limits:
-    """Return the limits of the draw's configuration, computed from losses counted in bins.
+def find_limits(draw: Draw, engine: Engine, scratch: Path) -> Limits:
+    """Return the limits of the draw's configuration, computed from losses counted in bins, shard by shard.
 
     The robust z-score of a loss is its distance from its source's median, divided by 1.4826 times the median absolute
     deviation; a loss above `outlier_z` is an outlier. Sources with fewer than 20 samples, or with equal losses, have no
-    limit. Raises ValueError if losses are missing or incomplete.
+    limit. The connections of `engine` spill under `scratch`. Raises ValueError if losses are missing or incomplete.
     """
     config, limits = draw.config, Limits()
-    if config.outlier_z is None and not config.policy_row.drops_hardest:
-        return limits
-    connection.execute("create or replace temp table loss_counts (stratum int, source varchar, bin int, n bigint)")
-    for shard in range(len(draw.num_samples)):
-        check_losses(draw, shard)
-        stratum, join = (draw.order.part(), draw.order.join(shard)) if draw.is_within_parts else (str(shard), "")
-        connection.execute(
-            f"insert into loss_counts select {stratum} as stratum, source, "
-            f"floor(least(loss, 1e6) * {_BINS_PER_NAT})::int as bin, count(*) from {draw.losses(shard)} {join} "
-            "group by stratum, source, bin"
-        )
+    groups = []
     if config.policy_row.drops_hardest:
-        for stratum, losses, counts in _counted(connection, "stratum"):
-            # The bin's upper edge: losses in the last bin cannot be distinguished, and are kept.
-            limits.hardest[stratum] = _quantile(losses, counts, 1 - config.drop_hardest) + 0.5 / _BINS_PER_NAT
+        groups.append("stratum")
     if config.outlier_z is not None:
-        for source, losses, counts in _counted(connection, "source"):
-            median = _quantile(losses, counts, 0.5)
-            deviation = _MAD_TO_DEVIATION * _quantile(abs(losses - median), counts, 0.5)
-            if counts.sum() >= _FEWEST_FOR_OUTLIERS and deviation > 0:
-                limits.outlier[source] = median + config.outlier_z * deviation
+        groups.append("source")
+    if not groups:
+        return limits
+    shards = range(len(draw.num_samples))
+    work = partial(_count_losses, draw, groups, scratch, draw.memory_gb(engine, len(shards)))
+    counts: dict[str, _LossCounts] = {group: {} for group in groups}
+    for found in engine.map(keeping_policies(work), shards, reporting(silent, ""), draw.is_long):
+        for group in groups:
+            _add(counts[group], found[group])
+    for stratum, (bins, numbers) in sorted(counts.get("stratum", {}).items()):
+        # The bin's upper edge: losses in the last bin cannot be distinguished, and are kept.
+        limits.hardest[stratum] = _quantile(_losses_of(bins), numbers, 1 - config.drop_hardest) + 0.5 / _BINS_PER_NAT
+    for source, (bins, numbers) in sorted(counts.get("source", {}).items()):
+        assert config.outlier_z is not None
+        losses = _losses_of(bins)
+        median = _quantile(losses, numbers, 0.5)
+        deviation = _MAD_TO_DEVIATION * _quantile(abs(losses - median), numbers, 0.5)
+        if numbers.sum() >= _FEWEST_FOR_OUTLIERS and deviation > 0:
+            limits.outlier[source] = median + config.outlier_z * deviation
     return limits
 
 
-def _counted(connection: "duckdb.DuckDBPyConnection", group: str) -> list[tuple[Any, NDArray[Any], NDArray[Any]]]:
-    """Return each group's losses (centres of bins), with their counts."""
-    rows = connection.sql(
-        f"select {group} as name, list(bin) as bins, list(n) as counts from (select {group}, bin, sum(n)::bigint as n "
-        f"from loss_counts group by {group}, bin) group by name order by name"
-    ).fetchall()
-    return [(name, (np.array(bins) + 0.5) / _BINS_PER_NAT, np.array(counts)) for name, bins, counts in rows]
+def _count_losses(
+    draw: Draw, groups: list[str], scratch: Path, memory_gb: float, shard: int, count: Count
+) -> dict[str, _LossCounts]:
+    """Return the counts of a shard's losses, by each of `groups`: stratum or source."""
+    check_losses(draw, shard)
+    stratum, join = (draw.order.part(), draw.order.join(shard)) if draw.is_within_parts else (str(shard), "")
+    with bounded_worker(scratch, memory_gb) as connection:
+        connection.execute(
+            f"create temp table loss_counts as select {stratum} as stratum, source, "
+            f"floor(least(loss, 1e6) * {_BINS_PER_NAT})::int as bin, count(*) as n from {draw.losses(shard)} {join} "
+            "group by stratum, source, bin"
+        )
+        found: dict[str, _LossCounts] = {}
+        for group in groups:
+            rows = connection.sql(
+                f"select {group}, list(bin order by bin), list(n order by bin) from (select {group}, bin, "
+                f"sum(n)::bigint as n from loss_counts group by {group}, bin) group by {group}"
+            ).fetchall()
+            found[group] = {name: (np.array(bins), np.array(numbers)) for name, bins, numbers in rows}
+    return found
+
+
+def _add(counts: _LossCounts, more: _LossCounts) -> None:
+    """Add `more` to `counts`."""
+    for name, (bins, numbers) in more.items():
+        if name in counts:
+            # [2 * n]: the counts are whole numbers below 2^53, which float64 holds exactly.
+            merged, places = np.unique(np.concatenate([counts[name][0], bins]), return_inverse=True)
+            summed = np.bincount(places, np.concatenate([counts[name][1], numbers]))
+            counts[name] = merged, summed.astype(np.int64)
+        else:
+            counts[name] = bins, numbers
+
+
+def _losses_of(bins: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the losses at the centres of bins."""
+    return np.asarray((bins + 0.5) / _BINS_PER_NAT)
 
 
 def _quantile(values: NDArray[Any], counts: NDArray[Any], share: float) -> float:
@@ -176,7 +222,7 @@ def candidates_query(draw: Draw, limits: Limits, shard: int) -> str:
     Columns: shard; sample; source; loss; stratum, the shard or the part; excluded, the reason for exclusion or null;
     is_fresh, whether the source joins in this round; key, of which the highest are kept; bits, 64 random bits, which
     break ties; with weights, also log_weight, the key without its noise. If batches are drawn within parts, the table
-    `batch_losses` has to exist (`create_batch_losses`).
+    `batch_losses` has to exist (`batch_losses_query`).
     """
     config = draw.config
     unit: tuple[object, ...] = (shard, "sample::int")
@@ -199,11 +245,9 @@ def candidates_query(draw: Draw, limits: Limits, shard: int) -> str:
         from (select *, {bits} as bits from ({known}))"""
 
 
-def create_batch_losses(connection: "duckdb.DuckDBPyConnection", draw: Draw, limits: Limits) -> None:
-    """Create the table `batch_losses` of the batches' mean losses, if batches of several shards are drawn."""
-    if draw.config.is_by_batch and draw.is_within_parts:
-        query = _batch_losses(draw, limits, range(len(draw.num_samples)))
-        connection.execute(f"create or replace temp table batch_losses as {query}")
+def batch_losses_query(draw: Draw, limits: Limits) -> str:
+    """Return the SQL of the mean losses of batches that have samples of all shards: batch and batch_loss."""
+    return _batch_losses(draw, limits, range(len(draw.num_samples)))
 
 
 def batch_of(draw: Draw, shard: int) -> str:

@@ -5,9 +5,11 @@ To add a policy, add a row: `POLICIES[mine.name] = mine`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from data_scoring.base.engine import Count, Part, Result, Work
 from data_scoring.base.names import OneOf
 from data_scoring.base.sql import parquet_rows
 from data_scoring.losses.seen_losses import last_seen
@@ -75,6 +77,27 @@ POLICIES = {
 
 # The values of the configuration field: the names of all rows, including those added at run time.
 PolicyName = Annotated[str, OneOf(lambda: POLICIES)]
+
+
+def keeping_policies(work: Work[Part, Result]) -> Work[Part, Result]:
+    """Return `work` that finds the policies and columns of this process wherever it runs, those added here, too."""
+    return partial(_with_policies, {**POLICIES}, {**JOINS}, work)
+
+
+def _with_policies(
+    policies: dict[str, Policy],
+    joins: dict[str, Callable[["Draw", int], str]],
+    work: Work[Part, Result],
+    part: Part,
+    count: Count,
+) -> Result:
+    if (policies, joins) != (POLICIES, JOINS):
+        # A worker may know others from work that it did before.
+        POLICIES.clear()
+        POLICIES.update(policies)
+        JOINS.clear()
+        JOINS.update(joins)
+    return work(part, count)
 
 
 def describe_policies() -> str:

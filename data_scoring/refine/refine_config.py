@@ -135,7 +135,11 @@ class RefineConfig(Config):
     )  # fmt: skip
     sources: tuple[SourceRule, ...] = Field(default=(), description="Floors, ceilings and late sources.")
     memory_gb: Annotated[Number, FREE] = Field(
-        default=4.0, ge=0.25, le=4096, description="Memory limit of refining, GB; it spills to disk beyond that."
+        default=4.0,
+        ge=0.25,
+        le=4096,
+        description="Memory limit of refining on one host, GB, which its processes share; it spills to disk beyond "
+        "that.",
     )
 
     @property

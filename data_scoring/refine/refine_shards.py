@@ -4,17 +4,23 @@ The draw is the paper's (`draw.py`). Its random numbers are a hash of (seed, rou
 depend on row order, threads or processes. A policy replaces the loss by another score (`policies.py`).
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from data_scoring.base.engine import Count, Engine
 from data_scoring.base.files import checksum, remove_leftovers, write_record, writing
 from data_scoring.base.parquet import FINGERPRINT_KEY
 from data_scoring.base.progress import Progress
-from data_scoring.base.sql import bounded, copy_to_parquet, literal, parquet_rows, writing_errors
+from data_scoring.base.sql import bounded_worker, copy_to_parquet, literal, parquet_rows, writing_errors
 from data_scoring.base.validation import read_record
-from data_scoring.refine.candidates import Draw, batch_of, find_limits
+from data_scoring.refine.candidates import Draw, Limits, batch_of, find_limits
+from data_scoring.refine.part_bars import PartBars, find_part_bars
+from data_scoring.refine.policies import keeping_policies
 from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.selection import Selection
 from data_scoring.refine.training_mix import MixOptions, write_mix
@@ -32,11 +38,12 @@ class _ShardsRecord(TypedDict):
     checksums: dict[str, str]
 
 
-def refine(draw: Draw, fingerprint: str, progress: Progress) -> None:
-    """Select the samples of a round by the losses of the previous round.
+def refine(draw: Draw, fingerprint: str, engine: Engine, progress: Progress) -> None:
+    """Select the samples of a round by the losses of the previous round, a task for each shard.
 
-    Writes one selection file per shard; a rerun with the same `fingerprint` skips finished shards. Raises ValueError if
-    a shard's losses are missing or incomplete.
+    Writes one selection file per shard; a rerun with the same `fingerprint` skips finished shards. The memory limit of
+    the configuration is divided among the workers of a host. Raises ValueError if a shard's losses are missing or
+    incomplete.
     """
     (draw.target / "selection").mkdir(parents=True, exist_ok=True)
     remove_leftovers(draw.target / "selection")
@@ -53,18 +60,54 @@ def refine(draw: Draw, fingerprint: str, progress: Progress) -> None:
     ]
     if not missing:
         return
-    with bounded(draw.target, draw.config.memory_gb) as connection:
-        progress("refining (shards)", len(paths) - len(missing), len(paths))
-        selection = Selection(connection, draw, find_limits(connection, draw))
-        metadata = f"kv_metadata {{ '{FINGERPRINT_KEY.decode()}': '{fingerprint}' }}"
-        options = f"parquet_version v2, compression zstd, {metadata}"
-        for place, shard in enumerate(missing):
-            query = selection.query(shard)
-            with writing(paths[shard]) as temporary, writing_errors(paths[shard]):
-                connection.execute(copy_to_parquet(query, temporary, options))
-            checksums[paths[shard].name] = checksum(paths[shard])
+    finished = len(paths) - len(missing)
+    progress("refining (shards)", finished, len(paths))
+    with _scratch(draw.target / ".spill") as scratch:
+        limits = find_limits(draw, engine, scratch)
+        bars = find_part_bars(draw, limits, engine, scratch)
+        memory_gb = draw.memory_gb(engine, len(missing))
+        work = keeping_policies(partial(_select, draw, limits, bars, fingerprint, scratch, memory_gb))
+
+        def report(done: int) -> None:
+            progress("refining (shards)", finished + done, len(paths))
+
+        for shard, digest in zip(missing, engine.map(work, missing, report, draw.is_long), strict=True):
+            checksums[paths[shard].name] = digest
             write_record(record_path, record)
-            progress("refining (shards)", len(paths) - len(missing) + place + 1, len(paths))
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, which is deleted at the end; a killed process may have left one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        # A task that is done twice may still be writing.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _select(
+    draw: Draw,
+    limits: Limits,
+    bars: PartBars | None,
+    fingerprint: str,
+    scratch: Path,
+    memory_gb: float,
+    shard: int,
+    count: Count,
+) -> str:
+    """Write the selection from a shard; return the file's checksum."""
+    path = selection_path(draw.target, shard)
+    metadata = f"kv_metadata {{ '{FINGERPRINT_KEY.decode()}': '{fingerprint}' }}"
+    with bounded_worker(scratch, memory_gb) as connection:
+        query = Selection(connection, draw, limits, bars).query(shard)
+        with writing(path) as temporary, writing_errors(path):
+            connection.execute(copy_to_parquet(query, temporary, f"parquet_version v2, compression zstd, {metadata}"))
+            digest = checksum(temporary)
+    count(1)
+    return digest
 
 
 def mix_all(

@@ -3,22 +3,19 @@
 Two scans find what is needed to be kept (`bars`); a third writes every sample's result. DuckDB spills to disk.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from data_scoring.base.messages import one_line
 from data_scoring.base.sql import literal
-from data_scoring.refine.bars import Bar, Buckets, find_bar, name_policy
+from data_scoring.refine.bars import Bar, Buckets, find_bar, naming_policy
 from data_scoring.refine.candidates import (
     EXCLUSIONS,
     Draw,
     Limits,
     candidates_query,
     check_losses,
-    create_batch_losses,
     is_joined,
 )
+from data_scoring.refine.part_bars import PartBars, view_batch_losses
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig
 
@@ -32,23 +29,26 @@ FLOOR, CEILING, NOT_DRAWN = "floor of its source", "ceiling of its source", "not
 class Selection:
     """The selection of a round's samples: its queries need a table on `connection` whose name begins with `name`.
 
-    Within parts of the training order, the bars of all parts are found first. Raises ValueError, here or in `query`, if
-    losses are missing or incomplete, a score is not finite, or floors exceed the sampling rate.
+    bars: those that `find_part_bars` returns. Raises ValueError in `query` if losses are missing or incomplete, a score
+    is not finite, or floors exceed the sampling rate.
     """
 
     def __init__(
-        self, connection: "duckdb.DuckDBPyConnection", draw: Draw, limits: Limits, name: str = "chosen"
+        self,
+        connection: "duckdb.DuckDBPyConnection",
+        draw: Draw,
+        limits: Limits,
+        bars: PartBars | None,
+        name: str = "chosen",
     ) -> None:
-        self._connection, self._draw, self._limits = connection, draw, limits
+        assert (bars is not None) == draw.is_within_parts
+        self._connection, self._draw, self._limits, self._bars = connection, draw, limits, bars
         self._table = f"{name}_candidates"
+        # Otherwise, a shard of few samples may be what joins look up in, and rows come in the order of the threads.
+        connection.execute("set disabled_optimizers = 'join_order,build_side_probe_side'")
         connection.execute(f"create type if not exists reason as {_reason_type()}")
-        self._bars: dict[int, Bar] = {}
-        self._buckets = Buckets(0.0, 1.0)
-        if draw.is_within_parts:
-            for shard in range(len(draw.num_samples)):
-                check_losses(draw, shard)
-            with _naming_policy(draw.config):
-                self._find_bars()
+        if bars is not None:
+            view_batch_losses(connection, bars.batch_losses)
 
     def query(self, shard: int) -> str:
         """Return the SQL of a shard's selection, rows (shard, sample, loss, kept, reason) in the order of the losses.
@@ -56,10 +56,11 @@ class Selection:
         With weights, also probability, with which the draw keeps a kept sample, float, null for others.
         """
         check_losses(self._draw, shard)
-        with _naming_policy(self._draw.config):
+        with naming_policy(self._draw.config):
             relation = f"({candidates_query(self._draw, self._limits, shard)})"
-            if self._draw.is_within_parts:
-                return _selection(self._draw.config, self._bars, self._buckets.label(relation, self._draw.config))
+            if self._bars is not None:
+                bucketed = self._bars.buckets.label(relation, self._draw.config)
+                return _selection(self._draw.config, self._bars.bars, bucketed)
             if is_joined(self._draw):
                 relation = self._materialise(relation)
             buckets = Buckets.of(self._connection, relation)
@@ -67,34 +68,9 @@ class Selection:
             bars = {shard: find_bar(self._connection, self._draw.config, bucketed)}
             return _selection(self._draw.config, bars, bucketed)
 
-    def _find_bars(self) -> None:
-        """Find the bar of each part, from a table of its candidates in all shards."""
-        shards, config = range(len(self._draw.num_samples)), self._draw.config
-        create_batch_losses(self._connection, self._draw, self._limits)
-        relation = " union all ".join(candidates_query(self._draw, self._limits, shard) for shard in shards)
-        self._buckets = Buckets.of(self._connection, f"({relation})")
-        # The last stratum has the samples that the round did not train on.
-        for part in range(self._draw.num_parts + 1):
-            table = self._materialise(f"(from ({relation}) where stratum = {part})")
-            self._bars[part] = find_bar(self._connection, config, self._buckets.label(table, config))
-        self._connection.execute(f"drop table {self._table}")
-
     def _materialise(self, relation: str) -> str:
         self._connection.execute(f"create or replace temp table {self._table} as from {relation}")
         return self._table
-
-
-@contextmanager
-def _naming_policy(config: RefineConfig) -> Iterator[None]:
-    """Convert DuckDB's errors in computing scores to ValueError."""
-    import duckdb
-
-    try:
-        yield
-    except (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException) as error:
-        raise ValueError(
-            f"{name_policy(config)} cannot be computed for every sample ({one_line(error)}); correct it"
-        ) from None
 
 
 def _reason_type() -> str:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import duckdb
 
+from data_scoring.base.engine import LocalEngine
 from data_scoring.base.sql import bounded, parquet_rows
 from data_scoring.refine.candidates import Draw, find_limits
+from data_scoring.refine.part_bars import find_part_bars
 from data_scoring.refine.policies import BATCH_LOSS
 from data_scoring.refine.refine_config import RefineConfig
 from data_scoring.refine.refine_shards import selection_path
@@ -65,10 +67,11 @@ def dry_run(draw: Draw, samples_path: Path) -> SelectionSummary:
 
     Raises ValueError if losses are missing or incomplete, and in all cases in which refining does.
     """
-    with _counting(draw.config.memory_gb) as connection:
-        limits, by_chance = find_limits(connection, draw), replace(draw, config=_without_losses(draw.config))
-        chosen = Selection(connection, draw, limits)
-        random = Selection(connection, by_chance, limits, "random")
+    with tempfile.TemporaryDirectory() as folder, _counting(draw.config.memory_gb) as connection:
+        engine, scratch = LocalEngine(1), Path(folder)
+        limits, by_chance = find_limits(draw, engine, scratch), replace(draw, config=_without_losses(draw.config))
+        chosen = Selection(connection, draw, limits, find_part_bars(draw, limits, engine, scratch))
+        random = Selection(connection, by_chance, limits, find_part_bars(by_chance, limits, engine, scratch), "random")
         for shard in range(len(draw.num_samples)):
             _count(connection, draw, samples_path, shard, chosen.query(shard), random.query(shard))
         return _summarise(connection, draw)

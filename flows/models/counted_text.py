@@ -1,19 +1,21 @@
 """The text in which tokens are counted: that of a run (prepared or not), of a configuration, or of files."""
 
-import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_scoring.base.field_types import normalised
 from data_scoring.base.progress import Progress
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.corpus import Corpus
+from data_scoring.corpus.source_token_counts import count_sources
 from data_scoring.corpus.sources import Rejects, check_source, matching_files, read_documents, resolve_format
-from data_scoring.corpus.token_counts import SourceCounts, count_corpus, count_source, texts_of
-from data_scoring.tokenizer.tokenizer import Tokenizer, read_tokenizer
-from flows.run.config import RunConfig, read_config
+from data_scoring.corpus.token_counts import SourceCounts, count_corpus, texts_of
+from data_scoring.corpus.tokenise import TokenizerFile
+from data_scoring.tokenizer.tokenizer import read_tokenizer
+from flows.cluster.engines import open_engine
+from flows.run.config import EngineConfig, RunConfig, read_config
 from flows.run.folder import read_run
 from flows.run.locks import locked
 from trainer.config import ModelConfig
@@ -26,27 +28,22 @@ _MOST_SOURCES = 64
 class CountedText:
     """Text by source: read from `sources` or, if it is already tokenised, from `corpus`.
 
-    model: the model of the text's configuration, None if there is none.
+    model: the model of the text's configuration, None if there is none. engine: that of the configuration.
     """
 
-    tokenizer_path: Path
-    tokenizer: Tokenizer
+    tokenizer_file: TokenizerFile
     sources: tuple[SourceConfig, ...]
     skip_bad: bool = False
     corpus: Corpus | None = None
     model: ModelConfig | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def count(self, folder: Path, progress: Progress) -> list[SourceCounts]:
         """Return the token counts of each source; partial counts are kept in `folder`."""
-        if self.corpus is not None:
-            with locked(folder):
-                return count_corpus(self.corpus, self.tokenizer.end_of_document, folder, progress)
-        identity = hashlib.blake2b(read_tokenizer(self.tokenizer_path)).hexdigest()
-        with locked(folder):
-            return [
-                count_source(source, self.tokenizer, identity, folder, self.skip_bad, progress)
-                for source in self.sources
-            ]
+        with locked(folder), open_engine(self.engine, folder) as engine:
+            if self.corpus is not None:
+                return count_corpus(self.corpus, self.tokenizer_file.open().end_of_document, folder, engine, progress)
+            return count_sources(self.sources, self.tokenizer_file, folder, self.skip_bad, engine, progress)
 
     def texts(self, name: str, rejects: Path, num_bytes: int, seed: int) -> Iterator[str]:
         """Yield texts of a source: all its documents or, if it is already tokenised, a random sample of its samples.
@@ -54,7 +51,7 @@ class CountedText:
         Skipped records are listed in `rejects`.
         """
         if self.corpus is not None:
-            return texts_of(self.corpus, name, self.tokenizer, num_bytes, seed)
+            return texts_of(self.corpus, name, self.tokenizer_file.open(), num_bytes, seed)
         [source] = [source for source in self.sources if source.name == name]
         return read_documents(source, Rejects(rejects, self.skip_bad))
 
@@ -71,22 +68,22 @@ def _config_of(target: Path) -> RunConfig | None:
     return read_config(target, []) if target.suffix in (".yaml", ".yml") else None
 
 
-def open_text(target: Path, tokenizer_path: Path, tokenizer: Tokenizer) -> CountedText:
+def open_text(target: Path, tokenizer: TokenizerFile) -> CountedText:
     """Return the text of `target`: a run folder, a configuration, or a file, folder or glob of text.
 
     Raises ValueError if it cannot be read, or was tokenised with another tokenizer.
     """
     config = _config_of(target)
     if config is None:
-        return CountedText(tokenizer_path, tokenizer, _sources(str(target)))
+        return CountedText(tokenizer, _sources(str(target)))
     if (target / "corpus" / "manifest.json").is_file():
         corpus = Corpus(target / "corpus")
-        _check_tokenizer(corpus, tokenizer_path)
-        return CountedText(tokenizer_path, tokenizer, config.corpus.sources, corpus=corpus, model=config.model)
-    return _open_sources(config, tokenizer_path, tokenizer)
+        _check_tokenizer(corpus, tokenizer.path)
+        return CountedText(tokenizer, config.corpus.sources, corpus=corpus, model=config.model, engine=config.engine)
+    return _open_sources(config, tokenizer)
 
 
-def _open_sources(config: RunConfig, tokenizer_path: Path, tokenizer: Tokenizer) -> CountedText:
+def _open_sources(config: RunConfig, tokenizer: TokenizerFile) -> CountedText:
     for source in config.corpus.sources:
         check_source(source)
         if resolve_format(source) == "megatron":
@@ -94,7 +91,7 @@ def _open_sources(config: RunConfig, tokenizer_path: Path, tokenizer: Tokenizer)
                 f"corpus.sources.{source.name}: is already tokenised; run `reprise prepare` and give the run folder"
             )
     skip_bad = config.corpus.on_bad_record == "skip"
-    return CountedText(tokenizer_path, tokenizer, config.corpus.sources, skip_bad, model=config.model)
+    return CountedText(tokenizer, config.corpus.sources, skip_bad, model=config.model, engine=config.engine)
 
 
 def _check_tokenizer(corpus: Corpus, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Vocabulary pruning: from counting tokens to a folder with the smaller tokenizer, tables, a page and a checkpoint."""
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from data_scoring.base.files import commit
 from data_scoring.base.progress import Progress
 from data_scoring.corpus.token_counts import SourceCounts, SourceLength, measure_length
+from data_scoring.corpus.tokenise import TokenizerFile
 from data_scoring.tokenizer.pieces import Vocabulary
 from data_scoring.tokenizer.token_coverage import (
     Curve,
@@ -23,7 +25,7 @@ from data_scoring.tokenizer.token_coverage import (
     size_for_coverage,
     sizes_within,
 )
-from data_scoring.tokenizer.tokenizer import open_tokenizer
+from data_scoring.tokenizer.tokenizer import open_tokenizer, read_tokenizer
 from data_scoring.tokenizer.vocabulary import open_vocabulary
 from flows.models.counted_text import CountedText, end_of_document, open_text
 from flows.models.vocabulary_pruning_result import (
@@ -51,11 +53,14 @@ def prune_vocabulary(request: Request, progress: Progress) -> PrunedVocabulary:
     Raises ValueError for unreadable input or impossible requests; only the token counts are kept for the next attempt.
     """
     request = replace(request, end_of_document=request.end_of_document or end_of_document(request.corpus))
-    whole = open_tokenizer(request.tokenizer, request.end_of_document)
+    # The file is checked before its content is identified.
+    open_tokenizer(request.tokenizer, request.end_of_document)
+    identity = hashlib.blake2b(read_tokenizer(request.tokenizer)).hexdigest()
+    file = TokenizerFile(request.tokenizer, request.end_of_document, identity)
     vocabulary = open_vocabulary(request.tokenizer)
     parent = request.output.parent if request.output is not None else request.tokenizer.parent
     _check(request, vocabulary, parent)
-    text = open_text(request.corpus, request.tokenizer, whole)
+    text = open_text(request.corpus, file)
     sources = text.count(parent / f"{request.tokenizer.stem}-counts", progress)
     counts = np.sum([source.counts for source in sources], axis=0)
     curve = measure_curve(vocabulary, counts)
@@ -151,7 +156,7 @@ def _measure(
     request: Request, text: CountedText, sources: list[SourceCounts], temporary: Path, name: str, progress: Progress
 ) -> list[SourceLength]:
     # The end-of-document token is a special token, which is always kept.
-    pair = (text.tokenizer, open_tokenizer(temporary / name, request.end_of_document))
+    pair = (text.tokenizer_file.open(), open_tokenizer(temporary / name, request.end_of_document))
     lengths = []
     for source in sources:
         texts = _counted(

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from data_scoring.base.files import commit
-from data_scoring.refine.near_duplicates import SCRATCH
+from data_scoring.contamination import contaminated_samples
+from data_scoring.refine import near_duplicates
 
 
 def share(source: Path, target: Path) -> int:
@@ -18,7 +19,7 @@ def share(source: Path, target: Path) -> int:
         return 0
     temporary = target.with_name(f".{target.name}.sharing")
     shutil.rmtree(temporary, ignore_errors=True)
-    ignored = shutil.ignore_patterns(".told-*", ".*.tmp", SCRATCH)
+    ignored = shutil.ignore_patterns(".told-*", ".*.tmp", near_duplicates.SCRATCH, contaminated_samples.SCRATCH)
     num_bytes = 0
 
     def link(source: str, target: str) -> None:

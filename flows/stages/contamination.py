@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from data_scoring.base.engine import Engine
 from data_scoring.base.progress import Progress
 from data_scoring.contamination.contaminated_samples import (
     contaminated_items_path,
@@ -49,7 +51,8 @@ class Contamination(Stage):
         run, started = stages.run, time.time()
         stages.verify(progress)
         run.forget(self.name, round_number)
-        is_new = list_contaminated(run, item_texts(run), progress)
+        with stages.open_engine() as engine:
+            is_new = list_contaminated(run, item_texts(run), engine, progress)
         identity = contaminated_samples(run)
         assert identity is not None
         run.record(self.name, round_number, identity, started, self.files(run, round_number))
@@ -60,7 +63,7 @@ class Contamination(Stage):
         self.do(stages, round_number, progress)
 
 
-def list_contaminated(run: Run, items: Iterable[ItemText], progress: Progress) -> bool:
+def list_contaminated(run: Run, items: Iterable[ItemText], engine: Engine, progress: Progress) -> bool:
     """List the training samples that overlap with evaluation items; return whether there was anything left to do.
 
     With eval.contamination: remove, `items` decide what is trained on: a run can only resume with the same items, or
@@ -69,8 +72,8 @@ def list_contaminated(run: Run, items: Iterable[ItemText], progress: Progress) -
     config = run.config
     corpus = run.corpus()
     order = ReadingOrder(corpus, config.seed)
-    tokenizer = open_tokenizer(corpus.tokenizer_path, config.tokenizer.end_of_document)
-    if not write_contamination(order, tokenizer, items, config.eval.contamination_ngram, progress):
+    opening = partial(open_tokenizer, corpus.tokenizer_path, config.tokenizer.end_of_document)
+    if not write_contamination(order, opening, items, config.eval.contamination_ngram, engine, progress):
         return False
     refresh_ledger(run.folder)
     return True

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from data_scoring.base.engine import Engine, LocalEngine
 from data_scoring.base.field_effects import deciding
 from data_scoring.base.parquet import is_intact, parquet_fingerprint
 from data_scoring.base.progress import Progress, silent
@@ -68,9 +69,10 @@ class Refine(Stage):
         """Write the selection."""
         run, config = stages.run, stages.run.refine_config(round_number)
         check_losses(run, round_number - 1, config)
-        duplicates = _near_duplicates(run, config, progress, run.corpus_folder)
         identity = stages.fingerprint(self.name, round_number)
-        refine(draw_of(run, round_number, config, duplicates), identity, progress)
+        with stages.open_engine() as engine:
+            duplicates = _near_duplicates(run, config, engine, progress, run.corpus_folder)
+            refine(draw_of(run, round_number, config, duplicates), identity, engine, progress)
 
 
 def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> SelectionSummary:
@@ -81,7 +83,7 @@ def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> 
     config = config or run.refine_config(round_number)
     check_losses(run, round_number - 1, config)
     with tempfile.TemporaryDirectory() as folder:
-        duplicates = _near_duplicates(run, config, silent, Path(folder))
+        duplicates = _near_duplicates(run, config, LocalEngine(1), silent, Path(folder))
         return dry_run(draw_of(run, round_number, config, duplicates), run.corpus().samples_path)
 
 
@@ -109,14 +111,14 @@ def _resolved(run: Run, round_number: int, config: RefineConfig) -> RefineConfig
     return config.resolve(run.config_at(round_number).resolved_train.global_batch_size)
 
 
-def _near_duplicates(run: Run, config: RefineConfig, progress: Progress, folder: Path) -> Path | None:
+def _near_duplicates(run: Run, config: RefineConfig, engine: Engine, progress: Progress, folder: Path) -> Path | None:
     """Return the file of near duplicates, written to `folder` unless the run has it, or None if none is needed."""
     if config.near_duplicates is None:
         return None
     corpus = run.corpus()
     has_it = is_intact(_duplicates_path(run.corpus_folder, config), corpus.fingerprint)
     path = _duplicates_path(run.corpus_folder if has_it else folder, config)
-    write_near_duplicates(corpus, config.near_duplicates, path, config.memory_gb, progress)
+    write_near_duplicates(corpus, config.near_duplicates, path, config.memory_gb, engine, progress)
     return path
 
 

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_scoring.refine.near_duplicates import SCRATCH
+from data_scoring.contamination import contaminated_samples
+from data_scoring.refine import near_duplicates
 from flows.run.folder import read_run
 from flows.run.fork_record import FORK
 from flows.run.locks import is_locked, locked, wait_for_ranks_to_end
@@ -18,6 +19,7 @@ from trainer.checkpoint_folder import list_checkpoints
 
 # Folders of trials, beside the run whose configuration they vary, end with these.
 _EXPERIMENTS = ("-compare", "-ladder", "-sweep", "-grid")
+_SCRATCH = (near_duplicates.SCRATCH, contaminated_samples.SCRATCH, ".spill")
 _HIDDEN = ("*.tmp", "*.tmp.wal", "*.sharing")
 
 
@@ -123,7 +125,7 @@ def _leftovers(folder: Path) -> Iterator[Path]:
     run = read_run(folder)
     for pattern in _HIDDEN:
         yield from (path for path in folder.rglob(f".{pattern}"))
-    yield from (path for name in (SCRATCH, ".spill") for path in folder.rglob(name))
+    yield from (path for name in _SCRATCH for path in folder.rglob(name))
     done = {row.name for row in status_of(run) if row.state == "done"}
     if "prepare" in done:
         yield from folder.glob("corpus/staging")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_scoring.base.files import making
+from data_scoring.base.files import making, writing
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -23,3 +23,15 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {
         "one", "one/two", "one/two/made", "one/two/made/part",
     }  # fmt: skip
+
+
+def test_two_processes_of_the_same_id_write_the_same_file_at_the_same_time(tmp_path: Path) -> None:
+    """As those of two hosts, or of two containers, may have."""
+    path = tmp_path / "part.bin"
+    with writing(path) as first:
+        first.write_bytes(b"same")
+        with writing(path) as second:
+            second.write_bytes(b"same")
+        assert path.read_bytes() == b"same"
+    assert path.read_bytes() == b"same"
+    assert [*tmp_path.iterdir()] == [path]

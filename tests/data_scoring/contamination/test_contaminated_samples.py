@@ -7,16 +7,19 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 
+from data_scoring.base.engine import Engine, LocalEngine
 from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
 from data_scoring.contamination import item_ngrams, overlaps
 from data_scoring.contamination.contaminated_samples import (
+    SCRATCH,
     contaminated_items_path,
     contamination_path,
     samples_fingerprint,
@@ -24,12 +27,14 @@ from data_scoring.contamination.contaminated_samples import (
 )
 from data_scoring.corpus import reading_order
 from data_scoring.corpus.corpus import VALIDATION, Corpus
+from data_scoring.corpus.indexed import write_index
 from data_scoring.corpus.prepare_corpus import prepare_corpus
 from data_scoring.corpus.reading_order import ReadingOrder
 from data_scoring.evaluation.items import ItemText
 from data_scoring.tokenizer.tokenizer import Tokenizer, open_tokenizer
 from tests.conftest import make_documents, read_rows
 from tests.data_scoring.contamination.test_ngrams import UNIT, units_of
+from tests.data_scoring.odd_engines import DeadlyEngine, TwiceEngine
 from tests.data_scoring.tokenizer.tokenizer_kinds import make_kind
 
 SEED = 3
@@ -54,8 +59,9 @@ def tokenizer_of(order: ReadingOrder) -> Tokenizer:
     return open_tokenizer(order.corpus.tokenizer_path, None)
 
 
-def write(order: ReadingOrder, items: list[ItemText], ngram: int = 13) -> bool:
-    return write_contamination(order, tokenizer_of(order), items, ngram, silent)
+def write(order: ReadingOrder, items: list[ItemText], ngram: int = 13, engine: Engine | None = None) -> bool:
+    opening = partial(open_tokenizer, order.corpus.tokenizer_path, None)
+    return write_contamination(order, opening, items, ngram, engine or LocalEngine(1), silent)
 
 
 def trained_on(order: ReadingOrder, documents: list[str]) -> list[str]:
@@ -152,6 +158,18 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReadingOrder, list[
     return order, [trained_on(order, part) for part in texts]
 
 
+def draw_items(texts: list[list[str]]) -> list[ItemText]:
+    """Return items of random words, items with passages of `texts`, and one with a common phrase."""
+    generator = random.Random(1)
+    items = [ItemText("random", f"{n:03d}", random_text(generator, 3, 40)) for n in range(60)]
+    for n in range(20):
+        words = generator.choice(texts[n % 2]).upper().split()
+        at = generator.randrange(len(words))
+        items.append(ItemText("copied", f"{n:03d}", f"new words {'! '.join(words[at : at + 25])}, before"))
+    items.append(ItemText("common", "0", texts[1][3]))
+    return items
+
+
 @pytest.mark.parametrize("ngram", [5, 10])
 def test_overlaps_are_those_of_sets_of_tuples(
     noisy: tuple[ReadingOrder, list[list[str]]], ngram: int, monkeypatch: pytest.MonkeyPatch
@@ -164,13 +182,7 @@ def test_overlaps_are_those_of_sets_of_tuples(
     monkeypatch.setattr(overlaps, "_PIECE_TOKENS", 256)
     monkeypatch.setattr(overlaps, "_TOKENS_PER_UNIT", 8)
     monkeypatch.setattr(item_ngrams, "_CHUNK_CHARACTERS", 500)
-    generator = random.Random(1)
-    items = [ItemText("random", f"{n:03d}", random_text(generator, 3, 40)) for n in range(60)]
-    for n in range(20):
-        words = generator.choice(texts[n % 2]).upper().split()
-        at = generator.randrange(len(words))
-        items.append(ItemText("copied", f"{n:03d}", f"new words {'! '.join(words[at : at + 25])}, before"))
-    items.append(ItemText("common", "0", texts[1][3]))
+    items = draw_items(texts)
     assert write(order, items, ngram)
     pairs, rows = expect(items, brute_force(order, texts, ngram), ngram)
     known = set(samples_by_content(order).values())
@@ -182,6 +194,102 @@ def test_overlaps_are_those_of_sets_of_tuples(
     assert len(pairs) > 30
     assert sum(row[4] for row in rows) > 0
     assert 2 < sum(row[6] for row in rows) < 30
+
+
+def files_of(order: ReadingOrder) -> list[bytes]:
+    """Return the content of the files that were written, and remove them."""
+    paths = (contamination_path(order.corpus.folder), contaminated_items_path(order.corpus.folder))
+    content = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
+    return content
+
+
+def in_place(order: ReadingOrder, folder: Path) -> ReadingOrder:
+    """Return the same text as a corpus that is used in place, of which samples are held out."""
+    streams = {name: np.concatenate(list(order.blocks(number))) for number, name in enumerate(order.sources)}
+    return use_in_place(streams, order, folder)
+
+
+def use_in_place(streams: dict[str, np.ndarray], order: ReadingOrder, folder: Path) -> ReadingOrder:
+    """Return a corpus that uses the sources `streams` in place, with the tokenizer of `order`."""
+    sources = []
+    for name, stream in streams.items():
+        tokens = stream.astype(np.uint16)
+        (folder / f"{name}.bin").write_bytes(tokens.tobytes())
+        write_index(folder / f"{name}.idx", tokens.dtype, 1, [(np.array([len(tokens)]), np.array([0]))])
+        sources.append(SourceConfig(name=name, path=str(folder / name), format="megatron"))
+    config = CorpusConfig(sources=tuple(sources), seq_length=15, num_shards=3, validation_fraction=0.1)
+    tokenizer = TokenizerConfig(path=str(order.corpus.tokenizer_path))
+    prepare_corpus(config, tokenizer, SEED, folder / "corpus", "prepared", silent)
+    return ReadingOrder(Corpus(folder / "corpus"), SEED)
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_the_files_are_the_same_however_the_text_is_divided(
+    noisy: tuple[ReadingOrder, list[list[str]]],
+    tmp_path: Path,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    is_in_place: bool,
+) -> None:
+    prepared, texts = noisy
+    order, items = in_place(prepared, tmp_path) if is_in_place else prepared, draw_items(texts)
+    assert order.is_in_place == is_in_place
+    write(order, items, 5, engine)
+    found = read_rows(contaminated_items_path(order.corpus.folder), *ITEM)
+    if not is_in_place:
+        _, rows = expect(items, brute_force(order, texts, 5), 5)
+        assert sorted(found, key=lambda row: row[:2]) == rows
+    assert sum(row[3] for row in found) > 30
+    assert sum(row[4] for row in found) > 0
+    whole = files_of(order)
+    end, ends = order.corpus.manifest["end_of_document"], []
+    for source in range(2):
+        ends.append(np.flatnonzero(np.concatenate(list(order.blocks(source))) == end))
+    # Parts that are shorter than documents, that begin with one, or that have many.
+    for size in (60, int(ends[0][3]) + 1, int(ends[1][5]), 3000):
+        monkeypatch.setattr(overlaps, "_PART_TOKENS", size)
+        # In parts as short as these, most documents go on in the next one.
+        assert size != 60 or np.diff(ends[0]).mean() > 2 * size
+        write(order, items, 5, engine)
+        assert files_of(order) == whole
+    assert not (order.corpus.folder / SCRATCH).exists()
+
+
+@pytest.mark.parametrize("num_documents", [10, 11])
+def test_documents_at_which_parts_begin_are_counted_once(
+    noisy: tuple[ReadingOrder, list[list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_documents: int
+) -> None:
+    item = ItemText("t", "0", " ".join(WORDS[n % 7] for n in range(20)))
+    tokenizer, end = tokenizer_of(noisy[0]), noisy[0].corpus.manifest["end_of_document"]
+    document = [*tokenizer.encode_batch([f"{item.text}."])[0], end]
+    order = use_in_place({"x": np.array(document * num_documents)}, noisy[0], tmp_path)
+    for size in (len(document), len(document) - 1, len(document) + 1, 2 * len(document), 3, 1 << 20):
+        monkeypatch.setattr(overlaps, "_PART_TOKENS", size)
+        write(order, [item])
+        [(found, common)] = read_rows(contaminated_items_path(order.corpus.folder), "num_found", "num_common")
+        assert (found > 0, common > 0) == (num_documents == 10, num_documents == 11)
+        files_of(order)
+
+
+def test_a_rerun_after_a_lost_worker_has_the_same_result_if_all_is_done_twice(
+    noisy: tuple[ReadingOrder, list[list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, items = noisy[0], draw_items(noisy[1])
+    write(order, items)
+    whole = files_of(order)
+    monkeypatch.setattr(overlaps, "_PART_TOKENS", 2000)
+    with (
+        DeadlyEngine(2, tmp_path / "killed") as engine,
+        pytest.raises(ValueError, match="a process of the pool was killed"),
+    ):
+        write(order, items, engine=engine)
+    assert (order.corpus.folder / SCRATCH).exists()
+    with TwiceEngine() as engine:
+        write(order, items, engine=engine)
+    assert files_of(order) == whole
+    assert not (order.corpus.folder / SCRATCH).exists()
 
 
 def test_what_is_planted_is_found_and_nothing_else(tmp_path: Path) -> None:

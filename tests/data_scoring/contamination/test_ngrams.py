@@ -78,7 +78,7 @@ def test_items_have_as_many_ngrams_as_tuples_tell() -> None:
             for place in range(len(words) - length + 1):
                 expected.setdefault(tuple(words[place : place + length]), place)
         assert sorted(index.places[index.owners == number].tolist()) == sorted(expected.values())
-    assert index.lengths == set(range(8, 14))
+    assert index.distinct.lengths == set(range(8, 14))
 
 
 def test_nothing_is_kept_of_long_words() -> None:

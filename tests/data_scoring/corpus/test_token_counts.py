@@ -4,23 +4,21 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
 import data_scoring.corpus.token_counts
+from data_scoring.base.engine import Engine, LocalEngine
 from data_scoring.base.progress import silent
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.corpus import Corpus
-from data_scoring.corpus.token_counts import count_corpus, count_source, measure_length, texts_of
+from data_scoring.corpus.token_counts import count_corpus, measure_length, texts_of
 from data_scoring.tokenizer.tokenizer import Tokenizer, open_tokenizer
 from tests.conftest import make_documents
-
-
-class KilledError(Exception):
-    """What ends a count in the middle."""
+from tests.data_scoring.odd_engines import DeadlyEngine, TwiceEngine
 
 
 @pytest.fixture
@@ -42,76 +40,22 @@ def counts_by_library(corpus: Corpus, texts: list[str]) -> list[int]:
     return [counter[token] for token in range(corpus.vocab_size)]
 
 
-def test_a_count_that_is_ended_goes_on_where_it_was(
-    tiny_corpus: Corpus, tokenizer: Tokenizer, source: SourceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = counts_by_library(tiny_corpus, make_documents(3000))
-    monkeypatch.setattr(data_scoring.corpus.token_counts, "_SAVE_SECONDS", 0.0)
-
-    def kill(what: str, done: int, total: int | None) -> None:
-        if done >= 2048:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        count_source(source, tokenizer, "t", tmp_path / "counts", False, kill)
-    encoded: list[str] = []
-
-    def encode_batch(texts: list[str]) -> list[list[int]]:
-        encoded.extend(texts)
-        return type(tokenizer).encode_batch(tokenizer, texts)
-
-    monkeypatch.setattr(tokenizer, "encode_batch", encode_batch)
-    found = count_source(source, tokenizer, "t", tmp_path / "counts", False, silent)
-    assert found.counts.tolist() == expected
-    # The batch that was lost with the kill, and what came after it.
-    assert encoded == make_documents(3000)[1024:]
-    # Once complete, it is not counted again, unless the tokenizer or the text is another.
-    assert count_source(source, tokenizer, "t", tmp_path / "counts", False, silent).counts.tolist() == expected
-    assert len(encoded) == 3000 - 1024
-    assert count_source(source, tokenizer, "u", tmp_path / "counts", False, silent).counts.tolist() == expected
-    assert len(encoded) == 3000 - 1024 + 3000
-    Path(source.path).write_text(json.dumps({"text": "the model"}) + "\n")
-    changed = count_source(source, tokenizer, "u", tmp_path / "counts", False, silent)
-    assert changed.counts.tolist() == counts_by_library(tiny_corpus, ["the model"])
-    # What is no counts file, or a part of one, is of no use, and in nobody's way.
-    for content in (b"junk", b""):
-        for path in (tmp_path / "counts").glob("text-*.npz"):
-            path.write_bytes(content)
-        again = count_source(source, tokenizer, "u", tmp_path / "counts", False, silent)
-        assert again.counts.tolist() == changed.counts.tolist()
-    assert list((tmp_path / "counts").glob(".*")) == []
-
-
-def test_a_source_without_text_and_a_bad_record_are_named(
-    tokenizer: Tokenizer, source: SourceConfig, tmp_path: Path
-) -> None:
-    Path(source.path).write_text('{"text": ""}\n')
-    with pytest.raises(ValueError, match=r"corpus.sources.text.path: holds no text"):
-        count_source(source, tokenizer, "t", tmp_path / "counts", False, silent)
-    Path(source.path).write_text('{"text": "a"}\n{"text": 1}\n')
-    with pytest.raises(ValueError, match=r"text.jsonl:2: field 'text' is int"):
-        count_source(source, tokenizer, "t", tmp_path / "counts", False, silent)
-    assert count_source(source, tokenizer, "t", tmp_path / "counts", True, silent).counts.sum() == 1
-
-
 def test_a_prepared_corpus_is_counted_as_it_lies(
-    tiny_corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_scoring.corpus.token_counts, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(data_scoring.corpus.token_counts, "_SAMPLES_AT_ONCE", 50)
-    batches = 0
+    monkeypatch.setattr(data_scoring.corpus.token_counts, "_LEAST_TOKENS", 50 * 32)
+    reports: list[tuple[str, int, int | None]] = []
 
-    def kill(what: str, done: int, total: int | None) -> None:
-        nonlocal batches
-        batches += 1
-        if batches == 3:
-            raise KilledError
+    def report(what: str, done: int, total: int | None) -> None:
+        reports.append((what, done, total))
 
-    with pytest.raises(KilledError):
-        count_corpus(tiny_corpus, tokenizer.end_of_document, tmp_path, kill)
-    sources = count_corpus(tiny_corpus, tokenizer.end_of_document, tmp_path, kill)
-    # The batch that was lost with the kill, and those after it.
-    assert batches == 3 + len(list(pq.ParquetFile(tiny_corpus.samples_path).iter_batches(50))) - 2
+    sources = count_corpus(tiny_corpus, tokenizer.end_of_document, tmp_path, engine, report)
+    assert {report[::2] for report in reports} == {("counting the corpus (shards)", 3)}
+    done = [report[1] for report in reports]
+    assert done == sorted(done)
+    assert done[-1] == 3
+    # The counts of the parts are of no use any more.
+    assert len([*tmp_path.iterdir()]) == 1
     found = {source.name: source.counts for source in sources}
     assert sorted(found) == ["one", "two"]
     # The shards' files hold nothing but the samples' tokens.
@@ -128,6 +72,41 @@ def test_a_prepared_corpus_is_counted_as_it_lies(
     # Those that no document ends in.
     assert any(text in document for text in texts for document in documents)
     assert list(texts_of(tiny_corpus, "one", tokenizer, 2000, seed=3)) == texts
+
+
+def test_a_count_of_a_corpus_goes_on_with_the_parts_that_are_left(
+    tiny_corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_scoring.corpus.token_counts, "_LEAST_TOKENS", 20 * 32)
+
+    def count(name: str, engine: Engine) -> list[list[int]]:
+        sources = count_corpus(tiny_corpus, tokenizer.end_of_document, tmp_path / name, engine, silent)
+        return [source.counts.tolist() for source in sources]
+
+    expected = count("whole", LocalEngine(1))
+    with (
+        DeadlyEngine(3, tmp_path / "killed") as engine,
+        pytest.raises(ValueError, match="a process of the pool was killed"),
+    ):
+        count("counts", engine)
+    files = [*(tmp_path / "counts").glob("corpus-*.npz")]
+    assert len(files) > 2
+    read: list[int] = []
+
+    def read_samples(corpus: Corpus, shards: Any, samples: Any) -> Any:
+        read.append(len(samples))
+        return reading(corpus, shards, samples)
+
+    reading = Corpus.read
+    monkeypatch.setattr(Corpus, "read", read_samples)
+    assert count("counts", LocalEngine(1)) == expected
+    # All but what the files hold, and then nothing.
+    assert len(read) == len(data_scoring.corpus.token_counts._divide(tiny_corpus)) - len(files)
+    read.clear()
+    assert count("counts", LocalEngine(1)) == expected
+    assert read == []
+    with TwiceEngine() as engine:
+        assert count("twice", engine) == expected
 
 
 def test_samples_are_found_whatever_the_folder_is_called(

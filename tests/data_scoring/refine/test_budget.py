@@ -46,7 +46,7 @@ def test_the_draw_is_refining_s_own(tmp_path: Path) -> None:
             "create table calibration as "
             "select 3 as shard, range::int as sample, sin(range)::float as loss from range(101)"
         )
-        query = Selection(connection, Draw(tmp_path, 2, config, 7, [0, 0, 0, 101]), Limits()).query(3)
+        query = Selection(connection, Draw(tmp_path, 2, config, 7, [0, 0, 0, 101]), Limits(), None).query(3)
         kept = {(shard, sample) for shard, sample, _, is_kept, *_ in connection.sql(query).fetchall() if is_kept}
         assert drawn(connection, "loss", 0.3, 7, 2, temperature=0.5) == kept
 

@@ -10,11 +10,13 @@ import pyarrow as pa
 import pytest
 from scipy.stats import chisquare
 
+from data_scoring.base.engine import LocalEngine
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
 from data_scoring.base.sql import random_bits
 from data_scoring.losses.shard_scoring import losses_path
 from data_scoring.refine.candidates import Draw, Limits, candidates_query, find_limits
+from data_scoring.refine.part_bars import find_part_bars
 from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig, SourceRule
 from data_scoring.refine.refine_shards import mix_selection, refine, selection_path
@@ -95,8 +97,10 @@ def draw_of(folder: Path, **config: Any) -> Draw:
 
 def selected(draw: Draw) -> dict[str, np.ndarray]:
     """Return the selection from all shards, in their order."""
+    limits = find_limits(draw, LocalEngine(1), draw.rounds)
+    bars = find_part_bars(draw, limits, LocalEngine(1), draw.rounds)
     with duckdb.connect() as connection:
-        selection = Selection(connection, draw, find_limits(connection, draw))
+        selection = Selection(connection, draw, limits, bars)
         shards = [
             connection.sql(f"from ({selection.query(shard)}) order by sample").fetchnumpy() for shard in range(SHARDS)
         ]
@@ -206,7 +210,7 @@ def test_frequencies_within_parts_match_exhaustive_probabilities(policy: str, tm
 def test_a_summary_counts_the_parts(facts: Facts, tmp_path: Path) -> None:
     draw = draw_of(tmp_path, sampling_rate=0.3)
     dry = dry_run(draw, tmp_path / "samples.parquet")
-    refine(draw, "refined", silent)
+    refine(draw, "refined", LocalEngine(1), silent)
     written = summarise_selection(draw, tmp_path / "samples.parquet")
     assert dry.parts == written.parts
     assert [part.num_samples for part in dry.parts] == np.bincount(facts.part).tolist()
@@ -217,7 +221,7 @@ def test_a_summary_counts_the_parts(facts: Facts, tmp_path: Path) -> None:
 @pytest.mark.parametrize("within", ["part", "shard"])
 def test_kept_batches_stay_together_and_are_the_steps(facts: Facts, tmp_path: Path, within: str) -> None:
     draw = draw_of(tmp_path, policy="loss_batch", keep_batches=True, within=within, sampling_rate=0.33)
-    refine(draw, "refined", silent)
+    refine(draw, "refined", LocalEngine(1), silent)
     count = mix_selection(tmp_path / "2" / "mix.parquet", draw, tmp_path / "samples.parquet")
     shards, samples = Mix(tmp_path / "2" / "mix.parquet").read(0, count)
     rows = {

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_scoring.base.engine import LocalEngine
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
 from data_scoring.base.sql import random_bits
@@ -53,7 +54,7 @@ def draw_of(folder: Path) -> Draw:
 def test_it_is_drawn_exactly_and_gives_its_reason(added: Policy, tmp_path: Path) -> None:
     tokens = np.random.default_rng(6).integers(1, 400, SIZE)
     losses = write_shard(tmp_path / "1", tokens)
-    refine(draw_of(tmp_path), "refined", silent)
+    refine(draw_of(tmp_path), "refined", LocalEngine(1), silent)
     rows = read_rows(selection_path(tmp_path / "2", 0), "sample", "kept", "reason")
     bits = duckdb.sql(f"select {random_bits(9, 2, 0, 'range::int')} as b from range({SIZE})").fetchnumpy()["b"]
     uniform = ((bits >> np.uint64(12)).astype(float) + 0.5) / 2.0**52
@@ -68,7 +69,7 @@ def test_a_score_that_is_not_finite_is_named(added: Policy, tmp_path: Path) -> N
     tokens[7] = 0
     write_shard(tmp_path / "1", tokens)
     with pytest.raises(ValueError, match=rf"refine\.policy: {NAME}: the score of sample 7 of shard 0 is no"):
-        refine(draw_of(tmp_path), "refined", silent)
+        refine(draw_of(tmp_path), "refined", LocalEngine(1), silent)
 
 
 def test_the_configuration_takes_it_and_lists_it(added: Policy) -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import chisquare
 
+from data_scoring.base.engine import LocalEngine
 from data_scoring.base.parquet import parquet_fingerprint, write_parquet
 from data_scoring.base.progress import silent
 from data_scoring.losses.shard_scoring import losses_path
@@ -67,7 +68,7 @@ def test_the_hash_has_not_changed(tmp_path: Path) -> None:
     write_losses(tmp_path / "1", 3, np.ones(20))
     draw = Draw(tmp_path, 2, RefineConfig(policy="random", sampling_rate=0.3), 1, [0, 0, 0, 20])
     with duckdb.connect() as connection:
-        rows = connection.sql(Selection(connection, draw, Limits()).query(3)).fetchall()
+        rows = connection.sql(Selection(connection, draw, Limits(), None).query(3)).fetchall()
     assert [sample for shard, sample, _, kept, _ in rows if kept and shard == 3] == [3, 5, 7, 10, 16, 18]
 
 
@@ -92,7 +93,7 @@ def test_the_draw_does_not_depend_on_row_order_and_is_exact_in_number(tmp_path: 
             # Files of before 0.12 have no column `shard`.
             more = {"shard": np.full(len(values), shard, np.int32)} if name == "sorted" else {}
             write_losses(tmp_path / name / "1", shard, values[order], order, **more)
-        refine(Draw(tmp_path / name, 2, RefineConfig(), 7, [1001, 1000, 1]), "refined", silent)
+        refine(Draw(tmp_path / name, 2, RefineConfig(), 7, [1001, 1000, 1]), "refined", LocalEngine(1), silent)
         assert not (tmp_path / name / "2" / ".spill").exists()
     for shard, count in enumerate((501, 500, 1)):
         rows = [
@@ -118,21 +119,21 @@ def test_a_rerun_makes_only_what_is_missing(tmp_path: Path) -> None:
     for shard in range(3):
         write_losses(tmp_path / "1", shard, np.linspace(1, 3, 50))
     draw = Draw(tmp_path, 2, RefineConfig(), 7, [50, 50, 50])
-    refine(draw, "refined", silent)
+    refine(draw, "refined", LocalEngine(1), silent)
     paths = [selection_path(draw.target, shard) for shard in range(3)]
     before = [path.read_bytes() for path in paths]
     paths[1].unlink()
     written = [path.stat().st_mtime_ns for path in (paths[0], paths[2])]
-    refine(draw, "refined", silent)
+    refine(draw, "refined", LocalEngine(1), silent)
     assert [path.stat().st_mtime_ns for path in (paths[0], paths[2])] == written
     assert [path.read_bytes() for path in paths] == before
-    refine(draw, "of other inputs", silent)
+    refine(draw, "of other inputs", LocalEngine(1), silent)
     assert parquet_fingerprint(paths[0]) == "of other inputs"
 
 
 def test_the_mix_of_a_selection_ends_at_the_limit_of_tokens(tmp_path: Path) -> None:
     write_losses(tmp_path / "1", 0, np.arange(6.0))
-    refine(Draw(tmp_path, 2, RefineConfig(), 7, [6]), "refined", silent)
+    refine(Draw(tmp_path, 2, RefineConfig(), 7, [6]), "refined", LocalEngine(1), silent)
     lengths = pa.table({"shard": [0] * 6, "sample": range(6), "num_tokens": [10, 11, 12, 13, 14, 15]})
     write_parquet(tmp_path / "samples.parquet", lengths, "prepared")
 
@@ -183,7 +184,7 @@ def test_a_later_mix_has_no_contaminated_sample(policy: str, tmp_path: Path) -> 
     write_parquet(tmp_path / "listed.parquet", listed, "listed")
     config = RefineConfig(policy=policy, sources=(SourceRule(name="b", from_round=2),), max_tokens=32 * 30)
     draw = Draw(tmp_path, 2, config, 7, [60, 60], contaminated=tmp_path / "listed.parquet")
-    refine(draw, "refined", silent)
+    refine(draw, "refined", LocalEngine(1), silent)
     selected = [
         (shard, *row)
         for shard in range(2)
@@ -219,11 +220,11 @@ def test_the_first_mix_ends_at_its_tokens(tmp_path: Path) -> None:
 def test_missing_and_incomplete_losses_are_named(tmp_path: Path) -> None:
     draw = Draw(tmp_path, 2, RefineConfig(), 7, [5])
     with pytest.raises(ValueError, match=r"shard=0000\.parquet: no such file; score the round"):
-        refine(draw, "refined", silent)
+        refine(draw, "refined", LocalEngine(1), silent)
     write_losses(tmp_path / "1", 0, np.ones(4))
     with pytest.raises(ValueError, match=r"\(4, 4\) rows and losses, but the shard has 5 samples"):
-        refine(draw, "refined", silent)
+        refine(draw, "refined", LocalEngine(1), silent)
     losses_path(tmp_path / "1", 0).write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"shard=0000\.parquet: cannot be read"):
-        refine(draw, "refined", silent)
+        refine(draw, "refined", LocalEngine(1), silent)
     assert list((tmp_path / "2" / "selection").iterdir()) == []

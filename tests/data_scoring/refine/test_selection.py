@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_scoring.base.engine import LocalEngine
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.sql import random_bits
 from data_scoring.losses.shard_scoring import losses_path
@@ -61,9 +62,9 @@ def draw_of(rounds: Path, **config: Any) -> Draw:
 
 
 def selected(draw: Draw, shard: int = 1) -> dict[str, np.ndarray]:
+    limits = find_limits(draw, LocalEngine(1), draw.rounds)
     with duckdb.connect() as connection:
-        limits = find_limits(connection, draw)
-        rows = connection.sql(Selection(connection, draw, limits).query(shard)).fetchnumpy()
+        rows = connection.sql(Selection(connection, draw, limits, None).query(shard)).fetchnumpy()
     assert (rows["sample"] == np.arange(SIZE)).all()
     return rows
 
@@ -178,8 +179,7 @@ def test_outliers_are_put_aside_source_by_source(rounds: Path) -> None:
     for source in ("a", "b", "c"):
         losses = np.concatenate([each["loss"][each["source"] == source] for each in both])
         limits[source] = np.median(losses) + 6 * 1.4826 * np.median(abs(losses - np.median(losses)))
-    with duckdb.connect() as connection:
-        assert find_limits(connection, draw).outlier == pytest.approx(limits, abs=0.02)
+    assert find_limits(draw, LocalEngine(1), rounds).outlier == pytest.approx(limits, abs=0.02)
     assert np.flatnonzero(rows["reason"] == "outlier").tolist() == [0, 1, 2]
     # What is put aside counts as part of the shard: as many as ever are kept.
     assert rows["kept"].sum() == 1500
@@ -225,8 +225,7 @@ def test_equal_scores_are_settled_at_random(rounds: Path) -> None:
 
 
 def test_without_guards_there_are_no_limits(rounds: Path) -> None:
-    with duckdb.connect() as connection:
-        assert find_limits(connection, draw_of(rounds)) == Limits()
+    assert find_limits(draw_of(rounds), LocalEngine(1), rounds) == Limits()
 
 
 @pytest.mark.parametrize(

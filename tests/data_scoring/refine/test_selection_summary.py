@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_scoring.base.engine import LocalEngine
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
 from data_scoring.losses.shard_scoring import losses_path
@@ -43,7 +44,7 @@ def scored(tmp_path: Path) -> Path:
 
 
 def kept_by(folder: Path, config: RefineConfig) -> dict[tuple[int, int], float]:
-    refine(Draw(folder, 2, config, 5, list(SIZES)), config.model_dump_json(), silent)
+    refine(Draw(folder, 2, config, 5, list(SIZES)), config.model_dump_json(), LocalEngine(1), silent)
     return {
         (shard, sample): loss
         for shard in range(len(SIZES))
@@ -82,7 +83,7 @@ def test_it_counts_what_refining_keeps(scored: Path, policy: str, rate: float) -
 def test_a_written_selection_is_read_and_not_drawn_again(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = Draw(scored, 2, RefineConfig(sampling_rate=0.3), 5, list(SIZES))
     expected = dry_run(draw, scored / "samples.parquet")
-    refine(draw, "f", silent)
+    refine(draw, "f", LocalEngine(1), silent)
     for drawing in ("Selection", "find_limits"):
         monkeypatch.delattr(selection_summary, drawing)
     found = summarise_selection(draw, scored / "samples.parquet")

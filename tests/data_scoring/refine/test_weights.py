@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_scoring.base.engine import LocalEngine
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import silent
 from data_scoring.ledger import create_views
 from data_scoring.losses.shard_scoring import losses_path
 from data_scoring.refine.candidates import Draw, Limits, candidates_query
+from data_scoring.refine.part_bars import find_part_bars
 from data_scoring.refine.refine_config import RefineConfig, SourceRule
 from data_scoring.refine.refine_shards import mix_all, mix_selection, refine, selection_path
 from data_scoring.refine.selection import Selection
@@ -102,8 +104,9 @@ def test_probabilities_are_those_of_the_threshold_of_each_sample(
     with duckdb.connect() as connection:
         for seed in range(4):
             draw = draw_of(folder, seed, **CASES[case])
+            bars = find_part_bars(draw, Limits(), LocalEngine(1), folder)
             rows = connection.sql(
-                f"from ({Selection(connection, draw, Limits()).query(0)}) order by sample"
+                f"from ({Selection(connection, draw, Limits(), bars).query(0)}) order by sample"
             ).fetchnumpy()
             keys = connection.sql(
                 f"select key from ({candidates_query(draw, Limits(), 0)}) order by sample"
@@ -154,7 +157,9 @@ def test_a_draw_without_scores_keeps_a_group_s_samples_with_equal_probability(
 ) -> None:
     folder, facts = scored
     with duckdb.connect() as connection:
-        rows = connection.sql(Selection(connection, draw_of(folder, 3, **CASES[case]), Limits()).query(0)).fetchnumpy()
+        draw = draw_of(folder, 3, **CASES[case])
+        bars = find_part_bars(draw, Limits(), LocalEngine(1), folder)
+        rows = connection.sql(Selection(connection, draw, Limits(), bars).query(0)).fetchnumpy()
     groups = np.where(facts["source"] == "c", "", facts["source"]) if "ruled" in case else np.full(SIZE, "")
     for group in set(groups):
         mine = groups == group
@@ -166,7 +171,7 @@ def test_a_draw_without_scores_keeps_a_group_s_samples_with_equal_probability(
 @pytest.mark.parametrize("policy", ["top", "band"])
 def test_what_is_kept_for_certain_has_equal_weights(scored: tuple[Path, dict[str, np.ndarray]], policy: str) -> None:
     with duckdb.connect() as connection:
-        selection = Selection(connection, draw_of(scored[0], 1, policy=policy), Limits())
+        selection = Selection(connection, draw_of(scored[0], 1, policy=policy), Limits(), None)
         rows = connection.sql(selection.query(0)).fetchnumpy()
     assert (rows["probability"][rows["kept"]] == 1).all()
 
@@ -177,7 +182,7 @@ def test_a_source_that_joins_now_is_certain_and_what_is_excluded_has_none(
     folder, facts = scored
     draw = draw_of(folder, 1, sources=(SourceRule(name="c", from_round=2),), min_tokens=2)
     with duckdb.connect() as connection:
-        rows = connection.sql(Selection(connection, draw, Limits()).query(0)).fetchnumpy()
+        rows = connection.sql(Selection(connection, draw, Limits(), None).query(0)).fetchnumpy()
     fresh = (facts["source"] == "c") & (facts["num_tokens"] > 1)
     assert (rows["probability"][fresh] == 1).all()
     assert rows["kept"][fresh].all()
@@ -193,7 +198,7 @@ def test_weights_of_a_mix_have_mean_one_and_the_limit(
         (tmp_path / round_file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / round_file).write_bytes((folder / round_file).read_bytes())
     draw = draw_of(tmp_path, 5, max_weight=limit, temperature=0.5, max_tokens=int(facts["num_tokens"].sum()) // 3)
-    refine(draw, "refined", silent)
+    refine(draw, "refined", LocalEngine(1), silent)
     path = tmp_path / "2" / "mix.parquet"
     mix_selection(path, draw, folder / "samples.parquet")
     mix = Mix(path)

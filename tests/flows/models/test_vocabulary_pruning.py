@@ -77,7 +77,7 @@ def test_a_tokenizer_is_cut_with_its_tables_and_page(place: Path, capsys: pytest
     assert "data:image/png;base64" in page
     assert "zh" in page
     # Counted once: the next size takes its counts from there.
-    assert len(list((place / "t-counts").glob("zh-*.npz"))) == 1
+    assert len(list((place / "t-counts").glob("zh.*.npz"))) == 1
     assert compact(place, "--vocab-size", "300", "--output", str(place / "out")) == 0
     assert open_tokenizer(place / "out" / "tokenizer.json", None).vocab_size == 300
 

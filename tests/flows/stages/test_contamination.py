@@ -8,6 +8,7 @@ from typing import Any
 import duckdb
 import pytest
 
+from data_scoring.base.engine import LocalEngine
 from data_scoring.base.progress import silent
 from data_scoring.evaluation.items import ItemText
 from data_scoring.sandboxed_query import ask
@@ -55,7 +56,8 @@ def run_rounds(run: Run, items: list[ItemText] = ITEMS) -> list[str]:
     """Go through the stages of two rounds, and return those that had anything to do."""
     done = {
         "prepare": complete(run, "prepare", 0, silent),
-        "contamination": run.config.eval.contamination != "off" and list_contaminated(run, items, silent),
+        "contamination": run.config.eval.contamination != "off"
+        and list_contaminated(run, items, LocalEngine(1), silent),
         "mix 1": complete(run, "mix", 1, silent),
         "train 1": complete(run, "train", 1, silent),
         "score 1": complete(run, "score", 1, silent),
