@@ -226,11 +226,13 @@ def _as_arguments(bundle: dict[str, float]) -> dict[str, Any]:
 def _describe(nodes: int, bundle: dict[str, float]) -> str:
     """Return nodes in words: 2 nodes with CPU 8, GPU 8."""
     resources = ", ".join(f"{name} {value:g}" for name, value in sorted(bundle.items()))
-    return f"{nodes} {'node' if nodes == 1 else 'nodes'} with {resources or 'none'}"
+    return f"{nodes} {'node' if nodes == 1 else 'nodes'} with {resources}"
 
 
 def _describe_nodes(found: list[dict[str, float]], bundle: dict[str, float]) -> str:
     """Return what nodes have of the resources of `bundle`, and of CPUs and devices, in words."""
     names = {"CPU", *_DEVICES.values(), *bundle}
     kinds = Counter(tuple(sorted((name, each[name]) for name in names & each.keys())) for each in found)
-    return "; ".join(_describe(count, dict(kind)) for kind, count in kinds.most_common()) or "no nodes"
+    # A head node often has none, so that only the driver works there.
+    del kinds[()]
+    return "; ".join(_describe(count, dict(kind)) for kind, count in kinds.most_common()) or "no such nodes"

@@ -14,16 +14,18 @@ from typing import Any
 import psutil
 import pytest
 
-from data_scoring.base.progress import Progress, silent
+from data_scoring.base.progress import Progress, read_progress, silent
 from data_scoring.corpus.corpus import Corpus
+from data_scoring.refine.refine_shards import mix_all
 from flows.launch.launcher import KeptRanks, launch
 from flows.run.config import LaunchConfig
 from tests import ROOT
-from tests.conftest import ORIGIN, TINY_CHECKPOINT, TINY_TRAIN, Ranks, read_rows
+from tests.conftest import TINY_CHECKPOINT, TINY_TRAIN, Ranks, read_rows
 from tests.flows.launch.test_failures import failing
+from tests.flows.orchestration.place import wait_for
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig
-from trainer.job import Job
+from trainer.job import Job, write_job
 
 pytest.importorskip("ray")
 TWO_RANKS = (1, 1, 2)
@@ -120,3 +122,136 @@ def test_two_nodes_train_and_score_as_one_host_does(on_ray: RayRanks, ranks: Ran
     text = "".join(path.read_text() for path in logs.glob("*.log"))
     assert "Traceback" not in text
     assert_ended(on_ray)
+
+
+class AtStep:
+    """Does something once, when training is at a step."""
+
+    def __init__(self, step: int, do: Callable[[], None]) -> None:
+        self._step, self._do, self.seen = step, do, list[str]()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        self.seen.append(what)
+        if what.startswith("training") and done >= self._step:
+            do, self._do = self._do, lambda: None
+            do()
+
+
+@pytest.fixture(scope="module")
+def unbroken(ranks: Ranks) -> list[float]:
+    """The losses of many steps on two ranks of this host."""
+    return losses(ranks.train("unbroken", TWO_RANKS, train=MANY_STEPS))
+
+
+def train(ranks: Ranks, checkpoint: CheckpointConfig = TINY_CHECKPOINT) -> list[float]:
+    return losses(ranks.train("many", TWO_RANKS, train=MANY_STEPS, checkpoint=checkpoint))
+
+
+def saved(ranks: Ranks) -> list[Path]:
+    return list_checkpoints(ranks.folder / "many" / "checkpoint")
+
+
+def kill_node(node: Any) -> None:
+    """End everything on a node at once, as a loss of power would."""
+    [raylet] = node.all_processes["raylet"]
+    root = psutil.Process(raylet.process.pid)
+    for victim in [root, *root.children(recursive=True)]:
+        victim.send_signal(signal.SIGKILL)
+
+
+def has_ranks(node: Any) -> bool:
+    [raylet] = node.all_processes["raylet"]
+    commands = [process.cmdline() for process in psutil.Process(raylet.process.pid).children(recursive=True)]
+    return any("trainer.worker" in command for command in commands)
+
+
+def test_a_lost_node_is_replaced_and_training_goes_on(
+    on_ray: RayRanks, cluster: RayCluster, unbroken: list[float]
+) -> None:
+    cluster.nodes.append(cluster.add())
+
+    def kill() -> None:
+        lost = next(node for node in cluster.nodes if has_ranks(node))
+        cluster.nodes.remove(lost)
+        kill_node(lost)
+
+    on_ray.config = on_ray.config.model_copy(update={"max_restarts": 1})
+    on_ray.progress = AtStep(20, kill)
+    assert train(on_ray, OFTEN) == pytest.approx(unbroken, abs=1e-6)
+    assert "reprise: restarting (1 of 1)" in (on_ray.folder / "logs" / "many.log").read_text()
+    assert_ended(on_ray)
+
+
+def test_cancelled_ranks_save_and_end(on_ray: RayRanks, unbroken: list[float]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    on_ray.progress = AtStep(10, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(on_ray)
+    assert_ended(on_ray)
+    assert len(saved(on_ray)) == 1
+    on_ray.progress = silent
+    assert train(on_ray) == pytest.approx(unbroken, abs=1e-6)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from data_scoring.base.progress import silent
+from flows.launch.launcher import launch
+from flows.run.config import LaunchConfig
+from trainer.job import read_job
+path, address = Path(sys.argv[1]), sys.argv[2]
+launch(read_job(path), path.parent, "many", silent, LaunchConfig(kind="ray", nodes=2, address=address))
+"""
+
+
+def test_ranks_end_with_a_killed_driver_and_the_same_command_resumes(on_ray: RayRanks, unbroken: list[float]) -> None:
+    write_job(on_ray.job("many", TWO_RANKS, train=MANY_STEPS), on_ray.folder / "job.json")
+    mix_all(on_ray.folder / "many" / "mix.parquet", on_ray.corpus.samples_path, 0)
+    command = [sys.executable, "-c", DRIVER, str(on_ray.folder / "job.json"), str(on_ray.config.address)]
+    driver = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wait_for("steps", lambda: (found := read_progress(on_ray.folder / "progress.json")) and found.done > 10)
+    driver.kill()
+    driver.wait()
+    assert_ended(on_ray, 20)
+    assert len(saved(on_ray)) == 1
+    assert train(on_ray) == pytest.approx(unbroken, abs=1e-6)
+
+
+def test_room_that_the_cluster_never_has_is_said_with_what_it_has(on_ray: RayRanks) -> None:
+    few = {"nodes": 1, "resources": {"GPU": 8}, "join_minutes": 0.02}
+    on_ray.config = on_ray.config.model_copy(update=few)
+    with pytest.raises(ValueError, match="has not had") as raised:
+        on_ray.train("never")
+    assert str(raised.value) == (
+        "launch.resources: the Ray cluster has not had 1 node with CPU 1, GPU 8 for launch.join_minutes 0.02; it has "
+        "2 nodes with CPU 1; lower launch.nodes or launch.resources, or add nodes"
+    )
+
+
+def test_two_launches_share_the_room_of_one(on_ray: RayRanks, cluster: RayCluster) -> None:
+    cluster.nodes.append(cluster.add(resources={"slot": 1}))
+    one = on_ray.config.model_copy(update={"nodes": 1, "resources": {"slot": 1}, "join_minutes": 0.02})
+    notes: dict[str, list[str]] = {"a": [], "b": []}
+    both = [RayRanks(on_ray.corpus, on_ray.folder / name, one) for name in notes]
+    threads = []
+    for ranks, (name, seen) in zip(both, notes.items(), strict=True):
+        ranks.folder.mkdir()
+        ranks.progress = lambda what, done, total, seen=seen: seen.append(what)
+        threads.append(threading.Thread(target=ranks.train, args=(name,)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(120)
+    first, second = (losses(ranks.folder / name) for ranks, name in zip(both, notes, strict=True))
+    assert first == second
+    waits = [sum(what.startswith("waiting for room") for what in seen) for seen in notes.values()]
+    # For the time that the other takes.
+    assert max(waits) > 20 > min(waits)
+
+
+def test_a_rank_s_own_words_are_the_error(on_ray: RayRanks) -> None:
+    with pytest.raises(ValueError, match="lower it") as raised:
+        on_ray.launch(failing(on_ray, "ValueError", data=2), "mistaken")
+    assert str(raised.value) == f"train.lr: too high; lower it (log: {on_ray.folder}/logs/mistaken.log)"
