@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.cluster.connection import connect
+from flows.cluster.connection import connect, connected, disconnect
 from flows.launch.kuberay import ray_job
 from flows.launch.launcher import Launcher
 from flows.launch.ray_host import Host
@@ -53,6 +53,7 @@ class RayLauncher(Launcher):
     def __init__(self, job: Job, name: str, run_folder: Path, config: LaunchConfig) -> None:
         super().__init__(job, name, run_folder, config)
         self._bundle = bundle_of(config, job.device, job.parallel.world_size)
+        self._is_connected = False
         self._group: Any = None
         self._hosts: list[Any] = []
         self._nodes: dict[str, str] = {}
@@ -66,7 +67,8 @@ class RayLauncher(Launcher):
         """Raise ValueError if the cluster does not answer, or if a node would have fewer devices than ranks."""
         super().check(config)
         bundle_of(config.launch, config.device, config.parallel.world_size)
-        connect(config.launch.address or "auto")
+        with connected(config.launch.address or "auto", "launch"):
+            pass
 
     def plan(self, command: Sequence[str]) -> str:
         """Return a RayJob, for KubeRay, whose driver is `command`."""
@@ -74,7 +76,8 @@ class RayLauncher(Launcher):
 
     def start(self) -> None:
         """Ask for room when ranks of an earlier launch have ended. Raises ValueError if the cluster does not answer."""
-        connect(self.config.address or "auto")
+        connect(self.config.address or "auto", "launch")
+        self._is_connected = True
         from ray.util import placement_group
 
         wait_for_ranks_to_end(self.job.lock, 60 + self.job.seconds_to_stop)
@@ -101,21 +104,13 @@ class RayLauncher(Launcher):
 
     def stop(self) -> None:
         """Make ranks save and end, and give the nodes back."""
-        if self._group is None:
+        if not self._is_connected:
             return
-        import ray
-        from ray.util import remove_placement_group
-
         try:
-            if self._hosts:
-                seconds = self.job.seconds_to_stop
-                stopping = [host.stop.remote(seconds) for host in self._hosts]
-                ray.wait(stopping, num_returns=len(stopping), timeout=seconds + _SECONDS_OF_GRACE)
+            self._stop_hosts()
         finally:
-            for host in self._hosts:
-                ray.kill(host)
-            remove_placement_group(self._group)
-            self._hosts, self._group = [], None
+            self._is_connected = False
+            disconnect()
 
     def describe(self) -> str:
         """Return what the launcher is waiting for."""
@@ -163,6 +158,21 @@ class RayLauncher(Launcher):
             for number, host in enumerate(self._hosts)
         ]
 
+    def _stop_hosts(self) -> None:
+        import ray
+        from ray.util import remove_placement_group
+
+        seconds = self.job.seconds_to_stop
+        try:
+            stopping = [host.stop.remote(seconds) for host in self._hosts]
+            if stopping:
+                ray.wait(stopping, num_returns=len(stopping), timeout=seconds + _SECONDS_OF_GRACE)
+        finally:
+            for host in self._hosts:
+                ray.kill(host)
+            if self._group is not None:
+                remove_placement_group(self._group)
+
     def _rendezvous(self, first: str) -> Rendezvous:
         """Return the rendezvous on the node with the address `first`, without its port."""
         return Rendezvous(
@@ -207,7 +217,7 @@ class RayLauncher(Launcher):
         except RayActorError as error:
             raise RanksFailedError(f"node {node} of the Ray cluster is lost: {_first_line(error)}") from None
         except RayTaskError as error:
-            if isinstance(error.cause, (OSError, ValueError)):
+            if isinstance(error.cause, OSError | ValueError):
                 raise ValueError(f"node {node} of the Ray cluster: {error.cause}") from None
             raise
         return code

@@ -13,6 +13,7 @@ from tests.flows.complete_runs import complete_run, config_of
 from tests.flows.fakes import FakeRanks, fake_ranks, values, write_texts
 from tests.flows.orchestration.place import Place
 from tests.forked_ranks import forking
+from tests.ray_cluster import RayCluster, ray_cluster
 
 
 @pytest.fixture
@@ -72,3 +73,11 @@ def original(trained_run: Path, tmp_path: Path) -> Run:
     """A copy of that run in a folder of its own."""
     shutil.copytree(trained_run / "run", tmp_path / "run")
     return read_run(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[RayCluster]:
+    """A Ray cluster on this host, which tests `resize` to the nodes that they need."""
+    pytest.importorskip("ray")
+    with ray_cluster() as started:
+        yield started

@@ -2,12 +2,11 @@
 
 import fcntl
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ from data_scoring.base.progress import Progress, read_progress, silent
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.refine.refine_shards import mix_all
 from flows.launch.launcher import KeptRanks, launch
+from flows.launch.ray_launcher import RayLauncher
 from flows.run.config import LaunchConfig
 from tests import ROOT
 from tests.conftest import TINY_CHECKPOINT, TINY_TRAIN, Ranks, read_rows
 from tests.flows.launch.test_failures import failing
 from tests.flows.orchestration.place import wait_for
+from tests.ray_cluster import RayCluster
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig
 from trainer.job import Job, write_job
@@ -32,39 +33,6 @@ TWO_RANKS = (1, 1, 2)
 # A step for every pair of samples: training takes seconds.
 MANY_STEPS = TINY_TRAIN.model_copy(update={"global_batch_size": 4})
 OFTEN = CheckpointConfig(every_steps=10)
-
-
-class RayCluster:
-    """Nodes on loopback, with room for a rank each."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster(initialize_head=True, head_node_args=self._arguments(num_cpus=0))
-        self.nodes = [self.add() for _ in range(2)]
-
-    @property
-    def address(self) -> str:
-        return str(self._cluster.address)
-
-    def _arguments(self, **values: Any) -> dict[str, Any]:
-        return {"node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20, "include_dashboard": False, **values}
-
-    def add(self, **values: Any) -> Any:
-        return self._cluster.add_node(**self._arguments(num_cpus=1, **values))
-
-    def shutdown(self) -> None:
-        self._cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
-    import ray
-
-    found = RayCluster()
-    yield found
-    ray.shutdown()
-    found.shutdown()
 
 
 class RayRanks(Ranks):
@@ -81,6 +49,7 @@ class RayRanks(Ranks):
 
 @pytest.fixture
 def on_ray(cluster: RayCluster, tiny_corpus: Corpus, tmp_path: Path) -> RayRanks:
+    cluster.resize(2)
     config = LaunchConfig(kind="ray", nodes=2, address=cluster.address, max_restarts=0)
     return RayRanks(tiny_corpus, tmp_path, config)
 
@@ -128,10 +97,10 @@ class AtStep:
     """Does something once, when training is at a step."""
 
     def __init__(self, step: int, do: Callable[[], None]) -> None:
-        self._step, self._do, self.seen = step, do, list[str]()
+        self._step, self._do, self.seen = step, do, list[tuple[str, int]]()
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
-        self.seen.append(what)
+        self.seen.append((what.partition(" ")[0], done))
         if what.startswith("training") and done >= self._step:
             do, self._do = self._do, lambda: None
             do()
@@ -151,14 +120,6 @@ def saved(ranks: Ranks) -> list[Path]:
     return list_checkpoints(ranks.folder / "many" / "checkpoint")
 
 
-def kill_node(node: Any) -> None:
-    """End everything on a node at once, as a loss of power would."""
-    [raylet] = node.all_processes["raylet"]
-    root = psutil.Process(raylet.process.pid)
-    for victim in [root, *root.children(recursive=True)]:
-        victim.send_signal(signal.SIGKILL)
-
-
 def has_ranks(node: Any) -> bool:
     [raylet] = node.all_processes["raylet"]
     commands = [process.cmdline() for process in psutil.Process(raylet.process.pid).children(recursive=True)]
@@ -168,16 +129,17 @@ def has_ranks(node: Any) -> bool:
 def test_a_lost_node_is_replaced_and_training_goes_on(
     on_ray: RayRanks, cluster: RayCluster, unbroken: list[float]
 ) -> None:
-    cluster.nodes.append(cluster.add())
+    cluster.resize(1)
+    nodes = [cluster.add_node(), cluster.add_node()]
 
     def kill() -> None:
-        lost = next(node for node in cluster.nodes if has_ranks(node))
-        cluster.nodes.remove(lost)
-        kill_node(lost)
+        cluster.kill_node(next(node for node in nodes if has_ranks(node)))
 
     on_ray.config = on_ray.config.model_copy(update={"max_restarts": 1})
-    on_ray.progress = AtStep(20, kill)
+    at_step = on_ray.progress = AtStep(20, kill)
     assert train(on_ray, OFTEN) == pytest.approx(unbroken, abs=1e-6)
+    after = at_step.seen[at_step.seen.index(("restarting", 0)) :]
+    assert min(done for what, done in after if what == "training") > 10
     assert "reprise: restarting (1 of 1)" in (on_ray.folder / "logs" / "many.log").read_text()
     assert_ended(on_ray)
 
@@ -232,7 +194,7 @@ def test_room_that_the_cluster_never_has_is_said_with_what_it_has(on_ray: RayRan
 
 
 def test_two_launches_share_the_room_of_one(on_ray: RayRanks, cluster: RayCluster) -> None:
-    cluster.nodes.append(cluster.add(resources={"slot": 1}))
+    cluster.add_node(resources={"slot": 1})
     one = on_ray.config.model_copy(update={"nodes": 1, "resources": {"slot": 1}, "join_minutes": 0.02})
     notes: dict[str, list[str]] = {"a": [], "b": []}
     both = [RayRanks(on_ray.corpus, on_ray.folder / name, one) for name in notes]
@@ -255,3 +217,59 @@ def test_a_rank_s_own_words_are_the_error(on_ray: RayRanks) -> None:
     with pytest.raises(ValueError, match="lower it") as raised:
         on_ray.launch(failing(on_ray, "ValueError", data=2), "mistaken")
     assert str(raised.value) == f"train.lr: too high; lower it (log: {on_ray.folder}/logs/mistaken.log)"
+
+
+def test_a_node_that_does_not_see_the_run_is_named(on_ray: RayRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = RayLauncher.start
+
+    def start_elsewhere(launcher: RayLauncher) -> None:
+        start(launcher)
+        launcher.job_path = Path("/nowhere/logs/x.job.json")
+
+    monkeypatch.setattr(RayLauncher, "start", start_elsewhere)
+    with pytest.raises(ValueError, match=r"^node 127.0.0.1 of the Ray cluster: /nowhere is not seen there; all nodes"):
+        on_ray.train("unseen", TWO_RANKS)
+
+
+def test_ranks_have_their_devices_and_the_launcher_s_variables(
+    on_ray: RayRanks, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.resize(1)
+    cluster.add_node(num_cpus=4, num_gpus=2, resources={"NPU": 2})
+    resources = {"CPU": 4, "GPU": 2, "NPU": 1}
+    on_ray.config = on_ray.config.model_copy(update={"nodes": 1, "resources": resources})
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = []
+
+    def look(what: str, done: int, total: int | None) -> None:
+        if what == "wait":
+            found.extend(environments(on_ray.folder))
+            raise KeyboardInterrupt
+
+    on_ray.progress = look
+    with pytest.raises(KeyboardInterrupt):
+        on_ray.launch(failing(on_ray, "wait"), "looked-at")
+    [environment] = found
+    assert (
+        environment.items()
+        >= {
+            "CUDA_VISIBLE_DEVICES": "0,1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_DEBUG": "WARN",
+            "OMP_NUM_THREADS": "1",
+        }.items()
+    )
+    assert environment["ASCEND_RT_VISIBLE_DEVICES"] in ("0", "1")
+    assert_ended(on_ray)
+
+
+def environments(folder: Path) -> list[dict[str, str]]:
+    """Return the environment of each rank of the run in `folder`."""
+    return [
+        process.environ()
+        for process in psutil.process_iter(["cmdline"])
+        if "trainer.worker" in (command := process.info["cmdline"] or [])
+        and str(folder) in command[-1]
+        and "trainer.agent" not in command
+    ]
