@@ -61,7 +61,7 @@ def ray_job(command: Sequence[str], run_folder: Path, nodes: int, bundle: dict[s
             },
         },
     }
-    return _COMMENTS + yaml.safe_dump(job, sort_keys=False, width=110)
+    return _COMMENTS + yaml.safe_dump(job, sort_keys=False, width=math.inf).rstrip()
 
 
 def _pod(name: str, folder: Path, requests: dict[str, str], limits: dict[str, str]) -> dict[str, Any]:
