@@ -23,8 +23,6 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # How often a task is started again after memory has run out; otherwise, without end.
     "RAY_task_oom_retries": "5",
-    # Ray would otherwise have tasks see no accelerator at all, a process with 0 of them included.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 _lock = threading.Lock()
@@ -69,9 +67,8 @@ def connect(address: str, field: str) -> None:
         if _num_users == 0:
             for name, value in _ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-            import ray
-
-            _is_ours = not ray.is_initialized()
+            # Who uses Ray besides, in a notebook, has connected, and stays connected.
+            _is_ours = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
             if _is_ours:
                 if address != "local":
                     _check_answer(address, field)
@@ -111,7 +108,7 @@ def _check_answer(address: str, field: str) -> None:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         tried = None
-    answer = "" if tried is None else tried.stdout.strip()
+    answer = "" if tried is None else tried.stdout.strip().rpartition("\n")[2]
     if answer == "connected":
         return
     if not answer:
@@ -127,20 +124,29 @@ def _check_answer(address: str, field: str) -> None:
 
 
 def _initialize(address: str) -> None:
-    """Connect to Ray, which raises ConnectionError or RuntimeError if it cannot."""
+    """Connect to Ray, quietly. Raises ConnectionError, RuntimeError or ValueError if that is not possible."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
     import ray
-    from ray._private import ray_constants
+    from ray._private import ray_constants, worker
 
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    if threading.current_thread() is threading.main_thread():
-        handler = signal.getsignal(signal.SIGTERM)
-    # Ray takes 127.0.0.1 for this host's address in its network, and a cluster that it starts listens there.
-    is_in_network, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    replaced = [
+        # Ray takes 127.0.0.1 for this host's address in its network; a cluster that it starts would listen there.
+        (ray_constants, "ENABLE_RAY_CLUSTER", False),
+        # What this thread prints on the terminal, such as the loss of a node, is in Ray's logs, too.
+        (worker, "listen_error_messages", lambda *arguments: None),
+    ]
+    kept = [getattr(module, name) for module, name, _ in replaced]
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True, **options)
+        for module, name, value in replaced:
+            setattr(module, name, value)
+        ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = is_in_network
-        if threading.current_thread() is threading.main_thread():
+        for (module, name, _), value in zip(replaced, kept, strict=True):
+            setattr(module, name, value)
+        if is_main:
+            # Ray has its own, which keeps this process's from being called.
             signal.signal(signal.SIGTERM, handler)
 
 
