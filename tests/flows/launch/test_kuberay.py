@@ -1,4 +1,4 @@
-"""The RayJob that a dry run prints. Its fields were checked against the schema of KubeRay 1.7; no cluster has run it."""
+"""The RayJob that a dry run prints. Its fields were checked against the schema of KubeRay 1.7; no cluster ran it."""
 
 import json
 import shutil
