@@ -158,10 +158,10 @@ class LaunchConfig(Config):
         description="Consecutive restarts, without a new checkpoint in between, of a stage that lost ranks or hosts.",
     )  # fmt: skip
     slurm: SlurmConfig = SlurmConfig()
-    address: Annotated[str, Pattern("auto|[A-Za-z0-9_.-]+:[0-9]{1,5}", "auto or HOST:PORT")] | None = Field(
+    address: Annotated[str, Pattern("auto|local|[A-Za-z0-9_.-]+:[0-9]{1,5}", "auto, local or HOST:PORT")] | None = Field(
         default=None,
-        description="Ray cluster, for kind ray: HOST:PORT of its head node, or auto; null: engine.address, by default "
-        "auto.",
+        description="Ray cluster, for kind ray: HOST:PORT of its head node; auto: that of RAY_ADDRESS, or of this host; "
+        "local: one that starts on this host and ends with the launch; null: engine.address, by default auto.",
     )
     resources: dict[_ResourceName, Annotated[Number, Field(gt=0)]] = Field(
         default={},
