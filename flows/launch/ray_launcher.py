@@ -34,10 +34,13 @@ _ARGUMENTS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
 def bundle_of(launch: LaunchConfig, device: str, num_ranks: int) -> dict[str, float]:
     """Return the resources of a node, which starts its part of `num_ranks` ranks on devices of a kind.
 
-    Raises ValueError if it has fewer devices than ranks.
+    Raises ValueError if it has fewer devices than ranks, or parts of what only comes as a whole.
     """
     here = num_ranks // launch.nodes
     bundle: dict[str, float] = {"CPU": here, **launch.resources}
+    for name, value in bundle.items():
+        if value > 1 and value % 1:
+            raise ValueError(f"launch.resources: {name} {value:g} is more than 1 and no whole number; round it")
     name = _DEVICES.get(device)
     if name is not None and bundle.setdefault(name, here) < here:
         raise ValueError(

@@ -158,12 +158,14 @@ class LaunchConfig(Config):
         description="Consecutive restarts, without a new checkpoint in between, of a stage that lost ranks or hosts.",
     )  # fmt: skip
     slurm: SlurmConfig = SlurmConfig()
-    address: Annotated[str, Pattern("auto|local|[A-Za-z0-9_.-]+:[0-9]{1,5}", "auto, local or HOST:PORT")] | None = Field(
-        default=None,
-        description="Ray cluster, for kind ray: HOST:PORT of its head node; auto: that of RAY_ADDRESS, or of this host; "
-        "local: one that starts on this host and ends with the launch; null: engine.address, by default auto.",
+    address: Annotated[str, Pattern("auto|local|[A-Za-z0-9_.-]+:[0-9]{1,5}", "auto, local or HOST:PORT")] | None = (
+        Field(
+            default=None,
+            description="Ray cluster, for kind ray: HOST:PORT of its head node; auto: that of RAY_ADDRESS, or of this host; "
+            "local: one that starts on this host and ends with the launch; null: engine.address, by default auto.",
+        )
     )
-    resources: dict[_ResourceName, Annotated[Number, Field(gt=0)]] = Field(
+    resources: dict[_ResourceName, Annotated[Number, Field(ge=0.0001)]] = Field(
         default={},
         description="Resources of a node, for kind ray, by Ray's names, such as {GPU: 8}. Unless named: a CPU for each "
         "of the node's ranks, and a GPU or NPU with device cuda or npu.",

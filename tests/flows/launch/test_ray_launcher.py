@@ -144,7 +144,7 @@ def test_a_lost_node_is_replaced_and_training_goes_on(
     assert_ended(on_ray)
 
 
-def test_cancelled_ranks_save_and_end(on_ray: RayRanks, unbroken: list[float]) -> None:
+def test_cancelled_ranks_save_and_end(on_ray: RayRanks) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -153,8 +153,6 @@ def test_cancelled_ranks_save_and_end(on_ray: RayRanks, unbroken: list[float]) -
         train(on_ray)
     assert_ended(on_ray)
     assert len(saved(on_ray)) == 1
-    on_ray.progress = silent
-    assert train(on_ray) == pytest.approx(unbroken, abs=1e-6)
 
 
 DRIVER = """
@@ -214,8 +212,9 @@ def test_two_launches_share_the_room_of_one(on_ray: RayRanks, cluster: RayCluste
 
 
 def test_a_rank_s_own_words_are_the_error(on_ray: RayRanks) -> None:
+    on_ray.config = on_ray.config.model_copy(update={"nodes": 1})
     with pytest.raises(ValueError, match="lower it") as raised:
-        on_ray.launch(failing(on_ray, "ValueError", data=2), "mistaken")
+        on_ray.launch(failing(on_ray, "ValueError"), "mistaken")
     assert str(raised.value) == f"train.lr: too high; lower it (log: {on_ray.folder}/logs/mistaken.log)"
 
 
