@@ -53,10 +53,14 @@ class RayCluster:
                 process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
 
+    def kill_newest(self) -> None:
+        """Kill the node that was added last."""
+        self.kill_node(self._others[-1])
+
     def resize(self, num_nodes: int) -> None:
         """Add or kill nodes until `num_nodes` run, with the head, each with one CPU."""
         while self.num_nodes > num_nodes:
-            self.kill_node(self._others[-1])
+            self.kill_newest()
         while self.num_nodes < num_nodes:
             self.add_node()
         deadline = time.monotonic() + 30

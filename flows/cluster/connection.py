@@ -59,9 +59,11 @@ def connect(address: str, field: str) -> None:
     """
     global _num_users, _address, _is_ours  # noqa: PLW0603 - a process has one connection
     check_installed(f"{field}.kind")
-    if address.startswith("ray://"):
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if named.startswith("ray://"):
         raise ValueError(
-            f"{field}.address: {address} is of Ray's client; start the run on a node of the cluster, and set auto"
+            f"{field}.address: {named} is of Ray's client; start the run on a node of the cluster, and give auto or "
+            "the HOST:PORT of its head"
         )
     with _lock:
         if _num_users == 0:

@@ -1,9 +1,17 @@
 """The engine that a configuration names."""
 
+from pathlib import Path
+
 from data_scoring.base.engine import Engine, LocalEngine
+from flows.cluster.connection import check_installed
 from flows.run.config import EngineConfig
 
 
-def open_engine(config: EngineConfig) -> Engine:
-    """Return the engine of `config`, a context manager."""
-    return LocalEngine(config.processes)
+def open_engine(config: EngineConfig, folder: Path) -> Engine:
+    """Return the engine of `config`, a context manager. folder: of the run, which all its hosts have to see."""
+    if config.kind == "local":
+        return LocalEngine(config.processes)
+    check_installed("engine.kind")
+    from flows.cluster.ray_engine import RayEngine
+
+    return RayEngine(config.address, config.cpus_per_task, folder)

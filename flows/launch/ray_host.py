@@ -41,10 +41,8 @@ class Host:
     ) -> None:
         """Start this node's ranks, whose output goes to `log_path`; they meet at `port` of the rendezvous' endpoint.
 
-        Raises ValueError if the node does not see the run folder.
+        Raises OSError if the log cannot be written.
         """
-        if not job_path.exists():
-            raise ValueError(f"{job_path.parent.parent} is not seen there; all nodes have to share it, at this path")
         here = replace(rendezvous, endpoint=f"{rendezvous.endpoint}:{port}")
         with log_path.open("ab") as log:
             self._process = torchrun.start(job_path, here, is_head, interface, log)

@@ -46,6 +46,8 @@ SlurmWord = Annotated[str, Pattern(r"[A-Za-z0-9_.,:=@+-]+", "one word of letters
 # A resource of Ray's nodes: CPU, GPU, NPU, or one that the user named, such as accelerator_type:H100.
 _ResourceName = Annotated[str, Pattern("[A-Za-z][A-Za-z0-9_.:-]{0,99}", "the name of a resource, such as GPU")]
 
+# Addresses of Ray's client are left to its own message.
+_RAY_ADDRESS = "auto|local|(ray://)?[A-Za-z0-9_.-]+:[0-9]{1,5}"
 
 FirstOrder = Literal["random", "sources"]
 
@@ -158,12 +160,10 @@ class LaunchConfig(Config):
         description="Consecutive restarts, without a new checkpoint in between, of a stage that lost ranks or hosts.",
     )  # fmt: skip
     slurm: SlurmConfig = SlurmConfig()
-    address: Annotated[str, Pattern("auto|local|[A-Za-z0-9_.-]+:[0-9]{1,5}", "auto, local or HOST:PORT")] | None = (
-        Field(
-            default=None,
-            description="Ray cluster, for kind ray: HOST:PORT of its head node; auto: that of RAY_ADDRESS, or of this host; "
-            "local: one that starts on this host and ends with the launch; null: engine.address, by default auto.",
-        )
+    address: Annotated[str, Pattern(_RAY_ADDRESS, "auto, local, or HOST:PORT, such as node1:6379")] | None = Field(
+        default=None,
+        description="Ray cluster, for kind ray: auto: the one that RAY_ADDRESS names, or that runs on this host; "
+        "HOST:PORT; or local: one that is started on this host and ends with the launch; null: engine.address.",
     )
     resources: dict[_ResourceName, Annotated[Number, Field(ge=0.0001)]] = Field(
         default={},
@@ -196,13 +196,28 @@ class LaunchConfig(Config):
 class EngineConfig(Config):
     """Where data stages work: prepare, contamination and refine."""
 
-    kind: Literal["local"] = Field(default="local", description="local: processes of this host.")
+    kind: Literal["local", "ray"] = Field(
+        default="local",
+        description="local: processes of this host; ray: tasks on a Ray cluster, all of whose nodes see the run folder "
+        "and the sources at the same paths; needs the extra ray.",
+    )
     processes: Integer | None = Field(
         default=None,
         ge=1,
         le=1024,
         description="Processes, for kind local; null: one for each core, for text that takes a minute or more, else "
         "none but this one.",
+    )
+    address: Annotated[str, Pattern(_RAY_ADDRESS, "auto, local, or HOST:PORT, such as node1:6379")] = Field(
+        default="auto",
+        description="Ray cluster, for kind ray: auto: the one that RAY_ADDRESS names, or that runs on this host; "
+        "HOST:PORT; or local: one that is started on this host and ends with the stage.",
+    )
+    cpus_per_task: Integer = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="CPUs of a task, for kind ray; more of them leave each task more of a node's memory.",
     )
 
 

@@ -146,7 +146,7 @@ class Stages:
 
     def open_engine(self) -> Engine:
         """Return the run's engine, a context manager: where the stage's work on parts of its input runs."""
-        return open_engine(self.run.config.engine)
+        return open_engine(self.run.config.engine, self.run.folder)
 
     def launch(self, job: Job, name: str, progress: Progress) -> None:
         """Run `job` on the run's ranks; see `flows.launch.launcher.launch`."""

@@ -218,16 +218,22 @@ def test_a_rank_s_own_words_are_the_error(on_ray: RayRanks) -> None:
     assert str(raised.value) == f"train.lr: too high; lower it (log: {on_ray.folder}/logs/mistaken.log)"
 
 
-def test_a_node_that_does_not_see_the_run_is_named(on_ray: RayRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_are_checked_before_they_start_ranks(on_ray: RayRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.cluster.nodes.reprise_version", lambda: "0.1")
+    with pytest.raises(ValueError, match=r"^launch.address: node 127.0.0.1 of the Ray cluster has Reprise .* 0.1;"):
+        on_ray.train("other-version", TWO_RANKS)
+
+
+def test_what_a_node_cannot_do_is_said_with_its_address(on_ray: RayRanks, monkeypatch: pytest.MonkeyPatch) -> None:
     start = RayLauncher.start
 
     def start_elsewhere(launcher: RayLauncher) -> None:
         start(launcher)
-        launcher.job_path = Path("/nowhere/logs/x.job.json")
+        launcher.log_path = Path("/nowhere/x.log")
 
     monkeypatch.setattr(RayLauncher, "start", start_elsewhere)
-    with pytest.raises(ValueError, match=r"^node 127.0.0.1 of the Ray cluster: /nowhere is not seen there; all nodes"):
-        on_ray.train("unseen", TWO_RANKS)
+    with pytest.raises(ValueError, match=r"^node 127.0.0.1 of the Ray cluster: .*: '/nowhere/x.*log'$"):
+        on_ray.train("unlogged", TWO_RANKS)
 
 
 def test_ranks_have_their_devices_and_the_launcher_s_variables(
