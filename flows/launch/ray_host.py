@@ -18,8 +18,6 @@ class Host:
 
     def __init__(self, folder: Path, variables: dict[str, str]) -> None:
         """Work in `folder`, that of the launcher, if this node has it, with the launcher's environment `variables`."""
-        # Ray sets it for its own tasks, to the CPUs that the actor has asked for.
-        os.environ.pop("OMP_NUM_THREADS", None)
         os.environ.update(variables)
         if folder.is_dir():
             os.chdir(folder)

@@ -180,14 +180,26 @@ def test_ranks_end_with_a_killed_driver_and_the_same_command_resumes(on_ray: Ray
     assert train(on_ray) == pytest.approx(unbroken, abs=1e-6)
 
 
-def test_room_that_the_cluster_never_has_is_said_with_what_it_has(on_ray: RayRanks) -> None:
-    few = {"nodes": 1, "resources": {"GPU": 8}, "join_minutes": 0.02}
-    on_ray.config = on_ray.config.model_copy(update=few)
+@pytest.mark.parametrize(
+    ("nodes", "resources", "asked"),
+    [
+        (1, {"GPU": 8}, "1 node with CPU 1, GPU 8"),
+        # One node has room for two, but each has to be another.
+        (2, {"slot": 1}, "2 nodes with CPU 1, slot 1"),
+    ],
+)
+def test_nodes_that_the_cluster_never_has_are_an_error_with_what_it_has(
+    on_ray: RayRanks, cluster: RayCluster, nodes: int, resources: dict[str, float], asked: str
+) -> None:
+    cluster.add_node(num_cpus=2, resources={"slot": 2})
+    asking = {"nodes": nodes, "resources": resources, "join_minutes": 0.02}
+    on_ray.config = on_ray.config.model_copy(update=asking)
     with pytest.raises(ValueError, match="has not had") as raised:
-        on_ray.train("never")
+        on_ray.train("never", (1, 1, nodes))
+    slots = ", slot 2" if "slot" in resources else ""
     assert str(raised.value) == (
-        "launch.resources: the Ray cluster has not had 1 node with CPU 1, GPU 8 for launch.join_minutes 0.02; it has "
-        "2 nodes with CPU 1; lower launch.nodes or launch.resources, or add nodes"
+        f"launch.resources: the Ray cluster has not had {asked} for launch.join_minutes 0.02; it has 2 nodes with "
+        f"CPU 1; 1 node with CPU 2{slots}; lower launch.nodes or launch.resources, or add nodes"
     )
 
 
