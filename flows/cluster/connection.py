@@ -117,7 +117,12 @@ def _check_answer(address: str, field: str) -> None:
         raise ValueError(
             f"{here}: no Ray cluster answers; start one with `ray start --head`, correct the address, or set local"
         )
-    error = json.loads(answer)
+    error, cause = json.loads(answer)
+    if "AuthenticationError" in cause:
+        raise ValueError(
+            f"{here}: the cluster asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that "
+            "has it, unless that is ~/.ray/auth_token"
+        )
     if "Version mismatch" in error:
         raise ValueError(f"{here}: {error}; install the same versions here and there")
     if "No node info found" in error:
@@ -153,11 +158,11 @@ def _initialize(address: str) -> None:
 
 
 def _try() -> None:
-    """Print, as JSON, why this process cannot connect to the cluster that the command line names, or: connected."""
+    """Print, as JSON, why this process cannot connect to the cluster that the command line names, or that it can."""
     try:
         _initialize(sys.argv[1])
     except (ConnectionError, RuntimeError, ValueError) as error:
-        print(json.dumps(" ".join(str(error).split())))
+        print(json.dumps([" ".join(str(error).split()), str(error.__cause__)]))
         # Threads of Ray may still wait for the cluster.
         sys.stdout.flush()
         os._exit(1)

@@ -7,11 +7,17 @@ from flows.cluster.connection import check_installed
 from flows.run.config import EngineConfig
 
 
+def check_engine(config: EngineConfig) -> None:
+    """Raise ValueError if a package that the engine of `config` needs is not installed."""
+    if config.kind == "ray":
+        check_installed("engine.kind")
+
+
 def open_engine(config: EngineConfig, folder: Path) -> Engine:
     """Return the engine of `config`, a context manager. folder: of the run, which all its hosts have to see."""
+    check_engine(config)
     if config.kind == "local":
         return LocalEngine(config.processes)
-    check_installed("engine.kind")
     from flows.cluster.ray_engine import RayEngine
 
     return RayEngine(config.address, config.cpus_per_task, folder)

@@ -188,8 +188,8 @@ def _error_of(error: RayError) -> Exception:
     again = "run the same command again: completed work is kept"
     if isinstance(error, OutOfMemoryError):
         return ValueError(
-            f"engine.cpus_per_task: memory ran out on a node of the Ray cluster, {_MAX_RETRIES + 1} times; raise it, "
-            f"so that fewer parts are worked on at the same time, and {again}"
+            "engine.cpus_per_task: memory ran out on a node of the Ray cluster, again and again; raise it, so that "
+            f"fewer parts are worked on at the same time, and {again}"
         )
     return ValueError(
         f"engine.kind: ray lost a part of the work {_MAX_RETRIES + 1} times ({one_line(error)}); see whether a node's "

@@ -10,6 +10,7 @@ from data_scoring.corpus.prepare_corpus import prepare_corpus
 from data_scoring.ledger import refresh_ledger
 from data_scoring.refine.policies import REFERENCE_LOSS
 from data_scoring.tokenizer.tokenizer import open_tokenizer
+from flows.cluster.engines import check_engine
 from flows.evaluation.questions import check_items
 from flows.launch import launcher
 from flows.launch.job_fields import device_kind
@@ -121,6 +122,7 @@ def check_machine(config: RunConfig) -> None:
     from trainer.devices import check_layers
 
     launcher.check(config)
+    check_engine(config.engine)
     check_layers(config.model.layers)
     check_kernels(config)
     if REFERENCE_LOSS in config.refine.columns:

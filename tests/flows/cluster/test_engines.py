@@ -25,7 +25,7 @@ def open_on(cluster: RayCluster, folder: Path) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def connected_cluster(cluster: RayCluster) -> Iterator[RayCluster]:
+def joined(cluster: RayCluster) -> Iterator[RayCluster]:
     """The cluster, to which this process stays connected, as with several trials at the same time."""
     with connected(cluster.address, "engine"):
         yield cluster
@@ -36,7 +36,7 @@ def open_any(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Opens an engine of each kind."""
     count, _, kind = request.param.partition(" ")
     if kind.startswith("node"):
-        cluster = request.getfixturevalue("connected_cluster")
+        cluster = request.getfixturevalue("joined")
         cluster.resize(int(count))
         return lambda: open_on(cluster, tmp_path_factory.mktemp("run"))
     config = EngineConfig(processes=2 if kind else 1)
@@ -93,17 +93,17 @@ def first_is_short(folder: Path, part: int, count: Any) -> int:
     return beat(folder, part, count) if part else part
 
 
-def test_a_part_whose_process_is_killed_is_worked_on_again(connected_cluster: RayCluster, tmp_path: Path) -> None:
-    connected_cluster.resize(2)
+def test_a_part_whose_process_is_killed_is_worked_on_again(joined: RayCluster, tmp_path: Path) -> None:
+    joined.resize(2)
     reports: list[int] = []
-    with open_on(connected_cluster, tmp_path) as engine:
+    with open_on(joined, tmp_path) as engine:
         assert list(engine.map(partial(die_once, tmp_path), range(4), reports.append)) == [0, 1, 4, 9]
     assert reports[-1] == 6
 
 
-def test_a_part_that_kills_every_process_is_one_line(connected_cluster: RayCluster, tmp_path: Path) -> None:
+def test_a_part_that_kills_every_process_is_one_line(joined: RayCluster, tmp_path: Path) -> None:
     with (
-        open_on(connected_cluster, tmp_path) as engine,
+        open_on(joined, tmp_path) as engine,
         pytest.raises(ValueError, match=r"^engine\.kind: ray lost") as caught,
     ):
         list(engine.map(die, range(1), lambda units: None))
@@ -112,17 +112,15 @@ def test_a_part_that_kills_every_process_is_one_line(connected_cluster: RayClust
     assert "\n" not in str(caught.value)
 
 
-def test_a_node_lost_during_the_work_costs_its_running_parts_alone(
-    connected_cluster: RayCluster, tmp_path: Path
-) -> None:
-    cluster = connected_cluster
+def test_a_node_lost_during_the_work_costs_its_running_parts_alone(joined: RayCluster, tmp_path: Path) -> None:
+    cluster = joined
     cluster.resize(3)
 
     def report(units: int) -> None:
         if cluster.num_nodes == 3 and len(list(tmp_path.glob("*-*"))) >= 3:
             cluster.kill_newest()
 
-    with open_on(connected_cluster, tmp_path) as engine:
+    with open_on(joined, tmp_path) as engine:
         results = list(engine.map(partial(begin_and_sleep, tmp_path), range(8), report))
     assert cluster.num_nodes == 2
     assert results == [part * part for part in range(8)]
@@ -130,17 +128,49 @@ def test_a_node_lost_during_the_work_costs_its_running_parts_alone(
     assert len(list(tmp_path.glob("*-*"))) == 9
 
 
-def test_the_loss_of_the_progress_loses_no_work(connected_cluster: RayCluster, tmp_path: Path) -> None:
+def test_the_loss_of_the_progress_loses_no_work(joined: RayCluster, tmp_path: Path) -> None:
     import ray
 
     reports: list[int] = []
-    connected_cluster.resize(2)
-    with open_on(connected_cluster, tmp_path) as engine:
+    joined.resize(2)
+    with open_on(joined, tmp_path) as engine:
         results = engine.map(partial(begin_and_sleep, tmp_path), range(4), reports.append)
         assert next(results) == 0
         ray.kill(engine._tasks._counts)  # type: ignore[attr-defined]
         assert list(results) == [1, 4, 9]
     assert reports[-1] == 6
+
+
+DRIVER = """
+import sys
+from functools import partial
+from pathlib import Path
+from flows.cluster.engines import open_engine
+from flows.run.config import EngineConfig
+from tests.engine_work import beat
+
+folder = Path(sys.argv[2])
+with open_engine(EngineConfig(kind="ray", address=sys.argv[1]), folder) as engine:
+    list(engine.map(partial(beat, folder), [0], lambda units: None))
+"""
+
+
+def test_tasks_end_with_a_driver_that_is_killed(cluster: RayCluster, tmp_path: Path) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, cluster.address, str(tmp_path)])
+    beats = tmp_path / "0"
+    try:
+        wait_for(beats.exists)
+    finally:
+        driver.kill()
+        driver.wait()
+    wait_for(lambda: time.time() - beats.stat().st_mtime > 1)
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 WITHOUT_RAY = """

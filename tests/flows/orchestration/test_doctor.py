@@ -1,6 +1,7 @@
 """What `reprise doctor` says of memory and disk, on machines that are made up."""
 
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,3 +113,10 @@ def test_a_tokenizer_that_is_not_there_is_named_once(tmp_path: Path) -> None:
     found = [finding.text for finding in doctor.examine(config) if finding.state == "missing"]
     assert sum("tokenizer.json" in text for text in found) == 1
     assert not any(text.startswith(("memory", "disk")) for text in found)
+
+
+def test_an_engine_that_is_not_installed_is_missing(machine: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(engine={"kind": "ray", "address": "local"})
+    monkeypatch.setitem(sys.modules, "ray", None)
+    state, text = line(config, "engine.kind: ray is not installed")
+    assert (state, text.endswith("`pip install 'reprise-lm[ray]'`")) == ("missing", True)
