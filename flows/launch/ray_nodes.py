@@ -58,7 +58,7 @@ class NodeGroup:
         placed = placement_group_table(self._group)["bundles_to_node_id"]
         known = {node.id: node for node in list_nodes()}
         if not {*placed.values()} <= known.keys():
-            raise RanksFailedError("a node of the Ray cluster is lost")
+            raise RanksFailedError("a node of the Ray cluster is lost before it has started ranks")
         self._nodes = [known[placed[number]] for number in range(self._num_nodes)]
         check_nodes(self._nodes, job_path.parent.parent, "launch")
         actor = ray.remote(**as_arguments(self._bundle))(Host)
@@ -81,11 +81,11 @@ class NodeGroup:
             self._asked = [host.poll.remote() for host in self._hosts]
         answered, pending = ray.wait(self._asked, num_returns=len(self._asked), timeout=_SECONDS_TO_ANSWER)
         codes = [self._answer(each) for each in answered]
-        if not pending:
+        if pending:
+            # Ray may wait for another node to start an actor that has not started yet.
+            self._check_presence()
+        else:
             self._asked = []
-        elif lost := {node.id: node for node in self._nodes}.keys() - {node.id for node in list_nodes()}:
-            [address] = [node.address for node in self._nodes if node.id == lost.pop()]
-            raise RanksFailedError(f"node {address} of the Ray cluster is lost")
         failed = [code for code in codes if code]
         if failed:
             return failed[0]
@@ -101,6 +101,12 @@ class NodeGroup:
             for host in self._hosts:
                 ray.kill(host)
             remove_placement_group(self._group)
+
+    def _check_presence(self) -> None:
+        alive = {node.id for node in list_nodes()}
+        for node in self._nodes:
+            if node.id not in alive:
+                raise RanksFailedError(f"node {node.address} of the Ray cluster is lost")
 
     def _answer(self, reference: Any) -> int | None:
         node = self._nodes[self._asked.index(reference)]

@@ -19,6 +19,7 @@ from data_scoring.refine.refine_shards import mix_all
 from flows.launch.launcher import KeptRanks, launch
 from flows.launch.ray_launcher import RayLauncher
 from flows.run.config import LaunchConfig
+from flows.run.errors import RanksFailedError
 from tests import ROOT
 from tests.conftest import TINY_CHECKPOINT, TINY_TRAIN, Ranks, read_rows
 from tests.flows.launch.test_failures import failing
@@ -142,6 +143,20 @@ def test_a_lost_node_is_replaced_and_training_goes_on(
     assert min(done for what, done in after if what == "training") > 10
     assert "reprise: restarting (1 of 1)" in (on_ray.folder / "logs" / "many.log").read_text()
     assert_ended(on_ray)
+
+
+def test_a_node_that_is_lost_before_its_ranks_start_is_no_reason_to_wait(on_ray: RayRanks, cluster: RayCluster) -> None:
+    cluster.resize(1)
+    other = [cluster.add_node()]
+
+    def kill(what: str, done: int, total: int | None) -> None:
+        if what.startswith("starting ranks") and other:
+            cluster.kill_node(other.pop())
+
+    on_ray.progress = kill
+    with pytest.raises(RanksFailedError, match=r"node 127.0.0.1 of the Ray cluster is lost"):
+        on_ray.train("unstarted", TWO_RANKS)
+    assert_ended(on_ray, 10)
 
 
 def test_cancelled_ranks_save_and_end(on_ray: RayRanks) -> None:
