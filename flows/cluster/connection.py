@@ -18,7 +18,6 @@ from typing import Any
 
 # With the import of Ray, from a slow disk; a cluster that answers does so at once.
 _SECONDS_TO_ANSWER = 20
-# Set before Ray is imported, unless the user has set them.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # How often a task is started again after memory has run out; otherwise, without end.
@@ -35,6 +34,12 @@ def check_installed(field: str) -> None:
     """Raise ValueError, for the configuration's `field`, such as engine.kind, if Ray is not installed."""
     if find_spec("ray") is None:
         raise ValueError(f"{field}: ray is not installed; install it with `pip install 'reprise-lm[ray]'`")
+
+
+def set_environment() -> None:
+    """Set what Ray reads as it is imported, unless the user has set it."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
@@ -67,8 +72,7 @@ def connect(address: str, field: str) -> None:
         )
     with _lock:
         if _num_users == 0:
-            for name, value in _ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
+            set_environment()
             # Who uses Ray besides, in a notebook, has connected, and stays connected.
             _is_ours = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
             if _is_ours:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data_scoring.base.engine import Engine, LocalEngine
-from flows.cluster.connection import check_installed
+from flows.cluster.connection import check_installed, set_environment
 from flows.run.config import EngineConfig
 
 
@@ -18,6 +18,7 @@ def open_engine(config: EngineConfig, folder: Path) -> Engine:
     check_engine(config)
     if config.kind == "local":
         return LocalEngine(config.processes)
+    set_environment()
     from flows.cluster.ray_engine import RayEngine
 
     return RayEngine(config.address, config.cpus_per_task, folder)

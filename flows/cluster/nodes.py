@@ -42,7 +42,7 @@ def check_nodes(nodes: Sequence[Node], folder: Path, field: str) -> None:
     field: of the configuration, such as engine, whose `address` an error names. The checks take no CPU, so that a
     busy node answers, too. A node that is lost meanwhile is none of the cluster's.
     """
-    token = folder / f".{uuid.uuid4().hex}"
+    token = folder / f".nodes-{uuid.uuid4().hex}.tmp"
     token.touch()
     try:
         look = ray.remote(num_cpus=0, max_retries=0)(_look)
@@ -53,7 +53,7 @@ def check_nodes(nodes: Sequence[Node], folder: Path, field: str) -> None:
             if error is not None and node.id in {each.id for each in list_nodes()}:
                 raise ValueError(f"{field}.address: node {node.address} of the Ray cluster {error}")
     finally:
-        token.unlink()
+        token.unlink(missing_ok=True)
 
 
 def _look(token: Path) -> tuple[str, bool]:
