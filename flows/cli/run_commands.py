@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -90,7 +91,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         from flows.stages.train import launch_plan
 
-        print(launch_plan(config))
+        print(launch_plan(config, _command(options, config)))
         return
 
     check_names(config.eval.asked)
@@ -110,6 +111,14 @@ def _run(options: argparse.Namespace) -> None:
     for line in undelivered(run):
         print(f"note: {line}; `reprise track {quote(str(config.folder))}` sends the rest")
     print(f"report: {report}")
+
+
+def _command(options: argparse.Namespace, config: RunConfig) -> list[str]:
+    """Return the command that does the run from any working directory."""
+    overrides = list(options.set)
+    if not options.target.is_dir() and not Path(config.output).is_absolute():
+        overrides.append(f"output={config.folder.parent.absolute()}")
+    return ["reprise", "run", str(options.target.absolute()), *(word for each in overrides for word in ("--set", each))]
 
 
 def _print_state(config: RunConfig) -> None:

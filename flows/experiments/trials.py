@@ -109,7 +109,7 @@ def prepare_corpus(config: RunConfig, folder: Path, name: str, seed: int, progre
     if config.launch.launcher_kind.is_joined and config.launch.nodes > 1:
         raise ValueError(
             f"launch.nodes: {config.launch.nodes} hosts would have to join each trial separately; set nodes: 1, or "
-            "launch.kind: slurm"
+            "launch.kind: slurm or ray"
         )
     base = trial_config(config, folder, Trial(name), seed)
     with locked(base.folder):

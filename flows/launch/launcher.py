@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -91,8 +91,8 @@ class Launcher(ABC):
         return self.keeps and self.queue.is_done(self.job_path)
 
     @abstractmethod
-    def plan(self) -> str:
-        """Return what `start` would run, for display: commands, or a script."""
+    def plan(self, command: Sequence[str]) -> str:
+        """Return what would be run, for display: commands, a script, or what submits `command`, that of the run."""
 
     @abstractmethod
     def start(self) -> None:
@@ -130,9 +130,9 @@ def check(config: RunConfig) -> None:
     launcher_class(config.launch.kind).check(config)
 
 
-def plan(job: Job, run_folder: Path, name: str, config: LaunchConfig) -> str:
-    """Return what would be run to launch `job`."""
-    return launcher_class(config.kind)(job, name, run_folder, config).plan()
+def plan(job: Job, run_folder: Path, name: str, config: LaunchConfig, command: Sequence[str]) -> str:
+    """Return what would be run to launch `job`; `command` is that of its run."""
+    return launcher_class(config.kind)(job, name, run_folder, config).plan(command)
 
 
 class KeptRanks:

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from flows.launch import torchrun
@@ -42,7 +43,7 @@ class LocalLauncher(Launcher):
         if launch.nodes > 1 and launch.rendezvous is not None:
             local_address(launch.rendezvous, is_head=True)
 
-    def plan(self) -> str:
+    def plan(self, command: Sequence[str]) -> str:
         """Return torchrun's command, and the command for the other hosts."""
         here = shlex.join(torchrun.command(self.job_path, self._rendezvous, is_head=True, address="ADDRESS"))
         others = self.config.nodes - 1

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NotRequired
@@ -18,7 +19,7 @@ from typing_extensions import TypedDict
 from data_scoring.base.files import fingerprint, write_record
 from data_scoring.base.validation import read_record
 from flows.launch.launcher import Launcher
-from flows.launch.torchrun import rank_environment
+from flows.launch.torchrun import exported_environment
 from flows.run.config import LaunchConfig
 from trainer.job import Job
 from trainer.job_queue import JobQueue
@@ -30,11 +31,6 @@ _KILL_WAIT_SECONDS = 30.0
 _PATIENCE_SECONDS = 60.0
 # If the controller does not answer, the job counts as active, so that it is not submitted twice.
 _UNREACHABLE = "UNREACHABLE"
-# Beginnings of the names of variables that a job is given; others are what they are on its nodes.
-_EXPORTED = (
-    *("GLOO_", "NCCL_", "OMP_", "CUDA_DEVICE_MAX_", "PYTORCH_"),
-    *("TORCHELASTIC_", "TORCH_ELASTIC_", "PYTHONWARNINGS"),
-)
 _ACTIVE = (
     _UNREACHABLE,
     "PENDING",
@@ -84,11 +80,7 @@ def script(job: Job, job_path: Path, name: str, log_path: Path, launch: LaunchCo
         *("--tee", "3", "--log-dir", job_path.with_name("ranks")),
     ]
     interface = launch.interface or ("lo" if launch.nodes == 1 else None)
-    exports = {
-        key: value
-        for key, value in rank_environment(interface, job.seconds_to_stop).items()
-        if key.startswith(_EXPORTED)
-    }
+    exports = exported_environment(interface, job.seconds_to_stop)
     return "\n".join(
         [
             "#!/bin/bash",
@@ -127,7 +119,7 @@ class SlurmLauncher(Launcher):
         self.id, self.state = "", "PENDING"
         self._last_poll = 0.0
 
-    def plan(self) -> str:
+    def plan(self, command: Sequence[str]) -> str:
         """Return the script that would be submitted."""
         return script(self.job, self.job_path, self.name, self.log_path, self.config)
 
@@ -147,7 +139,7 @@ class SlurmLauncher(Launcher):
         # Only now, since the old job might still have read it.
         self.write_job()
         path = self.job_path.with_name(f"{self.name}.sbatch")
-        path.write_text(self.plan(), encoding="utf-8")
+        path.write_text(script(self.job, self.job_path, self.name, self.log_path, self.config), encoding="utf-8")
         self.id = _ask("sbatch", "--parsable", str(path)).split(";")[0].strip()
         write_record(self._record, {"id": self.id, "job": self._content})
 

@@ -16,6 +16,12 @@ import psutil
 # Settings of the allocators of CUDA and of Ascend, which torch's PYTORCH_ALLOC_CONF replaces.
 _ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF")
 
+# Beginnings of the names of variables that a job is given; others are what they are on its nodes.
+_EXPORTED = (
+    *("GLOO_", "NCCL_", "OMP_", "CUDA_DEVICE_MAX_", "PYTORCH_"),
+    *("TORCHELASTIC_", "TORCH_ELASTIC_", "PYTHONWARNINGS"),
+)
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -89,6 +95,12 @@ def rank_environment(interface: str | None, seconds_to_stop: float) -> dict[str,
     # Shows in the log which rank wrote a line.
     environment.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}]: ")
     return environment
+
+
+def exported_environment(interface: str | None, seconds_to_stop: float) -> dict[str, str]:
+    """Return the variables of `rank_environment` that the ranks of other hosts are given."""
+    environment = rank_environment(interface, seconds_to_stop)
+    return {key: value for key, value in environment.items() if key.startswith(_EXPORTED)}
 
 
 def local_address(endpoint: str, is_head: bool) -> tuple[str, str | None]:

@@ -76,6 +76,11 @@ def find_hardware(config: RunConfig) -> Hardware:
 
 def _asked_of_slurm(config: RunConfig) -> Hardware:
     launch = config.launch
+    if launch.kind == "ray":
+        raise ValueError(
+            "launch.kind: ray does not tell the type of the nodes' devices; set parallel and train.micro_batch_size to "
+            "what `reprise plan CONFIG --assume HARDWARE` chooses"
+        )
     found = _TYPED_GRES.fullmatch(launch.slurm.gres or "")
     name = None if found is None else found[1].lower()
     if found is None or name not in ACCELERATORS:

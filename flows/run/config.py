@@ -43,6 +43,8 @@ _SBATCH_OPTION = (
     r"signal|switches|tmp|wckey)(=[A-Za-z0-9_.,:@%+*&|()\[\]-]*)?"
 )
 SlurmWord = Annotated[str, Pattern(r"[A-Za-z0-9_.,:=@+-]+", "one word of letters, digits and _ . , : = @ + -")]
+# A resource of Ray's nodes: CPU, GPU, NPU, or one that the user named, such as accelerator_type:H100.
+_ResourceName = Annotated[str, Pattern("[A-Za-z][A-Za-z0-9_.:-]{0,99}", "the name of a resource, such as GPU")]
 
 # Addresses of Ray's client are left to its own message.
 _RAY_ADDRESS = "auto|local|(ray://)?[A-Za-z0-9_.-]+:[0-9]{1,5}"
@@ -158,6 +160,16 @@ class LaunchConfig(Config):
         description="Consecutive restarts, without a new checkpoint in between, of a stage that lost ranks or hosts.",
     )  # fmt: skip
     slurm: SlurmConfig = SlurmConfig()
+    address: Annotated[str, Pattern(_RAY_ADDRESS, "auto, local, or HOST:PORT, such as node1:6379")] | None = Field(
+        default=None,
+        description="Ray cluster, for kind ray: auto: the one that RAY_ADDRESS names, or that runs on this host; "
+        "HOST:PORT; or local: one that is started on this host and ends with the launch; null: engine.address.",
+    )
+    resources: dict[_ResourceName, Annotated[Number, Field(ge=0.0001)]] = Field(
+        default={},
+        description="Resources of a node, for kind ray, by Ray's names, such as {GPU: 8}. Unless named: a CPU for each "
+        "of the node's ranks, and a GPU or NPU with device cuda or npu.",
+    )
 
     @model_validator(mode="after")
     def _check_port(self) -> "LaunchConfig":
@@ -268,6 +280,17 @@ class RunConfig(Config):
         rounds, refine = sections.get("rounds"), sections.get("refine", {})
         if isinstance(rounds, dict) and rounds.get("first_order") == "sources" and isinstance(refine, dict):
             return {**sections, "refine": {"within": "part", **refine}}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_address(cls, values: Any) -> Any:
+        """Launch on the Ray cluster of the engine, unless `launch.address` is set."""
+        sections = values if isinstance(values, dict) else {}
+        engine, launch = sections.get("engine"), sections.get("launch")
+        if isinstance(engine, dict) and isinstance(launch, dict) and launch.get("kind") == "ray":
+            found = launch.get("address") or engine.get("address")
+            return {**sections, "launch": {**launch, "address": found}}
         return values
 
     @model_validator(mode="after")

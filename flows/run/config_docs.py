@@ -141,8 +141,8 @@ def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         inner = [part for entry in arguments[1:] for part in getattr(entry, "metadata", ())]
         return ", ".join([_kind(arguments[0], arguments[1:]), *_bounds(inner)])
-    if origin is tuple:
-        return f"list of {_kind(arguments[0])}"
+    if origin in (tuple, dict):
+        return f"list of {_kind(arguments[0])}" if origin is tuple else f"mapping of {_kind(arguments[1])}"
     if origin in (Union, types.UnionType):
         return " or ".join("null" if part is type(None) else _kind(part) for part in arguments)
     return str(annotation.__name__)
@@ -151,7 +151,7 @@ def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "required"
-    if field.default == ():
+    if field.default in ((), {}):
         return "none"
     if isinstance(field.default, BaseModel):
         return "the fields below"

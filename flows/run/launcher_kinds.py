@@ -1,6 +1,6 @@
 """The kinds of launchers: one row each, with the properties that the configuration depends on.
 
-To add a launcher, for example for Kubernetes, write a subclass of `flows.launch.launcher.Launcher` in a new file, and
+To add a launcher, write a subclass of `flows.launch.launcher.Launcher` in a new file, and
 add a row here.
 """
 
@@ -33,5 +33,11 @@ LAUNCHER_KINDS = {
     ),
     "slurm": LauncherKind(
         launcher="flows.launch.slurm:SlurmLauncher", description="sbatch", sees_devices=False, is_joined=False
+    ),
+    "ray": LauncherKind(
+        launcher="flows.launch.ray_launcher:RayLauncher",
+        description="nodes of a Ray cluster",
+        sees_devices=False,
+        is_joined=False,
     ),
 }

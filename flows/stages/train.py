@@ -103,10 +103,13 @@ def training_inputs(config: RunConfig) -> list[dict[str, Any]]:
     return [deciding(section, "train") for section in (config.model, config.resolved_train)]
 
 
-def launch_plan(config: RunConfig) -> str:
-    """Return how the ranks of the first round would be launched: torchrun's command, or Slurm's script."""
+def launch_plan(config: RunConfig, command: Sequence[str]) -> str:
+    """Return how the ranks of the first round would be launched: torchrun's command, Slurm's script, or a RayJob.
+
+    command: that which does the whole run.
+    """
     run = Run(config, config.folder.absolute())
-    return launcher.plan(_train_job(run, 1, None, "?"), run.folder, "train-1", config.launch)
+    return launcher.plan(_train_job(run, 1, None, "?"), run.folder, "train-1", config.launch, command)
 
 
 def _start_of(run: Run, round_number: int) -> Path | None:

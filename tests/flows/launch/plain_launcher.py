@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from flows.launch.launcher import Launcher
 
@@ -14,7 +15,7 @@ class PlainLauncher(Launcher):
     tools = ("sh",)
     ranks: tuple[subprocess.Popen[bytes], ...] = ()
 
-    def plan(self) -> str:
+    def plan(self, command: Sequence[str]) -> str:
         return "\n".join(" ".join(self._command()) for _ in range(self.job.parallel.world_size))
 
     def start(self) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ class WaitingRanks(Launcher):
         self.has_ended = threading.Event()
         self.was_running = False
 
-    def plan(self) -> str:
+    def plan(self, command: Sequence[str]) -> str:
         return ""
 
     def start(self) -> None:

@@ -32,10 +32,10 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> LaunchConfig:
 def test_configuration_accepts_its_kind_and_no_other(tmp_path: Path) -> None:
     described = {**values(write_texts(tmp_path), tmp_path), "launch": {"kind": "plain"}}
     config = parse_config(described, "test")
-    assert launch_plan(config).endswith(f"-m trainer.worker {tmp_path}/x/logs/train-1.job.json")
+    assert launch_plan(config, ()).endswith(f"-m trainer.worker {tmp_path}/x/logs/train-1.job.json")
     schema = RunConfig.model_json_schema()["$defs"]["LaunchConfig"]["properties"]["kind"]
-    assert (schema["type"], schema["enum"]) == ("string", ["local", "slurm", "plain"])
-    with pytest.raises(ValueError, match=r"launch.kind: input should be 'local', 'slurm' or 'plain' \(it is 'pbs'\)"):
+    assert (schema["type"], schema["enum"]) == ("string", ["local", "slurm", "ray", "plain"])
+    with pytest.raises(ValueError, match=r"launch.kind: .* 'local', 'slurm', 'ray' or 'plain' \(it is 'pbs'\)"):
         parse_config({**described, "launch": {"kind": "pbs"}}, "test")
     # It says of itself that it does not see the devices of its nodes.
     with pytest.raises(ValueError, match=r"device: 'auto' cannot detect the nodes' devices with launch.kind plain"):
@@ -44,7 +44,7 @@ def test_configuration_accepts_its_kind_and_no_other(tmp_path: Path) -> None:
 
 def test_every_kind_has_a_launcher() -> None:
     classes = [launcher_class(kind) for kind in LAUNCHER_KINDS]
-    assert [each.__name__ for each in classes] == ["LocalLauncher", "SlurmLauncher", "PlainLauncher"]
+    assert [each.__name__ for each in classes] == ["LocalLauncher", "SlurmLauncher", "RayLauncher", "PlainLauncher"]
 
 
 def test_a_row_that_names_no_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def _never_start(self: Launcher) -> None:
     raise ValueError("nowhere to start")
 
 
-@pytest.mark.parametrize("kind", ["local", "slurm", "plain"])
+@pytest.mark.parametrize("kind", ["local", "slurm", "ray", "plain"])
 def test_one_that_did_not_start_is_stopped_all_the_same(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -20,11 +20,11 @@ def test_ranks_have_the_time_to_save_that_their_checkpoint_takes(
     assert rank_environment(None, 89.69)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
     slurm = {"launch": {"kind": "slurm"}, "device": "cuda"}
     large = launch_plan(
-        parse_config({**values(texts, tmp_path), **slurm, "model": {"preset": "pangu-pi-1b-pro"}}, "test")
+        parse_config({**values(texts, tmp_path), **slurm, "model": {"preset": "pangu-pi-1b-pro"}}, "test"), ()
     )
     assert "#SBATCH --signal=TERM@160\n" in large
     assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=160\n" in large
-    small = launch_plan(parse_config({**values(texts, tmp_path), **slurm}, "test"))
+    small = launch_plan(parse_config({**values(texts, tmp_path), **slurm}, "test"), ())
     assert "--signal" not in small
     assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=21\n" in small
 
@@ -45,7 +45,7 @@ def test_settings_of_devices_are_the_user_s_own_where_they_are_set(
     slurm = {"launch": {"kind": "slurm"}, "device": "cuda"}
 
     def script() -> str:
-        return launch_plan(parse_config({**values(texts, tmp_path), **slurm}, "test"))
+        return launch_plan(parse_config({**values(texts, tmp_path), **slurm}, "test"), ())
 
     assert rank_environment(None, 20).items() >= SETTINGS.items()
     assert f"export {name}={SETTINGS[name]}\n" in script()

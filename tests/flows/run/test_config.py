@@ -68,7 +68,7 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("", ["launch.nodes=2"], "launch.nodes: 2 nodes with an equal number of processes each do not match the 1"),
         ("", ["launch.nodes=2", "parallel.data=2"], "launch.rendezvous: not set, but several nodes need it; give this"),
         ("", ["launch.kind=slurm"], "device: 'auto' cannot detect the nodes' devices with launch.kind slurm"),
-        ("", ["launch.kind=pbs"], "launch.kind: input should be 'local' or 'slurm' (it is 'pbs')"),
+        ("", ["launch.kind=pbs"], "launch.kind: input should be 'local', 'slurm' or 'ray' (it is 'pbs')"),
         ("", ["score.budget=seen", "refine.policy=forgetting"], "score.budget: 'seen' does not give the losses of"),
         ("", ["score.budget=prefix:8", "refine.min_tokens=9"], "score.budget: 'prefix:8' scores fewer tokens than"),
         ("refine: {sources: [{name: a, from_round: 2}]}", ["score.budget=seen"], "'seen' has no losses for sources"),
@@ -79,6 +79,8 @@ VALUES = {"name": "x", "corpus": {"sources": [{"name": "a", "path": "a.jsonl"}]}
         ("refine: {sources: [{name: b}]}", [], "refine.sources: 'b' is not a source; choose from a"),
         ("refine: {sources: [{name: a, from_round: 2}]}", [], "refine.sources: all sources join after round 1"),
         ("refine: {sources: [{name: a, at_least: 0.5, at_most: 0.1}]}", [], "at_least: 0.5 is above at_most 0.1"),
+        ("", ["launch.address=head"], "launch.address: should be auto, local, or HOST:PORT, such as node1:6379"),
+        ("", ["launch.resources.GPU=0"], "launch.resources.GPU: input should be greater than or equal to 0.0001"),
         ("", ["launch.rendezvous=host"], "launch.rendezvous: should be HOST:PORT, such as node1:29400"),
     ],
 )  # fmt: skip

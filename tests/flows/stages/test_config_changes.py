@@ -47,6 +47,7 @@ CHANGES: dict[str, Any] = {
     "launch.rendezvous_port": 3000, "launch.interface": "eth0", "launch.join_minutes": 1.0, "launch.max_restarts": 0,
     "launch.slurm.partition": "p", "launch.slurm.account": "a", "launch.slurm.qos": "q", "launch.slurm.gres": "gpu:1",
     "launch.slurm.cpus_per_rank": 1, "launch.slurm.time_limit": "1:00:00", "launch.slurm.options": ["--mem=1G"],
+    "launch.address": "head:6379", "launch.resources": {"GPU": 1},
     "engine.kind": "ray", "engine.processes": 3, "engine.address": "node1:6379", "engine.cpus_per_task": 2,
     "train.global_batch_size": 16, "train.global_batch_tokens": 512, "train.micro_batch_size": 4, "train.lr": 0.01,
     "train.lr.increment_rate": 1.0, "train.lr.base_lr": 0.02, "train.lr.base_tokens": 9, "train.min_lr": 0.0,

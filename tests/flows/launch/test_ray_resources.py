@@ -1,0 +1,53 @@
+"""What a launch on Ray asks of a node, and of which cluster."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.launch.ray_resources import bundle_of, describe_all
+from flows.run.config import LaunchConfig, parse_config
+from tests.flows.fakes import values, write_texts
+
+
+def on_ray(**fields: Any) -> LaunchConfig:
+    return LaunchConfig(kind="ray", nodes=2, **fields)
+
+
+def test_a_node_has_a_device_and_a_cpu_for_each_rank_unless_they_are_named() -> None:
+    assert bundle_of(on_ray(), "cpu", 16) == {"CPU": 8}
+    assert bundle_of(on_ray(), "npu", 16) == {"CPU": 8, "NPU": 8}
+    resources = {"CPU": 32, "GPU": 8, "fast": 0.5}
+    assert bundle_of(on_ray(resources=resources), "cuda", 8) == resources
+
+
+def test_fewer_devices_than_ranks_and_parts_of_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"launch.resources: GPU 4 is less than the 8 ranks of a node; raise it"):
+        bundle_of(on_ray(resources={"GPU": 4}), "cuda", 16)
+    with pytest.raises(ValueError, match=r"launch.resources: GPU 8.5 is more than 1 and no whole number; round it"):
+        bundle_of(on_ray(resources={"GPU": 8.5}), "cuda", 16)
+    with pytest.raises(ValueError, match="the name of a resource"):
+        on_ray(resources={"a b": 1})
+
+
+def test_nodes_of_a_kind_are_counted() -> None:
+    head = {"memory": 1e9, "node:127.0.0.1": 1.0}
+    nodes = [head, {**head, "CPU": 4.0}, {**head, "CPU": 4.0}, {**head, "CPU": 8.0, "GPU": 2.0, "fast": 1.0}]
+    assert describe_all(nodes, {"GPU": 8}) == "2 nodes with CPU 4; 1 node with CPU 8, GPU 2"
+    assert describe_all(nodes[:1], {"fast": 1}) == "no such nodes"
+
+
+@pytest.mark.parametrize(
+    ("engine", "launch", "address"),
+    [
+        ({"kind": "ray", "address": "node1:6379"}, {}, "node1:6379"),
+        ({"kind": "ray", "address": "node1:6379"}, {"address": "auto"}, "auto"),
+        ({"kind": "ray"}, {}, None),
+    ],
+)
+def test_the_launch_is_on_the_cluster_of_the_engine(
+    tmp_path: Path, engine: dict[str, Any], launch: dict[str, Any], address: str | None
+) -> None:
+    sections = {"device": "cpu", "engine": engine, "launch": {"kind": "ray", **launch}}
+    config = parse_config({**values(write_texts(tmp_path), tmp_path), **sections}, "test")
+    assert config.launch.address == address
