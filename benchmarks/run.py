@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.contamination import contamination
+from benchmarks.data_stages import data_stages
 from benchmarks.evaluation import evaluation
 from benchmarks.head import head
 from benchmarks.measure import TURNS, measure_in_turns, ratio, single_rank, spread, topics
@@ -139,6 +140,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "demo": demo,
     "scale": scale,
     "prepare": prepare,
+    "data_stages": data_stages,
     "contamination": contamination,
     "prefect": prefect_overhead,
     "stopping": stopping,

@@ -5,6 +5,7 @@ input alone, so that the results are the same whatever engine works on them.
 """
 
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -94,7 +95,7 @@ class LocalEngine(Engine):
 
     def num_workers(self, num_parts: int, is_long: bool = True) -> int:
         """Return the number of processes, at most one for each part."""
-        processes = self._processes if self._processes is not None else len(os.sched_getaffinity(0)) if is_long else 1
+        processes = self._processes or (_num_cores() if is_long else 1)
         return max(1, min(processes, num_parts))
 
     def map(
@@ -146,9 +147,11 @@ class LocalEngine(Engine):
             from loky.backend import get_context
             from loky.process_executor import ProcessPoolExecutor
 
-            processes = self._processes or len(os.sched_getaffinity(0))
             self._executor = ProcessPoolExecutor(
-                processes, context=get_context("loky"), initializer=_start_worker, initargs=(os.getpid(),)
+                self._processes or _num_cores(),
+                context=get_context("loky"),
+                initializer=_start_worker,
+                initargs=(os.getpid(),),
             )
         return self._executor
 
@@ -159,8 +162,17 @@ class LocalEngine(Engine):
             self._executor = None
 
 
+def _num_cores() -> int:
+    """Return the number of cores that this process may use; a container's limit counts."""
+    from loky import cpu_count
+
+    return int(cpu_count())
+
+
 def _start_worker(parent: int) -> None:
     """Prepare a process of the pool: one thread, and an end when the process `parent` ends, however it does."""
+    # A terminal sends Ctrl-C to all processes; the parent ends the pool.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit_threads(1)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

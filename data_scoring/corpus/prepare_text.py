@@ -174,6 +174,8 @@ def _collect_rejects(
     sources: Sequence[Sequence[SourcePart]], staged: Sequence[Sequence[StagedPart]], target: Path
 ) -> None:
     """List the bad records of all sources in `target`, if there are any."""
+    # An attempt with another configuration may have had some.
+    target.unlink(missing_ok=True)
     if any(part.counts["rejected"] for parts in staged for part in parts):
         with writing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
             for source, parts in zip(sources, staged, strict=True):

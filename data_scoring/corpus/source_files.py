@@ -31,6 +31,7 @@ _MAGIC_NUMBERS = {
 }
 _WILDCARDS = re.compile(r"[*?[]")
 _CHUNK_BYTES = 1 << 20
+_REMOTE_BLOCK_BYTES = 8 << 20
 
 
 def match_path(path: str) -> list[str]:
@@ -155,7 +156,8 @@ def open_file(name: str) -> IO[bytes]:
     if Path(name).exists():
         return Path(name).open("rb")
     fs, path = url_to_fs(name)
-    file: IO[bytes] = fs.open(path, "rb")
+    # Parts of a file are read independently: no more is read ahead than that.
+    file: IO[bytes] = fs.open(path, "rb", block_size=_REMOTE_BLOCK_BYTES)
     return file
 
 

@@ -412,8 +412,12 @@ def stamp_files(source: SourceConfig) -> list[tuple[str, int, str]]:
 
 
 def cut_sources(sources: Sequence[SourceConfig]) -> list[list[SourcePart]]:
-    """Return the parts of each source of text."""
+    """Return the parts of each source of text. Raises ValueError if a file cannot be looked at."""
     kinds = [resolve_format(source) for source in sources]
     files = [list_files(source, kind) for source, kind in zip(sources, kinds, strict=True)]
     size = part_bytes(sum(file.num_bytes for each in files for file in each))
-    return [cut_source(source, kind, each, size) for source, kind, each in zip(sources, kinds, files, strict=True)]
+    parts = []
+    for source, kind, each in zip(sources, kinds, files, strict=True):
+        with _naming(source, source.path):
+            parts.append(cut_source(source, kind, each, size))
+    return parts
