@@ -24,9 +24,11 @@ from data_scoring.corpus.tokenise import StagedPart
 _ENTRY = np.dtype([("place", "<i8"), ("offset", "<i8"), ("length", "<i8")])
 # The endings of the files of a part that is scattered.
 _SCATTERED = ("validation", "scattered", "entries", "bounds.npy", "located.parquet")
-# Tokens that are sorted at a time, and bytes of a shard that are put together at a time.
+# Tokens that are sorted at a time.
 _RUN_TOKENS = 1 << 25
+# Bytes of a shard that are put together at a time: an eighth of it, so that no part is read in too many pieces.
 _WINDOW_BYTES = 1 << 27
+_LARGEST_WINDOW_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,9 @@ def assemble_shard(
     """Return the manifest entry of a shard, after writing its `.bin` and `.idx` files and the table of its samples."""
     prefix = f"shard-{shard:04d}"
     length, num_samples = assignment.sample_length, assignment.num_samples(shard)
-    step = max(1, _WINDOW_BYTES // (length * dtype.itemsize))
+    sample_bytes = length * dtype.itemsize
+    window_bytes = min(max(num_samples * sample_bytes // 8, _WINDOW_BYTES), _LARGEST_WINDOW_BYTES)
+    step = max(1, window_bytes // sample_bytes)
     slices = [found for part in parts for found in _slices(part, shard)]
     digest = hashlib.blake2b(digest_size=16)
     with writing(folder / f"{prefix}.bin") as temporary, temporary.open("wb") as file:
