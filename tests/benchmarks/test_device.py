@@ -48,7 +48,7 @@ def test_every_part_has_its_numbers(parts: dict[str, dict[str, Any]]) -> None:
         shares = [row["share"] for row in figures["top_kernels"]]
         assert len(shares) == 20
         assert shares == sorted(shares, reverse=True)
-        assert 0.8 < sum(shares) <= 1
+        assert 0.7 < sum(shares) <= 1
     for what in ("saving", "loading", "saving_asynchronously"):
         figures = parts["checkpoints"]["figures"]
         assert figures[f"{what}_gb_per_second"] * figures[f"{what}_seconds"] == pytest.approx(
