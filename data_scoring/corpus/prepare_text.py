@@ -105,6 +105,8 @@ def _scatter(
     known = read_record(path, _Scattered)
     if known is not None and known["fingerprint"] == identity and _is_intact(sources, known, preparation):
         return known
+    # What follows replaces its files, the list of bad records first.
+    path.unlink(missing_ok=True)
     staged = _tokenise(sources, tokenizer, preparation)
     totals = [_total(name, parts) for name, parts in zip(names, staged, strict=True)]
     for source, parts, total in zip(sources, staged, totals, strict=True):
