@@ -131,8 +131,10 @@ class LocalEngine(Engine):
                 for future in futures:
                     while not wait([future], _SECONDS_BETWEEN_LOOKS).done:
                         report(int(counts.sum()))
-                    yield future.result()
+                    result = future.result()
+                    # Whoever takes the last result may not ask for another one.
                     report(int(counts.sum()))
+                    yield result
             except TerminatedWorkerError:
                 raise ValueError(
                     "engine.processes: a process of the pool was killed, probably because memory ran out; lower "

@@ -14,8 +14,16 @@ from data_scoring.base.field_types import Count as NumberOf
 from data_scoring.base.files import checksum, fingerprint, write_record, writing
 from data_scoring.base.validation import read_record
 from data_scoring.corpus.documents import Document
-from data_scoring.corpus.source_parts import SourcePart, count_lines
-from data_scoring.corpus.sources import BadRecord, batch_documents, list_reject, read_pieces, unit_of
+from data_scoring.corpus.source_parts import SourcePart
+from data_scoring.corpus.sources import (
+    BadRecord,
+    batch_documents,
+    check_unchanged,
+    count_before,
+    list_reject,
+    read_pieces,
+    unit_of,
+)
 from data_scoring.tokenizer.tokenizer import TextSample
 
 _SCHEMA = pa.schema(
@@ -134,6 +142,7 @@ class PartText:
             self.num_lines = yield from documents
         else:
             yield from islice(documents, source.max_documents)
+        check_unchanged(part)
 
     def _on_bad_record(self, rejects: Path) -> BadRecord:
         def handle(file: str, line: int, reason: str) -> None:
@@ -148,7 +157,7 @@ class PartText:
         piece = self.part.pieces[0]
         if piece.start == 0 or self.part.kind == "parquet":
             return 0
-        return count_lines(piece, unit_of(self.part.source, self.part.kind))
+        return count_before(piece, unit_of(self.part.source, self.part.kind))
 
 
 def _batch(columns: Iterable[Iterable[object]], schema: pa.Schema) -> pa.RecordBatch:

@@ -62,9 +62,6 @@ def prepare_corpus(
         entries = _prepare_in_place(corpus, opened, preparation)
     else:
         entries = prepare_text(corpus, sources, file, preparation)
-    shutil.rmtree(staging)
-    # Workers that were lost leave files, too.
-    remove_leftovers(folder)
     manifest = {
         "format_version": FORMAT_VERSION,
         "stage_fingerprint": stage_fingerprint,
@@ -79,6 +76,9 @@ def prepare_corpus(
         },
         **entries,
     }
+    shutil.rmtree(staging)
+    # Workers that were lost leave files, too.
+    remove_leftovers(folder)
     write_record(folder / "manifest.json", manifest)
 
 

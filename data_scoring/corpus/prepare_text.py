@@ -105,8 +105,14 @@ def _scatter(
     known = read_record(path, _Scattered)
     if known is not None and known["fingerprint"] == identity and _is_intact(sources, known, preparation):
         return known
-    staged = _tokenise(sources, tokenizer, preparation)
-    totals = [_total(name, parts) for name, parts in zip(names, staged, strict=True)]
+    # What follows replaces its files, the list of bad records first.
+    path.unlink(missing_ok=True)
+    staged: list[list[StagedPart]] = []
+    totals: list[dict[str, Any]] = []
+    for name, parts in zip(names, _tokenise(sources, tokenizer, preparation), strict=True):
+        # Before the next source is tokenised with the wrong tokenizer, too.
+        totals.append(_total(name, parts))
+        staged.append(parts)
     for source, parts, total in zip(sources, staged, totals, strict=True):
         _check_text(source, parts, total)
     _collect_rejects(sources, staged, preparation.folder / "rejects.jsonl")
@@ -137,11 +143,11 @@ def _finish(results: Iterator[None]) -> None:
 
 def _tokenise(
     sources: Sequence[Sequence[SourcePart]], tokenizer: TokenizerFile, preparation: Preparation
-) -> list[list[StagedPart]]:
+) -> Iterator[list[StagedPart]]:
+    """Yield the parts of each source, tokenised."""
     staging = preparation.staging
     work = partial(tokenise_part, staging=staging, tokenizer=tokenizer, skip_bad=preparation.skip_bad)
     results = preparation.map(work, [part for source in sources for part in source], "tokenising (documents)")
-    staged = []
     for source in sources:
         read, mine = 0, []
         for part in source:
@@ -151,8 +157,7 @@ def _tokenise(
                 raise named_by_source(error, part.source, read) from None
             read += counts["read"]
             mine.append(StagedPart(part.source.name, staging / part.name, counts))
-        staged.append(mine)
-    return staged
+        yield mine
 
 
 def _total(source: str, parts: Sequence[StagedPart]) -> dict[str, Any]:

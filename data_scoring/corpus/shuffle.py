@@ -151,7 +151,7 @@ def _write_sorted(
     done = 0
     for place in [*np.flatnonzero(~is_whole[order]).tolist(), len(order)]:
         if place > done:
-            file.write(body[order[done:place] - first].tobytes())
+            file.write(body[order[done:place] - first].data)
         if place < len(order):
             begin = int(begins[order[place]])
             file.write(run[begin : begin + int(sizes[order[place]])].tobytes())

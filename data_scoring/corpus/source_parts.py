@@ -50,8 +50,8 @@ class SourcePart:
     """A part of a source: pieces of its files, read in order.
 
     kind: the format of the files. number: from 0, in the order of the source's documents. num_bytes: the size of the
-    pieces as they are stored; 0 if it is not known. identity: a fingerprint of the source's configuration, of the
-    pieces and of the state of their files.
+    pieces as they are stored; 0 if it is not known. files: the state of the files that are read. identity: a
+    fingerprint of the source's configuration, of the pieces and of that state.
     """
 
     source: SourceConfig
@@ -59,6 +59,7 @@ class SourcePart:
     number: int
     pieces: tuple[Piece, ...]
     num_bytes: int
+    files: tuple["StoredFile", ...]
     identity: str
 
     @property
@@ -111,7 +112,7 @@ def cut_source(source: SourceConfig, kind: str, files: Sequence[StoredFile], siz
         identity = fingerprint(source.model_dump(), places, stamps, sys.version, _FORMAT)
         sizes = [file.num_bytes if each.stop is None else each.stop for file, each in zip(read, pieces, strict=False)]
         num_bytes = sum(size - each.start for size, each in zip(sizes, pieces, strict=False))
-        parts.append(SourcePart(source, kind, number, tuple(pieces), num_bytes, identity))
+        parts.append(SourcePart(source, kind, number, tuple(pieces), num_bytes, tuple(read), identity))
     return parts
 
 
@@ -175,15 +176,6 @@ def _first_end(file: IO[bytes], place: int, unit: str) -> int:
         kept = block[-_LONGEST_END:]
         start, block = start + len(block) - len(kept), kept
     return start + len(block)
-
-
-def count_lines(piece: Piece, unit: str) -> int:
-    """Return the number of records of a file before a stretch of it, for errors that name their place."""
-    before = open_stretch(Piece(piece.file, 0, piece.start), unit)
-    with io.TextIOWrapper(before, encoding="latin-1") as lines:
-        if unit == "line":
-            return sum(1 for _ in lines)
-        return sum(1 for each in lines.read().split("\n\n") if each)
 
 
 class _Stretch(io.RawIOBase):

@@ -137,9 +137,27 @@ def list_files(source: SourceConfig, kind: str) -> list[StoredFile]:
     return files
 
 
+def check_unchanged(part: SourcePart) -> None:
+    """Raise ValueError if a file of `part` is not as it was when the source was cut: parts may be of different text."""
+    for file in part.files:
+        with _naming(part.source, file.name):
+            found = stored_file(file.name)
+        if found != file:
+            raise ValueError(
+                f"corpus.sources.{part.source.name}.path: {file.name!r} changed while it was read; run the same "
+                "command again once nothing writes to it"
+            )
+
+
 def unit_of(source: SourceConfig, kind: str) -> str:
     """Return what the documents of a stretch of a file are: a line or a paragraph."""
     return source.document if kind == "text" else "line"
+
+
+def count_before(piece: Piece, unit: str) -> int:
+    """Return the number of lines or paragraphs of a file before a stretch of it, for errors that name their place."""
+    split = _paragraphs if unit == "paragraph" else _lines
+    return sum(1 for _, content in _opened(Piece(piece.file, 0, piece.start), unit) for _ in split(content))
 
 
 def batch_documents(documents: Iterable[_D]) -> Iterator[list[_D]]:
@@ -404,11 +422,6 @@ def _open_dataset(source: SourceConfig) -> "datasets.IterableDataset | datasets.
             f"corpus.sources.{source.name}.path: datasets cannot load {source.path!r} ({_reason(error)}); "
             "check the name, subset and split"
         ) from None
-
-
-def stamp_files(source: SourceConfig) -> list[tuple[str, int, str]]:
-    """Return name, size and stamp of each file of a source, to detect changes."""
-    return [(file.name, file.num_bytes, file.stamp) for file in list_files(source, resolve_format(source))]
 
 
 def cut_sources(sources: Sequence[SourceConfig]) -> list[list[SourcePart]]:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from data_scoring.base.engine import LocalEngine
-from tests.engine_work import die_once, square
+from tests.engine_work import begin_and_sleep, die_once, square
 
 MAP = """
 import sys
@@ -48,6 +48,15 @@ def test_short_work_starts_no_process_unless_a_number_is_set() -> None:
         assert {child.pid for child in psutil.Process().children()} == before
     assert LocalEngine(3).num_workers(9, is_long=False) == 3
     assert LocalEngine(3).num_workers(2) == 2
+
+
+def test_all_units_are_reported_before_the_last_result(tmp_path: Path) -> None:
+    reported: list[int] = []
+    with LocalEngine(2) as engine:
+        results = engine.map(partial(begin_and_sleep, tmp_path), range(1, 4), reported.append)
+        assert [next(results) for _ in range(3)] == [1, 4, 9]
+        # Nothing more is asked of `results`.
+        assert reported[-1] == 1 + 2 + 3
 
 
 def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_text_in_object_storage_is_read_in_parts_like_that_on_disk(
     write_files(tmp_path / "texts")
     fsspec.filesystem("s3").put(str(tmp_path / "texts"), f"{bucket}/all", recursive=True)
     remote = config_of(f"{bucket}/all")
-    [lines, table, text] = cut_sources(remote)
+    [lines, table, text] = cut_sources(remote.sources)
     assert min(len(lines), len(table), len(text)) > 3
     one, two = prepare(remote, tmp_path / "one", 1), prepare(remote, tmp_path / "two", 2)
     assert one == two

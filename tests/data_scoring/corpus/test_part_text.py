@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_scoring.base.files import checksum
 from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
+from data_scoring.corpus import prepare_corpus as preparing
 from data_scoring.corpus import sources
 from data_scoring.corpus.documents import Document
 from data_scoring.corpus.part_text import PartText
@@ -111,6 +113,37 @@ def test_what_was_read_is_not_read_again_after_a_kill(
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
 
 
+def test_a_kill_while_checksums_are_computed_costs_no_text(
+    texts: CorpusConfig, tmp_path: Path, read: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(path: Path) -> str:
+        if path.name == "samples.parquet":
+            raise KeyboardInterrupt
+        return checksum(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparing, "checksum", end)
+        prepare_corpus(texts, TOKENIZER, 5, tmp_path / "broken", "f", silent)
+    read.clear()
+    prepare_corpus(texts, TOKENIZER, 5, tmp_path / "broken", "f", silent)
+    assert read == {}
+    assert not (tmp_path / "broken" / "staging").exists()
+
+
+def test_bad_records_are_those_of_the_configuration_after_a_try_with_another_one(
+    texts: CorpusConfig, tmp_path: Path
+) -> None:
+    """The other one fails after it has listed its own."""
+    prepare_corpus(texts, TOKENIZER, 5, tmp_path / "unbroken", "f", silent)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(texts, TOKENIZER, 5, tmp_path / "broken", "f", end_at("writing shards"))
+    other = texts.model_copy(update={"sources": texts.sources[1:], "num_shards": 60_000})
+    with pytest.raises(ValueError, match="for 60000 shards"):
+        prepare_corpus(other, TOKENIZER, 5, tmp_path / "broken", "f", silent)
+    prepare_corpus(texts, TOKENIZER, 5, tmp_path / "broken", "f", silent)
+    assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
+
+
 @pytest.mark.parametrize("name", ["b.00000.text.arrow", "a.00000.tokens", "a.00000.digests", "a.00000.json"])
 def test_a_staged_file_that_is_damaged_is_not_used(texts: CorpusConfig, tmp_path: Path, name: str) -> None:
     prepare_corpus(texts, TOKENIZER, 5, tmp_path / "unbroken", "f", silent)
@@ -160,6 +193,21 @@ def test_a_source_that_has_changed_is_read_again(texts: CorpusConfig, tmp_path: 
     assert read == {"b.txt": 1500}
     (tmp_path / "b.txt").write_text("another\n\ntext")
     assert [document.text for document in documents_of(source, tmp_path)] == ["another", "text"]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_file_that_changes_while_it_is_read_is_an_error(texts: CorpusConfig, tmp_path: Path, kept: bool) -> None:
+    """Its parts would be of different text."""
+    source = texts.sources[1]
+    text = PartText(part_of(source), tmp_path, skip_bad=True)
+    with (tmp_path / "b.txt").open("a") as file:
+        file.write("more")
+    with pytest.raises(ValueError, match=rf"corpus\.sources\.b\.path: '{tmp_path}/b\.txt' changed while it was read"):
+        text.keep(1000, 10**6, 1, lambda done: None) if kept else list(text.documents(tmp_path / "rejects"))
+    assert not (tmp_path / "b.00000.text.json").exists()
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(ValueError, match=rf"corpus\.sources\.b\.path: '{tmp_path}/b\.txt' cannot be read"):
+        list(text.documents(tmp_path / "rejects"))
 
 
 def test_kept_text_is_compressed_and_bad_records_are_listed_again(texts: CorpusConfig, tmp_path: Path) -> None:

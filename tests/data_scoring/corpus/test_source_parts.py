@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,8 +12,8 @@ import pytest
 
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.documents import Document
-from data_scoring.corpus.source_parts import SourcePart, cut_source, part_bytes
-from data_scoring.corpus.sources import list_files, locate_documents, read_pieces
+from data_scoring.corpus.source_parts import Piece, SourcePart, cut_source, part_bytes
+from data_scoring.corpus.sources import count_before, list_files, locate_documents, read_pieces
 from tests.conftest import make_documents
 
 Bad = list[tuple[str, int, str]]
@@ -158,3 +159,16 @@ def test_the_size_of_parts_follows_the_text() -> None:
     assert part_bytes(0) == part_bytes(10**9) == 16 << 20
     assert 10**13 / part_bytes(10**13) < 10_000
     assert part_bytes(10**15) == 1 << 30
+
+
+@pytest.mark.parametrize("unit", ["line", "paragraph"])
+def test_what_is_before_a_stretch_is_counted_in_little_memory(tmp_path: Path, unit: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a line\nand another one\n\n" * 1_600_000)
+    size = path.stat().st_size
+    tracemalloc.start()
+    count = count_before(Piece(str(path), size // 2 + 1, None), unit)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == (800_001 if unit == "paragraph" else 2_400_001)
+    assert peak < size / 3

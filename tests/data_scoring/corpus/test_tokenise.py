@@ -109,6 +109,15 @@ def test_lost_characters_are_counted_told_and_an_error_above_a_tenth(kind: str, 
         prepare(tmp_path / "other", [*documents[:2], "北京市" * 40], path)
 
 
+def test_the_wrong_tokenizer_is_noticed_before_the_next_source_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "北京市" * 40}))
+    (tmp_path / "b.jsonl").write_text("no JSON")
+    sources = [{"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in "ab"]
+    tokenizer = TokenizerConfig(path=str(make_kind("sp-bpe", tmp_path)))
+    with pytest.raises(ValueError, match=r"corpus\.sources\.a: .* cannot represent 120 of its 120 characters"):
+        prepare_corpus(CorpusConfig.model_validate({"sources": sources}), tokenizer, 5, tmp_path / "c", "f", silent)
+
+
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "sp-bpe-bytes"])
 def test_a_corpus_without_lost_characters_has_the_manifest_that_it_had(kind: str, tmp_path: Path) -> None:
     corpus = prepare(tmp_path, [*make_documents(40), "北京市 🦄"], make_kind(kind, tmp_path))
