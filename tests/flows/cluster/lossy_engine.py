@@ -1,7 +1,5 @@
-"""An engine on a Ray cluster that loses, in each map, a node in the middle of its work, and a process at its end."""
+"""An engine on a Ray cluster that loses a node at work in each map."""
 
-import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -24,12 +22,21 @@ def open_on(cluster: RayCluster, folder: Path) -> Engine:
 class LossyEngine(Engine):
     """Works on a cluster of `num_nodes` nodes, of which each map loses one; another one takes its place.
 
+    In turn, the node is lost while it writes a file, in the first map if `in_writing`, and after all work on a part.
     No task runs on the head, which must not be lost. folder: for files of its own. num_maps: with losses, the first
     ones; None: all. num_parts: the number of parts of each map.
     """
 
-    def __init__(self, cluster: RayCluster, folder: Path, num_nodes: int = 3, num_maps: int | None = None) -> None:
-        self._cluster, self._folder, self._num_nodes, self._num_maps = cluster, folder, num_nodes, num_maps
+    def __init__(
+        self,
+        cluster: RayCluster,
+        folder: Path,
+        in_writing: bool = True,
+        num_nodes: int = 3,
+        num_maps: int | None = None,
+    ) -> None:
+        self._cluster, self._folder, self._in_writing = cluster, folder, in_writing
+        self._num_nodes, self._num_maps = num_nodes, num_maps
         self.num_parts: list[int] = []
 
     def __enter__(self) -> "LossyEngine":
@@ -59,25 +66,24 @@ class LossyEngine(Engine):
         return self._engine.num_workers(num_parts, is_long)
 
     def map(self, work: Work[Any, Any], parts: Sequence[Any], report: Count, is_long: bool = True) -> Iterator[Any]:
-        """Yield the result of each part; assert that a node and a process were lost."""
+        """Yield the result of each part; assert that a node was lost."""
         self.num_parts.append(len(parts))
         if self._num_maps is not None and len(self.num_parts) > self._num_maps:
             yield from self._engine.map(work, parts, report, is_long)
             return
-        marks = self._folder / f"map-{len(self.num_parts)}"
-        marks.mkdir()
+        mark, waits = (self._folder / f"{name}-{len(self.num_parts)}" for name in ("map", "waits"))
         lost: list[str] = []
 
         def kill(units: int) -> None:
-            if not lost and (marks / "waits").exists():
-                lost.append((marks / "waits").read_text())
+            if not lost and waits.exists():
+                lost.append(waits.read_text())
                 self._cluster.kill(lost[0])
                 self._cluster.resize(self._num_nodes)
             report(units)
 
-        yield from self._engine.map(partial(_work_until_lost, marks, work), parts, kill, is_long)
+        in_writing = (len(self.num_parts) % 2 == 1) == self._in_writing
+        yield from self._engine.map(partial(_work_until_lost, mark, waits, in_writing, work), parts, kill, is_long)
         assert lost
-        assert (marks / "process").exists()
 
 
 class _Other:
@@ -87,32 +93,24 @@ class _Other:
         pass
 
 
-def _work_until_lost(marks: Path, work: Work[Any, Any], part: Any, count: Count) -> Any:
-    """Return the result of a part, unless this is the attempt whose node, or whose process, is to be lost."""
-    if _is_first(marks / "node"):
-        # A file that it writes stays under its temporary name.
-        data_scoring.base.files.commit = partial(_wait_to_be_killed, marks)
-        work(part, count)
-        _wait_to_be_killed(marks)
-    result = work(part, count)
-    if _is_first(marks / "process"):
-        # What it wrote is there, but nobody has its result.
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-
-
-def _is_first(mark: Path) -> bool:
+def _work_until_lost(mark: Path, waits: Path, in_writing: bool, work: Work[Any, Any], part: Any, count: Count) -> Any:
+    """Return the result of a part, unless this is the first attempt at any, whose node is to be lost."""
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:
-        return False
-    return True
+        return work(part, count)
+    if in_writing:
+        # The file stays under its temporary name.
+        data_scoring.base.files.commit = partial(_wait_to_be_killed, waits)
+    work(part, count)
+    _wait_to_be_killed(waits)
 
 
-def _wait_to_be_killed(marks: Path, *_: Path) -> NoReturn:
+def _wait_to_be_killed(waits: Path, *_: Path) -> NoReturn:
     import ray
 
-    (marks / "is-ready").write_text(ray.get_runtime_context().get_node_id())
-    (marks / "is-ready").rename(marks / "waits")
+    temporary = waits.with_suffix(".tmp")
+    temporary.write_text(ray.get_runtime_context().get_node_id())
+    temporary.rename(waits)
     while True:
         time.sleep(1)

@@ -64,7 +64,7 @@ def prepare_in_place(inputs: Inputs, folder: Path, engine: Engine) -> None:
 
 
 def find_near_duplicates(inputs: Inputs, folder: Path, engine: Engine) -> None:
-    write_near_duplicates(inputs.repetitive, 0.6, folder / "near.parquet", 1.0, engine, silent)
+    write_near_duplicates(inputs.repetitive, 0.8, folder / "near.parquet", 1.0, engine, silent)
 
 
 def find_contamination(inputs: Inputs, folder: Path, engine: Engine) -> None:
@@ -124,7 +124,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Corpus) -> Inp
 @pytest.fixture(autouse=True)
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have little data cut into many parts, which is done in this process, and know a policy that was added here."""
-    monkeypatch.setattr(source_parts, "_SMALLEST_PART_BYTES", 4000)
+    monkeypatch.setattr(source_parts, "_SMALLEST_PART_BYTES", 12_000)
     monkeypatch.setattr(overlaps, "_PART_TOKENS", 2000)
     monkeypatch.setattr(token_counts, "_LEAST_TOKENS", 20 * 32)
     cut_finely(monkeypatch)
@@ -174,12 +174,20 @@ def test_processes_and_nodes_change_nothing(
     assert written(name, inputs, tmp_path / "there", open_any(tmp_path)) == here
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    ("name", "in_writing"),
+    [*((name, True) for name in STEPS), ("counts of a corpus", False), ("counts of a source", False)],
+)
 def test_a_node_that_is_lost_in_each_map_changes_nothing_and_leaves_nothing(
-    joined: RayCluster, name: str, inputs: Inputs, tmp_path: Path, expected: dict[str, dict[str, bytes]]
+    joined: RayCluster,
+    name: str,
+    in_writing: bool,
+    inputs: Inputs,
+    tmp_path: Path,
+    expected: dict[str, dict[str, bytes]],
 ) -> None:
     here = written_here(name, inputs, tmp_path / "here", expected)
-    engine = LossyEngine(joined, tmp_path / "marks")
+    engine = LossyEngine(joined, tmp_path / "marks", in_writing)
     files = written(name, inputs, tmp_path / "there", engine)
     assert max(engine.num_parts) > 2
     assert not [path for path in files if "/." in f"/{path}"]
