@@ -13,6 +13,8 @@ from flows.cluster.engines import open_engine
 from flows.run.config import EngineConfig
 from tests.ray_cluster import RayCluster
 
+_NUM_NODES = 3
+
 
 def open_on(cluster: RayCluster, folder: Path) -> Engine:
     """Return the engine of a run in `folder` on the cluster."""
@@ -20,23 +22,15 @@ def open_on(cluster: RayCluster, folder: Path) -> Engine:
 
 
 class LossyEngine(Engine):
-    """Works on a cluster of `num_nodes` nodes, of which each map loses one; another one takes its place.
+    """Works on a cluster of three nodes, of which each map loses one; another one takes its place.
 
     In turn, the node is lost while it writes a file, in the first map if `in_writing`, and after all work on a part.
     No task runs on the head, which must not be lost. folder: for files of its own. num_maps: with losses, the first
     ones; None: all. num_parts: the number of parts of each map.
     """
 
-    def __init__(
-        self,
-        cluster: RayCluster,
-        folder: Path,
-        in_writing: bool = True,
-        num_nodes: int = 3,
-        num_maps: int | None = None,
-    ) -> None:
-        self._cluster, self._folder, self._in_writing = cluster, folder, in_writing
-        self._num_nodes, self._num_maps = num_nodes, num_maps
+    def __init__(self, cluster: RayCluster, folder: Path, in_writing: bool = True, num_maps: int | None = None) -> None:
+        self._cluster, self._folder, self._in_writing, self._num_maps = cluster, folder, in_writing, num_maps
         self.num_parts: list[int] = []
 
     def __enter__(self) -> "LossyEngine":
@@ -45,7 +39,7 @@ class LossyEngine(Engine):
         from flows.cluster.nodes import on_node
 
         self._folder.mkdir(parents=True)
-        self._cluster.resize(self._num_nodes)
+        self._cluster.resize(_NUM_NODES)
         self._engine = open_on(self._cluster, self._folder)
         # The engine's check of the nodes takes no CPU, and its tasks take one.
         on_head = on_node(self._cluster.head_id)
@@ -78,7 +72,7 @@ class LossyEngine(Engine):
             if not lost and waits.exists():
                 lost.append(waits.read_text())
                 self._cluster.kill(lost[0])
-                self._cluster.resize(self._num_nodes)
+                self._cluster.resize(_NUM_NODES)
             report(units)
 
         in_writing = (len(self.num_parts) % 2 == 1) == self._in_writing
