@@ -34,6 +34,11 @@ class RayCluster:
         return str(self._cluster.address)
 
     @property
+    def head_id(self) -> str:
+        """The identity of the head."""
+        return str(self._cluster.head_node.node_id)
+
+    @property
     def num_nodes(self) -> int:
         """The number of nodes that run, with the head."""
         return 1 + len(self._others)
@@ -52,6 +57,11 @@ class RayCluster:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
+
+    def kill(self, node_id: str) -> None:
+        """Kill the node with this identity, which is not the head."""
+        [node] = [node for node in self._others if node.node_id == node_id]
+        self.kill_node(node)
 
     def kill_newest(self) -> None:
         """Kill the node that was added last."""

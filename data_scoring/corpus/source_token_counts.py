@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_scoring.base.engine import Count, Engine, reporting
-from data_scoring.base.files import fingerprint, writing
+from data_scoring.base.files import fingerprint, remove_leftovers, writing
 from data_scoring.base.progress import Progress
 from data_scoring.base.read_ahead import read_ahead
 from data_scoring.config import SourceConfig
@@ -63,7 +63,10 @@ def count_sources(
     work = partial(count_part, folder=folder, tokenizer=tokenizer, skip_bad=skip_bad)
     is_long = sum(part.num_bytes for part in every) > LONG_BYTES
     results = engine.map(work, every, reporting(progress, "counting tokens (documents)"), is_long)
-    return [_sum(source, results, tokenizer, folder, skip_bad) for source in parts]
+    counts = [_sum(source, results, tokenizer, folder, skip_bad) for source in parts]
+    # Left by workers that were lost.
+    remove_leftovers(folder)
+    return counts
 
 
 def _sum(

@@ -12,7 +12,7 @@ import pyarrow.dataset
 from numpy.typing import NDArray
 
 from data_scoring.base.engine import Count, Engine, num_threads
-from data_scoring.base.files import fingerprint, writing
+from data_scoring.base.files import fingerprint, remove_leftovers, writing
 from data_scoring.base.progress import Progress
 from data_scoring.base.sql import literal, parquet_rows
 from data_scoring.corpus.corpus import Corpus
@@ -99,6 +99,8 @@ def count_corpus(
         _write_counts(path, identity, counts, num_samples, is_complete=True)
         for stretch in stretches:
             _stretch_path(folder, identity, stretch).unlink(missing_ok=True)
+        # Left by workers that were lost.
+        remove_leftovers(folder, path.stem)
     counts[:, end_of_document] = 0
     return [SourceCounts(name, row) for name, row in zip(names, counts, strict=True)]
 

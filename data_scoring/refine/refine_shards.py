@@ -74,6 +74,8 @@ def refine(draw: Draw, fingerprint: str, engine: Engine, progress: Progress) -> 
         for shard, digest in zip(missing, engine.map(work, missing, report, draw.is_long), strict=True):
             checksums[paths[shard].name] = digest
             write_record(record_path, record)
+    # Workers that were lost leave files, too.
+    remove_leftovers(draw.target / "selection")
 
 
 @contextmanager

@@ -145,7 +145,12 @@ def random_text(generator: random.Random, least: int, most: int) -> str:
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReadingOrder, list[list[str]]]:
     """A corpus of two sources of random words, in which many n-grams come again, with the text that it holds."""
-    folder, generator = tmp_path_factory.mktemp("noisy"), random.Random(0)
+    return prepare_noisy(tmp_path_factory.mktemp("noisy"))
+
+
+def prepare_noisy(folder: Path) -> tuple[ReadingOrder, list[list[str]]]:
+    """Return a corpus of two sources in `folder`, in which many n-grams come again, with the text that it holds."""
+    generator = random.Random(0)
     common = random_text(generator, 12, 12)
     texts = [[f"{n} {random_text(generator, 20, 300)}" for n in range(count)] for count in (40, 25)]
     texts = [[f"{text} {common}" if n % 3 == 0 else text for n, text in enumerate(part)] for part in texts]

@@ -39,7 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def facts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("facts")
+    return write_facts(tmp_path_factory.mktemp("facts"))
+
+
+def write_facts(folder: Path) -> Path:
+    """Write what refining reads into `folder`, and return it."""
     facts = Facts(folder)
     for name, chosen in (("near", slice(None, None, 7)), ("listed", slice(None, None, 11))):
         columns = {"shard": facts.shard[chosen].astype(np.int32), "sample": facts.sample[chosen].astype(np.int32)}

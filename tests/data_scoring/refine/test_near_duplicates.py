@@ -30,7 +30,11 @@ def runs(corpus: Corpus, shard: int, sample: int) -> set[tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def repetitive(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """A corpus whose text comes again and again, a little changed."""
-    folder = tmp_path_factory.mktemp("repetitive")
+    return prepare_repetitive(tmp_path_factory.mktemp("repetitive"))
+
+
+def prepare_repetitive(folder: Path) -> Corpus:
+    """Return a corpus in `folder` whose text comes again and again, a little changed."""
     generator = np.random.default_rng(0)
     alphabet = np.array(list("abcdefghijklmnop"))
     first = "".join(generator.choice(alphabet, 64 * 40))

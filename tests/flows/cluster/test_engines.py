@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,13 @@ from typing import Any
 import pytest
 
 from data_scoring.base.engine import Engine
-from flows.cluster.connection import connected
 from flows.cluster.engines import open_engine
 from flows.run.config import EngineConfig
 from tests.engine_work import beat, begin_and_sleep, die, die_once, fail, square
+from tests.flows.cluster.lossy_engine import open_on
 from tests.ray_cluster import RayCluster
 
 OpenEngine = Callable[[], Engine]
-
-
-def open_on(cluster: RayCluster, folder: Path) -> Engine:
-    return open_engine(EngineConfig(kind="ray", address=cluster.address), folder)
-
-
-@pytest.fixture(scope="module")
-def joined(cluster: RayCluster) -> Iterator[RayCluster]:
-    """The cluster, to which this process stays connected, as with several trials at the same time."""
-    with connected(cluster.address, "engine"):
-        yield cluster
 
 
 @pytest.fixture(params=["process", "2 processes", "1 node", "2 nodes", "3 nodes"], scope="module")
