@@ -45,7 +45,12 @@ class RayLauncher(Launcher):
             pass
 
     def plan(self, command: Sequence[str]) -> str:
-        """Return a RayJob, for KubeRay, whose driver is `command`."""
+        """Return a RayJob, for KubeRay, whose driver is `command`. Raises ValueError if that has another cluster."""
+        if self.config.address not in (None, "auto"):
+            raise ValueError(
+                f"launch.address: {self.config.address}, but a dry run prints a RayJob, whose driver is on the job's "
+                "own cluster; set auto, and engine.address, too"
+            )
         return ray_job(command, self.run_folder.absolute(), self.config.nodes, self._bundle)
 
     def start(self) -> None:

@@ -13,7 +13,7 @@ import psutil
 from prefect.settings import get_current_settings
 
 from data_scoring.corpus.sources import check_source
-from flows.cluster.engines import check_engine
+from flows.cluster.engines import check_cluster
 from flows.launch.job_fields import device_kind
 from flows.launch.launcher import check, launcher_class
 from flows.planning.plan import num_checkpoints
@@ -124,7 +124,7 @@ def _run(config: RunConfig, assumed: Hardware | None) -> Iterator[Finding]:
         devices = f"{hosts}: {assumed.describe()}, assumed"
         yield _checked("processes", devices, lambda: _check_assumed(config, assumed))
     if config.engine.kind == "ray":
-        yield _checked("engine", f"engine.kind ray: {config.engine.address}", lambda: check_engine(config.engine))
+        yield _checked("engine", f"engine.kind ray: {config.engine.address}", lambda: check_cluster(config.engine))
     yield _checked("layers", f"model.layers {config.model.layers}", lambda: check_layers(config.model.layers))
     yield _kernels(config, _kind(config) if assumed is None else assumed.kind)
     yield _checked("tokenizer", "tokenizer and vocabulary", lambda: _check_tokenizer(config))

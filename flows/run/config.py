@@ -306,6 +306,7 @@ class RunConfig(Config):
             )
         self._check_budget()
         self._check_track()
+        self._check_address()
         names = [source.name for source in self.corpus.sources]
         for rule in self.refine.sources:
             if rule.name not in names:
@@ -331,6 +332,15 @@ class RunConfig(Config):
                 "set cuda, npu or cpu"
             )
         return self
+
+    def _check_address(self) -> None:
+        """Raise ValueError if engine and launcher name different Ray clusters."""
+        address = self.launch.address or "auto"
+        if self.engine.kind == self.launch.kind == "ray" and address != self.engine.address:
+            raise ValueError(
+                f"launch.address: {address}, but engine.address is {self.engine.address}, and a process connects to "
+                "one Ray cluster; set the same"
+            )
 
     def _check_track(self) -> None:
         names = [tracker.name for tracker in self.track]

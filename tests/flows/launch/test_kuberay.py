@@ -64,3 +64,12 @@ def test_a_node_with_fewer_devices_than_ranks_is_refused(tmp_path: Path, capsys:
     assert main(["run", config, "--dry-run", "--set", "device=cuda", "--set", launch]) == 1
     error = "error: launch.resources: GPU 1 is less than the 2 ranks of a node; raise it, or launch.nodes\n"
     assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize("section", ["launch", "engine"])
+def test_the_driver_is_on_the_cluster_of_its_job(capsys: pytest.CaptureFixture[str], section: str) -> None:
+    overrides = [*DEMO, "--set", f"{section}.address=local"]
+    assert main(["run", str(ROOT / "configs" / "demo.yaml"), "--dry-run", *overrides]) == 1
+    assert capsys.readouterr().err.startswith("error: launch.address: local, but a dry run prints a RayJob, ")
+    overrides += ["--set", "launch.address=auto", "--set", "engine.address=auto"]
+    assert main(["run", str(ROOT / "configs" / "demo.yaml"), "--dry-run", *overrides]) == 0

@@ -41,7 +41,8 @@ def test_nodes_of_a_kind_are_counted() -> None:
     ("engine", "launch", "address"),
     [
         ({"kind": "ray", "address": "node1:6379"}, {}, "node1:6379"),
-        ({"kind": "ray", "address": "node1:6379"}, {"address": "auto"}, "auto"),
+        ({"kind": "ray", "address": "local"}, {"address": "local"}, "local"),
+        ({"address": "node1:6379"}, {"address": "auto"}, "auto"),
         ({"kind": "ray"}, {}, None),
     ],
 )
@@ -51,3 +52,13 @@ def test_the_launch_is_on_the_cluster_of_the_engine(
     sections = {"device": "cpu", "engine": engine, "launch": {"kind": "ray", **launch}}
     config = parse_config({**values(write_texts(tmp_path), tmp_path), **sections}, "test")
     assert config.launch.address == address
+
+
+@pytest.mark.parametrize(
+    ("engine", "launch"), [("auto", "node1:6379"), ("node1:6379", "auto"), ("auto", "local"), ("local", "auto")]
+)
+def test_engine_and_launch_are_on_one_cluster(tmp_path: Path, engine: str, launch: str) -> None:
+    """Ranks that end still use their connection when refining asks for one."""
+    given = {"engine": {"kind": "ray", "address": engine}, "launch": {"kind": "ray", "address": launch}}
+    with pytest.raises(ValueError, match=f"launch.address: {launch}, but engine.address is {engine}, .*; set the same"):
+        parse_config({**values(write_texts(tmp_path), tmp_path), "device": "cpu", **given}, "test")

@@ -120,3 +120,11 @@ def test_an_engine_that_is_not_installed_is_missing(machine: list[int], monkeypa
     monkeypatch.setitem(sys.modules, "ray", None)
     state, text = line(config, "engine.kind: ray is not installed")
     assert (state, text.endswith("`pip install 'reprise-lm[ray]'`")) == ("missing", True)
+
+
+def test_an_engine_whose_cluster_does_not_answer_is_missing(machine: list[int]) -> None:
+    pytest.importorskip("ray")
+    # Nobody listens on the discard port.
+    config = configured(engine={"kind": "ray", "address": "127.0.0.1:9"})
+    state, text = line(config, "engine.address: 127.0.0.1:9: no Ray cluster answers")
+    assert (state, text.endswith("or set local")) == ("missing", True)
