@@ -78,7 +78,13 @@ def connect(address: str, field: str) -> None:
             if _is_ours:
                 if address != "local":
                     _check_answer(address, field)
-                _initialize(address)
+                try:
+                    _initialize(address)
+                except (ConnectionError, RuntimeError) as error:
+                    reason = " ".join(str(error).split())
+                    raise ValueError(
+                        f"{field}.address: {address}: Ray does not start or connect ({reason}); see its logs in /tmp/ray"
+                    ) from None
             _address = address
         elif address != _address:
             raise ValueError(f"{field}.address: {address}, but this process is connected to {_address}; set the same")

@@ -16,6 +16,8 @@ from flows.cluster.nodes import Node, check_nodes, list_nodes, on_node, one_line
 
 _SECONDS_BETWEEN_REPORTS = 0.5
 _SECONDS_TO_END = 20
+# How long the last node may have been lost before another one joins.
+_SECONDS_WITHOUT_NODES = 600.0
 # How often a task is started again whose process or node is lost.
 _MAX_RETRIES = 5
 # Tasks that are submitted but not done, for each that can run: no CPU waits for the driver.
@@ -60,11 +62,19 @@ class RayEngine(Engine):
             return
         self._tasks = tasks = _Tasks(work, parts, self._cpus)
         outcomes: dict[int, _Outcome] = {}
-        next_report = 0.0
+        next_report, last_slots = 0.0, time.monotonic()
         try:
             for number in range(len(parts)):
                 while number not in outcomes:
-                    tasks.submit(_TASKS_PER_SLOT * max(1, sum(map(self._num_slots, list_nodes()))))
+                    num_slots = sum(map(self._num_slots, list_nodes()))
+                    last_slots = time.monotonic() if num_slots else last_slots
+                    if time.monotonic() - last_slots > _SECONDS_WITHOUT_NODES:
+                        raise ValueError(
+                            f"engine.cpus_per_task: no node of the Ray cluster has had {self._cpus} CPUs for "
+                            f"{_SECONDS_WITHOUT_NODES / 60:g} minutes; add nodes and run the same command again: "
+                            "completed work is kept"
+                        )
+                    tasks.submit(_TASKS_PER_SLOT * max(1, num_slots))
                     outcomes.update(tasks.wait(_SECONDS_BETWEEN_REPORTS))
                     if time.monotonic() >= next_report:
                         report(tasks.count())

@@ -31,6 +31,7 @@ class NodeGroup:
         self._hosts: list[Any] = []
         # References to what the actors were asked.
         self._asked: list[Any] = []
+        self._is_starting = False
 
     def is_reserved(self) -> bool:
         """Return whether the nodes are reserved."""
@@ -67,6 +68,7 @@ class NodeGroup:
             self._hosts.append(actor.options(scheduling_strategy=place).remote(Path.cwd(), variables))
         first = replace(rendezvous, endpoint="127.0.0.1" if self._num_nodes == 1 else self._nodes[0].address)
         port = self._hosts[0].free_port.remote()
+        self._is_starting = True
         self._asked = [
             host.start.remote(job_path, first, port, number == 0, interface, log)
             for number, (host, log) in enumerate(zip(self._hosts, logs, strict=True))
@@ -85,7 +87,7 @@ class NodeGroup:
             # Ray may wait for another node to start an actor that has not started yet.
             self._check_presence()
         else:
-            self._asked = []
+            self._asked, self._is_starting = [], False
         failed = [code for code in codes if code]
         if failed:
             return failed[0]
@@ -112,7 +114,12 @@ class NodeGroup:
         node = self._nodes[self._asked.index(reference)]
         try:
             code: int | None = ray.get(reference)
-        except ActorUnavailableError:
+        except ActorUnavailableError as error:
+            if self._is_starting:
+                # Nobody knows whether it has started its ranks.
+                raise RanksFailedError(
+                    f"node {node.address} of the Ray cluster does not answer: {one_line(error)}"
+                ) from None
             # The connection may come back; if not, Ray says that the actor has died.
             return None
         except RayActorError as error:

@@ -117,6 +117,28 @@ def test_a_node_lost_during_the_work_costs_its_running_parts_alone(joined: RayCl
     assert len(list(tmp_path.glob("*-*"))) == 9
 
 
+def test_a_cluster_that_has_lost_all_nodes_that_fit_is_one_line(
+    joined: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.cluster.ray_engine._SECONDS_WITHOUT_NODES", 1.0)
+    joined.resize(1)
+    large = joined.add_node(num_cpus=2)
+    killed: list[int] = []
+
+    def report(units: int) -> None:
+        if not killed and [*tmp_path.glob("*-*")]:
+            killed.append(units)
+            joined.kill_node(large)
+
+    config = EngineConfig(kind="ray", address=joined.address, cpus_per_task=2)
+    with (
+        open_engine(config, tmp_path) as engine,
+        pytest.raises(ValueError, match=r"^engine\.cpus_per_task: no node of the Ray cluster has had 2 CPUs") as caught,
+    ):
+        list(engine.map(partial(begin_and_sleep, tmp_path), range(8), report))
+    assert "\n" not in str(caught.value)
+
+
 def test_the_loss_of_the_progress_loses_no_work(joined: RayCluster, tmp_path: Path) -> None:
     import ray
 
