@@ -83,7 +83,7 @@ def connect(address: str, field: str) -> None:
                 except (ConnectionError, RuntimeError) as error:
                     reason = " ".join(str(error).split())
                     raise ValueError(
-                        f"{field}.address: {address}: Ray does not start or connect ({reason}); see its logs in /tmp/ray"
+                        f"{field}.address: {address}: Ray does not connect ({reason}); see its logs in /tmp/ray"
                     ) from None
             _address = address
         elif address != _address:
