@@ -179,4 +179,5 @@ def remove_leftovers(folder: Path, name: str = "", besides: Iterable[str] = ()) 
     for pattern in (f".{name}*.tmp", f".{name}*.tmp.wal"):
         for leftover in folder.glob(pattern):
             if not leftover.is_dir() and not leftover.name.startswith(kept):
-                leftover.unlink()
+                # A task that is done twice may just have renamed it.
+                leftover.unlink(missing_ok=True)

@@ -68,7 +68,7 @@ def test_all_stages_leave_the_same_files_though_each_loses_a_node(
     monkeypatch.setattr(source_parts, "_SMALLEST_PART_BYTES", 8000)
     sections: dict[str, Any] = {
         "eval": {"tasks": ["piqa"], "data": str(texts / "items"), "contamination": "remove"},
-        "refine": {"near_duplicates": 0.95, "within": "part"},
+        "refine": {"near_duplicates": 0.8, "within": "part"},
         "rounds": {"num_rounds": 2},
     }
     here = trained(config_of(tmp_path / "here", texts=texts, **sections))
@@ -87,7 +87,7 @@ def test_all_stages_leave_the_same_files_though_each_loses_a_node(
     assert all(each.num_parts[0] > 1 for each in engines)
     # What is compared is there at all.
     assert read_rows(here.corpus_folder / "contamination.parquet", "shard", "sample")
-    assert read_rows(here.corpus_folder / "near-duplicates-0.95.parquet", "shard", "sample")
+    assert read_rows(here.corpus_folder / "near-duplicates-0.8.parquet", "shard", "sample")
     expected, files = files_of(here), files_of(there)
     assert {name for name in files.keys() | expected.keys() if files.get(name) != expected.get(name)} == set()
     assert {"corpus/manifest.json", "rounds/2/selection/shard=0001.parquet", "rounds/2/mix.parquet"} <= files.keys()
