@@ -206,7 +206,7 @@ except ValueError as error:
 
 
 def test_without_ray_all_other_modules_are_imported_and_the_engine_says_what_to_install() -> None:
-    needs_ray = ["flows.cluster.ray_engine", "flows.cluster.nodes"]
+    needs_ray = ["flows.cluster.ray_engine", "flows.cluster.nodes", "flows.launch.ray_nodes"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WITHOUT_RAY, *needs_ray], check=False, capture_output=True, text=True
     )
