@@ -112,11 +112,12 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(cluster: RayCluster, t
 
 
 def test_a_node_with_another_version_of_reprise_is_named(cluster: RayCluster, tmp_path: Path) -> None:
-    information = tmp_path / "installed" / "reprise_lm-9.9.dist-info"
-    information.mkdir(parents=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: reprise-lm\nVersion: 9.9\n")
+    # A checkout's own metadata would come before that of an installed package.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata\nimportlib.metadata.version = lambda name: '9.9'\n"
+    )
     cluster.resize(1)
-    path = os.pathsep.join([str(information.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     node = cluster.add_node(env_vars={"PYTHONPATH": path})
     try:
         line = (
