@@ -35,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
         remove_leftover_views(folder / "ledger.duckdb")
         with report_locked(folder):
             pass
-        for place in (*rounds, folder / "evaluation"):
+        for place in (*rounds, folder / "evaluation", folder / "corpus"):
             remove_leftovers(place)
         yield
     finally:
