@@ -10,6 +10,8 @@ GIB = 1 << 30
 LIBRARY_BYTES = GIB
 # Share of a device's memory that plans leave to fragmentation in the allocator.
 UNUSED_SHARE = 0.04
+# What the schedulers of clusters call a device of each kind.
+SCHEDULER_NAMES = {"cuda": "GPU", "npu": "NPU"}
 _ASSUMED = re.compile(r"(?:([1-9][0-9]{0,4})x)?([1-9][0-9]{0,3})x([a-z0-9-]+)", re.IGNORECASE)
 
 

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.run.config import LaunchConfig
+from trainer.hardware import SCHEDULER_NAMES
 
-# Ray's name for a device of each kind.
-_DEVICES = {"cuda": "GPU", "npu": "NPU"}
 # Resources that are arguments of their own of Ray's actors.
 _ARGUMENTS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
 
@@ -22,7 +21,7 @@ def bundle_of(launch: LaunchConfig, device: str, num_ranks: int) -> dict[str, fl
     for name, value in bundle.items():
         if value > 1 and value % 1:
             raise ValueError(f"launch.resources: {name} {value:g} is more than 1 and no whole number; round it")
-    devices = _DEVICES.get(device)
+    devices = SCHEDULER_NAMES.get(device)
     if devices is not None and bundle.setdefault(devices, here) < here:
         raise ValueError(
             f"launch.resources: {devices} {bundle[devices]:g} is less than the {here} ranks of a node; raise it, or "
@@ -50,7 +49,7 @@ def describe(num_nodes: int, bundle: Mapping[str, float]) -> str:
 
 def describe_all(nodes: Sequence[Mapping[str, float]], bundle: Mapping[str, float]) -> str:
     """Return what nodes have of the resources of `bundle`, and of CPUs and devices, in words."""
-    names = {"CPU", *_DEVICES.values(), *bundle}
+    names = {"CPU", *SCHEDULER_NAMES.values(), *bundle}
     kinds = Counter(tuple((name, node[name]) for name in sorted(names & node.keys())) for node in nodes)
     # A head node often has none, so that only the driver works there.
     del kinds[()]
