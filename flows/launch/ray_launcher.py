@@ -117,12 +117,17 @@ class RayLauncher(Launcher):
 
     def _check_room(self, nodes: "NodeGroup", now: float) -> None:
         """Raise ValueError if the cluster has not had such nodes for too long; those that others hold count."""
-        found = nodes.shortage()
+        found, wanted = nodes.shortage(), describe(self.config.nodes, self._bundle)
         if found is None:
             self._last_fit = now
+        elif self.config.address == "local":
+            # No node joins a cluster that nothing outside reaches.
+            raise ValueError(
+                f"launch.resources: {wanted} is more than this host's {found}; lower launch.nodes, or set "
+                "launch.resources, such as {CPU: 1}"
+            )
         elif now - self._last_fit > 60 * self.config.join_minutes:
             raise ValueError(
-                f"launch.resources: the Ray cluster has not had {describe(self.config.nodes, self._bundle)} for "
-                f"launch.join_minutes {self.config.join_minutes:g}; it has {found}; lower launch.nodes or "
-                "launch.resources, or add nodes"
+                f"launch.resources: the Ray cluster has not had {wanted} for launch.join_minutes "
+                f"{self.config.join_minutes:g}; it has {found}; lower launch.nodes or launch.resources, or add nodes"
             )

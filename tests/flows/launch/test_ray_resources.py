@@ -1,10 +1,12 @@
 """What a launch on Ray asks of a node, and of which cluster."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flows.launch.ray_launcher import RayLauncher
 from flows.launch.ray_resources import bundle_of, describe_all
 from flows.run.config import LaunchConfig, parse_config
 from tests.flows.fakes import values, write_texts
@@ -62,3 +64,13 @@ def test_engine_and_launch_are_on_one_cluster(tmp_path: Path, engine: str, launc
     given = {"engine": {"kind": "ray", "address": engine}, "launch": {"kind": "ray", "address": launch}}
     with pytest.raises(ValueError, match=f"launch.address: {launch}, but engine.address is {engine}, .*; set the same"):
         parse_config({**values(write_texts(tmp_path), tmp_path), "device": "cpu", **given}, "test")
+
+
+def test_a_cluster_of_this_host_alone_is_not_waited_for(tmp_path: Path) -> None:
+    """No node joins it, so what it lacks it will always lack."""
+    job: Any = SimpleNamespace(device="cpu", parallel=SimpleNamespace(world_size=4))
+    launcher = RayLauncher(job, "train-1", tmp_path, LaunchConfig(kind="ray", address="local"))
+    nodes: Any = SimpleNamespace(is_reserved=lambda: False, shortage=lambda: "1 node with CPU 2")
+    launcher._nodes = nodes
+    with pytest.raises(ValueError, match=r"^launch\.resources: 1 node with CPU 4 is more than this host's 1 node with"):
+        launcher.poll()
