@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -289,48 +290,62 @@ class FlowProgress:
             client.set_flow_run_state(self._id, Running(message="The run is still running."), force=True)
 
 
+@dataclass
+class _TaskProgress:
+    """The progress of one task: percent and line, as noted and as last sent, and the artifact that shows it."""
+
+    key: str
+    task: UUID
+    noted: tuple[float, str] = (0.0, "")
+    sent: tuple[float, str] | None = None
+    artifact: UUID | None = None
+
+
 class _ProgressArtifact:
-    """The progress of the running task, one artifact per task, sent when it has changed."""
+    """The progress of the running task, one artifact per task, sent when it has changed.
+
+    The last progress of a task is sent, too, if the next one has begun meanwhile.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pace = Pace()
-        self._key = ""
-        self._task: UUID | None = None
-        self._artifact: UUID | None = None
-        self._percent, self._line = 0.0, ""
-        self._sent: tuple[float, str] | None = None
+        # The last one is of the running task.
+        self._tasks: list[_TaskProgress] = []
 
     def note(self, key: str, task: UUID, what: str, done: int, total: int | None) -> str:
         """Record the task's progress and return it as a line of text."""
         with self._lock:
-            if task != self._task:
-                self._key, self._task, self._artifact, self._sent = key, task, None, None
+            if not self._tasks or self._tasks[-1].task != task:
+                self._tasks.append(_TaskProgress(key, task))
             self._pace.note(what, done)
-            self._percent = 100 * done / total if total else 0.0
-            self._line = self._pace.line(what, done, total)
-            return self._line
+            line = self._pace.line(what, done, total)
+            self._tasks[-1].noted = (round(100 * done / total, 1) if total else 0.0, line)
+            return line
 
     def send(self, client: SyncPrefectClient, flow_run: UUID) -> None:
-        """Send the progress if it has changed since it was last sent."""
+        """Send the progress that has changed since it was last sent."""
         with self._lock:
-            task, content = self._task, (round(self._percent, 1), self._line)
-            if task is None or content == self._sent:
-                return
-            artifact, key = self._artifact, self._key
-        percent, line = content
-        if artifact is None:
-            created = client.create_artifact(
-                ArtifactCreate(
-                    key=key, type="progress", description=line, data=percent, flow_run_id=flow_run, task_run_id=task
+            waiting = [(each, each.noted) for each in self._tasks if each.noted != each.sent]
+        for each, content in waiting:
+            percent, line = content
+            if each.artifact is None:
+                created = client.create_artifact(
+                    ArtifactCreate(
+                        key=each.key,
+                        type="progress",
+                        description=line,
+                        data=percent,
+                        flow_run_id=flow_run,
+                        task_run_id=each.task,
+                    )
                 )
-            )
-            artifact = created.id
-        else:
-            client.update_artifact(artifact, ArtifactUpdate(description=line, data=percent))
-        with self._lock:
-            if task == self._task:
-                self._artifact, self._sent = artifact, content
+                each.artifact = created.id
+            else:
+                client.update_artifact(each.artifact, ArtifactUpdate(description=line, data=percent))
+            with self._lock:
+                each.sent = content
+                self._tasks = [other for other in self._tasks[:-1] if other.noted != other.sent] + self._tasks[-1:]
 
 
 def _address(report: Path) -> str:
