@@ -194,6 +194,12 @@ def _work_on(work: Work[Part, Result], part: Part, number: int, counts_path: Pat
     return work(part, count)
 
 
+def finish(results: Iterator[None]) -> None:
+    """Wait until all parts are done, whose results are in their files."""
+    for _ in results:
+        pass
+
+
 def reporting(progress: Progress, what: str, total: int | None = None) -> Count:
     """Return a count that reports to `progress` as `what`."""
     return lambda done: progress(what, done, total)

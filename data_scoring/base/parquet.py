@@ -1,6 +1,6 @@
 """Parquet files that carry the fingerprint of their inputs, and checksums of their pages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +61,14 @@ def write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
     """Write `table` to `path` atomically, carrying `fingerprint`."""
     with open_writer(path, table.schema, fingerprint) as writer:
         writer.write_table(table)
+
+
+def copy_row_groups(tables: Iterable[Path], writer: pq.ParquetWriter) -> None:
+    """Write the row groups of several Parquet files, which have the schema of `writer`, one after another."""
+    for table in tables:
+        with pq.ParquetFile(table) as file:
+            for group in range(file.num_row_groups):
+                writer.write_table(file.read_row_group(group))
 
 
 @contextmanager

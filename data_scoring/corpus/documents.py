@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_scoring.base.files import writing
-from data_scoring.base.parquet import damaged
+from data_scoring.base.parquet import copy_row_groups, damaged
 
 NAME = "documents.parquet"
 _SCHEMA = pa.schema(
@@ -90,10 +90,7 @@ def write_documents(path: Path, sources: Iterable[tuple[str, Iterator[Rows]]]) -
 def join_documents(tables: Sequence[Path], path: Path) -> None:
     """Write the documents of several files that `write_documents` wrote to `path`, in order."""
     with writing(path) as temporary, _writer(temporary) as writer:
-        for table in tables:
-            with pq.ParquetFile(table) as file:
-                for group in range(file.num_row_groups):
-                    writer.write_table(file.read_row_group(group))
+        copy_row_groups(tables, writer)
 
 
 def _writer(path: Path) -> pq.ParquetWriter:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_scoring.base.files import checksum, writing
+from data_scoring.base.parquet import copy_row_groups
 from data_scoring.corpus.indexed import write_index
 from data_scoring.corpus.permutation import Permutation
 
@@ -91,7 +92,6 @@ class ShardAssignment:
                 f"corpus.sources: only {self.permutation.size - num_held_out} training samples of "
                 f"{self.sample_length - 1} tokens for {num_shards} shards; add text, or lower corpus.seq_length"
             )
-
         if self.num_samples(0) > _MOST_SAMPLES:
             raise ValueError(
                 f"corpus.num_shards: {num_shards} shards would have {self.num_samples(0):,} samples each, and "
@@ -154,7 +154,4 @@ def write_samples(path: Path, streams: Sequence[Stream]) -> Iterator[Callable[..
 def join_samples(tables: Sequence[Path], path: Path) -> None:
     """Write the rows of several tables of samples to `path`, in order."""
     with writing(path) as temporary, pq.ParquetWriter(temporary, _SAMPLES) as writer:
-        for table in tables:
-            with pq.ParquetFile(table) as file:
-                for group in range(file.num_row_groups):
-                    writer.write_table(file.read_row_group(group))
+        copy_row_groups(tables, writer)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
+from data_scoring.base.engine import finish
 from data_scoring.base.files import fingerprint, write_record, writing
 from data_scoring.base.validation import read_record
 from data_scoring.config import CorpusConfig
@@ -135,12 +136,6 @@ def _is_intact(sources: Sequence[Sequence[SourcePart]], record: _Scattered, prep
     return [*preparation.map(scattered_checksums, parts, "checking packed samples (parts)")] == record["checksums"]
 
 
-def _finish(results: Iterator[None]) -> None:
-    """Wait until all parts are done."""
-    for _ in results:
-        pass
-
-
 def _tokenise(
     sources: Sequence[Sequence[SourcePart]], tokenizer: TokenizerFile, preparation: Preparation
 ) -> Iterator[list[StagedPart]]:
@@ -212,7 +207,7 @@ def _assign_roles(
     num_documents = sum(part.counts["documents"] for part in parts)
     groups = groups_of_buckets(num_documents)
     find = partial(find_duplicates, staging=preparation.staging, parts=[part.prefix for part in parts])
-    _finish(preparation.map(find, groups, "looking for duplicates (documents)", num_documents))
+    finish(preparation.map(find, groups, "looking for duplicates (documents)", num_documents))
     assign = partial(
         assign_roles,
         staging=preparation.staging,

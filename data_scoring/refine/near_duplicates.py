@@ -6,7 +6,6 @@ for each stretch compares the signatures of its samples with those that they are
 """
 
 import shutil
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from rensa import RMinHash
 
-from data_scoring.base.engine import Count, Engine, reporting
+from data_scoring.base.engine import Count, Engine, finish, reporting
 from data_scoring.base.files import writing
 from data_scoring.base.parquet import is_intact, open_writer, read_parquet, write_parquet
 from data_scoring.base.progress import Progress, silent
@@ -104,16 +103,12 @@ def write_near_duplicates(
     memory = memory_gb / engine.num_workers(len(buckets), is_long)
     report = reporting(progress, "looking for near duplicates (samples)", total)
     quiet = reporting(silent, "")
-    _finish(engine.map(partial(_sign_stretch, search), stretches, report, is_long))
-    _finish(engine.map(partial(_pair_bucket, search, memory), buckets, quiet, is_long))
-    _finish(engine.map(partial(_compare_stretch, search), stretches, quiet, is_long))
+    finish(engine.map(partial(_sign_stretch, search), stretches, report, is_long))
+    finish(engine.map(partial(_pair_bucket, search, memory), buckets, quiet, is_long))
+    finish(engine.map(partial(_compare_stretch, search), stretches, quiet, is_long))
     _merge(search, path, corpus.fingerprint)
     # A task that is done twice may still be writing.
     shutil.rmtree(search.folder, ignore_errors=True)
-
-
-def _finish(results: Iterator[None]) -> None:
-    deque(results, maxlen=0)
 
 
 def _plan(corpus: Corpus, threshold: float, folder: Path) -> _Search:
