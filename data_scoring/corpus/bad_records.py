@@ -1,10 +1,11 @@
 """Bad records of a source, which were skipped: those of its parts, with their places in the whole files."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_scoring.base.files import writing
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.source_parts import SourcePart
 from data_scoring.corpus.tokenise import StagedPart, UnencodableDocumentError
@@ -37,6 +38,12 @@ def skipped_records(source: Sequence[SourcePart], staged: Sequence[StagedPart]) 
             number = read + record["number"]
             yield {"file": part.source.path, "line": number, "reason": f"document {number}: {record['reason']}"}
         read += each.counts["read"]
+
+
+def list_records(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write bad records to `path`, one a line."""
+    with writing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

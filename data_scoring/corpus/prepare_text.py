@@ -1,6 +1,5 @@
 """Preparing text: tokenised part by part, duplicates dropped, validation text held out, samples moved to shards."""
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,10 +9,10 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from data_scoring.base.engine import finish
-from data_scoring.base.files import fingerprint, write_record, writing
+from data_scoring.base.files import fingerprint, write_record
 from data_scoring.base.validation import read_record
 from data_scoring.config import CorpusConfig
-from data_scoring.corpus.bad_records import lines_before, named_by_source, skipped_records
+from data_scoring.corpus.bad_records import lines_before, list_records, named_by_source, skipped_records
 from data_scoring.corpus.digests import find_duplicates, groups_of_buckets
 from data_scoring.corpus.documents import NAME as DOCUMENTS
 from data_scoring.corpus.documents import join_documents
@@ -177,10 +176,8 @@ def _collect_rejects(
     # An attempt with another configuration may have had some.
     target.unlink(missing_ok=True)
     if any(part.counts["rejected"] for parts in staged for part in parts):
-        with writing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
-            for source, parts in zip(sources, staged, strict=True):
-                for record in skipped_records(source, parts):
-                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        every = zip(sources, staged, strict=True)
+        list_records((record for source, parts in every for record in skipped_records(source, parts)), target)
 
 
 def _check_text(source: Sequence[SourcePart], staged: Sequence[StagedPart], total: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from data_scoring.base.files import fingerprint, remove_leftovers, writing
 from data_scoring.base.progress import Progress
 from data_scoring.base.read_ahead import read_ahead
 from data_scoring.config import SourceConfig
-from data_scoring.corpus.bad_records import named_by_source, skipped_records
+from data_scoring.corpus.bad_records import list_records, named_by_source, skipped_records
 from data_scoring.corpus.part_text import PartText
 from data_scoring.corpus.source_parts import LONG_BYTES, SourcePart
 from data_scoring.corpus.sources import batch_documents, cut_sources
@@ -87,8 +87,7 @@ def _sum(
     if not total.any():
         raise ValueError(f"corpus.sources.{name}.path: holds no text; remove the source or correct its path")
     if skip_bad:
-        with writing(folder / f"{name}.rejects.jsonl") as temporary, temporary.open("w", encoding="utf-8") as rejects:
-            rejects.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in skipped_records(parts, staged))
+        list_records(skipped_records(parts, staged), folder / f"{name}.rejects.jsonl")
     return SourceCounts(name, total)
 
 

@@ -1,8 +1,6 @@
 """A corpus is the same whatever the engine, and whatever the parts that its text is cut into."""
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from data_scoring.config import CorpusConfig, TokenizerConfig
 from data_scoring.corpus import shuffle, source_parts
 from data_scoring.corpus.prepare_corpus import prepare_corpus
 from tests.conftest import make_documents
+from tests.data_scoring.odd_engines import DeadlyEngine
 
 TOKENIZER = TokenizerConfig(vocab_size=300)
 
@@ -104,20 +103,28 @@ def test_the_first_bad_record_of_all_parts_is_named(tmp_path: Path, pool: Engine
         assert "\n" not in str(error.value)
 
 
+class DeadlyOnce(DeadlyEngine):
+    """Loses a process in the map of one function."""
+
+    def __init__(self, function: str, marker: Path) -> None:
+        super().__init__(0, marker)
+        self._function = function
+
+    def map(self, work, parts, report, is_long=True):  # type: ignore[no-untyped-def]
+        engine = super() if work.func.__name__ == self._function else super(DeadlyEngine, self)
+        return engine.map(work, parts, report, is_long)
+
+
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("stage", ["tokenising", "writing"])
-def test_a_killed_process_costs_its_parts_alone(stage: str, text: CorpusConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("function", ["tokenise_part", "assemble_shard"])
+def test_a_killed_process_costs_its_parts_alone(function: str, text: CorpusConfig, tmp_path: Path) -> None:
     expected = prepare(text, tmp_path / "unbroken", LocalEngine(1))
-    with LocalEngine(2) as engine:
-        killed: list[int] = []
-
-        def kill(what: str, done: int, total: int | None) -> None:
-            if what.startswith(stage) and not killed:
-                killed.append(next(iter(engine._executor._processes)))
-                os.kill(killed[0], signal.SIGKILL)
-
-        with pytest.raises(ValueError, match=r"engine\.processes: a process of the pool was killed"):
-            prepare_corpus(text, TOKENIZER, 5, tmp_path / "broken", "f", kill, engine)
+    with (
+        DeadlyOnce(function, tmp_path / "killed") as engine,
+        pytest.raises(ValueError, match=r"engine\.processes: a process of the pool was killed"),
+    ):
+        prepare_corpus(text, TOKENIZER, 5, tmp_path / "broken", "f", silent, engine)
+    assert (tmp_path / "killed").exists()
     assert not (tmp_path / "broken" / "manifest.json").exists()
     assert prepare(text, tmp_path / "broken", LocalEngine(1)) == expected
 
