@@ -254,9 +254,9 @@ class Ranks:
             launch(job, self.folder, name, silent)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks(tiny_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """Jobs over the tiny corpus, on ranks that are forked."""
+    """Jobs over the tiny corpus, on ranks that are forked; rounds of one name are one round to a module."""
     return Ranks(tiny_corpus, tmp_path_factory.mktemp("ranks"), forking)
 
 

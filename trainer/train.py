@@ -177,6 +177,9 @@ class _Logs:
         mine: dict[str, Any] = {}
         if self.steps is not None and self.validation is not None:
             mine = {"steps": self.steps.flush(), "validation": self.validation.flush()}
+        if self.time is not None:
+            # The checkpoint's own record of them is lost if it is damaged.
+            self.time.note_now()
         seen = {} if self.seen is None else self.seen.flush()
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, (mine, seen))

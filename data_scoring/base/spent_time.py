@@ -28,10 +28,12 @@ class SpentTime:
 
     def note(self) -> None:
         """Write the seconds down, at most once a second."""
-        now = time.monotonic()
-        if now - self._noted < _SECONDS_BETWEEN_NOTES:
-            return
-        self._noted = now
+        if time.monotonic() - self._noted >= _SECONDS_BETWEEN_NOTES:
+            self.note_now()
+
+    def note_now(self) -> None:
+        """Write the seconds down."""
+        self._noted = time.monotonic()
         # Renamed but not fsynced: losing it in a crash only makes the figure too low.
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         temporary.write_text(json.dumps({"identity": self._identity, "seconds": self.seconds}))

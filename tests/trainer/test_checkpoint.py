@@ -209,6 +209,7 @@ def test_a_run_that_is_stopped_twice_and_loses_a_checkpoint_equals_an_unbroken_o
     *before, last = checkpoint_steps(folder)
     assert before == regular
     assert last < len(read_rows(unbroken / "steps.parquet", "step"))
+    # The seconds of the steps that were lost count.
     spent.append(last_second(folder) - spent[0])
     assert spent[1] > 0
     # A killed attempt would have lost these seconds with its steps.

@@ -39,6 +39,9 @@ def test_attempts_add_up_and_a_killed_one_counts_up_to_its_last_note(tmp_path: P
     clock[0] += 10.0
     assert second.seconds == pytest.approx(12.5)
     second.note()
+    clock[0] += 0.5
+    second.note_now()
+    assert json.loads(path.read_text()) == {"identity": "f", "seconds": pytest.approx(13.0)}
     second.forget()
     assert not path.exists()
     assert SpentTime(path, "f", recorded=12.5).seconds == 12.5
