@@ -21,7 +21,7 @@ from data_scoring.corpus.packing import ShardAssignment, write_samples
 from data_scoring.corpus.preparation import Preparation
 from data_scoring.corpus.prepare_text import prepare_text
 from data_scoring.corpus.source_parts import LONG_BYTES
-from data_scoring.corpus.sources import check_source, cut_sources, open_megatron, resolve_format
+from data_scoring.corpus.sources import FoundSource, cut_sources, find_source, is_in_place, open_megatron
 from data_scoring.corpus.tokenise import TokenizerFile
 from data_scoring.corpus.tokenizer_text import make_tokenizer
 from data_scoring.tokenizer.tokenizer import Tokenizer, open_tokenizer
@@ -44,12 +44,13 @@ def prepare_corpus(
     ValueError, naming file and line or field, for unusable input; the next attempt reuses the staged files of parts
     that were read completely.
     """
-    in_place = check_corpus(corpus, tokenizer)
+    found = check_corpus(corpus, tokenizer)
+    in_place = is_in_place(found)
     staging = folder / "staging"
     staging.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     remove_leftovers(staging)
-    sources = [] if in_place else cut_sources(corpus.sources)
+    sources = [] if in_place else cut_sources(found)
     num_bytes = sum(part.num_bytes for source in sources for part in source)
     if in_place:
         num_bytes = sum(open_megatron(source).data.size for source in corpus.sources)
@@ -82,24 +83,22 @@ def prepare_corpus(
     write_record(folder / "manifest.json", manifest)
 
 
-def check_corpus(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> bool:
-    """Return whether the corpus is used in place. Raises ValueError for invalid input, before anything is written."""
+def check_corpus(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> list[FoundSource]:
+    """Return the sources and their files. Raises ValueError for invalid input, before anything is written."""
     names = [source.name for source in corpus.sources]
     if len(set(names)) < len(names):
         raise ValueError(f"corpus.sources: the names {names} are not distinct; rename the sources that share one")
-    for source in corpus.sources:
-        check_source(source)
+    sources = [find_source(source) for source in corpus.sources]
     if tokenizer.path is not None:
         open_tokenizer(Path(tokenizer.path), tokenizer.end_of_document)
-    in_place = [resolve_format(source) == "megatron" for source in corpus.sources]
-    if any(in_place) and not all(in_place):
+    if len({found.kind == "megatron" for found in sources}) > 1:
         raise ValueError(
             "corpus.sources: sources in Megatron's format are used in place and cannot be mixed with text; "
             "tokenise the text with Megatron's preprocess_data.py, or give the text of all sources"
         )
-    if all(in_place) and tokenizer.path is None:
+    if is_in_place(sources) and tokenizer.path is None:
         raise ValueError("tokenizer.path: not set, but sources in Megatron's format need the one that tokenised them")
-    return all(in_place)
+    return sources
 
 
 def _prepare_in_place(corpus: CorpusConfig, tokenizer: Tokenizer, preparation: Preparation) -> dict[str, Any]:

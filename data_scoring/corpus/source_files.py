@@ -133,6 +133,8 @@ def _walk(folders: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 def _match_url(url: str) -> list[str]:
     fs, path = url_to_fs(url)
+    # A listing of this process' past lacks files that were added since.
+    fs.invalidate_cache()
     names = [path] if fs.exists(path) else fs.glob(path) if has_wildcards(path) else []
     files = {file for name in names for file in (fs.find(name) if fs.info(name)["type"] == "directory" else [name])}
     # What follows in a chain, such as zip://*.jsonl::a.zip, is lost in the file system's own names.

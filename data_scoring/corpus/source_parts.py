@@ -77,15 +77,21 @@ class StoredFile:
     stamp: str
 
 
-def stored_file(name: str) -> StoredFile:
-    """Return the current state of a file, which may be remote."""
+def stored_file(name: str, is_listed: bool = True) -> StoredFile:
+    """Return the current state of a file, which may be remote.
+
+    is_listed: whether what its folder's listing said is good enough, if this process has listed it.
+    """
     if Path(name).exists():
         stat = Path(name).stat()
         return StoredFile(name, stat.st_size, str(stat.st_mtime_ns))
     fs, path = url_to_fs(name)
+    if not is_listed:
+        fs.invalidate_cache(path)
     info = fs.info(path)
-    changes = [str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "last_modified") if info.get(key)]
-    return StoredFile(name, int(info.get("size") or 0), " ".join(changes))
+    # One stamp: some stores give more digits of a time in a listing than for a single file.
+    stamps = [str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "last_modified") if info.get(key)]
+    return StoredFile(name, int(info.get("size") or 0), stamps[0] if stamps else "")
 
 
 def part_bytes(total: int) -> int:

@@ -20,7 +20,7 @@ from data_scoring.config import SourceConfig
 from data_scoring.corpus.bad_records import list_records, named_by_source, skipped_records
 from data_scoring.corpus.part_text import PartText
 from data_scoring.corpus.source_parts import LONG_BYTES, SourcePart
-from data_scoring.corpus.sources import batch_documents, cut_sources
+from data_scoring.corpus.sources import batch_documents, cut_sources, find_source
 from data_scoring.corpus.token_counts import SourceCounts
 from data_scoring.corpus.tokenise import StagedPart, TokenizerFile, UnencodableDocumentError
 from data_scoring.tokenizer.tokenizer import UnencodableTextError, encode_each
@@ -58,7 +58,7 @@ def count_sources(
     Skipped records are listed there, a file for each source. Raises ValueError if a source cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = cut_sources(sources)
+    parts = cut_sources([find_source(source) for source in sources])
     every = [part for source in parts for part in source]
     work = partial(count_part, folder=folder, tokenizer=tokenizer, skip_bad=skip_bad)
     is_long = sum(part.num_bytes for part in every) > LONG_BYTES

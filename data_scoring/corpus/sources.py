@@ -5,6 +5,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -47,16 +48,43 @@ _CHUNK = 1 << 20
 _BATCH_ROWS = 64
 
 
-def resolve_format(source: SourceConfig) -> str:
-    """Return the format of `source`; `auto` is resolved by the path's extension.
+@dataclass(frozen=True)
+class FoundSource:
+    """A source, its format, which is never `auto`, and the names of its files, in order: none for text without files.
 
-    Raises ValueError if the extension is ambiguous or unknown.
+    Listing files takes long where there are many: it is done once.
     """
-    if source.format != "auto":
-        return source.format
-    if Path(f"{source.path}.idx").exists():
-        return "megatron"
-    names = matching_files(source)
+
+    source: SourceConfig
+    kind: str
+    names: Sequence[str]
+
+
+def find_source(source: SourceConfig) -> FoundSource:
+    """Return the format of `source` and its files; `auto` is resolved by their endings.
+
+    Raises ValueError if it cannot be read at all, or if the endings are ambiguous or unknown.
+    """
+    kind: str = source.format
+    names: list[str] = []
+    if kind == "auto" and Path(f"{source.path}.idx").exists():
+        kind = "megatron"
+    # Files on a hub are not checked.
+    is_on_hub = kind == "datasets" and not Path(source.path).exists()
+    if kind not in ("megatron", "python") and not is_on_hub:
+        names = matching_files(source)
+    if kind == "auto":
+        kind = _format_of_files(source, names)
+    if kind == "megatron":
+        open_megatron(source)
+    if kind == "python" and source.path not in KINDS:
+        raise ValueError(
+            f"corpus.sources.{source.name}.path: {source.path!r} is not Python text; use one of {', '.join(KINDS)}"
+        )
+    return FoundSource(source, kind, names)
+
+
+def _format_of_files(source: SourceConfig, names: Sequence[str]) -> str:
     formats = {kind for name in names if (kind := format_of(name)) is not None}
     if len(formats) == 1:
         return formats.pop()
@@ -66,25 +94,21 @@ def resolve_format(source: SourceConfig) -> str:
     )
 
 
+def resolve_format(source: SourceConfig) -> str:
+    """Return the format of `source`, which is not `auto`. Raises ValueError as `find_source` does."""
+    return find_source(source).kind if source.format == "auto" else source.format
+
+
+def is_in_place(sources: Iterable[FoundSource]) -> bool:
+    """Return whether all sources are in Megatron's format, which is used in place."""
+    return all(found.kind == "megatron" for found in sources)
+
+
 def open_megatron(source: SourceConfig) -> IndexedTokens:
     """Return the indexed tokens of a source in Megatron's format, of at most `max_documents` documents."""
     path = Path(source.path)
     indexed = open_indexed(path.with_suffix("") if path.suffix in (".bin", ".idx") else path)
     return indexed if source.max_documents is None else indexed.first_documents(source.max_documents)
-
-
-def check_source(source: SourceConfig) -> None:
-    """Raise ValueError if `source` cannot be read at all."""
-    kind = resolve_format(source)
-    if kind == "megatron":
-        open_megatron(source)
-    elif kind == "python":
-        if source.path not in KINDS:
-            raise ValueError(
-                f"corpus.sources.{source.name}.path: {source.path!r} is not Python text; use one of {', '.join(KINDS)}"
-            )
-    elif kind != "datasets":
-        matching_files(source)
 
 
 def read_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator[str]:
@@ -97,9 +121,9 @@ def locate_documents(source: SourceConfig, on_bad_record: BadRecord) -> Iterator
 
     A malformed record is passed to `on_bad_record` with its file and line (row, for Parquet), and skipped.
     """
-    kind = resolve_format(source)
-    pieces = [Piece(source.path)] if kind in STREAMS else [Piece(file) for file in matching_files(source)]
-    yield from islice(read_pieces(source, kind, pieces, on_bad_record), source.max_documents)
+    found = find_source(source)
+    pieces = [Piece(source.path)] if found.kind in STREAMS else [Piece(name) for name in found.names]
+    yield from islice(read_pieces(source, found.kind, pieces, on_bad_record), source.max_documents)
 
 
 def read_pieces(
@@ -123,16 +147,11 @@ def read_pieces(
     return last
 
 
-def list_files(source: SourceConfig, kind: str) -> list[StoredFile]:
-    """Return the files of a source of the format `kind`, in order, as they are now; none for text without files."""
-    if kind == "python":
-        return []
-    # Files on a hub are not checked.
-    is_on_hub = kind == "datasets" and not Path(source.path).exists()
-    names = [] if is_on_hub else matching_files(source)
+def look_at_files(found: FoundSource) -> list[StoredFile]:
+    """Return the files of a source, in order, as they are now. Raises ValueError if one cannot be looked at."""
     files = []
-    for name in names:
-        with _naming(source, name):
+    for name in found.names:
+        with _naming(found.source, name):
             files.append(stored_file(name))
     return files
 
@@ -141,7 +160,7 @@ def check_unchanged(part: SourcePart) -> None:
     """Raise ValueError if a file of `part` is not as it was when the source was cut: parts may be of different text."""
     for file in part.files:
         with _naming(part.source, file.name):
-            found = stored_file(file.name)
+            found = stored_file(file.name, is_listed=False)
         if found != file:
             raise ValueError(
                 f"corpus.sources.{part.source.name}.path: {file.name!r} changed while it was read; run the same "
@@ -424,13 +443,12 @@ def _open_dataset(source: SourceConfig) -> "datasets.IterableDataset | datasets.
         ) from None
 
 
-def cut_sources(sources: Sequence[SourceConfig]) -> list[list[SourcePart]]:
+def cut_sources(sources: Sequence[FoundSource]) -> list[list[SourcePart]]:
     """Return the parts of each source of text. Raises ValueError if a file cannot be looked at."""
-    kinds = [resolve_format(source) for source in sources]
-    files = [list_files(source, kind) for source, kind in zip(sources, kinds, strict=True)]
+    files = [look_at_files(found) for found in sources]
     size = part_bytes(sum(file.num_bytes for each in files for file in each))
     parts = []
-    for source, kind, each in zip(sources, kinds, files, strict=True):
-        with _naming(source, source.path):
-            parts.append(cut_source(source, kind, each, size))
+    for found, each in zip(sources, files, strict=True):
+        with _naming(found.source, found.source.path):
+            parts.append(cut_source(found.source, found.kind, each, size))
     return parts

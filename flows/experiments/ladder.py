@@ -14,6 +14,7 @@ import pyarrow as pa
 from data_scoring.base.parquet import write_parquet
 from data_scoring.base.progress import Progress
 from data_scoring.corpus.prepare_corpus import check_corpus
+from data_scoring.corpus.sources import is_in_place
 from data_scoring.ledger import refresh_ledger
 from flows.display.result_page import Page
 from flows.experiments.arms import Arm, Comparison
@@ -75,7 +76,7 @@ def _check(config: RunConfig, comparison: Comparison, step: Arm, folder: Path, t
     except ValueError as error:
         raise ValueError(f"{comparison.origin}: {step.name}: {str(error).partition(': ')[2]}") from None
     try:
-        if check_corpus(made.corpus, made.tokenizer):
+        if is_in_place(check_corpus(made.corpus, made.tokenizer)):
             raise ValueError(
                 "corpus.sources: sources in Megatron's format have no text, by which losses are compared here; give "
                 "the text of all sources"

@@ -10,7 +10,7 @@ from data_scoring.base.progress import Progress
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.corpus.source_token_counts import count_sources
-from data_scoring.corpus.sources import Rejects, check_source, matching_files, read_documents, resolve_format
+from data_scoring.corpus.sources import Rejects, find_source, read_documents
 from data_scoring.corpus.token_counts import SourceCounts, count_corpus, texts_of
 from data_scoring.corpus.tokenise import TokenizerFile
 from data_scoring.tokenizer.tokenizer import read_tokenizer
@@ -85,8 +85,7 @@ def open_text(target: Path, tokenizer: TokenizerFile) -> CountedText:
 
 def _open_sources(config: RunConfig, tokenizer: TokenizerFile) -> CountedText:
     for source in config.corpus.sources:
-        check_source(source)
-        if resolve_format(source) == "megatron":
+        if find_source(source).kind == "megatron":
             raise ValueError(
                 f"corpus.sources.{source.name}: is already tokenised; run `reprise prepare` and give the run folder"
             )
@@ -110,14 +109,13 @@ def _name_after(file: Path) -> str:
 
 def _sources(path: str) -> tuple[SourceConfig, ...]:
     whole = SourceConfig(name="text", path=path)
-    kind = resolve_format(whole)
-    if kind == "megatron":
+    found = find_source(whole)
+    if found.kind == "megatron":
         raise ValueError(f"{path}: is already tokenised; run `reprise prepare` on it and give the run folder")
-    files = matching_files(whole)
     # A text file is one document, so several files are one source. In other formats each file is a source of documents.
-    if len(files) > (1 if kind == "text" else _MOST_SOURCES):
+    if len(found.names) > (1 if found.kind == "text" else _MOST_SOURCES):
         return (whole,)
-    names = [_name_after(Path(file)) for file in files]
+    names = [_name_after(Path(file)) for file in found.names]
     if len(set(names)) < len(names):
         names = [f"{name}-{number}" for number, name in enumerate(names, start=1)]
-    return tuple(SourceConfig(name=name, path=file) for name, file in zip(names, files, strict=True))
+    return tuple(SourceConfig(name=name, path=file) for name, file in zip(names, found.names, strict=True))

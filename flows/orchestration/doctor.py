@@ -12,7 +12,7 @@ import httpx
 import psutil
 from prefect.settings import get_current_settings
 
-from data_scoring.corpus.sources import check_source
+from data_scoring.corpus.sources import find_source
 from flows.cluster.engines import check_cluster
 from flows.launch.job_fields import device_kind
 from flows.launch.launcher import check, launcher_class
@@ -133,7 +133,7 @@ def _run(config: RunConfig, assumed: Hardware | None) -> Iterator[Finding]:
             unread = f"source {source.name}: {source.path} is not checked before it is read"
             yield Finding("source", "ok", unread)
             continue
-        yield _checked("source", f"source {source.name}: {source.path}", partial(check_source, source))
+        yield _checked("source", f"source {source.name}: {source.path}", partial(find_source, source))
     yield _checked("output", f"output: {config.output}", lambda: _check_output(config))
     yield from _space(config, here, assumed)
 
@@ -172,7 +172,7 @@ def _check_tokenizer(config: RunConfig) -> None:
     vocabulary_size(config)
 
 
-def _checked(name: str, what: str, check: Callable[[], None]) -> Finding:
+def _checked(name: str, what: str, check: Callable[[], object]) -> Finding:
     try:
         check()
     except ValueError as error:

@@ -15,8 +15,8 @@ from data_scoring.base.engine import LocalEngine
 from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, SourceConfig, TokenizerConfig
 from data_scoring.corpus import source_parts
-from data_scoring.corpus.prepare_corpus import cut_sources, prepare_corpus
-from data_scoring.corpus.sources import list_files
+from data_scoring.corpus.prepare_corpus import prepare_corpus
+from data_scoring.corpus.sources import check_unchanged, cut_sources, find_source, look_at_files
 from tests.conftest import make_documents
 
 fsspec = pytest.importorskip("fsspec")
@@ -74,7 +74,7 @@ def test_text_in_object_storage_is_read_in_parts_like_that_on_disk(
     write_files(tmp_path / "texts")
     fsspec.filesystem("s3").put(str(tmp_path / "texts"), f"{bucket}/all", recursive=True)
     remote = config_of(f"{bucket}/all")
-    [lines, table, text] = cut_sources(remote.sources)
+    [lines, table, text] = cut_sources([find_source(source) for source in remote.sources])
     assert min(len(lines), len(table), len(text)) > 3
     one, two = prepare(remote, tmp_path / "one", 1), prepare(remote, tmp_path / "two", 2)
     assert one == two
@@ -89,12 +89,34 @@ def test_text_in_object_storage_is_read_in_parts_like_that_on_disk(
     }
 
 
-def test_a_file_that_is_written_again_is_another_one(bucket: str, tmp_path: Path) -> None:
-    source, stamps = SourceConfig(name="a", path=f"{bucket}/changing.jsonl"), set()
+def write_text(url: str, text: str) -> None:
+    """Write a file as another process does: what this one has listed does not learn of it."""
+    from_outside = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+    from_outside.pipe(url, json.dumps({"text": text}).encode())
+
+
+def test_a_file_that_is_written_again_is_another_one(bucket: str) -> None:
+    source, stamps = SourceConfig(name="a", path=f"{bucket}/again/*"), set()
     for text in ("one", "two", "one"):
-        fsspec.filesystem("s3").pipe(f"{bucket}/changing.jsonl", json.dumps({"text": text}).encode())
-        stamps.add(list_files(source, "jsonl")[0].stamp.split()[0])
+        write_text(f"{bucket}/again/a.jsonl", text)
+        stamps.add(look_at_files(find_source(source))[0].stamp)
     assert len(stamps) == 2
+
+
+def test_a_file_that_is_added_is_found(bucket: str) -> None:
+    source = SourceConfig(name="a", path=f"{bucket}/added/*")
+    for count, name in enumerate(("a", "b"), start=1):
+        write_text(f"{bucket}/added/{name}.jsonl", name)
+        assert len(find_source(source).names) == count
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(bucket: str) -> None:
+    write_text(f"{bucket}/changing/a.jsonl", "one")
+    [[part]] = cut_sources([find_source(SourceConfig(name="a", path=f"{bucket}/changing"))])
+    check_unchanged(part)
+    write_text(f"{bucket}/changing/a.jsonl", "two")
+    with pytest.raises(ValueError, match=r"'s3://texts/changing/a.jsonl' changed while it was read; run the same"):
+        check_unchanged(part)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from data_scoring.corpus.documents import Document
 from data_scoring.corpus.part_text import PartText
 from data_scoring.corpus.prepare_corpus import prepare_corpus
 from data_scoring.corpus.source_parts import SourcePart, cut_source
-from data_scoring.corpus.sources import list_files, resolve_format
+from data_scoring.corpus.sources import find_source, look_at_files
 from data_scoring.tokenizer.tokenizer import TextSample
 from tests.conftest import make_documents
 
@@ -170,8 +170,8 @@ def test_kept_text_is_gone_once_it_is_tokenised(texts: CorpusConfig, tmp_path: P
 
 
 def part_of(source: SourceConfig) -> SourcePart:
-    kind = resolve_format(source)
-    [part] = cut_source(source, kind, list_files(source, kind), 1 << 30)
+    found = find_source(source)
+    [part] = cut_source(source, found.kind, look_at_files(found), 1 << 30)
     return part
 
 
@@ -224,7 +224,7 @@ def test_a_sample_is_of_all_parts_and_uniform(tmp_path: Path) -> None:
     """The keys of a part are random numbers, and the largest ones of all parts make the sample."""
     (tmp_path / "c.txt").write_text("\n".join(f"{number:09d}" for number in range(40_000)))
     source = SourceConfig(name="c", path=str(tmp_path / "c.txt"), document="line")
-    [file] = list_files(source, "text")
+    [file] = look_at_files(find_source(source))
     parts = cut_source(source, "text", [file], 100_000)
     assert len(parts) == 4
     sample = TextSample(90_000)

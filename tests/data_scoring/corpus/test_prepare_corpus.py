@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as BytePairs
 from data_scoring.base.files import fingerprint
 from data_scoring.base.progress import silent
 from data_scoring.config import CorpusConfig, TokenizerConfig
+from data_scoring.corpus import sources
 from data_scoring.corpus.corpus import VALIDATION, Corpus
 from data_scoring.corpus.indexed import write_index
 from data_scoring.corpus.prepare_corpus import prepare_corpus
@@ -128,6 +129,20 @@ def test_the_result_depends_on_the_seed_alone(tmp_path: Path) -> None:
     one, two = (prepare(tmp_path / name, sources, TokenizerConfig(vocab_size=280)) for name in ("one", "two"))
     assert one.manifest == two.manifest
     assert (tmp_path / "one" / "shard-0000.bin").read_bytes() == (tmp_path / "two" / "shard-0000.bin").read_bytes()
+
+
+def test_files_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [str(write_jsonl(tmp_path / f"{name}.jsonl", make_documents(100))) for name in "ab"]
+    listed: list[str] = []
+
+    def match(path: str) -> list[str]:
+        listed.append(path)
+        return [path]
+
+    monkeypatch.setattr(sources, "match_path", match)
+    named: list[dict[str, object]] = [{"name": Path(path).stem, "path": path} for path in paths]
+    prepare(tmp_path / "corpus", named, TokenizerConfig(vocab_size=280))
+    assert listed == paths
 
 
 def test_an_existing_megatron_corpus_is_used_in_place(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from data_scoring.config import SourceConfig
 from data_scoring.corpus.documents import Document
 from data_scoring.corpus.source_parts import Piece, SourcePart, cut_source, part_bytes
-from data_scoring.corpus.sources import count_before, list_files, locate_documents, read_pieces
+from data_scoring.corpus.sources import count_before, find_source, locate_documents, look_at_files, read_pieces
 from tests.conftest import make_documents
 
 Bad = list[tuple[str, int, str]]
@@ -43,7 +43,7 @@ def read_parts(source: SourceConfig, kind: str, parts: list[SourcePart]) -> tupl
 
 
 def cut(source: SourceConfig, kind: str, size: int) -> list[SourcePart]:
-    return cut_source(source, kind, list_files(source, kind), size)
+    return cut_source(source, kind, look_at_files(find_source(source)), size)
 
 
 def jsonl_lines(generator: random.Random) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 
 from data_scoring.config import SourceConfig
 from data_scoring.corpus import source_files, sources
-from data_scoring.corpus.sources import Rejects, list_files, read_documents, resolve_format
+from data_scoring.corpus.sources import Rejects, find_source, read_documents, resolve_format
 
 
 def read(path: Path | str, **options: object) -> list[str]:
@@ -119,7 +119,7 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
         assert sorted(read(path)) == expected
     # What is in the tree keeps its own name.
     source = SourceConfig(name="web", path=str(tmp_path / "data"))
-    names = [file.name.removeprefix(f"{tmp_path}/data/") for file in list_files(source, "jsonl")]
+    names = [name.removeprefix(f"{tmp_path}/data/") for name in find_source(source).names]
     assert names == ["a/own.jsonl", "b/deep/far.jsonl", "b/linked.jsonl", "x.jsonl"]
 
 

@@ -14,7 +14,7 @@ from data_scoring.corpus.corpus import Corpus
 from data_scoring.corpus.indexed import token_dtype
 from data_scoring.corpus.prepare_corpus import prepare_corpus
 from data_scoring.corpus.source_parts import cut_source
-from data_scoring.corpus.sources import list_files
+from data_scoring.corpus.sources import find_source, look_at_files
 from data_scoring.corpus.tokenise import StagedPart, TokenizerFile, tokenise_part
 from data_scoring.tokenizer.tokenizer import open_tokenizer
 from tests.conftest import make_documents
@@ -43,7 +43,7 @@ def test_a_document_of_a_million_characters_has_the_ids_of_one_text(kind: str, s
     tokenizer = open_tokenizer(path, None)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": document}) + "\n" + json.dumps({"text": "another"}))
     source = SourceConfig(name="a", path=str(tmp_path / "a.jsonl"))
-    [part] = cut_source(source, "jsonl", list_files(source, "jsonl"), 1 << 30)
+    [part] = cut_source(source, "jsonl", look_at_files(find_source(source)), 1 << 30)
     file = TokenizerFile(path, None, "checksum")
     counts = tokenise_part(part, lambda done: None, staging=tmp_path, tokenizer=file, skip_bad=False)
     assert (counts["documents"], counts["read"], counts["num_lines"]) == (2, 2, 2)
