@@ -95,7 +95,7 @@ def _format_of_files(source: SourceConfig, names: Sequence[str]) -> str:
 
 
 def resolve_format(source: SourceConfig) -> str:
-    """Return the format of `source`, which is not `auto`. Raises ValueError as `find_source` does."""
+    """Return the format of `source`, with `auto` resolved. Raises ValueError as `find_source` does."""
     return find_source(source).kind if source.format == "auto" else source.format
 
 

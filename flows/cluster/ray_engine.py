@@ -15,6 +15,7 @@ from flows.cluster.connection import connected
 from flows.cluster.nodes import Node, check_nodes, list_nodes, on_node, one_line
 
 _SECONDS_BETWEEN_REPORTS = 0.5
+_SECONDS_BETWEEN_CANCELS = 1.0
 _SECONDS_TO_END = 20
 # How long the last node may have been lost before another one joins.
 _SECONDS_WITHOUT_NODES = 600.0
@@ -155,10 +156,12 @@ class _Tasks:
         if self._has_ended:
             return
         self._has_ended = True
-        for task in self._running:
-            ray.cancel(task, force=True)
-        if self._running:
-            ray.wait([*self._running], num_returns=len(self._running), timeout=_SECONDS_TO_END)
+        running, deadline = [*self._running], time.monotonic() + _SECONDS_TO_END
+        while running and time.monotonic() < deadline:
+            # Again: what is said to a task that is about to start may be lost.
+            for task in running:
+                ray.cancel(task, force=True)
+            _, running = ray.wait(running, num_returns=len(running), timeout=_SECONDS_BETWEEN_CANCELS)
         ray.kill(self._counts)
 
 

@@ -82,6 +82,31 @@ def first_is_short(folder: Path, part: int, count: Any) -> int:
     return beat(folder, part, count) if part else part
 
 
+def test_a_task_that_does_not_hear_of_its_end_is_told_again(
+    joined: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    heard: set[ray.ObjectRef] = set()
+    cancel = ray.cancel
+
+    def lose_the_first(task: ray.ObjectRef, **options: Any) -> None:
+        if task in heard:
+            cancel(task, **options)
+        heard.add(task)
+
+    joined.resize(1)
+    monkeypatch.setattr(ray, "cancel", lose_the_first)
+    with open_on(joined, tmp_path) as engine:
+        outcomes = engine.map(partial(first_is_short, tmp_path), range(6), lambda units: None)
+        next(outcomes)
+        wait_for(lambda: [*tmp_path.iterdir()])
+    ended = time.time()
+    time.sleep(0.5)
+    assert heard
+    assert all(float(path.read_text() or 0) <= ended for path in tmp_path.iterdir())
+
+
 def test_a_part_whose_process_is_killed_is_worked_on_again(joined: RayCluster, tmp_path: Path) -> None:
     joined.resize(2)
     reports: list[int] = []
