@@ -14,6 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -31,6 +32,8 @@ _LARGEST_FILE_BYTES = 512 << 20
 # Sixty times the largest vocabularies; tables by id would take all memory.
 _LARGEST_ID = 1 << 24
 _MOST_CHARACTERS_OF_REASON = 200
+# More than documents are batched by: only a very long one is encoded in several steps.
+_CHARACTERS_AT_ONCE = 8 << 20
 
 
 class UnencodableTextError(ValueError):
@@ -87,12 +90,20 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text."""
         pieces = [[*cut_text(text)] if self._can_cut else [text] for text in texts]
+        ids = self._encode_some([*chain.from_iterable(pieces)])
         with _explained(UnencodableTextError):
-            encodings = self._tokenizer.encode_batch_fast(
-                [piece for each in pieces for piece in each], add_special_tokens=False
-            )
-        ids = (encoding.ids for encoding in encodings)
-        return [[*chain.from_iterable(islice(ids, len(each)))] for each in pieces]
+            return [[*chain.from_iterable(islice(ids, len(each)))] for each in pieces]
+
+    def _encode_some(self, pieces: list[str]) -> Iterator[list[int]]:
+        """Yield the ids of each piece, with the library's encodings, of 100 bytes a token, of some in memory."""
+        ends = np.cumsum([len(piece) for piece in pieces])
+        start = 0
+        while start < len(pieces):
+            filled = ends[start] - len(pieces[start]) + _CHARACTERS_AT_ONCE
+            stop = max(start + 1, int(np.searchsorted(ends, filled, side="right")))
+            for encoding in self._tokenizer.encode_batch_fast(pieces[start:stop], add_special_tokens=False):
+                yield encoding.ids
+            start = stop
 
     def find_lost(self, texts: list[str], encoded: list[list[int]]) -> list[str]:
         """Return the lost characters of each text."""

@@ -8,7 +8,8 @@ import sentencepiece
 import tokenizers
 
 from data_scoring.config import TokenizerConfig
-from data_scoring.tokenizer.tokenizer import Tokenizer, install_tokenizer, open_tokenizer
+from data_scoring.tokenizer import tokenizer as tokenizer_module
+from data_scoring.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer, install_tokenizer, open_tokenizer
 from tests.conftest import make_documents
 from tests.data_scoring.tokenizer.tokenizer_kinds import make_kind
 
@@ -29,6 +30,29 @@ def test_a_trained_tokenizer_round_trips_any_text(trained_path: Path) -> None:
     assert tokenizer.decode_batch([*tokenizer.encode_batch(TEXTS), []]) == [*TEXTS, ""]
     assert tokenizer.decode_batch([]) == []
     assert tokenizer.decode([tokenizer.end_of_document]) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("characters", [1, 50, 100_000])
+def test_texts_that_are_encoded_in_several_steps_have_the_same_ids(
+    characters: int, trained_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step has more characters than the limit, unless it is of one text."""
+    tokenizer, library = HuggingFaceTokenizer(trained_path, None), tokenizers.Tokenizer.from_file(str(trained_path))
+    library.encode_special_tokens = True
+    texts = ["", *make_documents(50), "", *TEXTS]
+    steps: list[list[str]] = []
+
+    class Recording:
+        def encode_batch_fast(self, step: list[str], **options: bool) -> list[tokenizers.Encoding]:
+            steps.append(step)
+            return library.encode_batch_fast(step, **options)
+
+    monkeypatch.setattr(tokenizer_module, "_CHARACTERS_AT_ONCE", characters)
+    monkeypatch.setattr(tokenizer, "_tokenizer", Recording())
+    assert tokenizer.encode_batch(texts) == [library.encode(text, add_special_tokens=False).ids for text in texts]
+    assert all(len(step) == 1 or sum(map(len, step)) <= characters for step in steps)
+    assert (len(steps) == 1) == (characters == 100_000)
+    assert tokenizer.encode_batch([]) == []
 
 
 def test_training_is_reproducible_and_bounded_by_a_sample(tmp_path: Path) -> None:
