@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.cli.test_random_kills import COMMANDS, Folder
+from tests.flows.cli.test_random_kills import COMMANDS, CONFIG, Folder
 from tests.flows.equal_runs import assert_equal_runs
 
 
@@ -48,12 +48,12 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 @pytest.mark.slow
 def test_every_stage_on_a_disk_that_grows(tmp_path: Path, disk: SmallDisk) -> None:
-    unbroken = Folder(tmp_path / "unbroken")
+    unbroken = Folder(tmp_path / "unbroken", CONFIG)
     for command in COMMANDS:
         process = unbroken.start(command)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output.decode()
-    folder, failures = Folder(tmp_path / "full"), dict.fromkeys(COMMANDS, 0)
+    folder, failures = Folder(tmp_path / "full", CONFIG), dict.fromkeys(COMMANDS, 0)
     for command in COMMANDS:
         disk.shrink()
         while True:
