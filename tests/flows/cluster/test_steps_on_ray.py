@@ -159,16 +159,21 @@ OpenEngine = Callable[[Path], AbstractContextManager[Engine]]
 
 
 @pytest.fixture(scope="module")
-def open_any(request: pytest.FixtureRequest) -> Iterator[OpenEngine]:
-    count, kind = request.param.split()
-    if kind == "processes":
-        # Their start would take longer than the steps do.
-        with LocalEngine(int(count)) as pool:
-            yield lambda folder: nullcontext(pool)
-        return
+def pool() -> Iterator[Engine]:
+    """Two processes, whose start would take longer than the steps do."""
+    with LocalEngine(2) as engine:
+        yield engine
+
+
+@pytest.fixture
+def open_any(request: pytest.FixtureRequest) -> OpenEngine:
+    """Opens the engine of a kind."""
+    if request.param == "2 processes":
+        pool: Engine = request.getfixturevalue("pool")
+        return lambda folder: nullcontext(pool)
     joined: RayCluster = request.getfixturevalue("joined")
-    joined.resize(int(count))
-    yield lambda folder: open_on(joined, folder)
+    joined.resize(int(request.param[0]))
+    return lambda folder: open_on(joined, folder)
 
 
 # What differs most, on any number of nodes, and the other steps on one of them each, in turn.
