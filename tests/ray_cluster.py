@@ -12,7 +12,7 @@ _OBJECT_STORE_BYTES = 80_000_000
 # Ray notices within seconds that a node is lost, rather than within half a minute.
 _HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 500,
+    "health_check_period_ms": 200,
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 4,
 }

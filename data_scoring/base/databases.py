@@ -65,7 +65,10 @@ def _new_database(path: Path) -> Iterator["duckdb.DuckDBPyConnection"]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "new.duckdb" if "?" in str(path) else path
         with duckdb.connect(str(place), config={"storage_compatibility_version": "v1.0.0"}) as connection:
+            # In one transaction, as the log of each would go to the disk by itself.
+            connection.begin()
             yield connection
+            connection.commit()
             # Closing the connection writes the file, too, but ignores errors such as a full disk.
             connection.execute("checkpoint")
         if place != path:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cluster.connection import connected
 from flows.run.config import RunConfig, parse_config
 from flows.run.folder import Run, read_run
 from tests.conftest import MakeOnce
@@ -81,3 +82,10 @@ def cluster() -> Iterator[RayCluster]:
     pytest.importorskip("ray")
     with ray_cluster() as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def joined(cluster: RayCluster) -> Iterator[RayCluster]:
+    """The cluster, to which this process stays connected, as with several trials at the same time."""
+    with connected(cluster.address, "engine"):
+        yield cluster

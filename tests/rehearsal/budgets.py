@@ -25,7 +25,8 @@ def rehearse(folder: Path, compiler: str, only: Collection[str] | None = None) -
     jobs = CudaJobs(folder)
     script = Path(__file__).with_name("rehearse.py")
     command = [sys.executable, str(script), str(library), str(jobs.write(only))]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    # Triton's kernels are interpreted, which Triton has to be told before it is imported.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr)

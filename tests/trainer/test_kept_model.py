@@ -61,8 +61,19 @@ def results(folder: Path) -> tuple[np.ndarray, bytes]:
     return losses, np.array(read_rows(folder / "calibration.parquet", "loss"), np.float32).tobytes()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+PRECISIONS = ("float32", "bfloat16")
+# Each layout by default in one precision, and each precision with two layouts.
+QUICK = {("tp2", "bfloat16"), ("pp2", "float32"), ("pp2-vpp2", "bfloat16"), ("dp2", "float32")}
+CASES = [
+    pytest.param(
+        layout, precision, id=f"{name}-{precision}", marks=() if (name, precision) in QUICK else pytest.mark.slow
+    )
+    for name, layout in LAYOUTS.items()
+    for precision in PRECISIONS
+]
+
+
+@pytest.mark.parametrize(("layout", "precision"), CASES)
 def test_losses_are_those_of_the_checkpoint_bit_for_bit(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, layout: Layout, precision: str
 ) -> None:
@@ -92,7 +103,7 @@ def test_losses_are_those_of_the_checkpoint_bit_for_bit(
     assert list((ranks.folder / "logs").glob("*.done.json")) == []
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_after_training_only_the_weights_stay_in_memory(ranks: Ranks, precision: str) -> None:
     train, *_ = jobs_of(ranks, f"memory-{precision}", (1, 1, 1), precision)
     job = MeasuredTrainJob.model_validate(dict(train))

@@ -1,6 +1,7 @@
 """Refining on every engine writes the files that it writes in this process, byte by byte."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from data_scoring.refine.policies import POLICIES
 from data_scoring.refine.refine_config import RefineConfig, SourceRule
 from data_scoring.refine.refine_shards import mix_selection, refine, selection_path
 from tests.conftest import read_rows
+from tests.data_scoring.conftest import ENGINES
 from tests.data_scoring.odd_engines import DeadlyEngine, TwiceEngine
 from tests.data_scoring.refine.loss_per_root_token import LOSS_PER_ROOT_TOKEN
 from tests.data_scoring.refine.test_parts import PARTS, SEED, SHARDS, SIZE, Facts, draw_of
@@ -78,8 +80,16 @@ def written(draw: Draw, engine: Engine) -> dict[str, bytes]:
     return files
 
 
-@pytest.mark.parametrize("within", ["shard", "part"])
-@pytest.mark.parametrize("case", CASES)
+def pairs() -> Iterator[Any]:
+    """Yield engines, cases and places; this process, with which others are compared, has few that are not slow."""
+    for engine in ENGINES:
+        for case in CASES:
+            for within in ("shard", "part"):
+                is_quick = engine != "in-process" or (case, within) in {("loss", "shard"), ("batches", "part")}
+                yield pytest.param(engine, case, within, marks=() if is_quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("engine", "case", "within"), pairs(), indirect=["engine"], scope="session")
 def test_every_engine_writes_the_same_files(
     facts_folder: Path, engine: Engine, expected: dict[tuple[str, str], dict[str, bytes]], case: str, within: str
 ) -> None:

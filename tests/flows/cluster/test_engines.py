@@ -115,13 +115,16 @@ def test_a_part_whose_process_is_killed_is_worked_on_again(joined: RayCluster, t
     assert reports[-1] == 6
 
 
-def test_a_part_that_kills_every_process_is_one_line(joined: RayCluster, tmp_path: Path) -> None:
+def test_a_part_that_kills_every_process_is_one_line(
+    joined: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.cluster.ray_engine._MAX_RETRIES", 1)
     with (
         open_on(joined, tmp_path) as engine,
         pytest.raises(ValueError, match=r"^engine\.kind: ray lost") as caught,
     ):
         list(engine.map(die, range(1), lambda units: None))
-    assert "6 times" in str(caught.value)
+    assert "lost a part of the work 2 times" in str(caught.value)
     assert "raise engine.cpus_per_task" in str(caught.value)
     assert "\n" not in str(caught.value)
 

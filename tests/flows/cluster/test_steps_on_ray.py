@@ -2,9 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,11 +140,11 @@ def expected() -> dict[str, dict[str, bytes]]:
     return {}
 
 
-def written(name: str, inputs: Inputs, folder: Path, engine: Engine) -> dict[str, bytes]:
+def written(name: str, inputs: Inputs, folder: Path, engine: AbstractContextManager[Engine]) -> dict[str, bytes]:
     """Return the content of all files that a step has left in `folder`."""
     folder.mkdir()
-    with engine:
-        ALL[name](inputs, folder, engine)
+    with engine as opened:
+        ALL[name](inputs, folder, opened)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -153,20 +155,41 @@ def written_here(name: str, inputs: Inputs, folder: Path, expected: dict[str, di
     return expected[name]
 
 
-OpenEngine = Callable[[Path], Engine]
+OpenEngine = Callable[[Path], AbstractContextManager[Engine]]
 
 
-@pytest.fixture(scope="module", params=["2 processes", "1 node", "2 nodes", "3 nodes"])
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Engine]:
+    """Two processes, whose start would take longer than the steps do."""
+    with LocalEngine(2) as engine:
+        yield engine
+
+
+@pytest.fixture
 def open_any(request: pytest.FixtureRequest) -> OpenEngine:
-    count, kind = request.param.split()
-    if kind == "processes":
-        return lambda folder: LocalEngine(int(count))
+    """Opens the engine of a kind."""
+    if request.param == "2 processes":
+        pool: Engine = request.getfixturevalue("pool")
+        return lambda folder: nullcontext(pool)
     joined: RayCluster = request.getfixturevalue("joined")
-    joined.resize(int(count))
+    joined.resize(int(request.param[0]))
     return lambda folder: open_on(joined, folder)
 
 
-@pytest.mark.parametrize("name", ALL)
+# What differs most, on any number of nodes, and the other steps on one of them each, in turn.
+ON_ANY = ("prepare", "near duplicates", "contamination", "batches within parts")
+KINDS = ("2 processes", "1 node", "2 nodes", "3 nodes")
+
+
+def cases() -> Iterator[Any]:
+    """Yield all pairs of engine and step; only those above are tested by default, and all steps on two processes."""
+    for kind in KINDS:
+        for number, name in enumerate(ALL):
+            is_quick = kind == "2 processes" or name in ON_ANY or kind == KINDS[1 + number % 3]
+            yield pytest.param(kind, name, marks=() if is_quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("open_any", "name"), cases(), indirect=["open_any"])
 def test_processes_and_nodes_change_nothing(
     open_any: OpenEngine, name: str, inputs: Inputs, tmp_path: Path, expected: dict[str, dict[str, bytes]]
 ) -> None:

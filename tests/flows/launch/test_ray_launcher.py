@@ -49,9 +49,9 @@ class RayRanks(Ranks):
 
 
 @pytest.fixture
-def on_ray(cluster: RayCluster, tiny_corpus: Corpus, tmp_path: Path) -> RayRanks:
-    cluster.resize(2)
-    config = LaunchConfig(kind="ray", nodes=2, address=cluster.address, max_restarts=0)
+def on_ray(joined: RayCluster, tiny_corpus: Corpus, tmp_path: Path) -> RayRanks:
+    joined.resize(2)
+    config = LaunchConfig(kind="ray", nodes=2, address=joined.address, max_restarts=0)
     return RayRanks(tiny_corpus, tmp_path, config)
 
 

@@ -30,6 +30,7 @@ from tests.conftest import read_rows
 from tests.flows.equal_runs import assert_equal_runs
 from tests.flows.orchestration.place import Place
 from tests.flows.orchestration.web import WEBSOCKET, ask
+from tests.forked_ranks import forking
 from trainer.checkpoint_folder import list_checkpoints
 
 CONFIG = """
@@ -218,7 +219,8 @@ def test_two_rounds_in_bfloat16_are_about_those_in_float32(workplace: Path, unbr
     for source in config["corpus"]["sources"]:
         source["path"] = str(workplace / source["path"])
     changed = {"name": "half", "output": str(workplace / "runs"), "train": {**config["train"], "precision": "bfloat16"}}
-    half = run_stages(parse_config({**config, **changed}, "test"))
+    with forking():
+        half = run_stages(parse_config({**config, **changed}, "test"))
     assert {row.state for row in read_status(half)} == {"done"}
     assert (half / "report.html").read_text().count("data:image/png;base64,") == 4
     mix = Path("rounds/1/mix.parquet")
