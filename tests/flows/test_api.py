@@ -91,7 +91,7 @@ def test_errors_of_samples_are_those_of_no_command(folder: Path) -> None:
         {"scored_round": 9},
         {"order": "dropped", "scored_round": 9},
     ):
-        with pytest.raises(ValueError, match="source|where|round") as caught:
+        with pytest.raises(ValueError, match=r"source|where|round") as caught:
             run.samples(**arguments)
         assert "--" not in str(caught.value)
 
