@@ -9,8 +9,7 @@ from typing import Any
 class CommandParser(argparse.ArgumentParser):
     """As argparse's, whose errors it words otherwise where something known is near; so are those of its commands."""
 
-    # argparse's has an overload for each kind of namespace.
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Return the options, and the words that are none. Ends the process if one of these is near an option."""
         options, rest = super().parse_known_args(args, namespace)
         for word in rest:
