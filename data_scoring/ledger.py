@@ -154,12 +154,15 @@ VIEWS = {
             "correlation": ("double", "Spearman's rank correlation with the full loss; null if not measured."),
             "overlap": ("double", "Share of the samples drawn by full loss that are also drawn by this loss."),
             "chance_overlap": ("double", "The same for a draw with the same random numbers that ignores the loss."),
+            "sampling_rate": ("double", "refine.sampling_rate of these draws; the round's selection may have another."),
+            "temperature": ("double", "Temperature of the draws by loss; the round's selection may have another."),
             "cost_tokens": ("bigint", "Cost of scoring all samples, in training tokens; a forward pass costs a third."),
             "chosen": ("boolean", "Whether the samples were scored with this budget."),
             "seconds": ("double", "Seconds that scoring took, with calibration and all attempts; null if not chosen."),
         },
-        f"{_ROUND}, candidate, correlation, overlap, chance_overlap, cost_tokens, chosen, seconds",
-        (("seconds", "double"),),
+        f"{_ROUND}, candidate, correlation, overlap, chance_overlap, sampling_rate, temperature, cost_tokens, chosen, "
+        "seconds",
+        (("seconds", "double"), ("sampling_rate", "double"), ("temperature", "double")),
     ),
     "lineage": View(
         "The parts of a larger model that round 1 starts from, one row per layer; empty without inheritance.",

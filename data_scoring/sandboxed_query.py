@@ -42,7 +42,7 @@ def ask(
     it takes more than `seconds`; a KeyboardInterrupt ends it.
     """
     if not seconds > 0:
-        raise ValueError(f"--timeout: {seconds:g} is not above 0; give a number of seconds")
+        raise ValueError(f"timeout: {seconds:g} is not above 0; give a number of seconds")
     try:
         sql.encode()
     except UnicodeEncodeError:
@@ -103,7 +103,10 @@ class _Query:
                 self._is_done.wait(_SECONDS_TO_STOP)
                 atexit.register(_end_despite, self._is_done)
         if is_late:
-            raise ValueError(f"sql: not done after {seconds:g} s; write a cheaper query, or raise --timeout")
+            raise ValueError(
+                f"sql: not done after {seconds:g} s; write a cheaper query, or raise the timeout (--timeout; in Python "
+                "timeout_seconds)"
+            )
         if isinstance(self._error, duckdb.Error):
             hint = '`reprise sql RUN "show tables"` lists the views, and `reprise verify RUN` finds damaged files'
             raise ValueError(f"sql: {one_line(self._error, 600)}; {hint}") from None
@@ -134,7 +137,7 @@ def _end_despite(is_done: threading.Event) -> None:
 
 def _check(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Raise ValueError unless `sql` is one statement that only reads."""
-    remedy = "write a single select, or use --unrestricted"
+    remedy = "write a single select, or use --unrestricted (in Python ledger())"
     statements = connection.extract_statements(sql)
     if len(statements) != 1:
         raise ValueError(f"sql: {len(statements)} statements; {remedy}")

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
 import zipfile
@@ -23,6 +24,7 @@ PACKAGES = ("flows", "data_scoring", "trainer", "kernels")
 SOURCES = (
     *PACKAGES,
     "configs",
+    "docs",
     "prefect.yaml",
     "prefect.toml",
     "pyproject.toml",
@@ -83,6 +85,16 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(built: Path) 
 
 def test_the_sdist_builds_the_same_wheel_as_the_tree(built: Path) -> None:
     assert _contents(built) == _contents(built / "direct")
+
+
+def test_pages_that_the_wheel_names_are_in_the_sdist(built: Path) -> None:
+    """The wheel has no pages itself: texts for its users say where they are."""
+    [sdist] = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        pages = {name.partition("/")[2] for name in archive.getnames()}
+    texts = {name: content.decode() for name, content in _contents(built).items() if name.endswith((".py", ".yaml"))}
+    named = {page for text in texts.values() for page in re.findall(r"\bdocs/[a-z-]+\.(?:md|ipynb)", text)}
+    assert {"docs/study.md", "docs/python.md"} < named <= pages
 
 
 def test_the_metadata_name_the_licence_and_the_command(built: Path) -> None:

@@ -65,7 +65,8 @@ _MINDSPEED = _Package(
     "mindspeed",
     "mindspeed",
     "0.16.",
-    "install its branch core_r0.16.0 from source with pip install --no-deps (docs/devices.md)",
+    "install its branch core_r0.16.0 from source with pip install --no-deps (docs/devices.md of the source "
+    "distribution)",
 )
 _PACKAGES = (
     _TORCH_NPU,

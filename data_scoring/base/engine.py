@@ -120,9 +120,10 @@ class LocalEngine(Engine):
     def _map_in_pool(self, work: Work[Part, Result], parts: Sequence[Part], report: Count) -> Iterator[Result]:
         from loky.process_executor import TerminatedWorkerError
 
-        with tempfile.TemporaryDirectory(prefix="reprise-") as folder:
-            counts_path = Path(folder) / "counts"
-            counts_path.write_bytes(bytes(8 * len(parts)))
+        # Without a name of its own, it does not outlive a kill.
+        with tempfile.TemporaryFile() as file:
+            file.truncate(8 * len(parts))
+            counts_path = Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
             counts = np.memmap(counts_path, np.int64, mode="r")
             futures: list[Future[Result]] = [
                 self._pool().submit(_work_on, work, part, number, counts_path) for number, part in enumerate(parts)

@@ -39,24 +39,62 @@ def writing(path: Path) -> Iterator[Path]:
 def making(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success it is renamed to `folder`, on failure removed with the parents it created.
 
-    OSErrors name `folder`, not the temporary one. Only one process at a time may make the same folder.
+    OSErrors name `folder`, not the temporary one. Raises ValueError if `folder` exists, or another process makes it.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary, lock = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "lock"))
     absent = [parent for parent in folder.parents if not parent.exists()]
-    # A killed process may have left one behind.
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        commit(temporary, folder)
+        for parent in reversed(absent):
+            parent.mkdir(exist_ok=True)
+        with _sole_maker(folder, lock):
+            if folder.exists():
+                raise ValueError(f"{folder}: already exists; name another folder")
+            # A killed process may have left one behind.
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                yield temporary
+                commit(temporary, folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             for parent in absent:
                 parent.rmdir()
         if isinstance(error, OSError) and error.errno:
-            error.filename = str(error.filename or folder).replace(str(temporary), str(folder))
+            name = str(error.filename or folder)
+            error.filename = name.replace(str(temporary), str(folder)).replace(str(lock), str(folder))
         raise
+
+
+@contextmanager
+def _sole_maker(folder: Path, lock: Path) -> Iterator[None]:
+    """Hold the lock file `lock`, and delete it at the end. Raises ValueError if another process holds it."""
+    descriptor = _locked_file(folder, lock)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked_file(folder: Path, lock: Path) -> int:
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(f"{folder}: being made by another process; wait for it, or name another folder") from None
+        except OSError:
+            # This file system has no locks.
+            return descriptor
+        # The process that held it before may have deleted it meanwhile.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+        os.close(descriptor)
 
 
 def commit(temporary: Path, path: Path) -> None:

@@ -31,6 +31,8 @@ _BUDGET = pa.schema(
         ("correlation", pa.float64()),
         ("overlap", pa.float64()),
         ("chance_overlap", pa.float64()),
+        ("sampling_rate", pa.float64()),
+        ("temperature", pa.float64()),
         ("cost_tokens", pa.int64()),
         ("chosen", pa.bool_()),
         ("seconds", pa.float64()),
@@ -45,6 +47,7 @@ class Candidate:
     correlation: Spearman's rank correlation with the full loss.
     overlap: the share of the samples drawn by full loss that are also drawn by this one.
     chance_overlap: the same share for a draw that ignores losses, with the same random numbers.
+    sampling_rate, temperature: of these draws. The next selection may have others: `refine` can change until it begins.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Candidate:
     correlation: float | None = None
     overlap: float | None = None
     chance_overlap: float | None = None
+    sampling_rate: float | None = None
+    temperature: float | None = None
 
 
 def scoring_cost(corpus: Corpus, budget: str) -> int:
@@ -91,6 +96,8 @@ def measure_candidates(
                 correlation=1.0 if budget == "full" else spearman(connection, "full", budget),
                 overlap=len(by_loss & draw(f'"{budget}"', temperature=temperature)) / len(by_loss),
                 chance_overlap=len(by_loss & by_chance) / len(by_loss),
+                sampling_rate=refine.sampling_rate,
+                temperature=temperature,
             )
             for budget in budgets
         ]

@@ -1,7 +1,6 @@
 """Summaries of selections: of a dry run, which writes nothing, and of written selections."""
 
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import duckdb
 
 from data_scoring.base.engine import LocalEngine
 from data_scoring.base.sql import bounded, parquet_rows
+from data_scoring.base.temporary_folders import temporary_folder
 from data_scoring.refine.candidates import Draw, find_limits
 from data_scoring.refine.part_bars import find_part_bars
 from data_scoring.refine.policies import BATCH_LOSS
@@ -67,8 +67,8 @@ def dry_run(draw: Draw, samples_path: Path) -> SelectionSummary:
 
     Raises ValueError if losses are missing or incomplete, and in all cases in which refining does.
     """
-    with tempfile.TemporaryDirectory() as folder, _counting(draw.config.memory_gb) as connection:
-        engine, scratch = LocalEngine(1), Path(folder)
+    with temporary_folder() as scratch, _counting(draw.config.memory_gb) as connection:
+        engine = LocalEngine(1)
         limits, by_chance = find_limits(draw, engine, scratch), replace(draw, config=_without_losses(draw.config))
         chosen = Selection(connection, draw, limits, find_part_bars(draw, limits, engine, scratch))
         random = Selection(connection, by_chance, limits, find_part_bars(by_chance, limits, engine, scratch), "random")
@@ -88,7 +88,7 @@ def summarise_selection(draw: Draw, samples_path: Path) -> SelectionSummary:
 
 @contextmanager
 def _counting(memory_gb: float) -> Iterator[duckdb.DuckDBPyConnection]:
-    with tempfile.TemporaryDirectory() as folder, bounded(Path(folder), memory_gb) as connection:
+    with temporary_folder() as folder, bounded(folder, memory_gb) as connection:
         connection.execute(
             "create table slices (shard int, part int, source varchar, samples bigint, kept bigint, tokens bigint, "
             "loss double, kept_loss double, chance bigint, last bigint)"

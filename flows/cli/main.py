@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from data_scoring.base.caches import provide_caches
 from data_scoring.base.exits import exit_with
 from data_scoring.base.files import explain
+from flows.cli.command_parser import CommandParser
 from flows.cli.completion_command import add_completion
 from flows.cli.evaluation_commands import add_evaluate
 from flows.cli.experiment_commands import add_trial_commands
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; each command's function is its default `command`."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = CommandParser(
         prog="reprise", description="Train tiny language models in rounds: train, score, refine, train again."
     )
     parser.add_argument("--version", action=_Version)

@@ -26,7 +26,11 @@ def add_samples(commands: Any) -> None:
         ("typical", "of each source, what is nearest its median loss"),
     ):
         orders.add_argument(f"--{name}", action="store_true", help=text)
-    samples.add_argument("--where", metavar="SQL", help="only samples that meet a DuckDB condition; docs/samples.md")
+    samples.add_argument(
+        "--where",
+        metavar="SQL",
+        help="only samples that meet a DuckDB condition; docs/samples.md of the source distribution has the columns",
+    )
     samples.add_argument("--source", metavar="S", help="only samples of this source")
     samples.add_argument(
         "--round", type=int, metavar="R", help="losses after round R, and what round R + 1 kept (default: the last)"

@@ -56,8 +56,8 @@ def _clean(options: argparse.Namespace) -> None:
     for offer in offers:
         print(f"{offer.category.name}: {offer.category.title}, {sum(offer.freed):,} bytes")
         print(f"  lost with them: {offer.category.cost}")
-        for place, num_bytes in zip(offer.paths, offer.freed, strict=True):
-            shared = "" if num_bytes else "  (empty, or shared with another run)"
+        for place, num_bytes, num_shared in zip(offer.paths, offer.freed, offer.shared, strict=True):
+            shared = f"  ({num_shared:,} bytes stay, as another run shares them)" if num_shared else ""
             print(f"  {num_bytes:>15,}  {os.path.relpath(place, options.run)}{shared}")
     if not (options.yes or _is_confirmed(total)):
         print(f"nothing was deleted; --yes deletes all of this, {total:,} bytes; --only chooses categories")

@@ -1,7 +1,6 @@
 """Vocabulary pruning: from counting tokens to a folder with the smaller tokenizer, tables, a page and a checkpoint."""
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_scoring.base.files import commit
+from data_scoring.base.files import making
 from data_scoring.base.progress import Progress
 from data_scoring.corpus.token_counts import SourceCounts, SourceLength, measure_length
 from data_scoring.corpus.tokenise import TokenizerFile
@@ -74,10 +73,7 @@ def prune_vocabulary(request: Request, progress: Progress) -> PrunedVocabulary:
     _check_output(folder)
     # GPT-2's pair becomes one file.
     name = "tokenizer.model" if request.tokenizer.suffix == ".model" else "tokenizer.json"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with making(folder) as temporary:
         vocabulary.save(choice.kept, temporary / name)
         lengths = _measure(request, text, sources, temporary, name, progress)
         made = PrunedVocabulary(
@@ -91,9 +87,6 @@ def prune_vocabulary(request: Request, progress: Progress) -> PrunedVocabulary:
         from flows.models.vocabulary_pruning_report import write_page
 
         write_page(made, request, temporary)
-        commit(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return made
 
 

@@ -12,7 +12,6 @@ import os
 import secrets
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from prefect.settings import (
 )
 
 from data_scoring.base.exits import exit_with
+from data_scoring.base.temporary_folders import temporary_folder
 from flows.orchestration.configured_server import answers
 from flows.orchestration.guard import Guard, own_names
 from flows.orchestration.temporary_server import Answer
@@ -83,7 +83,7 @@ def _database() -> Iterator[dict[Any, str]]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with tempfile.TemporaryDirectory(prefix="reprise-prefect-") as folder:
+            with temporary_folder() as folder:
                 yield {PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{folder}/prefect.db"}
             return
         except OSError:

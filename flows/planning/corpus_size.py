@@ -7,11 +7,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from data_scoring.base.progress import silent
+from data_scoring.base.temporary_folders import temporary_folder
 from data_scoring.config import CorpusConfig, SourceConfig
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.corpus.indexed import token_dtype
@@ -88,8 +88,8 @@ def sampled_corpus(config: RunConfig, folder: Path) -> tuple[Corpus, CorpusSize]
 
 def sampled_size(config: RunConfig) -> CorpusSize:
     """Return the size of the corpus by a sample of its text. Raises ValueError if the text cannot be read."""
-    with TemporaryDirectory(prefix="reprise-plan-") as folder:
-        return sampled_corpus(config, Path(folder))[1]
+    with temporary_folder() as folder:
+        return sampled_corpus(config, folder)[1]
 
 
 def megatron_size(config: RunConfig) -> CorpusSize | None:

@@ -3,13 +3,13 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from data_scoring.base.progress import silent
+from data_scoring.base.temporary_folders import temporary_folder
 from data_scoring.base.validation import required_record
 from data_scoring.corpus.corpus import Corpus
 from flows.launch import launcher
@@ -61,8 +61,7 @@ def measure(config: RunConfig, num_microbatches: int) -> tuple[MeasuredSpeed, Co
     cannot be read.
     """
     run = Run(config, config.folder.absolute())
-    with TemporaryDirectory(prefix="reprise-plan-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         size, seconds_a_byte = prepared_size(run), 0.0
         if size is None:
             started = time.monotonic()

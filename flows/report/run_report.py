@@ -266,6 +266,24 @@ def _budget(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[st
                 cost_tokens as "Cost (training tokens)", case when chosen then 'yes' else '' end as "Chosen"
             {budgets} order by candidate = 'calibration', cost_tokens""",
         ),
+        *_measured_draw(run, ledger, scored),
+    ]
+
+
+def _measured_draw(run: Run, ledger: duckdb.DuckDBPyConnection, scored: int) -> list[str]:
+    """Return what was drawn to compare the budgets, if the next round draws otherwise: its `refine` has changed."""
+    measured = ledger.sql(
+        f"select distinct sampling_rate, temperature from budgets where round = {scored} and overlap is not null"
+    ).fetchall()
+    refine = run.refine_config(scored + 1)
+    if measured in ([], [(None, None)], [(refine.sampling_rate, refine.draw_temperature)]):
+        # Versions before 0.12 did not record it.
+        return []
+    [(rate, temperature)] = measured
+    return [
+        f"<p>The shares are those of draws with sampling rate {rate:g} and temperature {temperature:g}, as refine was "
+        f"when samples were scored. Round {scored + 1} has sampling rate {refine.sampling_rate:g} and temperature "
+        f"{refine.draw_temperature:g}.</p>"
     ]
 
 

@@ -146,7 +146,7 @@ def find_samples(
     texts = texts_of(run)
     names = [entry["name"] for entry in texts.corpus.manifest["sources"]]
     if source is not None and source not in names:
-        raise ValueError(f"--source: {shown(source)} is none of the run's sources: {', '.join(names)}")
+        raise ValueError(f"source: {shown(source)} is none of the run's sources: {', '.join(names)}")
     scored = _scored_round(run, order, scored_round)
     sql = _query(order, count, scored, where, source)
     try:
@@ -156,7 +156,7 @@ def find_samples(
             raise
         reason = str(error).removeprefix("sql: ").partition("; `reprise sql")[0].partition(" LINE ")[0]
         raise ValueError(
-            f"--where: {shown(where)}: {reason}; give a DuckDB condition over the columns {', '.join(COLUMNS)}"
+            f"where: {shown(where)}: {reason}; give a DuckDB condition over the columns {', '.join(COLUMNS)}"
         ) from None
     title = ORDERS[order].title.format(scored, scored + 1) if scored else "Samples"
     return Samples(title, scored or None, _with_texts(texts, rows), texts.has_origins)
@@ -208,17 +208,17 @@ def _scored_round(run: Run, order: str, wanted: int | None) -> int:
     known = sorted({*scored, *selected})
     if wanted is not None and wanted not in known:
         rounds = f"give one of {', '.join(map(str, known))}" if known else "score round 1 first"
-        raise ValueError(f"--round: round {wanted} was not scored; {rounds}")
+        raise ValueError(f"round {wanted} was not scored; {rounds}")
     if order != "all" and not known:
-        raise ValueError(f"{run.folder}: no round has been scored yet; `--where` alone shows samples without losses")
+        raise ValueError(f"{run.folder}: no round has been scored yet; a condition alone shows samples without losses")
     number = wanted if wanted is not None else (selected or scored or [0])[-1]
     if order == "dropped" and number not in selected:
-        raise ValueError(f"--dropped: nothing was selected after round {number} yet; give another round, or refine")
+        raise ValueError(f"dropped: nothing was selected after round {number} yet; give another round, or refine")
     if order in ("hardest", "easiest", "typical") and number not in scored:
-        raise ValueError(f"--{order}: round {number} was not scored; give another round, or score it")
+        raise ValueError(f"{order}: round {number} was not scored; give another round, or score it")
     if order == "forgotten":
         budget = budgets.get(number, "full")
         if number not in scored or budget != "full":
             how = f"scored by {one_line(budget)}, not in full" if number in scored else "not scored"
-            raise ValueError(f"--forgotten: round {number} was {how}; give a round that was")
+            raise ValueError(f"forgotten: round {number} was {how}; give a round that was")
     return number

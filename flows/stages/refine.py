@@ -1,6 +1,5 @@
 """The stage `refine`: the samples that a round trains on, selected by the losses of the previous round."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from data_scoring.base.engine import Engine, LocalEngine
 from data_scoring.base.field_effects import deciding
 from data_scoring.base.parquet import is_intact, parquet_fingerprint
 from data_scoring.base.progress import Progress, silent
+from data_scoring.base.temporary_folders import temporary_folder
 from data_scoring.corpus.corpus import Corpus
 from data_scoring.losses.origin import Origin, check_origins
 from data_scoring.losses.shard_scoring import losses_path
@@ -82,8 +82,8 @@ def preview(run: Run, round_number: int, config: RefineConfig | None = None) -> 
     """
     config = config or run.refine_config(round_number)
     check_losses(run, round_number - 1, config)
-    with tempfile.TemporaryDirectory() as folder:
-        duplicates = _near_duplicates(run, config, LocalEngine(1), silent, Path(folder))
+    with temporary_folder() as folder:
+        duplicates = _near_duplicates(run, config, LocalEngine(1), silent, folder)
         return dry_run(draw_of(run, round_number, config, duplicates), run.corpus().samples_path)
 
 

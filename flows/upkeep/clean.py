@@ -38,11 +38,15 @@ class Category:
 
 @dataclass(frozen=True)
 class Offer:
-    """What can be deleted in one category: paths, and the bytes that deleting each of them frees."""
+    """What can be deleted in one category: paths, and the bytes that deleting each of them frees.
+
+    shared: the bytes below each path that deleting it does not free, since another folder has the files, too.
+    """
 
     category: Category
     paths: Sequence[Path]
     freed: Sequence[int]
+    shared: Sequence[int]
 
 
 def find_offers(folder: Path, names: Sequence[str]) -> list[Offer]:
@@ -64,11 +68,7 @@ def find_offers(folder: Path, names: Sequence[str]) -> list[Offer]:
         _check_idle(place)
     found = {name: _paths(folder, name) for name in names}
     counts = _links(path for paths in found.values() for path in paths)
-    return [
-        Offer(CATEGORIES[name], paths, [_freed_bytes(path, counts) for path in paths])
-        for name, paths in found.items()
-        if paths
-    ]
+    return [_offer(CATEGORIES[name], paths, counts) for name, paths in found.items() if paths]
 
 
 def delete(folder: Path, offers: Sequence[Offer]) -> int:
@@ -215,19 +215,26 @@ def _links(paths: Iterable[Path]) -> Counter[tuple[int, int]]:
     return Counter((state.st_dev, state.st_ino) for state in map(os.lstat, names))
 
 
-def _freed_bytes(path: Path, counts: Counter[tuple[int, int]]) -> int:
-    """Return the bytes that are freed below `path` if all names that `counts` counts are deleted.
+def _offer(category: Category, paths: Sequence[Path], counts: Counter[tuple[int, int]]) -> Offer:
+    sizes = [_bytes(path, counts) for path in paths]
+    return Offer(category, paths, [freed for freed, _ in sizes], [shared for _, shared in sizes])
+
+
+def _bytes(path: Path, counts: Counter[tuple[int, int]]) -> tuple[int, int]:
+    """Return the bytes below `path` that are freed if all names that `counts` counts are deleted, and those that stay.
 
     A file frees its bytes where its last name is deleted: one that another run shares by a hard link frees none. One
     with several names among those deleted is divided among them.
     """
-    total = 0.0
+    freed = shared = 0.0
     for file in _files(path):
         state = os.lstat(file)
         names = counts[state.st_dev, state.st_ino]
         if names >= state.st_nlink:
-            total += state.st_size / names
-    return round(total)
+            freed += state.st_size / names
+        else:
+            shared += state.st_size
+    return round(freed), round(shared)
 
 
 def _files(path: Path) -> list[Path]:

@@ -49,9 +49,9 @@ def fork(source: Run, round_number: int, overrides: list[str], name: str | None,
     with locked(source.folder):
         if target.exists():
             raise ValueError(f"{target}: exists; give another --name")
-        _check_complete(source, round_number)
-        stages_of(source).verify(progress)
         with making(target) as folder:
+            _check_complete(source, round_number)
+            stages_of(source).verify(progress)
             write_record(folder / FORK, {**_record(source, round_number, config, overrides)})
             made = Run(config, folder)
             copied = _share(source, made, round_number)

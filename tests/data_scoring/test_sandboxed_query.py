@@ -161,10 +161,10 @@ def test_unrestricted_queries_do_what_they_say(run: Path) -> None:
 
 def test_a_query_ends_in_time(run: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(ValueError, match=r"^sql: not done after 0.5 s; write a cheaper query, or raise --timeout$"):
+    with pytest.raises(ValueError, match=r"^sql: not done after 0.5 s; write a cheaper query, or raise the timeout"):
         ask(run, ENDLESS, 0.5)
     assert time.monotonic() - started < 5
-    with pytest.raises(ValueError, match="--timeout: nan is not above 0"):
+    with pytest.raises(ValueError, match="timeout: nan is not above 0"):
         ask(run, "select 1", float("nan"))
 
 

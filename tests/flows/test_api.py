@@ -77,8 +77,23 @@ def test_the_ledger_is_open_for_any_statement(folder: Path, tmp_path: Path) -> N
     assert pq.read_table(tmp_path / "two.parquet").num_rows == 2
     steps = pq.read_table(folder / "rounds/2/steps.parquet").num_rows
     assert run.sql("select num_steps from rounds where round = 2").fetchall() == [(steps,)]
-    with pytest.raises(ValueError, match="no select"):
+    with pytest.raises(ValueError, match=r"no select; .*in Python ledger\(\)"):
         run.sql("create table t (x int)")
+    with pytest.raises(ValueError, match=r"not done after 0.2 s; .*in Python timeout_seconds\)"):
+        run.sql("select sum(a.range * b.range) from range(1000000) a, range(1000000) b", timeout_seconds=0.2)
+
+
+def test_errors_of_samples_are_those_of_no_command(folder: Path) -> None:
+    run = api.open_run(folder)
+    for arguments in (
+        {"source": "c"},
+        {"where": "los > 1"},
+        {"scored_round": 9},
+        {"order": "dropped", "scored_round": 9},
+    ):
+        with pytest.raises(ValueError, match=r"source|where|round") as caught:
+            run.samples(**arguments)
+        assert "--" not in str(caught.value)
 
 
 def test_scores_are_those_of_the_final_models(folder: Path) -> None:

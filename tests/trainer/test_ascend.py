@@ -32,7 +32,10 @@ def _autoload(): pass
 """
 ADAPTOR = "import sys; assert 'torch_npu' in sys.modules"
 EXTRA = "install it with pip install 'reprise-lm[ascend]'"
-SOURCE = "install its branch core_r0.16.0 from source with pip install --no-deps (docs/devices.md)"
+SOURCE = (
+    "install its branch core_r0.16.0 from source with pip install --no-deps (docs/devices.md of the source "
+    "distribution)"
+)
 ENVIRONMENT = "source CANN's set_env.sh in the shell that starts reprise"
 VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_OPP_PATH")
 

@@ -1,5 +1,6 @@
 """The local engine's processes; what all engines have in common is in tests/flows/cluster/test_engines.py."""
 
+import os
 import subprocess
 import sys
 import time
@@ -60,12 +61,16 @@ def test_all_units_are_reported_before_the_last_result(tmp_path: Path) -> None:
 
 
 def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", MAP, str(tmp_path)])
+    beats, temporary = tmp_path / "beats", tmp_path / "temporary"
+    beats.mkdir()
+    temporary.mkdir()
+    parent = subprocess.Popen([sys.executable, "-c", MAP, str(beats)], env={**os.environ, "TMPDIR": str(temporary)})
     try:
-        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+        wait_for(lambda: len(list(beats.iterdir())) == 2)
         children = psutil.Process(parent.pid).children(recursive=True)
     finally:
         parent.kill()
         parent.wait()
     assert len(children) >= 2
     wait_for(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+    assert list(temporary.iterdir()) == []

@@ -115,6 +115,11 @@ def test_candidates_are_measured_and_the_cheapest_that_will_do_is_taken(tiny_cor
         round(np.minimum(lengths, longest).sum() / 3) for longest in (4, 8, 16, 32)
     ]
     assert (measured[3].correlation, measured[3].overlap) == (1.0, 1.0)
+    [other] = {
+        (candidate.sampling_rate, candidate.temperature)
+        for candidate in measure_candidates(tiny_corpus, folder, 1, RefineConfig(sampling_rate=0.1, temperature=2), 0)
+    }
+    assert other == (0.1, 2.0)
     write_seen(folder, 2, everything(tiny_corpus)[-1:])
     assert measure_candidates(tiny_corpus, folder, 1, RefineConfig(), 0)[0].name == "seen"
 

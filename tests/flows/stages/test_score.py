@@ -120,6 +120,29 @@ def test_auto_calibrates_and_then_scores_by_the_cheapest_that_will_do(
     assert "<td>calibration<td><td><td>" in page
 
 
+def test_the_report_says_of_which_draws_the_shares_are(
+    prepared: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may go on with another `refine` after scoring, and a person may approve another rate."""
+    monkeypatch.setattr(launcher, "launch", Launches())
+    run = open_trained(prepared, folder, {"budget": "auto", "min_correlation": 0.5, "calibration_samples": 100})
+    complete(run, "score", 1, silent)
+    before = [row["overlap"] for row in budgets(run, 1)]
+    assert "draws with sampling rate" not in write_report(run).read_text()
+    refine = run.config.refine.model_copy(update={"sampling_rate": 0.1, "temperature": 2.0})
+    changed = replace(run, config=run.config.model_copy(update={"refine": refine}))
+    assert not complete(changed, "score", 1, silent)
+    assert [row["overlap"] for row in budgets(changed, 1)] == before
+    said = "draws with sampling rate 0.5 and temperature 1, as refine was when samples were scored. Round 2 has "
+    assert f"{said}sampling rate 0.1 and temperature 2.</p>" in write_report(changed).read_text()
+    run.approve(2, "loss", 0.25)
+    assert f"{said}sampling rate 0.25 and temperature 1.</p>" in write_report(run).read_text()
+    # Scored by a version that did not record them.
+    path = run.round_folder(1) / "budget.parquet"
+    write_parquet(path, pq.read_table(path).drop_columns(["sampling_rate", "temperature"]), "f")
+    assert "draws with sampling rate" not in write_report(run).read_text()
+
+
 def test_auto_goes_on_after_its_calibration(prepared: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_trained(prepared, folder, {"budget": "auto", "min_correlation": 1.0, "calibration_samples": 20})
     launches = Launches(blocks=3)
@@ -160,8 +183,8 @@ def test_seen_launches_nothing(prepared: Path, folder: Path, monkeypatch: pytest
     [row] = budgets(run, 1)
     assert 0 < row.pop("seconds") < 60
     assert [row] == [
-        {"candidate": "seen", "correlation": None, "overlap": None, "chance_overlap": None, "cost_tokens": 0,
-         "chosen": True}
+        {"candidate": "seen", "correlation": None, "overlap": None, "chance_overlap": None, "sampling_rate": None,
+         "temperature": None, "cost_tokens": 0, "chosen": True}
     ]  # fmt: skip
     assert "Samples were scored by seen, which costs as much as training on 0 tokens" in write_report(run).read_text()
 

@@ -115,9 +115,21 @@ def test_a_cleaned_run_is_complete_and_goes_on(original: Run, capsys: pytest.Cap
     assert len(read_rows(run.folder, "from rounds")) == 3
 
 
-def test_files_of_a_fork_free_nothing(littered: Run) -> None:
+def test_files_of_a_fork_free_nothing(littered: Run, capsys: pytest.CaptureFixture[str]) -> None:
     made = fork(littered, 3, [], "other", silent).run
     complete_run(made.config)
+    # What is not shared is freed, and what is empty is not said to be shared.
+    [step] = littered.folder.glob("rounds/1/checkpoint/step-*")
+    num_shared = used_bytes(step)
+    (step / "own").write_bytes(bytes(17))
+    shutil.rmtree(littered.folder / "corpus" / "staging")
+    (littered.folder / "corpus" / "staging").mkdir()
+    capsys.readouterr()
+    assert main(["clean", str(littered.folder)]) == 0
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.startswith("   ")]
+    stays = f"({num_shared:,} bytes stay, as another run shares them)"
+    assert ["17", f"rounds/1/checkpoint/{step.name}", stays] in lines
+    assert ["0", "corpus/staging"] in lines
     before = used_bytes(littered.folder, made.folder)
     for run, is_last in ((littered, False), (made, True)):
         found = offered(run.folder, "checkpoints")
@@ -126,7 +138,7 @@ def test_files_of_a_fork_free_nothing(littered: Run) -> None:
         after = used_bytes(littered.folder, made.folder)
         assert before - after == sum(found.values())
         # The last name of a file frees it.
-        assert (before > after) == is_last
+        assert (before - after > 17) == is_last
         before = after
         assert {row.state for row in read_status(made.folder)} == {"done"}
 

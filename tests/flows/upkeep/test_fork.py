@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_scoring.base.files import checksum
+from data_scoring.base.files import checksum, making
 from data_scoring.base.progress import silent
 from flows.cli.main import main
 from flows.report.run_report import write_report
@@ -199,7 +199,14 @@ def test_a_run_in_use_is_not_forked(three_rounds: Run, capsys: pytest.CaptureFix
     with locked(three_rounds.folder):
         message = error_of(capsys, "fork", str(three_rounds.folder), "--round", "2")
     assert "in use by process" in message
-    assert not three_rounds.folder.with_name("run-fork-2").exists()
+    target = three_rounds.folder.with_name("run-fork-2")
+    assert not target.exists()
+    # As another run's fork of the same name.
+    with making(target) as other:
+        (other / "run.yaml").touch()
+        message = error_of(capsys, "fork", str(three_rounds.folder), "--round", "2")
+        assert f"{target}: being made by another process; wait for it, or name another folder" in message
+    assert [path.name for path in target.iterdir()] == ["run.yaml"]
 
 
 def test_rounds_that_are_not_complete_are_named(three_rounds: Run, capsys: pytest.CaptureFixture[str]) -> None:
