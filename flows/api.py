@@ -1,6 +1,6 @@
 """Reprise from Python: open runs and read what they hold, start runs and wait for them.
 
-docs/python.md of the source distribution has examples.
+docs/python.md has examples.
 What is not in `__all__`, and other modules, may change from version to version. Nothing is printed unless it is asked
 for. Errors are exceptions: ValueError for what the caller can correct, and RunFailedError for a run that ended without
 completing.

@@ -65,8 +65,7 @@ _MINDSPEED = _Package(
     "mindspeed",
     "mindspeed",
     "0.16.",
-    "install its branch core_r0.16.0 from source with pip install --no-deps (docs/devices.md of the source "
-    "distribution)",
+    "install its branch core_r0.16.0 from source with pip install --no-deps (docs/devices.md)",
 )
 _PACKAGES = (
     _TORCH_NPU,

@@ -6,7 +6,6 @@ input alone, so that the results are the same whatever engine works on them.
 
 import os
 import signal
-import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 
 from data_scoring.base.progress import Progress
+from data_scoring.base.temporary_folders import temporary_folder
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -120,10 +120,9 @@ class LocalEngine(Engine):
     def _map_in_pool(self, work: Work[Part, Result], parts: Sequence[Part], report: Count) -> Iterator[Result]:
         from loky.process_executor import TerminatedWorkerError
 
-        # Without a name of its own, it does not outlive a kill.
-        with tempfile.TemporaryFile() as file:
-            file.truncate(8 * len(parts))
-            counts_path = Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+        with temporary_folder() as folder:
+            counts_path = folder / "counts"
+            counts_path.write_bytes(bytes(8 * len(parts)))
             counts = np.memmap(counts_path, np.int64, mode="r")
             futures: list[Future[Result]] = [
                 self._pool().submit(_work_on, work, part, number, counts_path) for number, part in enumerate(parts)

@@ -71,9 +71,7 @@ _FIELDS = {
 def add_completion(commands: Any, parser: argparse.ArgumentParser) -> None:
     """Add the command to the `commands` of `parser`, which must have all others."""
     completion = commands.add_parser("completion", help="print a script that completes commands in bash, zsh or fish")
-    completion.add_argument(
-        "shell", choices=SHELLS, help="docs/operation.md of the source distribution says how each reads it"
-    )
+    completion.add_argument("shell", choices=SHELLS, help="docs/operation.md says how each reads it")
     completion.set_defaults(command=partial(_print_script, parser))
 
 

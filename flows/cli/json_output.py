@@ -16,7 +16,7 @@ def add_json(command: "argparse._ActionsContainer") -> None:
     command.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON document instead; its fields are in docs/python.md of the source distribution",
+        help="print one JSON document instead; its fields are in docs/python.md",
     )
 
 

@@ -29,7 +29,7 @@ def add_samples(commands: Any) -> None:
     samples.add_argument(
         "--where",
         metavar="SQL",
-        help="only samples that meet a DuckDB condition; docs/samples.md of the source distribution has the columns",
+        help="only samples that meet a DuckDB condition; docs/samples.md has the columns",
     )
     samples.add_argument("--source", metavar="S", help="only samples of this source")
     samples.add_argument(

@@ -1,4 +1,4 @@
-"""A new folder to work in: a configuration to edit, examples, Prefect's files, and a sample of text."""
+"""A new folder to work in: a configuration to edit, examples, Prefect's files, the pages, and a sample of text."""
 
 import importlib.resources
 import json
@@ -8,7 +8,6 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from data_scoring.corpus.python_text import read_python_text
-from flows.run.config_docs import page
 
 # Names in the template that differ in the folder: a .gitignore would apply to the template itself.
 _NAMES = {"gitignore": ".gitignore"}
@@ -35,7 +34,6 @@ def make_project(folder: Path) -> list[Path]:
 def _texts() -> Iterator[tuple[str, str]]:
     """Yield the name of each file, relative to the folder, and its text."""
     yield from _template(importlib.resources.files("flows.project") / "template", "")
-    yield "docs/configuration.md", page()
     lines = [json.dumps({"text": document.text}) for document in read_python_text("topics")]
     yield "data/sample.jsonl", "".join(f"{line}\n" for line in lines)
 

@@ -173,8 +173,7 @@ def _gain(facts: RoundFacts) -> list[str]:
 def _study(kind: Kind, facts: RoundFacts, rate: float) -> str:
     found = kind.finding
     text = (
-        f"Study (docs/study.md of the source distribution): in {found.num_runs} runs {kind.described}, a draw by loss "
-        f"was {_compared(found.mean)} "
+        f"Study (docs/study.md): in {found.num_runs} runs {kind.described}, a draw by loss was {_compared(found.mean)} "
         f"than a random draw of the same total cost over all held-out text (better in {found.mean_lower} of the "
         f"{found.num_runs}; at equal training tokens, {_compared(found.mean_paid)}), and {_compared(found.worst)} on "
         f"the source with the highest loss (better in {found.worst_lower}). Equal draws differ by up to 0.03 nats. Its "

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from tests.engine_work import begin_and_sleep, die_once, square
 
 MAP = """
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from data_scoring.base.engine import LocalEngine
@@ -60,7 +62,7 @@ def test_all_units_are_reported_before_the_last_result(tmp_path: Path) -> None:
         assert reported[-1] == 1 + 2 + 3
 
 
-def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beats, temporary = tmp_path / "beats", tmp_path / "temporary"
     beats.mkdir()
     temporary.mkdir()
@@ -73,4 +75,9 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         parent.wait()
     assert len(children) >= 2
     wait_for(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+    # What it has left is deleted by the next.
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert len(list(temporary.iterdir())) == 1
+    with LocalEngine(2) as engine:
+        assert list(engine.map(square, [1, 2], lambda units: None)) == [1, 4]
     assert list(temporary.iterdir()) == []

@@ -14,8 +14,9 @@ from flows.project.project_folder import make_project
 from flows.run.config import RunConfig, read_config
 from tests import ROOT
 
-FILES = {".gitignore", "data/sample.jsonl", "docs/configuration.md", "mine.yaml", "prefect.toml", "prefect.yaml"}
+FILES = {".gitignore", "data/sample.jsonl", "mine.yaml", "prefect.toml", "prefect.yaml"}
 EXAMPLES = {f"configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+PAGES = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
 # Settings that the configuration offers in comments.
 OFFERED = re.compile(r"^( *)# (- \{|preset: |path: )", re.MULTILINE)
 
@@ -29,9 +30,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_folder_has_the_files_of_the_checkout(tmp_path: Path) -> None:
     written = make_project(tmp_path)
-    assert {str(path) for path in written} == FILES | EXAMPLES
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == FILES | EXAMPLES
-    for name in EXAMPLES | {"prefect.yaml", "prefect.toml", "docs/configuration.md"}:
+    assert {str(path) for path in written} == FILES | EXAMPLES | PAGES
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {tmp_path / path for path in written}
+    for name in EXAMPLES | PAGES | {"prefect.yaml", "prefect.toml"}:
         assert (tmp_path / name).read_text() == (ROOT / name).read_text()
     assert "runs/" in (tmp_path / ".gitignore").read_text().split()
 
@@ -68,7 +69,7 @@ def test_the_deployments_need_no_checkout(project: Path) -> None:
             check_corpus(RunConfig.model_validate(deployment["parameters"]["config"]).corpus, RunConfig().tokenizer)
 
 
-@pytest.mark.parametrize("name", [*sorted(FILES), "data", "configs"])
+@pytest.mark.parametrize("name", [*sorted(FILES), "docs/configuration.md", "data", "configs"])
 def test_a_file_that_exists_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
