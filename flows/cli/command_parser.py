@@ -1,4 +1,4 @@
-"""A parser of command lines that says which command or option a mistyped one is nearest to."""
+"""A parser of command lines that says which command or option a mistyped one is nearest to, and takes any order."""
 
 import argparse
 import difflib
@@ -12,6 +12,14 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Return the options, and the words that are none. Ends the process if one of these is near an option."""
         options, rest = super().parse_known_args(args, namespace)
+        for action in self._get_positional_actions():
+            # Argparse takes one that may be left out for left out if an option precedes it.
+            is_left_out = action.nargs == "?" and getattr(options, action.dest) is action.default
+            if is_left_out and rest and not rest[0].startswith("-"):
+                try:
+                    setattr(options, action.dest, self._get_values(action, [rest.pop(0)]))
+                except argparse.ArgumentError as error:
+                    self.error(str(error))
         for word in rest:
             near = _nearest(word.partition("=")[0], self._option_string_actions) if word.startswith("--") else None
             if near is not None:

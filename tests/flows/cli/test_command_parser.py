@@ -1,8 +1,10 @@
 """What a mistyped command or option is told."""
 
+from pathlib import Path
+
 import pytest
 
-from flows.cli.main import main
+from flows.cli.main import main, make_parser
 
 
 @pytest.mark.parametrize(("line", "usage", "error"), [
@@ -30,3 +32,24 @@ def test_what_is_known_is_not_corrected(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["runs", "/nonexistent", "--js"]) == 1
     assert main(["run", "/nonexistent.yaml", "--set=--sett"]) == 1
     assert "unrecognized" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        ("sql runs/a --timeout 5 QUERY", "query", "QUERY"),
+        ("sql --timeout 5 runs/a QUERY", "query", "QUERY"),
+        ("sql runs/a --timeout 5", "query", None),
+        ("runs --json folder", "folder", Path("folder")),
+        ("runs --json", "folder", Path("runs")),
+        ("doctor --json a.yaml", "config", Path("a.yaml")),
+    ],
+)
+def test_what_may_be_left_out_may_follow_an_option(line: str, field: str, value: object) -> None:
+    assert getattr(make_parser().parse_args(line.split()), field) == value
+
+
+def test_what_is_too_much_after_an_option_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["sql", "runs/a", "--timeout", "5", "QUERY", "another"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: another\n")
