@@ -43,8 +43,11 @@ def forking(launcher: int | None = None) -> Iterator[None]:
     launcher: the process that ranks end with, by default this one.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchrun, "start", partial(_start, launcher or os.getpid()))
+        start = partial(_start, launcher or os.getpid())
+        patch.setattr(torchrun, "start", start)
         yield
+        # What is patched meanwhile has to be undone before, or undoing it would leave this in place.
+        assert torchrun.start is start
 
 
 def _start(

@@ -5,7 +5,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,10 +32,7 @@ def _autoload(): pass
 """
 ADAPTOR = "import sys; assert 'torch_npu' in sys.modules"
 EXTRA = "install it with pip install 'reprise-lm[ascend]'"
-SOURCE = (
-    "install its branch core_r0.16.0 from source with pip install --no-deps (docs/devices.md of the source "
-    "distribution)"
-)
+SOURCE = "install its branch core_r0.16.0 from source with pip install --no-deps (docs/devices.md)"
 ENVIRONMENT = "source CANN's set_env.sh in the shell that starts reprise"
 VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_OPP_PATH")
 
@@ -51,8 +48,6 @@ class Machine:
         for variable in VARIABLES:
             monkeypatch.delenv(variable, raising=False)
         monkeypatch.setattr(platform, "python_version", lambda: "3.11.9")
-        for cached in (ascend._ask, devices._warn):
-            cached.cache_clear()
 
     def install(self, name: str, version: str, module: str, code: str = "") -> Path:
         """Install the package `name`, whose `module` is `code`; return the module's folder."""
@@ -96,6 +91,19 @@ class Machine:
         toolkit.mkdir(parents=True)
         (self.folder / VARIABLES[1]).mkdir()
         (toolkit / "ascend_toolkit_install.info").write_text("package_name=Ascend-cann-toolkit\nversion=9.0.0\n")
+
+
+@pytest.fixture(autouse=True)
+def answers() -> Iterator[None]:
+    """What a process keeps of what it was told of its devices: each test asks anew, and so does the next."""
+
+    def forget() -> None:
+        for cached in (ascend._ask, devices._warn):
+            cached.cache_clear()
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture

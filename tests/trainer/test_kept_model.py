@@ -74,13 +74,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layout", "precision"), CASES)
-def test_losses_are_those_of_the_checkpoint_bit_for_bit(
-    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, layout: Layout, precision: str
-) -> None:
+def test_losses_are_those_of_the_checkpoint_bit_for_bit(ranks: Ranks, layout: Layout, precision: str) -> None:
     train, calibrate, score = jobs_of(ranks, f"kept-{precision}-{layout}", layout, precision)
     folder = train.round_folder
-    with forking(), KeptRanks() as kept:
-        launches = Launches(monkeypatch)
+    with forking(), pytest.MonkeyPatch.context() as patch, KeptRanks() as kept:
+        launches = Launches(patch)
         launch(train, ranks.folder, "train", silent, kept=kept)
         # No rank can load what is not there.
         (folder / "checkpoint").rename(folder / "hidden")
