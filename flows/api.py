@@ -1,6 +1,5 @@
-"""Reprise from Python: open runs and read what they hold, start runs and wait for them.
+"""Reprise from Python: open runs and read what they hold, start runs and wait for them. docs/python.md has examples.
 
-docs/python.md has examples.
 What is not in `__all__`, and other modules, may change from version to version. Nothing is printed unless it is asked
 for. Errors are exceptions: ValueError for what the caller can correct, and RunFailedError for a run that ended without
 completing.
@@ -118,10 +117,9 @@ class OpenRun:
     ) -> list[Sample]:
         """Return at most `count` samples with their texts, as `reprise samples` shows them.
 
-        order: hardest, easiest, dropped, forgotten, typical, or all. where: a DuckDB condition; docs/samples.md of the
-        source distribution has the columns. source: only its samples. scored_round: the round after which losses were
-        measured (default: the last). Raises ValueError if there is no such order, source or round, or the condition is
-        wrong.
+        order: hardest, easiest, dropped, forgotten, typical, or all. where: a DuckDB condition; docs/samples.md has the
+        columns. source: only its samples. scored_round: the round after which losses were measured (default: the last).
+        Raises ValueError if there is no such order, source or round, or the condition is wrong.
         """
         return find_samples(self.folder, order, count, where=where, source=source, scored_round=scored_round).samples
 

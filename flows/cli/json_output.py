@@ -14,9 +14,7 @@ from typing import Any
 def add_json(command: "argparse._ActionsContainer") -> None:
     """Add `--json` to `command`."""
     command.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON document instead; its fields are in docs/python.md",
+        "--json", action="store_true", help="print one JSON document instead; its fields are in docs/python.md"
     )
 
 

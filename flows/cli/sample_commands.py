@@ -27,9 +27,7 @@ def add_samples(commands: Any) -> None:
     ):
         orders.add_argument(f"--{name}", action="store_true", help=text)
     samples.add_argument(
-        "--where",
-        metavar="SQL",
-        help="only samples that meet a DuckDB condition; docs/samples.md has the columns",
+        "--where", metavar="SQL", help="only samples that meet a DuckDB condition; docs/samples.md has the columns"
     )
     samples.add_argument("--source", metavar="S", help="only samples of this source")
     samples.add_argument(

@@ -17,7 +17,6 @@ from tests.engine_work import begin_and_sleep, die_once, square
 
 MAP = """
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from data_scoring.base.engine import LocalEngine
