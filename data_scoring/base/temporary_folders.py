@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PREFIX = "reprise-"
@@ -20,8 +20,10 @@ def temporary_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
         folder = Path(name)
         with (folder / f"{_LOCK}.new").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (folder / f"{_LOCK}.new").rename(folder / _LOCK)
+            # A file system without locks cannot tell whether the folder is in use: no other process deletes it.
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                (folder / f"{_LOCK}.new").rename(folder / _LOCK)
             yield folder
 
 

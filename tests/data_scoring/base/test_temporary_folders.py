@@ -1,9 +1,12 @@
 """Temporary folders of processes that are killed, and of those that are not."""
 
+import errno
+import fcntl
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -57,3 +60,16 @@ def test_what_a_killed_process_left_is_deleted_and_nothing_else(place: Path) -> 
         for holder in holders:
             holder.kill()
             holder.wait()
+
+
+def test_a_file_system_without_locks_has_temporary_folders(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with temporary_folder() as first:
+        (first / "content").touch()
+        with temporary_folder() as second:
+            assert second != first
+        assert (first / "content").exists()
+    assert list(place.iterdir()) == []
